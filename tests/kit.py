@@ -254,7 +254,6 @@ def ended(process: subprocess.Popen[str], *statuses: int, timeout: float = 60) -
 
 def read_line(process: subprocess.Popen[str]) -> str:
     """Return the next line that a process prints, without its end."""
-    assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
         raise AssertionError(process.communicate(timeout=60)[1])

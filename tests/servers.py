@@ -102,16 +102,13 @@ class RedisServer:
 
     def kill(self) -> None:
         """SIGKILL: what is not on its disk is lost."""
-        assert self.process is not None
         self.process.kill()
         self.process.wait()
 
     def pause(self) -> None:
-        assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:

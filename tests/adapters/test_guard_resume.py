@@ -270,7 +270,6 @@ def test_the_memory_of_a_guard_that_is_used_a_thousand_times_is_flat(kind: str) 
     guard = Guard() if kind == "guard" else Guard(StromaRunner.quick(tags=["a"]))
     step = guard.wrap("step", lambda n: "x" * n)
     waits = guard.wrap("waits", lambda: 1 // 0, control=lambda _: Control("suspended", "a person"))
-    assert guard.runner is not None
     store: Any = guard.runner.checkpoint_manager.store
 
     def use(times: int) -> int:

@@ -59,7 +59,6 @@ async def test_the_next_step_of_a_paused_run_is_not_called(store: Any) -> None:
     assert calls == [1]
     assert isinstance(raised[0], Suspend)
     task.exception()
-    assert guard.last is not None
     assert (guard.last.result.status, guard.last.result.suspended) == (RunStatus.SUSPENDED, ["paused"])
     record = store.get_run("x")
     assert (record.status, record.error, record.holder) == ("SUSPENDED", "paused", None)
@@ -104,12 +103,10 @@ async def test_requests_reach_the_steps_outside_of_runs(request_name: str) -> No
         return n
 
     await work(1)
-    assert guard.current is not None
     run_id = guard.current.ctx.run_id
     limits = {"tokens": 5} if request_name == "set_budget" else {}
     assert await getattr(guard.runner, request_name)(run_id, **limits) is True
     record = store.get_run(run_id)
-    assert record is not None
     stop, status = {
         "cancel": (RunCancelled, "CANCELLED"),
         "pause": (Suspend, "SUSPENDED"),
@@ -123,7 +120,6 @@ async def test_requests_reach_the_steps_outside_of_runs(request_name: str) -> No
         [1, 2] if request_name == "set_budget" else [1]
     )  # The call that crosses a limit is made.
     record = store.get_run(run_id)
-    assert record is not None
     assert record.status == status
 
 

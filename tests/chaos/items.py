@@ -108,7 +108,6 @@ def start(url: str, folder: Path) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     )
-    assert process.stdout is not None
     if process.stdout.readline() != b"ready\n":
         raise AssertionError(process.communicate()[1].decode())
     return process

@@ -368,7 +368,6 @@ async def work(
                 error = None if result.failure is None else result.failure.exception
                 outcome = str(result.status) if error is None else type(error).__name__
                 if error is None:
-                    assert result.final_state is not None
                     state = result.final_state.model_dump()
                     diary.write("end", run_id, "-", outcome, pid, digest(state))
                     fuse("return")

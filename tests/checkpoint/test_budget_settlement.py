@@ -40,7 +40,6 @@ def spent(kind: str, where: str) -> tuple[int, int]:
     """(spent, reserved) tokens of the budget."""
     with opened(kind, where) as store:
         result = read_budget(store, "team")
-    assert result is not None
     return result.spent_tokens, result.reserved_tokens
 
 
@@ -118,7 +117,6 @@ async def test_children_and_two_budgets(kind: str) -> None:
         assert result.status == "COMPLETED", result.failure
         for budget in budgets:
             match = await budget.state()
-            assert match is not None
             assert (match.spent_tokens, match.reserved_tokens) == (328, 0)
 
 

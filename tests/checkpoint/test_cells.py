@@ -72,7 +72,6 @@ def test_processes_change_one_cell(kind: str) -> None:
         for process in running:
             assert read_line(process) == "ready"
         for process in running:  # All at once.
-            assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
         events = [n for process in running for n in map(int, ended(process, timeout=90).split())]

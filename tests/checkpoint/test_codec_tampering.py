@@ -106,7 +106,6 @@ async def rewrite(store: Any, run_id: str, position: int, step: Callable[[Step],
 
     def do(rows: Rows) -> None:
         result = rows.find(run_id, lock=True)
-        assert result is not None
         entry = next(row for row in rows.steps(result.run, result.execution) if row.position == position)
         attempt = next(a for a, _ in rows.attempts(result.run, result.execution) if a.position == position)
         fence = Fence(result.run, result.execution, result.epoch, result.owner or "", 30.0)
@@ -120,7 +119,6 @@ async def rewrite(store: Any, run_id: str, position: int, step: Callable[[Step],
 async def stored(store: Any, run_id: str, position: int) -> bytes:
     def do(rows: Rows) -> bytes:
         result = rows.find(run_id)
-        assert result is not None
         entry = rows.steps(result.run, result.execution)
         return next(row.step.output for row in entry if row.position == position)
 
@@ -174,8 +172,6 @@ async def test_an_answer_answers_one_question(open_store: Open) -> None:
 
         def steal(rows: Rows) -> None:
             small, large = rows.find("small"), rows.find("large")
-            assert small is not None
-            assert large is not None
             answer = next(iter(rows.annotations(small.run, Annotation.WAITING)))
             request = next(iter(rows.annotations(large.run, Annotation.WAITING)))
             step = request.step._replace(output=answer.step.output, number=answer.step.number)
@@ -213,7 +209,6 @@ async def test_messages_and_questions_are_sealed(open_store: Open) -> None:
 
     def forge(rows: Rows) -> None:
         result = rows.find("failed", lock=True)
-        assert result is not None
         fence = Fence(result.run, result.execution, result.epoch, result.owner or "", 30.0)
         rows.finish(fence, RunEnd("FAILED", "all is well"))
 

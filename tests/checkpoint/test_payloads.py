@@ -40,8 +40,6 @@ ONE, TWO = bytes(range(32)), bytes(range(32, 64))
 
 def _example() -> Any:
     spec = importlib.util.spec_from_file_location("encrypted_store", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["encrypted_store"] = module
     spec.loader.exec_module(module)
@@ -206,7 +204,6 @@ async def test_secrets_are_kept_only_through_a_codec(tmp_path: Path) -> None:
     nodes = [node("a", passes, Login, Login)]
     async with SQLiteStore(tmp_path / "plain.db") as store:
         result = await runner(store).run(nodes, value)
-        assert result.failure is not None
         assert isinstance(result.failure.exception, NotSerialisable)
         assert "Login.password" in result.failure.message
         assert "give the store a codec" in result.failure.message
@@ -297,7 +294,6 @@ async def test_a_blob_that_cannot_be_written_loses_nothing(tmp_path: Path) -> No
     async with SQLiteStore(tmp_path / "runs.db", blobs=blobs, blob_bytes=1000) as store:
         result = await runner(store).run(_big(calls), Note(text="y"))
         assert result.status is RunStatus.PARTIAL
-        assert result.failure is not None
         assert "no room" in result.failure.message
         assert calls == ["first"]
         blobs.broken = False

@@ -71,7 +71,6 @@ def test_no_recovery_without_end(dying: Dying, journal: tuple[str, str], tmp_pat
             result = await StromaRunner.quick(store=store, max_recoveries=3).run(
                 pipeline({"calls": str(tmp_path / "calls")}), State(), run_id="r", resume=True
             )
-            assert result.failure is not None
             assert (result.status, result.failure.reason, result.failure.failure_class) == (
                 "FAILED",
                 "poison",
@@ -110,7 +109,6 @@ def left_by_death(database: Path) -> Path:
     with sqlite3.connect(database) as source, sqlite3.connect(copy) as left:
         source.backup(left)
         owner = Owner.read(left.execute("SELECT lease_owner FROM runs").fetchone()[0])
-        assert owner is not None
         left.execute("UPDATE runs SET lease_owner = ?", (str(owner._replace(pid=owner.pid + 1)),))
     return copy
 
@@ -206,7 +204,6 @@ async def test_the_failure_of_a_process_that_died_is_the_last_one(tmp_path: Path
         runner = StromaRunner.quick(store=store, policy_map=NEVER, if_running="take_over")
         result = await runner.run([node], State(), run_id="r", resume=True)
     failure = result.failure
-    assert failure is not None
     assert (failure.node_id, failure.attempt, failure.failure_class) == ("pay", 1, FailureClass.RECOVERABLE)
     assert type(failure.exception) is RunFailed
     assert str(failure.exception) == failure.message == "no"

@@ -334,7 +334,6 @@ async def test_an_expired_run_fails(store: Any) -> None:
     await submit(store, "r", due_ms=1, expires_ms=2)
     await claim(store)
     session = await open_claimed(store, "r")
-    assert session.finished is not None
     assert (session.finished.status, session.finished.reason) == ("FAILED", "expired")
     await finish(session, "FAILED", session.finished.error)
     assert store.get_run("r").status == "FAILED"

@@ -376,7 +376,6 @@ class TestAmbiguous:
                 )
                 assert broken
                 run = store.get_run("run")
-                assert run is not None
                 assert (run.tokens, run.nodes) == (1 + together, 1 + together)
                 assert [a.position for a in store.attempts("run")] == list(range(1 + together))
 
@@ -400,7 +399,6 @@ class TestAmbiguous:
                     await commit(again, 1, State(n=2), tokens=1)
                     await finish(again, "RESUMED")
                     run = store.get_run("run")
-                    assert run is not None
                     assert (run.status, run.execution, run.nodes, run.tokens) == ("RESUMED", 1, 2, 3)
                     assert len(store.attempts("run")) == 3
                     await store.save("saved", "node", State(n=5))
@@ -453,7 +451,6 @@ class TestAmbiguous:
                     proxy.on_reply = lambda data, count=count, lost=lost: next(count) != lost
                     await store.fork("run", "new", 3, edited=(SCHEMA, State(n=20)))
                     run = store.get_run("new")
-                    assert run is not None
                     assert (run.status, run.parent, run.nodes, run.execution) == ("INTERRUPTED", "run", 3, 1)
                     assert await store.load_typed("new", "node", State) == State(n=20)
                     forked = await begin(store, "new", if_exists="resume")
@@ -560,7 +557,6 @@ class TestOwners:
         session = await begin(store, lease_seconds=0.6)
         await asyncio.sleep(1.0)
         run = store.get_run("run")
-        assert run is not None
         assert run.holder is not None
         # Another host that died without a word: nobody renews, and no process id can be looked up.
         owner = server.execute("HGET", "stroma:{run}:run", "owner").decode()
@@ -821,7 +817,6 @@ class TestServer:
         assert not raised.value.transient
         await commit(session, 1, State(), tokens=2, cost=0.5)
         run = store.get_run("run")
-        assert run is not None
         assert (run.tokens, run.cost_usd, run.nodes, len(store.attempts("run"))) == (5, 9_000_000.5, 2, 2)
 
     async def test_a_replica_takes_no_writes(self) -> None:

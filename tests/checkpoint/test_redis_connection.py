@@ -144,7 +144,6 @@ class TestStore:
             await commit(session, 1, State(n=1), tokens=1)
             assert not proxy.cut
             run = store.get_run("run")
-            assert run is not None
             assert (run.tokens, run.nodes) == (2, 2)
 
     async def test_a_server_that_forgot_the_script(self, server: RedisServer) -> None:
@@ -177,5 +176,4 @@ class TestStore:
             proxy.on_reply = lambda data: True
             await session.record(attempt, schema, State(n=1))
             run = store.get_run("run")
-            assert run is not None
             assert (run.tokens, run.nodes) == (2, 2)

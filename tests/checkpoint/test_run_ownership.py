@@ -45,11 +45,9 @@ class Process:
         self.child = child
 
     async def line(self) -> str:
-        assert self.child.stdout is not None
         async with asyncio.timeout(30):
             line = await self.child.stdout.readline()
         if not line:
-            assert self.child.stderr is not None
             raise AssertionError((await self.child.stderr.read()).decode()[-2000:])
         return line.decode().strip()
 
@@ -135,7 +133,6 @@ async def _eight(machine: Machine, **options: Any) -> list[str]:
     """Let eight processes begin at once, and return what became of each."""
     processes = await asyncio.gather(*(machine.start(**options) for _ in range(8)))
     for process in processes:
-        assert process.child.stdin is not None
         process.child.stdin.write(b"go\n")
     return await asyncio.gather(*(process.outcome() for process in processes))
 
@@ -187,7 +184,6 @@ async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
     assert machine.calls() == ["n0", "n1", "n1", "n2"]
     with SQLiteStore(machine.where) as store:
         run = store.get_run("owned")
-        assert run is not None
         assert (run.status, run.nodes, run.tokens) == ("RESUMED", 3, 30)
 
 
@@ -206,7 +202,6 @@ async def test_a_stopped_process_is_cancelled(machine: Machine) -> None:
         assert await first.outcome() == "PARTIAL Fenced Count(n=1)"
         assert machine.calls() == ["n0", "n1"]
         run = store.get_run("owned")
-        assert run is not None
         assert (run.status, run.nodes) == ("CANCELLED", 1)
 
 
@@ -334,7 +329,6 @@ async def test_attaching_to_a_failure_gives_the_failure(store: Any) -> None:
     assert (await task).status is RunStatus.PARTIAL
     result = await waiting
     assert (result.status, result.final_state) == (RunStatus.PARTIAL, Num(n=1))
-    assert result.failure is not None
     assert isinstance(result.failure.exception, RunFailed)
     assert result.failure.message == "ValueError: b is broken"
     assert calls == ["a", "b"]
@@ -448,7 +442,6 @@ async def test_an_owner_that_is_taken_over_from_stops(store: Any) -> None:
     gate.set()
     stopped = await task
     assert stopped.status is RunStatus.PARTIAL
-    assert stopped.failure is not None
     assert isinstance(stopped.failure.exception, Fenced)
     assert calls == ["a", "b", "b", "c"]
 

@@ -90,7 +90,6 @@ async def test_a_store_of_many_attempts(filled: str) -> None:
         assert measured(lambda: store.find_run(run_name(some)[:-1]))[-1] == run_name(some)
         assert measured(lambda: store.find_run("last")) == newest[:1]
         run = measured(lambda: store.get_run(run_name(some)))
-        assert run is not None
         assert run.nodes == attempts
         assert len(measured(lambda: store.attempts(run_name(some)))) == attempts
         for operation, result in (

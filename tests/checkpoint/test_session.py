@@ -49,7 +49,6 @@ def change(path: Path, statement: str, *values: Any) -> None:
 def kill(path: Path, session: Any) -> None:
     """Leave a run as another process does that is killed."""
     owner = Owner.read(session.fence.owner)
-    assert owner is not None
     change(path, "UPDATE runs SET lease_owner = ?", str(owner._replace(pid=owner.pid + 1)))
     session.abandon()
 
@@ -219,7 +218,6 @@ async def test_a_failure_site_is_of_its_attempt(store: SQLiteStore) -> None:
         attempt = failed if started_ns == failed.started_ns else row(1, branch="0")
         await settled(session.record(attempt, None, None))
     site = store.failure_site_of("run", 1, "0")
-    assert site is not None
     assert site.started_ns == failed.started_ns
 
 

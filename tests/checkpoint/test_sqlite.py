@@ -237,8 +237,6 @@ class TestProcesses:
     ) -> None:
         """After kill -9 in mid-stream acknowledged commits are there, totals agree and runs are resumable."""
         process = child(ENDLESS, path)
-        assert process.stdout is not None
-        assert process.stderr is not None
         events = [process.stdout.readline() for _ in range(acknowledged)]
         process.kill()
         events += process.stdout.readlines()
@@ -250,7 +248,6 @@ class TestProcesses:
         with SQLiteStore(path) as store:
             for run_id in {run_id for run_id, _ in lines}:
                 run = store.get_run(run_id)
-                assert run is not None
                 session = await begin(store, run_id, if_exists="resume", if_running="take_over")
                 positions = [position for position, _ in session.restored]
                 assert positions == list(range(len(positions)))
@@ -510,7 +507,6 @@ class TestFaults:
             limit = 1000
             await session.record(attempt, SCHEMA, State())
             run = store.get_run("run")
-            assert run is not None
             assert run.tokens == run.nodes == entry + 1
 
     @pytest.mark.core

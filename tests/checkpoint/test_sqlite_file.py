@@ -231,7 +231,6 @@ def test_a_reader_cannot_write(tmp_path: Path) -> None:
 
 def _write(file: DatabaseFile) -> None:
     with file.open_to_read() as db:
-        assert db is not None
         db.execute("INSERT INTO cells VALUES ('c', 'c', x'01')")
 
 
@@ -240,7 +239,6 @@ def test_a_reader_is_closed_at_the_end(tmp_path: Path) -> None:
     file = database(tmp_path / "runs.db")
     file.open().close()
     with file.open_to_read() as db:
-        assert db is not None
         assert db.execute("SELECT count(*) FROM runs").fetchone() == (0,)
     with pytest.raises(sqlite3.ProgrammingError, match="closed"):
         db.execute("SELECT 1")

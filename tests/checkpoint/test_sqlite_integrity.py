@@ -75,6 +75,5 @@ async def test_the_smallest_costs_are_kept_exactly(
 
     await quick(store=store, run_id="r").run([node("a", func)] * 10, Num())
     run = store.get_run("r")
-    assert run is not None
     assert run.cost_usd == 0.000_007_5
     assert [attempt.cost_usd for attempt in store.attempts("r")] == [0.000_000_75] * 10

@@ -125,7 +125,6 @@ def test_the_end_gives_up_the_lease(rows: SqliteRows) -> None:
     assert rows.finish(fence, RunEnd("PARTIAL", "why"))
     rows.renew([fence])
     result = rows.find("r")
-    assert result is not None
     assert (result.left_seconds, result.holder) == (-1.0, None)
 
 
@@ -154,7 +153,6 @@ def test_what_is_left_of_a_lease(rows: SqliteRows, until: int, left: float) -> N
     fence = rows.begin(None, opening(owner=owner))
     rows.db.execute("UPDATE runs SET lease_until_ms = ?", (until,))
     result = rows.find("r")
-    assert result is not None
     assert result.left_seconds == left
     assert (result.holder is None) == (left < 0)
     assert fence.owner == owner
@@ -163,7 +161,6 @@ def test_what_is_left_of_a_lease(rows: SqliteRows, until: int, left: float) -> N
 def test_a_lease_of_another_start_of_the_machine_has_expired(rows: SqliteRows) -> None:
     rows.begin(None, opening(owner=THEIRS))
     found = rows.find("r")
-    assert found is not None
     assert (found.left_seconds, found.holder) == (-1.0, None)
     request = ClaimRequest("token", 1.0, 10, 0, {"p": RunLimits()})
     assert [one.run_id for one in rows.candidates("p", request)] == ["r"]

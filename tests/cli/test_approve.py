@@ -68,8 +68,6 @@ def test_a_run_that_waits_is_no_failure(desk, inside):
     )
     answer = re.search(r"  answer: stroma (approve .*)\n", done.err)
     go_on = re.search(r"continues the run; or continue it here: stroma (resume .*)\n", done.err)
-    assert answer is not None
-    assert go_on is not None
     assert inside(*shlex.split(answer[1])).code == 0
     resumed = inside(*shlex.split(go_on[1]), "-q")
     assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 1003})

@@ -67,7 +67,6 @@ def test_resume_from_the_web_interface(tmp_path: Path, hostile: Path) -> None:
     env = os.environ | {"STROMA_UI_TOKEN": TOKEN}
     process = subprocess.Popen(program, cwd=hostile, env=env, stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
         port = int(re.findall(r":(\d+)/", process.stdout.readline())[0])
 
         def ask(path: str, form: dict[str, str] | None = None) -> str:

@@ -213,7 +213,6 @@ def test_fork(stroma, inside, fails):
     done = inside("resume", "x", "sums.py:pipeline", "--from", "second", "--fork", "--state", '{"n": 40}')
     assert (done.code, json.loads(done.out)) == (0, {"n": 80})
     new = re.match(r"run (\w{32}) starts at 'second' of x\n", done.err)
-    assert new is not None
     assert stroma.calls() == ["first", "second", "third", "second", "third"]
     assert re.search(r"\nparent +x, source of this fork\n", inside("show", new[1]).out)
     assert json.loads(inside("show", "x", "--json").out)["run"]["status"] == "COMPLETED"

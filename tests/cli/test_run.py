@@ -98,7 +98,6 @@ def test_failure_then_resume(stroma):
     )
     assert re.search(r'  File "<string>", line 1, in <module>\n', done.err)
     mend = re.search(r"resume with: (stroma resume .*)\n", done.err)
-    assert mend is not None
     resumed = subprocess.run(
         mend[1], shell=True, cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
     )
@@ -115,7 +114,6 @@ def test_budget(stroma):
     assert (done.code, done.out) == (5, "")
     assert re.search(r"first +BUDGET ", done.err)
     mend = re.search(r"resume with more: stroma (resume .* --budget-tokens 200)\n", done.err)
-    assert mend is not None
     resumed = stroma(*mend[1].split())
     assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
     assert stroma.calls() == ["first", "second", "third"]

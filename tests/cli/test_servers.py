@@ -24,7 +24,6 @@ def test_a_store_on_a_server(url, stroma, inside, fails):
     )
     assert failed.code == 1
     go_on = re.search(r"resume with: stroma (resume .*)\n", failed.err)
-    assert go_on is not None
     assert shlex.split(go_on[1]) == ["resume", "x", "sums.py:pipeline", "--db", url]
     done = inside(*shlex.split(go_on[1]), "-q")
     assert (done.code, json.loads(done.out)) == (0, {"n": 4})

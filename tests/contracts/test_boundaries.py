@@ -85,7 +85,6 @@ async def test_broken_output_stops_at_its_boundary(name: str, grouped: bool) -> 
         [parallel(bad) if grouped else bad, node("after", after, Deep, Num)], Num(n=3)
     )
     assert result.status is RunStatus.FAILED
-    assert result.failure is not None
     assert isinstance(result.failure.exception, ContractViolation)
     assert (len(calls), others) == (1, [])
     assert [event.output_state for event in result.trace.walk()] == [None] * (2 if grouped else 1)

@@ -427,7 +427,6 @@ async def test_what_comes_back_equals_what_was_stored(name: str, store: Any) -> 
     runner = quick_without_retries(store=store, run_id="x")
     first = await runner.run(nodes, Num())
     events = list(first.trace)
-    assert first.failure is not None
     if isinstance(first.failure.exception, NotSerialisable):
         assert name not in list(KEPT)
         assert first.status is RunStatus.FAILED
@@ -440,7 +439,6 @@ async def test_what_comes_back_equals_what_was_stored(name: str, store: Any) -> 
     assert isinstance(first.failure.exception, PermissionError), first.failure
     assert exactly(first.final_state) == exactly(state)
     assert [e.node_id for e in events] == ["a", "b"]
-    assert events[0].output_state is not None
     assert exactly(events[0].output_state["value"]) == exactly(state.value)
     broken[0] = False
     result = await runner.run(nodes, Num(), resume=True)

@@ -237,6 +237,5 @@ async def test_a_validator_that_raises_no_validation_error_is_a_violation(
     runner = quick(hooks=record_node_hooks(seen, on_run_end=end))
     result = await runner.run([stroma_node("a", contract)(func)], Num(n=5))
     assert result.status is RunStatus.FAILED
-    assert result.failure is not None
     assert result.failure.message.startswith(f"Contract violation for 'a' ({at})")
     assert seen == [*(["start"] if at == "output" else []), "failure", "run end"]

@@ -162,7 +162,6 @@ def test_exactly_at_a_limit_is_within_it(budget: Any, at: Any, above: Any, repor
             tracker = CostTracker()
             tracker.prior_cost_usd, tracker.prior_tokens, tracker.prior_latency_ms = above
         error = tracker.exceeded(limit, "a")
-        assert error is not None
         assert (error.dimension, error.limit, error.actual, error.node_id) == (*report, "a")
         with pytest.raises(BudgetExceeded) as caught:
             tracker.check_budget(limit, "a")
@@ -175,11 +174,9 @@ def test_the_first_limit_that_is_crossed_is_told() -> None:
     dimensions = []
     for names in (("max_tokens_total", "max_cost_usd", "max_latency_ms"), ("max_cost_usd", "max_latency_ms")):
         error = tracker.exceeded(ExecutionBudget(**dict.fromkeys(names, 1)), "a")
-        assert error is not None
         dimensions.append(error.dimension)
     assert dimensions == ["tokens", "cost"]
     error = tracker.exceeded(ExecutionBudget(max_tokens_total=2, max_cost_usd=2, max_latency_ms=1), "a")
-    assert error is not None
     assert error.dimension == "latency"
 
 

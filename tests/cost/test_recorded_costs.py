@@ -122,7 +122,6 @@ async def test_absurd_token_counts_lose_no_output(tokens: int, model: str | None
     runner = quick_without_retries(store=store, run_id="r", policy_map=TWICE)
     result = await runner.run(nodes, Num())
     assert result.status is RunStatus.FAILED
-    assert result.failure is not None
     assert isinstance(result.failure.exception, UsageError)
     assert "'a'" in result.failure.message
     assert len(result.failure.message) < 200

@@ -65,7 +65,6 @@ async def test_an_unknown_model_stops_a_run_under_a_cost_limit(limit: Any) -> No
     ask = ask_node(runner, calls)
     result = await runner.run([ask, ask], Note())
     assert (result.status, len(calls), len(result.trace)) == (RunStatus.FAILED, 1, 1)
-    assert result.failure is not None
     assert result.failure.failure_class is FailureClass.TERMINAL
     assert result.failure.reason == "usage"
     assert isinstance(result.failure.exception, UsageError)
@@ -120,7 +119,6 @@ async def test_an_unknown_model_stops_steps_and_groups_under_a_cost_limit(limit:
         nodes = [map_over("items", ask, into="out", max_concurrency=1)]
         result = await runner.run(nodes, Texts(items=[Note(), Note(), Note()]))
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
-    assert result.failure is not None
     assert result.failure.reason == "usage"
 
 
@@ -145,7 +143,6 @@ async def test_a_failed_attempt_of_an_unknown_model_is_not_tried_again_under_a_c
 
     result = await runner.run([ask], Note())
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
-    assert result.failure is not None
     assert isinstance(result.failure.exception, UsageError)
     assert result.failure.exception.__cause__ is not None
 
@@ -186,7 +183,6 @@ async def test_tokens_without_a_model_are_refused_under_a_cost_limit(limit: Any,
     else:
         result = await runner.run([parallel(ask) if shape == "parallel" else ask, ask], Note())
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
-    assert result.failure is not None
     assert result.failure.reason == "usage"
     assert "'ask' reported tokens without a model" in result.failure.message
     if shape != "step":

@@ -311,7 +311,6 @@ async def test_a_reversed_tuple_is_named(returned: Any, second: str) -> None:
     """Usage before the output is an error that names the order."""
     runner, ask = node_of(returned)
     result = await runner.run([ask], Note())
-    assert result.failure is not None
     assert result.failure.message == (
         f"node 'ask' returned a tuple that looks reversed: usage, then a {second}; the order is output, usage"
     )
@@ -434,7 +433,6 @@ async def test_a_response_that_says_nothing_is_bad_usage(used: Any, says: str) -
     runner, ask = node_of(({"text": "kept"}, used))
     result = await runner.run([ask], Note())
     assert result.status is RunStatus.FAILED
-    assert result.failure is not None
     assert isinstance(result.failure.exception, UsageError)
     assert result.failure.message.startswith(says)
     (event,) = result.trace
@@ -446,7 +444,6 @@ async def test_a_model_before_its_tokens_shows_the_order() -> None:
     for returned in (({"text": "kept"}, "gpt-4o", 12), ({"text": "kept"}, "gpt-4o", 12, 3)):
         runner, ask = node_of(returned)
         failure = (await runner.run([ask], Note())).failure
-        assert failure is not None
         assert failure.message.startswith("node 'ask' returned 'gpt-4o' in the place of the tokens; return")
         assert "(output, input_tokens, model)" in failure.message
 
@@ -509,7 +506,6 @@ async def test_a_limit_that_cannot_be_counted_stops_the_run(how: Any, config: di
     runner = StromaRunner.quick(**config)
     ask = how({**_CHAT, "usage": None}, runner)
     result = await runner.run([ask, ask], Note())
-    assert result.failure is not None
     assert (result.status, result.failure.reason, len(result.trace)) == (RunStatus.FAILED, "usage", 1)
     assert next(iter(result.trace)).output_state == {"text": "kept"}
 

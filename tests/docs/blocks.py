@@ -179,7 +179,6 @@ class Shell:
 
     def run(self, command: str) -> tuple[int, list[str]]:
         """The exit code of a command, and its lines on either stream. It is given no input."""
-        assert self._bash.stdin is not None
         assert self._bash.stdout is not None
         line = f"{command} </dev/null" if re.match(r"(python|stroma)\b[^|&;<]*$", command) else command
         # The code stays at hand for a following `echo $?`.

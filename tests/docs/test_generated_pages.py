@@ -70,8 +70,6 @@ ANEW = "write it anew with: ./dev run python docs/generate.py"
 @pytest.fixture(scope="module")
 def generate() -> Any:
     spec = importlib.util.spec_from_file_location("stroma_docs_generate", ROOT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -96,8 +94,6 @@ def test_generated_pages_are_up_to_date(generate: Any) -> None:
 def test_every_parameter_has_a_type_a_default_and_a_description() -> None:
     """The reference lists each parameter for users, with its type, default, unit and meaning."""
     spec = importlib.util.spec_from_file_location("stroma_docs_reference", ROOT / "docs" / "reference.py")
-    assert spec is not None
-    assert spec.loader is not None
     reference = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = reference
     spec.loader.exec_module(reference)
@@ -190,7 +186,6 @@ def test_every_public_error_is_on_the_page(generate: Any) -> None:
             # A whole sentence: nothing is cut off.
             assert re.search(rf"^- \*\*{part}\.\*\* \S.{{20,}}\.$", section[1], re.MULTILINE), (name, part)
         row = re.search(rf"^\| \[{name}\]\(#{name.lower()}\) \| (.*?) \| ", text, re.MULTILINE)
-        assert row is not None
         assert row[1] == ", ".join(f"`{base.__name__}`" for base in cls.__bases__)
 
 

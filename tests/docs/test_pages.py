@@ -329,8 +329,6 @@ def test_the_code_about_redis(tmp_path: Path) -> None:
 def loaded(name: str) -> Any:
     """A script of docs/, which is no package."""
     spec = importlib.util.spec_from_file_location(f"stroma_docs_{name}", DOCS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -183,7 +183,6 @@ class Fleet:
         command = [sys.executable, "-m", "tests.drivers.worker_helper", *words]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=pathlib.Path(__file__).parents[2])
         self.processes.append(process)
-        assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         return process
 

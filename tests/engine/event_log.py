@@ -68,7 +68,6 @@ def counted(calls: list[str], node_id: str, *outcomes: Any, **schemas: Any) -> A
 async def swallow() -> None:
     """The running task is cancelled, and lives on."""
     task = asyncio.current_task()
-    assert task is not None
     task.cancel()
     try:
         await asyncio.sleep(0)
@@ -150,7 +149,6 @@ class Diary(logging.Handler):
 
     def _place(self) -> str:
         run, here = current_run(), current_node_or_none()
-        assert run is not None
         assert run.run_id == "r"
         if here is None:
             return f" latency {_ran(run.cost_tracker.used('latency'))}"

@@ -230,7 +230,6 @@ async def test_plain_code_that_is_cancelled_while_its_end_is_kept() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     run = store.get_run("r")
-    assert run is not None
     assert run.status == "COMPLETED"
 
 
@@ -426,7 +425,6 @@ async def test_a_node_that_is_cancelled_after_its_last_await_keeps_its_output() 
 
     async def func(state: Num) -> Any:
         task = asyncio.current_task()
-        assert task is not None
         task.cancel()
         return {"n": 7}, 5, 1, "a-model-never-seen-before"
 

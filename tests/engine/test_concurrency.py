@@ -443,7 +443,6 @@ def test_nested_run_sync_in_a_thread(store: Any) -> None:
         [map_over("items", node("outer", outer), into="items")], Items(items=[{"n": 1}, {"n": 5}])
     )
     assert result.status is RunStatus.COMPLETED, result.failure
-    assert result.final_state is not None
     assert result.final_state.model_dump()["items"] == [{"n": 3}, {"n": 7}]
     assert result.total_tokens == 12
 

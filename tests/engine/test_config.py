@@ -162,7 +162,6 @@ async def test_a_policy_that_is_changed_in_a_run_holds_in_that_run_alone() -> No
 
     async def node(state: Num) -> dict[str, int]:
         run = current_run()
-        assert run is not None
         if not calls:
             for side in (run.policy_map, run.config.policy_map):
                 side[FailureClass.AMBIGUOUS] = FailurePolicy(max_retries=4, backoff_seconds=0)

@@ -86,7 +86,6 @@ class Watch:
 
         async def run_end(*_: Any) -> None:
             run = current_run()
-            assert run is not None
             self.latency = round(run.cost_tracker.used("latency"), 1)
 
         return NodeHooks(
@@ -359,7 +358,6 @@ async def test_the_deadline_is_met(name: str, clock: FakeClock) -> None:
     result = await run(watch, nodes, budget=LIMIT, policy_map=slow, node_policies=own)
     assert clock.elapsed - begin == pytest.approx(elapsed, abs=0.001)
     assert result.status is RunStatus.PARTIAL
-    assert result.failure is not None
     error = result.failure.exception
     assert isinstance(error, BudgetExceeded)
     assert (error.dimension, error.limit, error.node_id) == ("latency", 1000, late)
@@ -385,7 +383,6 @@ async def test_the_nearer_of_two_limits(
 ) -> None:
     """Of a node's timeout and the run's deadline the nearer ends it and is named; if equal, the node's."""
     result = await run(Watch(clock), [forever("x")], budget=LIMIT, node_timeouts={"x": own_ms})
-    assert result.failure is not None
     assert isinstance(result.failure.exception, error)
     assert clock.elapsed == pytest.approx(elapsed, abs=0.001)
     if error is TimeoutError:
@@ -399,7 +396,6 @@ async def test_the_timeout_of_a_group_is_its_own(clock: FakeClock) -> None:
     """It bounds the whole group, waits and hooks of its children included, a deadline only its children."""
     nodes = [parallel(taking(clock, "a", 400), forever("x"), max_concurrency=1)]
     result = await run(Watch(clock), nodes, budget=LIMIT, node_timeouts={"parallel(a, x)": 700})
-    assert result.failure is not None
     assert (
         result.failure.message
         == "node 'parallel(a, x)' did not end within 700 ms; raise node_timeouts['parallel(a, x)'], or make "
@@ -419,7 +415,6 @@ async def test_a_timeout_is_each_attempts_own(clock: FakeClock) -> None:
     slow = {kind: FailurePolicy(max_retries=1, backoff_seconds=9, jitter=False) for kind in FailureClass}
     result = await run(watch, [forever("x")], node_timeouts={"x": 300}, policy_map=slow)
     assert watch.took == {"x": [300, 300]}
-    assert result.failure is not None
     assert result.failure.reason == "timeout"
     assert clock.waits == [9.0]
 
@@ -429,7 +424,6 @@ async def test_a_node_that_blocked_past_the_deadline(clock: FakeClock) -> None:
     nodes = [taking(clock, "a", 2500, waits=False), taking(clock, "b", 1)]
     result = await run(Watch(clock), nodes, Num(n=3), budget=LIMIT)
     assert (result.status, result.final_state, len(result.trace)) == (RunStatus.PARTIAL, Num(n=3), 1)
-    assert result.failure is not None
     error = result.failure.exception
     assert isinstance(error, BudgetExceeded)
     assert float(error.actual) == pytest.approx(2500, abs=0.0005)
@@ -441,7 +435,6 @@ async def test_a_child_is_not_called_once_its_group_took_too_long(clock: FakeClo
     watch = Watch(clock)
     result = await run(watch, nodes, budget=LIMIT)
     assert watch.took.keys() == {"a", "parallel(a, b)"}
-    assert result.failure is not None
     error = result.failure.exception
     assert isinstance(error, BudgetExceeded)
     assert (error.dimension, error.limit, error.node_id) == ("latency", 1000, "b")
@@ -470,7 +463,6 @@ async def test_what_was_used_before_a_resume_counts(clock: FakeClock) -> None:
     nodes = [taking(clock, "a", 400), forever("x")]
     result = await run(Watch(clock), nodes, budget=LIMIT, store=store, run_id="r", resume=True)
     assert clock.elapsed - begin == pytest.approx(0.599, abs=0.001)
-    assert result.failure is not None
     assert result.failure.reason == "budget"
 
 
@@ -490,7 +482,6 @@ async def test_the_deadline_of_a_run_inside_a_node_is_not_the_runs(
     budget = ExecutionBudget(max_latency_ms=outer)
     result = await run(Watch(clock), [node("a", inside)], budget=budget, policy_map=ONCE)
     assert len(calls) == 2
-    assert result.failure is not None
     assert result.failure.reason == "budget"
     assert clock.elapsed == pytest.approx(0.2, abs=0.001)
 

@@ -229,7 +229,6 @@ async def test_a_wrong_return_is_a_failure_that_loses_nothing(name: str, place: 
     runner = quick(store=store, run_id="r", hooks=pairs.hooks, policy_map=ONCE)
     result = await runner.run(nodes, Items())
     assert result.status is RunStatus.FAILED, result
-    assert result.failure is not None
     assert result.failure.failure_class is T
     assert ("too deep" if name == "abyss" else "'bad'") in result.failure.message
     assert len(result.failure.message) < 5_000
@@ -274,7 +273,6 @@ async def test_what_cannot_be_serialised(name: str, place: str, store: Any) -> N
     assert result.total_tokens == 7
     if isinstance(store, SQLiteStore):
         assert result.status is RunStatus.FAILED
-        assert result.failure is not None
         assert "cannot be serialised" in result.failure.message
         assert "value" in result.failure.message
     else:
@@ -410,7 +408,6 @@ async def test_whatever_a_node_raises_is_its_failure(name: str, place: str, stor
     runner = quick(store=store, run_id="r", hooks=pairs.hooks, policy_map=ONCE)
     result = await runner.run(nodes, Items())
     assert result.status is RunStatus.PARTIAL
-    assert result.failure is not None
     assert result.failure.failure_class in (R, A)
     assert isinstance(result.failure.message, str)
     assert result.failure.message
@@ -439,11 +436,9 @@ async def test_a_node_that_recurses(place: str, store: Any) -> None:
 
     result = await quick(store=store).run([PLACES[place](hostile)], Items())
     assert result.status is RunStatus.FAILED
-    assert result.failure is not None
     assert isinstance(result.failure.exception, RecursionError)
     assert (result.failure.failure_class, result.failure.reason) == (FailureClass.TERMINAL, "bug")
     sync = await quick(store=store).run([node("bad", lambda state: _recurse())], Num())
-    assert sync.failure is not None
     assert isinstance(sync.failure.exception, RecursionError)
 
 
@@ -458,7 +453,6 @@ async def test_one_exception_object_for_all(store: Any) -> None:
     runner = quick(store=store, policy_map=ONCE)
     results = await asyncio.gather(*[runner.run([node("bad", hostile)], Num(n=i)) for i in range(10)])
     for result in results:
-        assert result.failure is not None
         assert result.failure.exception is error
         assert [event.failure_message for event in result.trace] == ["shared"] * 2
     nothing_runs()
@@ -532,7 +526,6 @@ async def test_a_node_that_mutates_and_keeps_its_objects(store: Any) -> None:
         assert event.output_state in (good, None)
     again = await quick(store=store, run_id="r", resume=True).run(nodes, Items(n=1))
     assert (again.status, len(again.trace)) == (RunStatus.RESUMED, 0)
-    assert again.final_state is not None
     assert again.final_state.model_dump() == good
 
 
@@ -577,7 +570,6 @@ async def test_a_node_that_never_returns(store: Any) -> None:
         runner = quick(store=store, node_timeouts={"bad": 10}, policy_map=ONCE, hooks=pairs.hooks)
         result = await runner.run([node("good", _good), node("bad", func)], Num())
         assert result.status is RunStatus.PARTIAL
-        assert result.failure is not None
         assert "'bad'" in result.failure.message
         assert "10 ms" in result.failure.message
         assert [event.node_id for event in result.trace] == ["good", "bad", "bad"]
@@ -596,10 +588,8 @@ async def test_a_node_that_answers_its_timeout_with_another_error(store: Any) ->
             raise LookupError("my own") from None
 
     result = await quick(store=store, node_timeouts={"bad": 10}).run([node("bad", angry)], Num())
-    assert result.failure is not None
     assert isinstance(result.failure.exception, (LookupError, TimeoutError))
     task = asyncio.current_task()
-    assert task is not None
     assert task.cancelling() == 0
     nothing_runs()
 
@@ -935,7 +925,6 @@ async def test_a_failed_group_leaves_no_cancellation_behind() -> None:
     failure.
     """
     task = asyncio.current_task()
-    assert task is not None
 
     async def fails(state: Num) -> Any:
         await asyncio.sleep(0)
@@ -981,7 +970,6 @@ async def test_a_stray_cancellation_after_a_failed_task_group(first: str) -> Non
     runner = quick(node_policies={group.node_id: ONCE})
     result = await runner.run([before, node("bad", stray)], Num())
     assert result.status is RunStatus.PARTIAL
-    assert result.failure is not None
     assert result.failure.node_id == "bad"
 
 
@@ -1105,7 +1093,6 @@ def test_keyboard_interrupt_anywhere(where: str, store: Any) -> None:
         pairs.check()
     if isinstance(store, SQLiteStore):
         row = store.get_run("r")
-        assert row is not None
         assert row.status == "INTERRUPTED"
     good = [
         nodes[0],
@@ -1186,7 +1173,6 @@ def test_control_c(during: str, store: Any) -> None:
     pairs.check()
     if isinstance(store, SQLiteStore):
         row = store.get_run("r")
-        assert row is not None
         assert row.status in ("CANCELLED", "INTERRUPTED")
     again = runner.run_sync(nodes, Num(), resume=True)
     assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=3))
@@ -1209,7 +1195,6 @@ async def test_hostile_steps(name: str) -> None:
 
     result = await execute_step("bad", hostile, Num(), ctx, contract=contract)
     assert result.status is RunStatus.FAILED
-    assert result.failure is not None
     assert ("too deep" if name == "abyss" else "'bad'") in result.failure.message
     # Without a contract nothing is refused: whatever comes back does so as it was returned, or as a failure.
     free = await execute_step("free", hostile, Num(), ctx)

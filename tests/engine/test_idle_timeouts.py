@@ -34,7 +34,6 @@ async def test_each_event_renews_the_idle_limit() -> None:
         result = await runner.run([node("a", talking(0.9, 20))], Num())
         assert clock.elapsed == pytest.approx(20 * 0.9 + 1)
     assert result.status is RunStatus.PARTIAL
-    assert result.failure is not None
     assert isinstance(result.failure.exception, TimeoutError)
     assert (result.failure.reason, result.failure.message) == (
         "timeout",
@@ -66,7 +65,6 @@ async def test_the_total_limit_holds_whatever_is_emitted() -> None:
         limits = {"a": NodeTimeout(total_ms=5000, idle_ms=1000)}
         result = await quick(node_timeouts=limits, policy_map=NEVER).run([node("a", talking(0.9, 20))], Num())
         assert clock.elapsed == pytest.approx(5)
-    assert result.failure is not None
     assert result.failure.message == (
         "node 'a' did not end within 5000 ms; raise node_timeouts['a'], or make the call shorter"
     )
@@ -90,7 +88,6 @@ async def test_nodes_inside_renew_the_limit_of_a_group() -> None:
         runner = quick(node_timeouts={group.node_id: NodeTimeout(idle_ms=1000)}, policy_map=NEVER)
         result = await runner.run([group], Num())
         assert clock.elapsed == pytest.approx(20 * 0.7 + 1)
-    assert result.failure is not None
     assert result.failure.node_id == group.node_id
     assert "emitted no event for 1000 ms" in result.failure.message
 
@@ -102,7 +99,6 @@ async def test_a_child_renews_no_limit_of_its_sibling() -> None:
         runner = quick(node_timeouts={"b": NodeTimeout(idle_ms=1000)}, policy_map=NEVER)
         result = await runner.run([group], Num())
         assert clock.elapsed == pytest.approx(1)
-    assert result.failure is not None
     assert "node 'b' emitted no event for 1000 ms" in result.failure.message
 
 
@@ -156,7 +152,6 @@ async def test_a_dead_attempt_renews_nothing() -> None:
         result = await runner.run([node("a", func)], Num())
         assert clock.elapsed == pytest.approx(1)
         tasks[0].cancel()
-    assert result.failure is not None
     assert "emitted no event" in result.failure.message
 
 

@@ -67,7 +67,6 @@ async def test_a_step_with_a_place(effect: bool) -> None:
     with store_of("sqlite") as store:
         result = await quick(store=store, policy_map=ONCE).run(body, Num())
     failure = result.failure
-    assert failure is not None
     assert (result.status, failure.failure_class, failure.reason) == (
         RunStatus.FAILED,
         FailureClass.TERMINAL,

@@ -41,7 +41,6 @@ async def test_a_shared_budget_whose_store_is_down_ends_the_run_for_later() -> N
     result = await runner.run([counted(calls, "a", {})], Num())
     assert (result.status, calls, len(result.trace)) == (RunStatus.PARTIAL, [], 0)
     failure = result.failure
-    assert failure is not None
     assert isinstance(failure.exception, StoreError)
     assert (failure.failure_class, failure.reason, failure.node_id) == (
         FailureClass.RECOVERABLE,
@@ -72,7 +71,6 @@ async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -
     )
     result = await runner.run([outer], Num())
     assert (result.status, requests) == (RunStatus.PARTIAL, ["asked"])
-    assert result.failure is not None
     assert (result.failure.reason, result.failure.node_id) == ("store", outer.node_id)
 
 
@@ -89,7 +87,6 @@ async def test_what_a_thrown_away_attempt_used_is_counted_by_a_shared_budget() -
     runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_success=waits))
     await ThrownAway(runner.run([counted([], "a", ({"n": 1}, 7))], Num()), started)
     state = await shared.state()
-    assert state is not None
     assert (state.spent_tokens, state.reserved_tokens, state.calls) == (7, 0, 0)
 
 
@@ -143,7 +140,6 @@ async def test_a_refusal_keeps_its_own_cause() -> None:
         shared = SharedBudget(f"held-{report}", max_tokens=10, store=Down(cause), reserve_tokens=1)
         runner = StromaRunner.quick(shared_budgets=shared, policy_map=ONCE)
         result = await runner.run([counted([], "a", down)], Num())
-        assert result.failure is not None
         error = result.failure.exception
         assert isinstance(error, StoreError)
         assert error.__cause__ is report
@@ -174,7 +170,6 @@ async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> N
         await task
     assert calls == ["a"]
     state = await shared.state()
-    assert state is not None
     assert (state.spent_tokens, state.reserved_tokens) == (7, 0)
     assert [(row.outcome, row.output) for row in store.attempts("r")] == [("success", b'{"n":1}')]
 

@@ -85,9 +85,7 @@ async def test_each_attempt_has_its_rejected_output(store: Any) -> None:
         MISSING,
         MISSING,
     )
-    assert second is not None
     assert (second.value, [one.path for one in second.complaints]) == ("no JSON {", [()])
-    assert third is not None
     assert third.value == {"stars": 9, "why": "x"}
     assert store.rejected_of("nobody", 0, "", 0) is store.rejected_of("r", 0, "", 1) is None
     await runner.run([rate([{"stars": 4, "why": "x"}])], Num(), run_id="r")
@@ -136,7 +134,6 @@ async def test_children_items_and_effects_have_theirs(store: Any) -> None:
     result = await runner.run([charge], Num(), run_id="effect")
     assert result.status is RunStatus.SUSPENDED
     (one,) = rejected_outputs(store, "effect")
-    assert one is not None
     assert one.value == {"receipt": 17}
 
 
@@ -175,7 +172,6 @@ async def test_what_redact_hides_is_not_stored(tmp_path: Path) -> None:
     runner = quick(store=store, redact=drop_name, contract_retries={"rate": 1})
     await runner.run([node("rate", answer, Num, Strict)], Num(), run_id="r")
     one = rejected_outputs(store, "r")[0]
-    assert one is not None
     assert "name" not in one.value
     assert "Ann Smith" not in str(one.complaints)
     assert one.complaints[1].path == ("about", "[redacted]")
@@ -198,11 +194,9 @@ async def test_a_text_that_names_what_redact_hides_is_hidden(
 ) -> None:
     """A text is stored if redact hides none of the fields that it names, also where the viewer redacts."""
     one = await stored(tmp_path, text, redact=drop_name)
-    assert one is not None
     assert one.value == (text if is_shown else "[redacted]")
     await stored(tmp_path, text)
     (viewed,) = rejected_outputs(SQLiteStore(tmp_path / "1.db"), "r", drop_name)
-    assert viewed is not None
     assert viewed.value == one.value
     assert is_shown or "Ann" not in str(viewed)
 
@@ -214,7 +208,6 @@ async def test_a_redact_that_raises_hides_the_output(tmp_path: Path) -> None:
         raise KeyError("name")
 
     one = await stored(tmp_path, {"stars": "secret words"}, redact=broken)
-    assert one is not None
     assert one.value == {"redacted": "redact raised KeyError"}
     assert "secret words" not in str(one)
 
@@ -223,10 +216,8 @@ async def test_full_is_neither_redacted_nor_cut_at_64_kib(tmp_path: Path) -> Non
     """keep_rejected="full" leaves redact out, up to 1 MiB; secrets are masked all the same."""
     answer = {"name": "Ann", "text": "x" * 500_000, "key": "sesame-open"}
     one = await stored(tmp_path, answer, redact=drop_name, keep_rejected="full")
-    assert one is not None
     assert one.value == {**answer, "key": "**********"}
     one = await stored(tmp_path, {"text": "x" * 5_000_000}, keep_rejected="full")
-    assert one is not None
     assert one.is_cut
     assert 1_000_000 < len(one.encode()) <= 1024 * 1024
 
@@ -245,13 +236,11 @@ async def test_secrets_are_masked(tmp_path: Path) -> None:
     runner = quick(store=SQLiteStore(tmp_path / "one.db"), context={"token": SecretStr("token-xyz")})
     await runner.run([node("rate", answer, Num, Rating)], Num(), run_id="r")
     (one,) = rejected_outputs(SQLiteStore(tmp_path / "one.db"), "r")
-    assert one is not None
     assert one.value["key"] == "**********"
     for secret in ("sesame-open", "another one", "token-xyz"):
         assert secret not in str(one)
         assert secret.encode() not in (tmp_path / "one.db").read_bytes()
     one = await stored(tmp_path, 'key: "sesame-open')
-    assert one is not None
     assert one.value == "**********"
 
 
@@ -346,10 +335,8 @@ HOSTILE: list[Any] = [
 async def test_an_output_of_any_kind_fails_as_its_contract_says(store: Any, make: Any) -> None:
     """Deep, cyclic, huge and hostile outputs only fail their contract; at most 64 KiB are stored."""
     result = await quick(store=store).run([rate([make()])], Num(), run_id="r")
-    assert result.failure is not None
     assert (result.status, result.failure.reason) == (RunStatus.FAILED, "contract")
     (one,) = rejected_outputs(store, "r")
-    assert one is not None
     assert len(one.encode()) <= LIMIT
     assert "rejected output" in result._repr_html_()
     json.dumps(one.to_json(), allow_nan=False)
@@ -358,12 +345,10 @@ async def test_an_output_of_any_kind_fails_as_its_contract_says(store: Any, make
 def test_a_large_output_says_that_it_was_cut(tmp_path: Path) -> None:
     """What is larger than 64 KiB is cut, and says so; what is not, does not."""
     long = asyncio.run(stored(tmp_path, {"stars": "y" * 100_000}))
-    assert long is not None
     assert long.is_cut
     assert 60_000 < len(long.encode()) <= LIMIT
     assert long.value["stars"].endswith("y…")
     short = asyncio.run(stored(tmp_path, {"stars": "y" * 60_000}))
-    assert short is not None
     assert (short.is_cut, short.value) == (False, {"stars": "y" * 60_000})
 
 
@@ -386,7 +371,6 @@ def test_a_copy_is_within_its_limit(value: Any, limit: int) -> None:
     around = len(RejectedOutput(None, True, ()).encode()) - len("null")
     assert len(data) <= limit + around
     again = read_rejected(data)
-    assert again is not None
     assert again.value == copy_of_copy(again.value, limit)
 
 
@@ -504,7 +488,6 @@ async def test_a_codec_seals_it(tmp_path: Path) -> None:
     with SQLiteStore(path, codec=Rot13()) as store:
         await quick(store=store).run([rate([{"stars": "a-word-of-the-model"}])], Num(), run_id="r")
         (one,) = rejected_outputs(store, "r")
-        assert one is not None
         assert one.value == {"stars": "a-word-of-the-model"}
     assert b"a-word-of-the-model" not in path.read_bytes()
     with SQLiteStore(path) as plain:
@@ -554,7 +537,6 @@ def test_a_damaged_row_is_no_output(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "0.db") as db:
         assert db.execute("UPDATE steps SET output = x'7b7d' WHERE position = -11").rowcount == 1
     (shown,) = rejected_outputs(SQLiteStore(tmp_path / "0.db"), "r")
-    assert shown is not None
     assert (shown.value.startswith("[the rejected"), "is damaged" in shown.value) == (True, True)
 
 
@@ -568,7 +550,6 @@ def test_what_the_users_classes_raise_is_no_failure_of_its_own() -> None:
     one = read_rejected(
         encode_rejected(Text(text="x"), violation, "redacted", Redactor(None, {}, ExecutionTrace()))
     )
-    assert one is not None
     assert [(c.path, c.message[:3]) for c in one.complaints] == [((), "odd"), (("a", 3), "mmm")]
     assert one.more == 150
 

@@ -292,7 +292,6 @@ async def test_items_are_copies_too() -> None:
     result = await StromaRunner.quick().run(
         [map_over("items", desk.node("x"), into="made", max_concurrency=1)], batch
     )
-    assert result.final_state is not None
     assert result.final_state.model_dump() == {
         "items": [{"seen": ["1"]}, {"seen": ["2"]}],
         "made": [{"seen": ["1", "x"]}, {"seen": ["2", "x"]}],
@@ -332,7 +331,6 @@ async def test_nodes_without_contracts_have_copies_of_their_own(watched: bool) -
     ]
     result = await StromaRunner.quick(hooks=[hooks()] if watched else []).run(nodes, Flat())
     assert inputs == ["first", {"list": ["a"]}, {"list": ["b"], "model": {"text": "w", "weight": 0.5}}]
-    assert result.final_state is not None
     assert result.final_state.model_dump() == {"list": [{"deep": ["c"]}]}
     events = list(result.trace)
     assert events[0].output_state == {"list": ["a"]}

@@ -50,7 +50,6 @@ async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:
 
     result = await quick(store=store).run([node("a", func)], Num())
     assert (result.status, len(calls), store.tries) == (RunStatus.PARTIAL, 1, 1)
-    assert result.failure is not None
     assert result.failure.message == "the file is gone"
 
 
@@ -67,7 +66,6 @@ async def test_a_failed_attempt_that_cannot_be_kept_ends_the_run() -> None:
         [node("a", fail)], Num()
     )
     assert result.status is RunStatus.PARTIAL
-    assert result.failure is not None
     assert (result.failure.reason, result.failure.message) == ("store", "full")
     assert [event.failure_message for event in result.trace] == ["down"]
     assert seen == ["run_start", "start a", "failure a", "run_end"]
@@ -150,7 +148,6 @@ async def test_a_store_that_raises_no_exception_has_refused(
     runner = quick(store=Later() if is_async else Refusing(), hooks=record_node_hooks(seen, on_run_end=end))
     result = await runner.run([node("a", same)], Num())
     assert result.status is RunStatus.PARTIAL
-    assert result.failure is not None
     assert result.failure.reason == "store"
     assert seen == ["start", "failure", "run end"]
 
@@ -192,7 +189,6 @@ async def test_a_store_that_stays_down_stops_the_run(error: type[Exception], no_
     (event,) = result.trace
     assert result.status is RunStatus.PARTIAL
     assert (event.outcome, event.output_state) == ("failure", None)
-    assert result.failure is not None
     assert isinstance(result.failure.exception, StoreError)
     assert "the disk is full" in result.failure.message
     assert (result.total_tokens, seen) == (5, ["start", "failure"])

@@ -131,7 +131,6 @@ async def test_the_same_bug_twice_is_not_tried_a_third_time(func: Any, place: st
     nodes: list[Any] = [node] if place == "node" else [parallel(node)]
     result = await runner.run(nodes, Text())
     failure = result.failure
-    assert failure is not None
     assert failure.failure_class is FailureClass.AMBIGUOUS
     assert failure.message.endswith("; this is probably a bug in the node")
     assert failure.message.startswith(str(failure.exception))

@@ -199,7 +199,6 @@ async def test_a_run_deals_with_a_providers_error(case: Case, provider: Server, 
     assert [(e.node_id, e.attempt, e.failure, e.reason) for e in result.trace] == [
         ("ask", number + 1, case.failure_class, case.reason) for number in range(attempts)
     ]
-    assert result.failure is not None
     assert (result.failure.failure_class, result.failure.reason) == (case.failure_class, case.reason)
     with pytest.raises(type(result.failure.exception)):
         result.raise_for_status()
@@ -243,7 +242,6 @@ async def test_a_server_that_asks_for_too_long_stops_the_run(
     ask = node(asking(url, ASK_ASYNC[sdk]))
     result = await runner.run([ask if inside == "alone" else parallel(ask)], Note())
     assert (result.status, provider.calls_of(url), delays) == (RunStatus.PARTIAL, 1, [])
-    assert result.failure is not None
     assert (result.failure.reason, result.failure.retry_after_seconds) == ("rate_limit", 3600)
     lines = [r for r in caplog.records if "come back in 3600 s" in r.getMessage()]
     assert lines
@@ -322,7 +320,6 @@ def test_retry_after_counts_at_every_status(status: int, provider: Server) -> No
     """Not only a rate limit can ask to wait."""
     error = error_of(lambda: ask_anthropic(provider.url(Answer(status, {}, {"retry-after": "4"}))))
     verdict = read_provider_error(error)
-    assert verdict is not None
     assert verdict.retry_after == 4
 
 
@@ -463,7 +460,6 @@ def test_every_timeout_and_connection_error_is_recoverable(client: Any) -> None:
     assert len(classes) > 10
     for result in classes:
         verdict = read_provider_error(result("gone"))
-        assert verdict is not None
         wanted = "TERMINAL" if result.__name__ in lasting else "RECOVERABLE"
         assert verdict.failure_class == wanted, result
         assert (verdict.reason == "timeout") == issubclass(result, client.TimeoutException), result

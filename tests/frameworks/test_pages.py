@@ -68,7 +68,6 @@ def test_the_example_runs(example: Path) -> None:
     skip_if_too_old(done.stderr)
     assert done.returncode == 0, done.stderr
     wanted = re.search(r'Prints:\n\n(.*?)"""', example.read_text("utf-8"), re.DOTALL)
-    assert wanted is not None
     printed = [line.strip() for line in done.stdout.splitlines() if line.startswith("> ")]
     assert with_readers_sorted(printed) == with_readers_sorted(wanted[1].split("\n"))
 

@@ -522,7 +522,6 @@ async def test_a_cancellation_before_is_not_the_hooks() -> None:
 
     async def run(hooks: list[Any]) -> list[Any]:
         task = asyncio.current_task()
-        assert task is not None
         task.cancel()
         try:
             await asyncio.sleep(0)
@@ -649,7 +648,6 @@ async def test_only_patient_sets_are_under_no_limit(kind: str) -> None:
         failures=failures,
     )
     calls = hooks.on_node_start
-    assert calls is not None
     task = asyncio.create_task(hooks.fire("on_node_start", calls[1:2], "node", tuple))
     # Longer than the limit: another hook under it has run out of time meanwhile.
     await hooks.fire("on_node_start", calls[:1], "node", tuple)
@@ -698,7 +696,6 @@ async def test_a_hook_that_hangs_is_cut_off(
         assert [line[0] for line in lines(caplog)] == [logging.ERROR]
     assert cut == ["cut"]
     task = asyncio.current_task()
-    assert task is not None
     assert task.cancelling() == 0
 
 

@@ -555,7 +555,6 @@ async def test_each_set_gets_its_own_dict(name: str) -> None:
     assert all(state["items"] == [1] and state["value"] < 4 and len(state) == 2 for state in inputs)
     for event in result.trace:
         assert event.input_state["items"] == [1]
-        assert event.output_state is not None
         assert event.output_state["items"] == [1]
         assert "new" not in event.input_state
 
@@ -997,7 +996,6 @@ async def test_an_exception_in_a_hook_changes_nothing(name: str, suspends: bool,
     expected = {RUN_START: None, RUN_END: None, WARNING: None}.get(name, "a node's")
     assert all((e.node_id is None) == (expected is None) for e in result.hook_errors)
     task = asyncio.current_task()
-    assert task is not None
     assert task.cancelling() == 0
 
 
@@ -1202,7 +1200,6 @@ async def test_a_hook_that_swallows_its_time_limit_is_abandoned() -> None:
     (error,) = result.hook_errors
     assert "5 ms" in str(error.exception)
     task = asyncio.current_task()
-    assert task is not None
     assert task.cancelling() == 0
 
 

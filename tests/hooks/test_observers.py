@@ -142,7 +142,6 @@ async def test_a_closed_run_tells_its_ends() -> None:
     def hook(name: str) -> Any:
         async def tell(*arguments: Any) -> None:
             node, run = current_node_or_none(), current_run()
-            assert run is not None
             seen.append((name, run.run_id, None if node is None else node.node_id))
             if name == "cancelled":
                 await asyncio.sleep(1)  # It gets this far.
@@ -232,7 +231,6 @@ async def test_notes_are_those_of_one_execution_and_of_one_run() -> None:
         @runner.node(name, input=Num, output=Num)
         async def node(state: Num) -> Num:
             here, run = current_node(), current_run()
-            assert run is not None
             findings[name].append(dict(here.notes))
             here.notes[here.attempt] = name
             run.notes[name] = True
@@ -246,7 +244,6 @@ async def test_notes_are_those_of_one_execution_and_of_one_run() -> None:
 
     async def ended(*_: Any) -> None:
         run = current_run()
-        assert run is not None
         seen.append(run.notes)
 
     runner = runner.with_hooks(NodeHooks(on_run_end=ended))
@@ -265,7 +262,6 @@ async def test_a_trace_context_is_carried_in_and_told_to_a_resumed_run() -> None
 
     async def start(*_: Any) -> None:
         run = current_run()
-        assert run is not None
         seen.append((run.traceparent, run.first_traceparent))
         if own:
             run.keep_trace("", own.pop())
@@ -303,7 +299,6 @@ async def test_a_later_version_of_the_trace_context() -> None:
     @runner.node("node", input=Num, output=Num)
     async def node(state: Num) -> Num:
         run = current_run()
-        assert run is not None
         assert run.traceparent == f"01{PARENT[2:]}-x"
         return state
 
@@ -330,7 +325,6 @@ async def test_what_is_no_trace_context_is_ignored(wrong: str, caplog: pytest.Lo
     @runner.node("node", input=Num, output=Num)
     async def node(state: Num) -> Num:
         run = current_run()
-        assert run is not None
         assert run.traceparent is None
         return state
 

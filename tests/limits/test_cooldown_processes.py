@@ -68,10 +68,8 @@ async def _program(kind: str, where: str, what: str) -> tuple[Provider, float, l
     ]
     try:
         for process in processes:
-            assert process.stdout is not None
             assert await process.stdout.readline() == b"ready\n"
         for process in processes:
-            assert process.stdin is not None
             process.stdin.write(b"\n")
         results = [json.loads(await process.stdout.readline()) for process in processes if process.stdout]
     finally:
@@ -146,8 +144,6 @@ async def test_a_process_that_dies_as_the_probe(kind: str) -> None:
         process = await asyncio.create_subprocess_exec(
             sys.executable, *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )
-        assert process.stdin is not None
-        assert process.stdout is not None
         process.stdin.write(b"\n")
         assert await process.stdout.readline() == b"ready\n"
         assert await process.stdout.readline() == b"calling\n"

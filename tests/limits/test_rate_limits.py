@@ -325,7 +325,6 @@ async def test_a_wait_is_told_and_kept() -> None:
     assert (run_id, node_id, reason) == ("2", "call", f"limit '{name}': requests_per_minute")
     assert 59 < seconds <= 61
     assert (result.status, len(calls), len(result.trace)) == (RunStatus.PARTIAL, 1, 0)
-    assert result.failure is not None
     assert (result.failure.failure_class, result.failure.reason) == (FailureClass.RECOVERABLE, "limit")
     assert isinstance(result.failure.exception, WaitedTooLong)
     assert (
@@ -345,7 +344,6 @@ async def test_a_wait_ends_with_the_latency_budget() -> None:
     assert (await runner.run([call], State())).status is RunStatus.COMPLETED
     result = await runner.run([call], State())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
-    assert result.failure is not None
     error = result.failure.exception
     assert isinstance(error, BudgetExceeded)
     assert (error.dimension, error.limit) == ("latency", 80)
@@ -392,12 +390,10 @@ async def test_a_limit_and_a_budget_are_given_back() -> None:
     second = asyncio.create_task(runner.run([call], State()))
     await report.wait()
     state = await shared.state()
-    assert state is not None
     assert state.reserved_tokens == 4
     second.cancel()
     await asyncio.gather(second, return_exceptions=True)
     state = await shared.state()
-    assert state is not None
     assert (state.reserved_tokens, state.calls) == (4, 1)
     free.set()
     assert (await first).status is RunStatus.COMPLETED
@@ -440,7 +436,6 @@ async def test_a_limit_that_can_never_be_met() -> None:
     assert (await runner.run([call], State())).status is RunStatus.COMPLETED
     result = await runner.run([call], State())
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
-    assert result.failure is not None
     assert isinstance(result.failure.exception, LimitError)
     assert (result.failure.failure_class, result.failure.reason) == (FailureClass.TERMINAL, "limit")
     assert (
@@ -534,7 +529,6 @@ async def test_a_store_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     call, calls = node()
     result = await runner_of(Limit(concurrent=1, store=store)).run([call], State())
     assert (result.status, calls) == (RunStatus.PARTIAL, [])
-    assert result.failure is not None
     assert result.failure.reason == "store"
     result = await runner_of(Limit(concurrent=1, store=store, on_store_error="allow")).run([call], State())
     assert (result.status, calls) == (RunStatus.COMPLETED, [0])
@@ -562,7 +556,6 @@ async def test_a_damaged_limit(data: bytes) -> None:
     limit = Limit(requests_per_minute=5, concurrent=5, store=store, on_store_error="allow")
     result = await StromaRunner.quick(limits={name: limit}, node_limits={"call": name}).run([call], State())
     assert (result.status, calls) == (RunStatus.PARTIAL, [])
-    assert result.failure is not None
     assert result.failure.reason == "store"
     assert f"limit '{name}'" in result.failure.message
 

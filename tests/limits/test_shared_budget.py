@@ -109,7 +109,6 @@ async def test_a_hundred_runs_at_once(store: Any) -> None:
     """100 runs at once, in one process, spend no more than the limit, and as much of it as fits."""
     result = await spend(store, 1, 100)
     outcome = await budget(store).state()
-    assert outcome is not None
     assert result["cents"] == cents(outcome.spent_usd)
     assert 1000 - RESERVE_CENTS < result["cents"] <= 1000
     assert set(result["statuses"]) <= {"COMPLETED", "PARTIAL"}
@@ -126,7 +125,6 @@ def test_four_processes(kind: str) -> None:
         results = together(running)
         with opened(kind, where) as store:
             outcome = asyncio.run(budget(store).state())
-        assert outcome is not None
         total = sum(result["cents"] for result in results)
         assert total == cents(outcome.spent_usd)
         assert 1000 - RESERVE_CENTS < total <= 1000
@@ -145,8 +143,6 @@ def test_a_process_that_is_killed(kind: str) -> None:
     with place(kind) as where:
         with opened(kind, where) as store:
             process = start(sys.executable, "-m", "tests.limits.budget_helper", kind, where, "hang", "6")
-            assert process.stdin is not None
-            assert process.stdout is not None
             process.stdin.write("\n")
             process.stdin.flush()
             assert process.stdout.readline() == "calling\n"
@@ -169,7 +165,6 @@ def test_a_process_that_is_killed(kind: str) -> None:
 def together(running: list[subprocess.Popen[str]]) -> list[Any]:
     """What processes come to that begin at the same moment."""
     for process in running:
-        assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
     return [json.loads(process.communicate(timeout=100)[0]) for process in running]
@@ -179,7 +174,6 @@ def start(*command: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -251,7 +245,6 @@ async def test_a_call_that_waited_too_long(store: Any) -> None:
     results = await asyncio.gather(*(runner.run([second], State()) for _ in range(3)))
     for result in results:
         assert (result.status, calls) == (RunStatus.PARTIAL, [])
-        assert result.failure is not None
         error = result.failure.exception
         assert isinstance(error, SharedBudgetExceeded)
         assert (error.reserved, error.actual, error.requested) == (0.6, 0, 0.6)
@@ -279,7 +272,6 @@ async def test_the_first_call_of_an_unknown_node_goes_alone(store: Any) -> None:
         at_once += 1
         most.append(at_once)
         outcome = await shared.state()
-        assert outcome is not None
         starts.append(cents(outcome.reserved_usd))
         at_once -= 1
 
@@ -305,7 +297,6 @@ async def test_a_run_that_is_refused_goes_on_later(tmp_path: Path) -> None:
             [first, second], State(), run_id="r"
         )
         assert (result.status, result.final_state, later) == (RunStatus.PARTIAL, State(n=1), [])
-        assert result.failure is not None
         assert (result.failure.failure_class, result.failure.reason) == (FailureClass.RECOVERABLE, "budget")
         message = str(result.failure.exception)
         assert (
@@ -323,7 +314,6 @@ async def test_a_run_that_is_refused_goes_on_later(tmp_path: Path) -> None:
         )
         assert (result.status, calls, later) == (RunStatus.RESUMED, [60], [60])
         outcome = await high.state()
-        assert outcome is not None
         assert cents(outcome.spent_usd) == 120
 
 
@@ -338,7 +328,6 @@ async def test_failed_attempts_count() -> None:
     result = await StromaRunner.quick(shared_budgets=shared, policy_map=TWICE).run([call], State())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 3)
     outcome = await shared.state()
-    assert outcome is not None
     assert (cents(outcome.spent_usd), outcome.calls) == (30, 0)
 
 
@@ -394,7 +383,6 @@ async def test_a_run_that_is_closed_holds_nothing() -> None:
         next(step)
     run.close()
     result = await shared.state()
-    assert result is not None
     assert result.calls == 0
 
 
@@ -408,7 +396,6 @@ async def test_what_waits_for_a_person_is_settled() -> None:
     call, _ = node(cents=5, before=ask)
     result = await StromaRunner.quick(shared_budgets=shared).run([call], State())
     outcome = await shared.state()
-    assert outcome is not None
     assert (result.status, outcome.calls, cents(outcome.spent_usd)) == (RunStatus.SUSPENDED, 0, 5)
 
 
@@ -447,7 +434,6 @@ async def test_only_the_nodes_that_are_named() -> None:
     result = await runner.run([cheap, dear, cheap, dear], State())
     assert (result.status, len(calls), len(others)) == (RunStatus.PARTIAL, 1, 2)
     outcome = await shared.state()
-    assert outcome is not None
     assert dict(outcome.by_node) == {"dear": (0.1, 10)}
 
 
@@ -489,7 +475,6 @@ async def test_several_budgets() -> None:
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 2)
     for shared in (company, team):
         outcome = await shared.state()
-        assert outcome is not None
         assert (cents(outcome.spent_usd), outcome.calls) == (20, 0)
 
 
@@ -503,7 +488,6 @@ async def test_plain_code_with_steps() -> None:
     assert (result.status, result.final_state) == (RunStatus.COMPLETED, State(n=1))
     result = await execute_step("call", call, State(), ctx, contract=CONTRACT)
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
-    assert result.failure is not None
     assert isinstance(result.failure.exception, SharedBudgetExceeded)
 
 
@@ -518,7 +502,6 @@ async def test_a_call_inside_another_one(store: Any) -> None:
             result = await execute_step("call", call, state, current_run(), contract=CONTRACT)
             assert result.status is RunStatus.COMPLETED, result.failure
             outcome = await shared.state()
-            assert outcome is not None
             seen.append(cents(outcome.spent_usd + outcome.reserved_usd))
 
     outer, _ = node("outer", cents=5, before=nested)
@@ -582,7 +565,6 @@ async def test_tokens() -> None:
     runner = StromaRunner.quick(shared_budgets=shared)
     result = await runner.run([call, call, call], State())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 2)
-    assert result.failure is not None
     assert "max_tokens is 25 tokens, 20 spent" in result.failure.message
 
 
@@ -641,7 +623,6 @@ async def test_a_store_that_is_down() -> None:
         server.kill()
         result = await runner.run([call], State(), run_id="1")
         assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
-        assert result.failure is not None
         assert (result.failure.reason, result.failure.failure_class) == ("store", FailureClass.RECOVERABLE)
         server.start()
         assert (await runner.run([call], State(), run_id="1", resume=True)).status is RunStatus.RESUMED
@@ -662,7 +643,6 @@ async def test_a_store_that_is_down_and_calls_go_on() -> None:
         server.start()
         assert (await runner.run([call], State())).status is RunStatus.COMPLETED
         result = await shared.state()
-        assert result is not None
         assert (cents(result.spent_usd), len(calls), result.calls) == (30, 3, 0)
         await store.aclose()
 
@@ -684,7 +664,6 @@ async def test_a_store_that_fails_after_the_call(monkeypatch: pytest.MonkeyPatch
     runner = StromaRunner.quick(shared_budgets=shared)
     assert (await runner.run([call, call], State())).status is RunStatus.COMPLETED
     result = await shared.state()
-    assert result is not None
     assert (cents(result.spent_usd), result.calls) == (20, 0)
 
 
@@ -720,7 +699,6 @@ def after(data: bytes | None, took: int, now: int) -> bytes | None:
 
 def spent(data: bytes | None, now: int) -> int:
     result = read_account("team", data, now)
-    assert result is not None
     return result.spent[0]
 
 
@@ -823,7 +801,6 @@ async def test_odd_names(store: Any) -> None:
         call, _ = node()
         await StromaRunner.quick(shared_budgets=shared).run([call], State())
         result = await shared.state()
-        assert result is not None
         assert (result.name, cents(result.spent_usd)) == (name, 10)
 
 
@@ -870,7 +847,6 @@ async def test_a_store_by_its_url(tmp_path: Path) -> None:
         await StromaRunner.quick(shared_budgets=shared).run([call], State())
     for shared in (first, second):
         result = await shared.state()
-        assert result is not None
         assert cents(result.spent_usd) == 20
     with pytest.raises(ValueError, match="mongodb"):
         SharedBudget("team", max_cost_usd=1, store="mongodb://somewhere")
@@ -888,7 +864,6 @@ async def test_two_processes_that_do_not_agree_on_the_window(tmp_path: Path) -> 
     other = anew(lambda: SharedBudget("team", store=store, **hourly))  # type: ignore[arg-type]
     result = await StromaRunner.quick(shared_budgets=other).run([call], State())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
-    assert result.failure is not None
     assert "has per='day' in this store, but per='hour' here" in result.failure.message
     await store.aclose()
 
@@ -931,7 +906,6 @@ async def test_a_damaged_account(data: bytes, kind: str) -> None:
         call, calls = node()
         result = await StromaRunner.quick(shared_budgets=shared).run([call], State())
         assert (result.status, calls) == (RunStatus.PARTIAL, [])
-        assert result.failure is not None
         assert result.failure.reason == "store"
         assert "budget 'team'" in result.failure.message
 

@@ -18,7 +18,6 @@ TELEMETRY = ("otel", "prometheus", "datadog", "sentry")
 
 def requirement_name(requirement: str) -> str:
     result = re.match(r"[\w.-]+", requirement)
-    assert result is not None
     return result.group().lower().replace("_", "-")
 
 

@@ -23,7 +23,6 @@ class OtlpReceiver:
         self._process = subprocess.Popen(
             command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        assert self._process.stdout is not None
         ports = self._process.stdout.readline().split()
         assert len(ports) == 2, "the receiver ended at once; its error is above"
         self.port, control = int(ports[0]), int(ports[1])

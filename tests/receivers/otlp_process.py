@@ -230,7 +230,6 @@ class Intakes:
         self._serve()
 
     def _serve(self) -> None:
-        assert self._listener is not None
         threading.Thread(target=self._listener.serve_forever, args=(0.01,), daemon=True).start()
 
     def refuse(self) -> None:

@@ -35,7 +35,6 @@ def test_a_runner_takes_the_url_or_path_of_a_store(tmp_path: Path, form: Any) ->
 
     assert runner.run_sync([add], Num()).final_state == Num(n=1)
     record = SQLiteStore(file).get_run("r")
-    assert record is not None
     assert record.status == "COMPLETED"
 
 

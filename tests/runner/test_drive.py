@@ -73,7 +73,6 @@ async def test_a_failure_is_an_end(store: Any) -> None:
     world.failing.add("b")
     ended = await _runner(store).drive("r", pipelines=[pipeline])
     failure = _result(ended).failure
-    assert failure is not None
     assert (ended, failure.message) == (Ended("r", RunStatus.PARTIAL), "b 1 failed")
 
 

@@ -41,7 +41,6 @@ async def test_a_group_fails_as_its_child_did() -> None:
     nodes = [parallel(counted([], "a", error))]
     result = await StromaRunner.quick(policy_map=THRICE).run(nodes, Num())
     failure = result.failure
-    assert failure is not None
     assert failure.exception is error
     assert (failure.failure_class, failure.message, failure.reason) == (
         FailureClass.RECOVERABLE,
@@ -95,7 +94,6 @@ async def test_groups_inside_a_group_that_is_tried_again() -> None:
     result = await runner.run([outer], Num())
     assert result.status is RunStatus.COMPLETED
     assert calls == ["a", "b", "c", "c", "c"]
-    assert result.final_state is not None
     assert result.final_state.model_dump() == {"n": 4, "m": 2}
 
 
@@ -114,7 +112,6 @@ async def test_items_of_a_map_that_is_tried_again() -> None:
     mapped = map_over("items", node("each", each, Num, M), into="made", max_concurrency=1)
     runner = StromaRunner.quick(policy_map=NEVER, node_policies={mapped.node_id: ONCE})
     result = await runner.run([mapped], Many(items=[Num(n=1), Num(n=2), Num(n=3)]))
-    assert result.final_state is not None
     assert [instance.m for instance in result.final_state.made] == [10, 20, 30]
     assert calls == [1, 2, 2, 3]
 
@@ -128,7 +125,6 @@ async def test_a_group_over_the_budget_is_not_tried_again() -> None:
     )
     result = await runner.run(nodes, Num())
     assert (result.status, calls, len(result.trace)) == (RunStatus.PARTIAL, ["a"], 1)
-    assert result.failure is not None
     assert isinstance(result.failure.exception, BudgetExceeded)
     assert (result.failure.node_id, result.failure.reason) == ("parallel(a)", "budget")
 
@@ -158,7 +154,6 @@ async def test_a_group_whose_child_was_not_kept_is_not_tried_again() -> None:
     )
     result = await runner.run([parallel(counted(calls, "a", {"n": 1}))], Num())
     assert (result.status, calls) == (RunStatus.PARTIAL, ["a"])
-    assert result.failure is not None
     assert (result.failure.reason, result.failure.message) == ("store", "full")
     assert result.failure.failure_class is FailureClass.RECOVERABLE
 
@@ -223,7 +218,6 @@ async def test_a_group_whose_childs_failure_was_not_kept_is_not_tried_again() ->
     result = await runner.run([outer], Num())
     assert (result.status, calls) == (RunStatus.PARTIAL, ["a"])
     failure = result.failure
-    assert failure is not None
     assert (failure.reason, failure.message, failure.node_id) == ("store", "full", outer.node_id)
     assert failure.failure_class is FailureClass.RECOVERABLE
     assert isinstance(failure.exception, StoreError)
@@ -289,7 +283,6 @@ async def test_a_group_that_goes_on_runs_what_is_left() -> None:
     result = await runner.run(again, Num(), run_id="r", resume=True)
     assert result.status is RunStatus.RESUMED
     assert calls == ["b", "b", "b", "c"]
-    assert result.final_state is not None
     assert result.final_state.model_dump() == {"n": 4, "m": 5}
 
 

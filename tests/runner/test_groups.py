@@ -130,7 +130,6 @@ async def test_outputs_merge_in_argument_order(order: tuple[int, ...]) -> None:
     gates[order[0]].set()
     result = await quick().run([parallel(child(0), child(1), child(2))], Num())
     assert result.status is RunStatus.COMPLETED, result.failure
-    assert result.final_state is not None
     assert result.final_state.model_dump() == {"shared": 2, "own0": 0, "own1": 1, "own2": 2}
 
 
@@ -158,7 +157,6 @@ async def test_a_child_without_a_contract_passes_unvalidated() -> None:
 
     result = await quick().run([parallel(bare("c", func))], Num(n=3))
     assert seen == [Num(n=3)]
-    assert result.final_state is not None
     assert result.final_state.model_dump() == {"anything": [object]}
 
 
@@ -167,7 +165,6 @@ async def test_what_cannot_be_merged_is_a_failure(output: Any) -> None:
     """A child without a contract whose output is neither dict nor model fails the group, by name."""
     result = await quick().run([parallel(bare("c", giving(output)))], Num())
     assert result.status in (RunStatus.PARTIAL, RunStatus.FAILED)
-    assert result.failure is not None
     assert type(output).__name__ in result.failure.message
 
 
@@ -277,7 +274,6 @@ async def test_the_childs_own_exception_and_class_come_out(error: Exception, dep
         policy_map=NEVER, classifiers=[lambda e, c: T if isinstance(e, LookupError) else None]
     ).run([group], Num())
     want = {ValueError: A, TimeoutError: R, LookupError: T}[type(error)]
-    assert result.failure is not None
     assert result.failure.exception is error
     assert result.failure.failure_class is want
     assert result.status is (RunStatus.FAILED if want is T else RunStatus.PARTIAL)
@@ -351,7 +347,6 @@ async def test_a_retried_group_runs_only_what_is_not_committed(store: Any) -> No
     assert calls == {"good": 1, "flaky": 3}
     assert result.total_tokens == 10
     assert [(e.attempt, e.failure) for e in result.trace] == [(1, A), (2, A), (3, None)]
-    assert result.final_state is not None
     assert result.final_state.model_dump() == {"good": 1, "flaky": 3}
     last = list(result.trace)[2]
     assert [c.node_id for c in last.children] == ["flaky"]
@@ -388,7 +383,6 @@ async def test_a_timeout_under_the_groups_id_bounds_it_all() -> None:
     group = parallel(bare("hangs", hangs), bare("good", giving({"g": 1})))
     result = await quick(node_timeouts={group.node_id: 30}).run([group], Num())
     assert result.status is RunStatus.PARTIAL
-    assert result.failure is not None
     assert isinstance(result.failure.exception, TimeoutError)
     assert "'parallel(hangs, good)'" in result.failure.message
     assert "30 ms" in result.failure.message
@@ -405,7 +399,6 @@ async def test_a_childs_own_timeout_is_its_own() -> None:
         await asyncio.Event().wait()
 
     result = await quick(node_timeouts={"hangs": 10}).run([parallel(bare("hangs", hangs))], Num())
-    assert result.failure is not None
     assert "'hangs'" in result.failure.message
     (event,) = result.trace
     assert [(c.attempt, c.failure) for c in event.children] == [(1, R), (2, R)]
@@ -458,7 +451,6 @@ async def test_a_child_that_refuses_to_be_cancelled_is_kept() -> None:
     result = await quick(store=store, run_id="r", policy_map=NEVER).run(
         [parallel(bare("stubborn", stubborn), bare("fails", fails))], Num()
     )
-    assert result.failure is not None
     assert isinstance(result.failure.exception, ValueError)
     assert result.total_tokens == 5
     outcomes = {c.node_id: c.outcome for e in result.trace for c in e.children}
@@ -580,7 +572,6 @@ async def test_groups_nest() -> None:
     inner = parallel(bare("b", giving({"x": 2, "b": 1})), bare("c", giving({"x": 3, "c": 1})))
     outer = parallel(bare("a", giving({"x": 1, "a": 1})), inner, bare("d", giving({"d": 1})))
     result = await quick().run([outer], Num())
-    assert result.final_state is not None
     assert result.final_state.model_dump() == {"x": 3, "a": 1, "b": 1, "c": 1, "d": 1}
     (event,) = result.trace
     assert event.node_id == "parallel(a, parallel(b, c), d)"
@@ -668,7 +659,6 @@ async def test_the_merged_class_reads_its_own_checkpoint_back(opened: bool) -> N
     group = parallel(*children)
     result = await quick(store=store, run_id="r").run([group], Num())
     state = result.final_state
-    assert state is not None
     kind = type(state)
     assert kind.model_validate(state.model_dump()) == state
     assert kind.model_validate_json(state.model_dump_json()) == state
@@ -684,7 +674,6 @@ async def test_a_registered_contract_counts_in_a_group() -> None:
     child = node("c", giving({"n": 1, "left": 5}))
     runner.registry.register(NodeContract(node_id="c", input_schema=Num, output_schema=Left))
     result = await runner.run([parallel(child)], Num())
-    assert result.final_state is not None
     assert result.final_state.model_dump() == {"left": 5, "both": ""}
 
 
@@ -706,7 +695,6 @@ async def test_map_over_collects_in_order() -> None:
     group = map_over("items", node("double", double), into="out")
     result = await quick().run([group], Items(items=[{"n": i} for i in range(4)]))
     assert result.status is RunStatus.COMPLETED, result.failure
-    assert result.final_state is not None
     assert result.final_state.model_dump() == {
         "items": [{"n": i} for i in range(4)],
         "other": "kept",
@@ -723,7 +711,6 @@ async def test_map_over_of_nothing() -> None:
     group = map_over("items", node("double", giving(None)), into="out")
     result = await quick().run([group], Items(items=[]))
     assert result.status is RunStatus.COMPLETED
-    assert result.final_state is not None
     assert result.final_state.out == []
 
 
@@ -768,13 +755,11 @@ async def test_scalar_items() -> None:
     result = await quick().run(
         [map_over("items", node("shout", shout, Word, Word), into="out")], Items(items=["a", "b"])
     )
-    assert result.final_state is not None
     assert [w["word"] for w in result.final_state.model_dump()["out"]] == ["A", "B"]
     result = await quick().run(
         [map_over("items", node("add", add, Root, Root), into="out")], Items(items=[1, 2])
     )
     assert result.status is RunStatus.COMPLETED, result.failure
-    assert result.final_state is not None
     assert result.final_state.model_dump()["out"] == [2, 3]
 
 
@@ -789,11 +774,9 @@ async def test_model_items_of_a_typed_list() -> None:
 
     group = map_over("items", node("same", same), into="items")
     result = await quick().run([group], Typed(items=[Num(n=1), Num(n=2)]))
-    assert result.final_state is not None
     assert result.final_state.model_dump() == {"items": [{"n": 1}, {"n": 2}]}
     bad = await quick().run([group], Items(items=[{"n": 1}, {"n": "x"}]))
     assert bad.status is RunStatus.FAILED
-    assert bad.failure is not None
     assert isinstance(bad.failure.exception, ContractViolation)
     assert bad.failure.exception.direction == "input"
 
@@ -811,7 +794,6 @@ async def test_a_field_that_is_no_list(state: BaseModel) -> None:
 
     result = await quick().run([map_over("items", node("a", func), into="out")], state)
     assert result.status in (RunStatus.FAILED, RunStatus.PARTIAL)
-    assert result.failure is not None
     assert "'items'" in result.failure.message
     assert calls == []
 
@@ -866,7 +848,6 @@ async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
 
     first = stroma_node("free", None)(free)
     result = await quick().run([first, map_over("items", node("a", giving({})), into="out")], Num())
-    assert result.failure is not None
     assert result.failure.message == (
         "map_over needs a list in field 'items', got NoneType; the state has the fields: things, more"
     )
@@ -887,7 +868,6 @@ async def test_keys_that_are_no_names_are_refused(how: str) -> None:
         else [first, map_over("items", node("a", giving({})), into="out")]
     )
     result = await quick().run(nodes, Num())
-    assert result.failure is not None
     assert "got the key 7; use text for all keys" in result.failure.message
 
 
@@ -896,7 +876,6 @@ async def test_map_over_a_group() -> None:
     both = parallel(node("l", giving({"left": 1}), Num, Left), node("r", giving({"right": 2}), Num, Right))
     result = await quick().run([map_over("items", both, into="out")], Items(items=[{"n": 1}, {"n": 2}]))
     assert result.status is RunStatus.COMPLETED, result.failure
-    assert result.final_state is not None
     assert result.final_state.model_dump()["out"] == [{"left": 1, "both": "", "right": 2}] * 2
 
 
@@ -940,7 +919,6 @@ async def test_a_failing_item_cancels_the_others() -> None:
     result = await quick(policy_map=NEVER).run(
         [map_over("items", node("work", work), into="out")], Items(items=[{"n": i} for i in range(3)])
     )
-    assert result.failure is not None
     assert isinstance(result.failure.exception, LookupError)
     assert sorted(ended) == [0, 2]
 

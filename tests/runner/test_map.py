@@ -127,7 +127,6 @@ async def test_from_a_file_into_a_file(store: Any, tmp_path: Path, doubler: Doub
     work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
     result = await quick(store).run([work], State())
     assert (result.status, result.failure) == (RunStatus.COMPLETED, None)
-    assert result.final_state is not None
     assert result.final_state.model_dump() == State().model_dump()
     assert read(out) == doubled(range(500))
     assert result.total_tokens == 1500
@@ -470,7 +469,6 @@ async def test_a_file_that_changes_while_it_is_read(tmp_path: Path, doubler: Dou
 
     work = map_over(JsonLines(source), doubler.node, into=Journal())
     result = await quick(AsyncInMemoryStore(), hooks=NodeHooks(on_node_start=told)).run([work], State())
-    assert result.failure is not None
     assert (
         "in was changed while its items were read; restore it, or start a new run" in result.failure.message
     )
@@ -536,7 +534,6 @@ async def test_a_finished_map_is_not_run_again(store: Any, tmp_path: Path, doubl
     source.unlink()
     out.unlink()
     again = await runner.run(nodes, State(), resume=True)
-    assert again.failure is not None
     assert (again.failure.message, out.exists()) == ("later", False)
     assert set(doubler.calls.values()) == {1}
 
@@ -634,7 +631,6 @@ async def test_a_timeout_bounds_the_whole_map(tmp_path: Path, into: str) -> None
     work = map_over(source, hang, into=target, max_concurrency=2, on_item_failure="collect")
     store = AsyncInMemoryStore()
     first = await quick(store, node_timeouts={work.node_id: 500}).run([work], State())
-    assert first.failure is not None
     assert (type(first.failure.exception), first.failed_items) == (TimeoutError, 0)
     hangs.clear()
     result = await quick(store).run([work], State(), resume=True)
@@ -712,7 +708,6 @@ async def test_failures_are_collected(store: Any, tmp_path: Path, doubler: Doubl
     runner = quick(store)
     result = await runner.run([work], State())
     assert (result.status, result.failed_items, result.failure) == (RunStatus.COMPLETED, 2, None)
-    assert result.final_state is not None
     state = result.final_state.model_dump()
     well = [n for n in range(10) if n not in (3, 7)]
     wanted = [
@@ -779,7 +774,6 @@ async def test_failed_items_are_run_again_if_asked(
     if into == "file":
         assert (read(out), read(tmp_path / "out.failures.jsonl")) == (doubled(range(10)), [])
     else:
-        assert last.final_state is not None
         state = last.final_state.root  # type: ignore[attr-defined]
         assert (state["made"], state["made_failures"]) == (doubled(range(10)), [])
     none_left = await runner.run(work, State(), resume=True, retry_failed_items=True)
@@ -849,7 +843,6 @@ async def test_a_store_that_fails_is_not_collected(tmp_path: Path, doubler: Doub
 
     work = map_over("nums", doubler.node, into="made", on_item_failure="collect")
     result = await quick(Broken()).run([work], State(nums=list(range(6))))
-    assert result.failure is not None
     assert (result.status, result.failure.message) == (RunStatus.PARTIAL, "it is full")
 
 
@@ -891,7 +884,6 @@ async def test_a_bad_line(
         assert read(out) == doubled([0, 1, 3])
     else:
         assert result.status is RunStatus.FAILED
-        assert result.failure is not None
         assert isinstance(result.failure.exception, ContractViolation)
         assert re.search(why, result.failure.message)
         assert doubler.calls == {0: 1, 1: 1}
@@ -915,11 +907,9 @@ async def test_files_that_are_not_there(tmp_path: Path, doubler: Doubler) -> Non
     ):
         work = map_over(JsonLines(source), doubler.node, into=JsonLines(into))
         result = await quick(AsyncInMemoryStore()).run([work], State())
-        assert result.failure is not None
         assert re.search(message, result.failure.message), result.failure.message
     work = map_over(JsonLines(field="source"), doubler.node, into=Journal())
     result = await quick(AsyncInMemoryStore()).run([work], State())
-    assert result.failure is not None
     assert (
         "needs the path of a file in field 'source' of the state, and it holds str" in result.failure.message
     )
@@ -933,7 +923,6 @@ async def test_a_line_that_is_too_long(tmp_path: Path, doubler: Doubler, monkeyp
     source.write_text('{"n": 1}\n{"n": 1}' + " " * 30 + "\n")
     work = map_over(JsonLines(source), doubler.node, into=Journal())
     result = await quick(AsyncInMemoryStore()).run([work], State())
-    assert result.failure is not None
     assert "line 2 of" in result.failure.message
     assert doubler.calls == {}
 
@@ -951,7 +940,6 @@ async def test_a_source_that_raises(store: Any, doubler: Doubler) -> None:
     work = map_over(gives, doubler.node, into=Journal(), max_concurrency=1)
     runner = quick(store)
     first = await runner.run([work], State())
-    assert first.failure is not None
     assert first.failure.message == "the shelf is empty"
     broken.clear()
     result = await runner.run([work], State(), resume=True)
@@ -973,7 +961,6 @@ async def test_a_source_that_blocks_does_not_hold_up_a_failure(doubler: Doubler)
     doubler.failing = {1}
     work = map_over(gives, doubler.node, into=Journal())
     result = await asyncio.wait_for(quick(AsyncInMemoryStore()).run([work], State()), 60)
-    assert result.failure is not None
     assert (result.failure.message, closed) == ("no", [1])
 
 
@@ -1018,7 +1005,6 @@ async def test_stores_and_runs_without_items(tmp_path: Path, doubler: Doubler) -
 
     out = JsonLines(tmp_path / "out")
     result = await quick(SimpleStore()).run([map_over("nums", doubler.node, into=out)], State(nums=[1]))
-    assert result.failure is not None
     assert "SimpleStore has no journal, so the items of a map cannot be read back" in result.failure.message
     assert doubler.calls == {}
     runner = quick(AsyncInMemoryStore())
@@ -1077,7 +1063,6 @@ async def test_the_trace_of_many_items_is_short_and_its_sums_exact(doubler: Doub
     result = await quick(AsyncInMemoryStore()).run([work], State(nums=list(range(5000))))
     assert (result.failed_items, result.total_tokens) == (2500, 7500)
     (event,) = result.trace
-    assert event.left_out is not None
     assert len(event.children) + event.left_out.events == 5000
     assert len(event.children) <= 2000
     failed = sum(child.failure is not None for child in event.children)
@@ -1124,7 +1109,6 @@ def test_rows_that_are_left_out_are_summed() -> None:
     before = sorted(trace.figures(), key=str)
     assert sum(tokens for _, tokens, *_ in before) == 40
     assert sum(cost for _, _, _, cost, *_ in before) == 2.0
-    assert rows.left_out is not None
     assert (rows.left_out.events, rows.left_out.lost_tokens) == (2, 0)
     copied = trace.copy()
     assert sorted(copied.figures(), key=str) == before

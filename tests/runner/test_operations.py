@@ -69,7 +69,6 @@ async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
     runner = StromaRunner.quick(store=store, policy_map=policies)
     await runner.run([stroma_node("bad", contract)(bad)], Num(), run_id="r")
     trouble = store.failure_site_of("r", 0)
-    assert trouble is not None
     frame = trouble.own[-1]
     assert (trouble.attempt, frame.file, frame.name) == (2, __file__, "bad")
     assert frame.source == 'raise LookupError("nothing there")'
@@ -155,7 +154,6 @@ async def test_steps_of_a_cancelled_run_are_not_called(store: Any) -> None:
     await task
     result = await asyncio.wait_for(step, 10)
     failure = result.failure
-    assert failure is not None
     assert (result.status, failure.node_id, failure.attempt) == (RunStatus.PARTIAL, "c", 1)
     assert failure.failure_class is FailureClass.RECOVERABLE
     assert failure.message == "run 'r' has ended: CANCELLED"
@@ -591,7 +589,6 @@ async def test_a_node_cannot_swallow_the_end_of_its_run(store: Any) -> None:
     async def run(nodes: list[Any]) -> tuple[Any, int]:
         result = await runner.run(nodes, Num(), run_id="r")
         task = asyncio.current_task()
-        assert task is not None
         return result, task.cancelling()
 
     for nodes, status in (([first, last], RunStatus.CANCELLED), ([first], RunStatus.COMPLETED)):
@@ -624,7 +621,6 @@ async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_a
     await runner.cancel("r")
     result = await task
     assert (result.status, len(calls)) == (RunStatus.CANCELLED, 1)
-    assert result.failure is not None
     assert result.failure.message == "lost"
 
 

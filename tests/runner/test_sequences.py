@@ -399,7 +399,6 @@ async def test_an_item_fails_with_one_of_its_nodes(world: World, store: Any) -> 
     runner = StromaRunner.quick(store=store, policy_map=ONCE)
     result = await runner.run([work], Tickets(), run_id="run")
     assert (answers(result), result.failed_items) == (["a123", "c123"], 1)
-    assert result.final_state is not None
     (failed,) = result.final_state.answers_failures  # type: ignore[attr-defined]
     assert failed == ItemFailure(
         index=1,
@@ -427,7 +426,6 @@ async def test_a_failure_of_a_group_names_the_node_inside() -> None:
 
     work = map_over("tickets", parallel(node("bad", fails, Text)), into="out", on_item_failure="collect")
     result = await quick_without_retries().run([work], Tickets(tickets=["a"]))
-    assert result.final_state is not None
     assert [one.node_id for one in result.final_state.out_failures] == ["bad"]  # type: ignore[attr-defined]
 
 
@@ -436,9 +434,7 @@ async def test_the_failure_of_a_run_has_that_of_the_node(world: World) -> None:
     world.failing["check b"] = ValueError("no")
     work = map_over("tickets", world.nodes, into="answers")
     result = await StromaRunner.quick(policy_map=ONCE).run([work], Tickets())
-    assert result.failure is not None
     assert (result.failure.node_id, result.failure.message) == (work.node_id, "no")
-    assert result.failure.inner is not None
     assert (result.failure.inner.node_id, result.failure.inner.attempt) == ("check", 2)
     assert result.failure.inner.inner is None
 
@@ -451,7 +447,6 @@ async def test_an_output_that_breaks_the_contract_of_the_next_node(world: World)
 
     work = map_over("tickets", [bare("other", other), world.draft], into="answers")
     result = await quick_without_retries().run([work], Tickets(tickets=["a"]))
-    assert result.failure is not None
     violation = result.failure.exception
     assert isinstance(violation, ContractViolation)
     assert (violation.node_id, violation.direction, world.calls) == ("draft", "input", [])
@@ -465,7 +460,6 @@ async def test_a_budget_ends_an_item_between_two_nodes(world: World, store: Any)
         return quick_without_retries(store=store, budget=ExecutionBudget(max_tokens_total=tokens))
 
     result = await runner(21).run([work], Tickets(), run_id="run")
-    assert result.failure is not None
     assert (result.status, result.failure.reason) == (RunStatus.PARTIAL, "budget")
     assert world.calls == ["classify a", "draft a", "check a", "classify b", "draft b"]
     world.calls.clear()
@@ -619,7 +613,6 @@ async def test_a_cancellation_that_a_node_has_left_behind() -> None:
 
     async def leaves_one(state: Text) -> Text:
         task = asyncio.current_task()
-        assert task is not None
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(0)
@@ -632,7 +625,6 @@ async def test_a_cancellation_that_a_node_has_left_behind() -> None:
     result = await quick_without_retries().run(
         [map_over("tickets", steps, into="out")], Tickets(tickets=["a"])
     )
-    assert result.failure is not None
     assert (result.status, result.failure.message) == (RunStatus.PARTIAL, "a stray one")
 
 
@@ -806,8 +798,6 @@ async def test_messages_hide_what_earlier_nodes_made(world: World, tmp_path: Pat
         attempts, _ = history.attempts("run", 100)
         single = [one for at in ("", "0", "0.1") for one in history.attempts_at("run", 0, at)]
         record = history.run("run")
-    assert record is not None
-    assert record.cause is not None
     messages = [one.message for one in (*attempts, *single) if one.message] + [
         record.error,
         record.cause.message,

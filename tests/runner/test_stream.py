@@ -93,7 +93,6 @@ async def test_events_in_order_and_the_result_at_the_end() -> None:
     assert [event.number for event in events] == list(range(1, 10))
     assert {event.run_id for event in events} == {"run"}
     result = events[-1].result
-    assert result is not None
     assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=20))
     assert stream.result is result
     ends = [event.event for event in events if event.event is not None]
@@ -155,7 +154,6 @@ async def test_suspended_skipped_cancelled_and_budgets_are_told(tmp_path: Path) 
         again = [event async for event in runner.stream(nodes, Num(), resume=True)]
         assert summary_of(again)[1] == ("node_skipped", "a")
         assert again[1].state == {"n": 1}
-        assert again[-1].result is not None
         assert again[-1].result.status is RunStatus.SUSPENDED
 
 
@@ -340,7 +338,6 @@ async def test_a_reader_that_leaves_ends_the_run(tmp_path: Path, way: str) -> No
         await until(lambda: not runner._live.runs)
         assert slow.ends == ["cancelled"]
         record = store.get_run("run")
-        assert record is not None
         assert (record.status, record.holder) == ("CANCELLED", None)
         assert asyncio.all_tasks() - before == set()
         slow.go.set()
@@ -383,7 +380,6 @@ async def test_a_detached_run_goes_on(way: str) -> None:
     slow.go.set()
     await until(lambda: not runner._live.runs)
     record = store.get_run("run")
-    assert record is not None
     assert (record.status, slow.ends) == ("COMPLETED", ["done"])
     other = Slow()
     stream = runner.stream([other.node], Num(), on_leave="detach", run_id="other")
@@ -392,7 +388,6 @@ async def test_a_detached_run_goes_on(way: str) -> None:
     await runner.shutdown(drain_seconds=0)
     assert other.ends == ["cancelled"]
     record = store.get_run("other")
-    assert record is not None
     assert record.status == "INTERRUPTED"
 
 
@@ -428,7 +423,6 @@ def test_a_stream_outlives_its_loop(tmp_path: Path) -> None:
         entries.clear()
         gc.collect()
         record = store.get_run("run")
-        assert record is not None
         assert (record.status, record.holder, slow.ends) == ("CANCELLED", None, ["cancelled"])
 
 
@@ -472,7 +466,6 @@ async def test_a_failed_run_is_an_event() -> None:
         return {"n": "x"}
 
     events = [event async for event in quick().stream([node("a", fails)], Num())]
-    assert events[-1].result is not None
     assert events[-1].result.status is RunStatus.FAILED
     assert events[-1].details["failure"]["class"] == "TERMINAL"
     assert "Contract violation" in events[-1].details["failure"]["message"]
@@ -588,7 +581,6 @@ def test_run_sync_is_interrupted(tmp_path: Path) -> None:
         env={"PYTHONPATH": source, "PATH": ""},
     )
     try:
-        assert child.stdout is not None
         assert child.stdout.readline() == "in it\n"
         child.send_signal(signal.SIGINT)
         out, _ = child.communicate(timeout=60)

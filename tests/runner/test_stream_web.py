@@ -19,8 +19,6 @@ async def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     """The example as a module, and where it is served."""
     monkeypatch.chdir(tmp_path)
     spec = importlib.util.spec_from_file_location("streaming_example", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     server = uvicorn.Server(uvicorn.Config(module.app, port=0, log_level="error", lifespan="off"))

@@ -186,7 +186,6 @@ class World:
     def new_owner(self, session: object, *, ends: bool = True) -> Owner:
         """Stand in for the function of this name: the process is a simulated one."""
         process = self.scheduler.current
-        assert process is not None
         self.tokens += 1
         owner = Owner(
             f"host{process.place}",

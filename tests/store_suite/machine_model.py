@@ -189,7 +189,6 @@ def record_of(entry: ModelAttempt) -> AttemptRecord:
     attempt, output = entry.row, entry.output
     failure, message, reason, error_type = attempt.failure or (None, None, None, None)
     usage = attempt.usage
-    assert usage is not None
     return AttemptRecord(
         position=attempt.position,
         branch=attempt.branch,

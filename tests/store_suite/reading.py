@@ -295,7 +295,6 @@ class ReadingTests:
         if has_codec(store):
             assert site is None, "source lines must not be stored beside encrypted payloads"
             return
-        assert site is not None
         assert (site.attempt, site.started_ns) == (2, failed.started_ns)
         assert site.own == (("flow.py", 2, "work", "raise it"),)
         assert site.others == (("lib.py", 1, "call", ""),)

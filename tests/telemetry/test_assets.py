@@ -240,7 +240,6 @@ class TestDatadog:
             r"\{(?P<by>[\w,]+)\})?(?P<count>\.as_count\(\))?"
         )
         result = re.fullmatch(form, query["query"])
-        assert result is not None
         kind, tags = DATADOG[result["name"]]
         if kind == "count":
             assert (result["how"], result["count"]) == ("sum", ".as_count()")

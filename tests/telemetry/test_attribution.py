@@ -51,7 +51,6 @@ async def test_every_span_has_conversation_user_and_tags(seen: Seen) -> None:
     @runner.node("ask", input=State, output=State)
     async def ask(state: State) -> State:
         run = current_run()
-        assert run is not None
         assert (run.conversation, run.user) == ("c-1", "u-7")
         with seen.user.start_as_current_span("call"):
             return state

@@ -46,7 +46,6 @@ async def test_names_of_the_latest_conventions() -> None:
         }.items()
     )
     scope = run.instrumentation_scope
-    assert scope is not None
     assert (scope.name, scope.schema_url) == ("stroma", "https://opentelemetry.io/schemas/gen-ai/0.1.0")
     assert scope.version
     assert list(seen.points("gen_ai.invoke_agent.duration")) == [

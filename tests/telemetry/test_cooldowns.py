@@ -67,6 +67,5 @@ async def test_closed_limits_are_found_in_a_store(store: Any) -> None:
     assert sorted(closed) == [first, second]
     assert 55_000 < closed[second] <= 60_000
     state = read_limit(store, first)
-    assert state is not None
     assert (state.requests, state.tokens, state.calls) == (1, 0, 0)
     assert read_limit(store, "other") is None

@@ -457,7 +457,6 @@ def test_a_pipeline_in_a_file_has_the_settings_of_the_runner_beside_it(tmp_path)
     """
     (tmp_path / "one_runner.py").write_text(text)
     config = pipeline_in(tmp_path / "one_runner.py").config
-    assert config is not None
     assert config.tags == ("one",)
     (tmp_path / "two_runners.py").write_text(text + '    other = StromaRunner.quick(tags=("two",))\n')
     with pytest.raises(LookupError, match="2 runners beside it have settings: runner, other"):

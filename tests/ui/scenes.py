@@ -202,7 +202,6 @@ async def fill(store: SQLiteStore) -> None:
     for number in range(46):
         pipeline = invoices(dice, breaks=number % 7 == 3)
         config = pipeline.config
-        assert config is not None
         tags = ("nightly",) if number % 3 else ("backfill", "eu")
         runner = StromaRunner.quick(store=store, policy_map=config.policy_map, tags=tags)
         await runner.run(pipeline, Invoice(number=f"2026-{number:04}"))
@@ -211,7 +210,6 @@ async def fill(store: SQLiteStore) -> None:
     asking = invoices(random.Random(1), asks=True)
     await StromaRunner.quick(store=store, run_id="asks-1").run(asking, Invoice())
     broken = invoices(random.Random(2), breaks=True)
-    assert broken.config is not None
     quick = StromaRunner.quick(
         store=store, run_id="fails-1", policy_map=broken.config.policy_map, tags=("nightly",)
     )
@@ -252,7 +250,6 @@ def living(store: SQLiteStore, run_id: str = "lives-1") -> Iterator[None]:
     """Hold a run at its fourth node, in another thread, until the end of the block."""
     ends = threading.Event()
     pipeline = invoices(random.Random(5), hangs=ends)
-    assert pipeline.config is not None
     runner = StromaRunner.quick(
         store=store, run_id=run_id, policy_map=pipeline.config.policy_map, tags=("nightly",)
     )

@@ -105,7 +105,6 @@ def test_a_fork(store: SQLiteStore, serve: Any) -> None:
     new_run_id = answer.headers["location"].removeprefix("/run?id=").removesuffix("&started=yes")
     assert site.resumed == [new_run_id]
     record = store.get_run(new_run_id)
-    assert record is not None
     assert (record.parent, record.nodes) == ("bad", 3)
     result = asyncio.run(StromaRunner.quick(store=store).run(BAD, State(), run_id=new_run_id, resume=True))
     assert result.failure is not None

@@ -201,10 +201,8 @@ def test_a_cost_without_tokens(store: SQLiteStore, serve: Any) -> None:
     make_runs(store, ("x", Pipeline("p", [node("draw", draw)])))
     site = serve(store)
     row = re.search(r"<tr data-row>.*</tr>", site.get("/run", id="x").text)
-    assert row is not None
     assert 'data-name="Cost">$0.040000<' in row[0]
     address = re.search(r'data-open href="([^"]*)"', row[0])
-    assert address is not None
     assert "Spent without output: 0 tok, $0.040000" in site.ask("GET", html.unescape(address[1])).text
 
 
@@ -582,7 +580,6 @@ def test_the_command(stop: signal.Signals, tmp_path: Path) -> None:
         command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        assert process.stdout is not None
         address = process.stdout.readline().strip()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address), process.communicate()
         with urllib.request.urlopen(address, timeout=60) as answer:
@@ -622,7 +619,6 @@ def test_resuming(url: str, tmp_path: Path) -> None:
     command = [program, "ui", "flow.py:pipeline", "--port", "0", "--db", url, "--token", ""]
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
         port = int(process.stdout.readline().strip().rpartition(":")[2].rstrip("/"))
         with contextlib.closing(open_store(url)) as store:
             site = Site(port, store)

@@ -63,7 +63,6 @@ def test_the_session_stays_with_its_server(store: SQLiteStore, other: Other) -> 
     command = [str(Path(sys.executable).with_name("stroma")), "ui", "--db", store.path, "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
-        assert process.stdout is not None
         address = process.stdout.readline().strip()
         host, port = re.findall(r"http://([^:]+):(\d+)/", address)[0]
         with Browser(program) as browser:

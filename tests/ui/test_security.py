@@ -307,7 +307,6 @@ def test_a_token_by_default(tmp_path: Path, own: bool) -> None:
     command = [str(Path(sys.executable).with_name("stroma")), "ui", "--db", "x.db", "--port", "0"]
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout is not None
         printed = process.stdout.readline().strip()
         name, port, token = re.findall(
             r"http://(stroma-[0-9a-f]{16}\.localhost):(\d+)/\?token=(\S+)", printed

@@ -107,7 +107,6 @@ def test_control_of_a_queued_run(store: SQLiteStore, site: Site) -> None:
     assert store.statuses(["one"]) == {"one": "CANCELLED"}
     assert site.post("/pause", {"id": "two", "key": keys(site, "two")["pause"]}).status == 303
     record = store.get_run("two")
-    assert record is not None
     assert record.waits_for == "resume"
     assert "unpause" in keys(site, "two")
 
@@ -127,7 +126,6 @@ def test_one_form_submits_one_run(store: SQLiteStore, site: Site) -> None:
     (run_id,) = queued(store)
     assert answers[0].headers["location"] == f"/run?id={run_id}"
     record = store.get_run(run_id)
-    assert record is not None
     assert (record.pipeline, record.priority, record.key) == ("flows", 2, "k")
     assert "QUEUED" in site.get("/run", id=run_id).text
     assert site.post("/submit", form | {"input": '{"n": 4}'}).status == 303

@@ -13,8 +13,6 @@ import stroma
 def import_from(folder: Path) -> None:
     """Import the package, under another name, from a folder of packages that has its `__init__.py`."""
     spec = importlib.util.spec_from_file_location("stroma_elsewhere", folder / "stroma" / "__init__.py")
-    assert spec is not None
-    assert spec.loader is not None
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 

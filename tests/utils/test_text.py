@@ -90,7 +90,6 @@ async def test_tags_reach_no_prompt_and_no_log(caplog: pytest.LogCaptureFixture)
     with caplog.at_level(logging.DEBUG, "stroma"):
         violated = (await runner.run([answer], Num())).failure
         await runner.run([fails], Num())
-    assert violated is not None
     assert isinstance(violated.exception, ContractViolation)
     for text in (violated.exception.as_prompt(), caplog.text, str(Secrets().mask_error(ValueError(TAGS)))):
         assert not set(text) & set(TAGS)

@@ -310,7 +310,6 @@ def test_an_error_result_is_a_failure_of_the_query(
     assert result.status in (RunStatus.FAILED, RunStatus.PARTIAL)
     assert (lines_of(guard), result.total_tokens) == (["query failure 10"], 10)
     failure = guard.stopped
-    assert failure is not None
     assert failure.failure_class is failure_class
     assert reason is None or failure.reason == reason
 

@@ -111,7 +111,6 @@ def failed(agent: Any, kind: str, guard: Guard) -> BaseException:
     """What stopped an agent, whatever its runner makes of that: some releases lose that of a thread."""
     with contextlib.suppress(Exception):
         ask(agent, kind, guard)
-    assert guard.stopped is not None
     return guard.stopped.exception
 
 
@@ -327,7 +326,6 @@ def test_fifty_teams_at_once_spend_what_the_provider_has_counted(default_model: 
             run_config=RunConfig(streaming_mode=StreamingMode.SSE),
         ):
             last = event
-        assert last is not None
         texts.append(last.content.parts[0].text)
 
     async def main() -> None:

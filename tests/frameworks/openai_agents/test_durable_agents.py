@@ -701,7 +701,6 @@ async def test_a_failed_request_is_retried_as_a_step_is() -> None:
 
     result = await run_flow(flow_of(body), policy_map=AT_ONCE)
     assert result.status is RunStatus.FAILED
-    assert result.failure is not None
     assert (result.failure.node_id, result.failure.reason) == ("a.model", "auth")
     assert errors == []
 
@@ -719,7 +718,6 @@ async def test_what_cannot_run_in_a_body_says_so() -> None:
             return str((await run()).final_output)
 
         result = await run_flow(flow_of(body))
-        assert result.failure is not None
         return str(result.failure.message)
 
     agent: Agent[Any] = Agent(name="a", model=asking("waits"), tools=[waits])
