@@ -1,5 +1,6 @@
 """A node that waits for a person, as the command line shows and answers it."""
 
+import asyncio
 import json
 import re
 import runpy
@@ -163,6 +164,54 @@ def test_what_waits_for_nothing(desk, inside, fails):
     inside("run", "sums.py:pipeline", '{"start": 1}', "--run-id", "y")
     is_done = "is not waiting for an answer: it is COMPLETED"
     fails(inside("approve", "y", "desk.py:pipeline", yes), 2, is_done, "stroma show y")
+
+
+def test_the_pipeline_of_an_answer(desk, inside, fails):
+    """An answer for an object that is not a pipeline, or for another flow, is refused before it is stored."""
+    desk.file(
+        "flows.py",
+        """
+        from desk import *
+
+        @stroma_flow("ours", input=Sum, output=Sum)
+        async def ours(flow, state):
+            await flow.wait_for(Approval, reason="Send it?")
+            return state
+
+        @stroma_flow("other", input=Sum, output=Sum)
+        async def other(flow, state):
+            return state
+        """,
+    )
+    inside("run", "flows.py:ours", '{"n": 1}', "--run-id", "x")
+    yes = '{"approved": true}'
+    for name, what in {
+        "Approval": "'Approval' in flows.py is a class, not a pipeline",
+        "first": "'first' in flows.py is a single node, not a pipeline",
+        "other": "run 'x' was started by the pipeline 'ours'; this one is 'other'",
+    }.items():
+        fails(inside("approve", "x", f"flows.py:{name}", yes), 2, what)
+        fails(inside("approve", "x", f"flows.py:{name}", yes, "--resume"), 2, what)
+    assert not json.loads(inside("show", "x", "--json").out)["suspended"][0]["answered"]
+    assert inside("approve", "x", "flows.py:ours", yes).code == 0
+
+
+def test_the_program_of_an_answer(desk, inside, monkeypatch):
+    """A run of plain code has no pipeline: its question takes an answer for any object of its program."""
+    monkeypatch.syspath_prepend(desk.home)
+    text = """
+        from desk import *
+
+        async def main(text):
+            config, manager = RunConfig(run_id="own"), CheckpointManager(SQLiteStore("own.db"))
+            async with ReliabilityContext.for_run(config, ContractRegistry(), manager) as ctx:
+                return await execute_step("ask", ask, Sum(n=1), ctx)
+    """
+    desk.file("app.py", text)
+    result = asyncio.run(runpy.run_path(str(desk.home / "app.py"))["main"]("go"))
+    assert result.status == "SUSPENDED"
+    done = inside("approve", "own", "app.py:main", '{"approved": true}', "--db", "own.db")
+    assert (done.code, "under run_id='own' and resume=True" in done.err) == (0, True), done
 
 
 @pytest.mark.slow

@@ -104,11 +104,6 @@ class LoadedObject(NamedTuple):
     name: str
     module: ModuleType
 
-    @property
-    def is_pipeline(self) -> bool:
-        """True for a pipeline and for a function, which may return one."""
-        return isinstance(self.value, Pipeline) or _is_factory(self.value)
-
     def to_pipeline(self) -> Pipeline:
         """Return the pipeline. Raises Problem for anything else."""
         try:
@@ -247,7 +242,7 @@ def _to_pipeline(value: Any, place: str, name: str) -> Pipeline:
     if isinstance(value, Pipeline):
         return value
     label = f"{name!r} in {place}"
-    if _is_factory(value):
+    if inspect.isroutine(value) and not _is_node(value):
         needed = _required_parameters(value)
         if needed:
             raise Problem(
@@ -265,10 +260,6 @@ def _to_pipeline(value: Any, place: str, name: str) -> Pipeline:
             _suggest_pipeline(name, returned),
         )
     raise Problem(f"{label} is {_describe_kind(value)}, not a pipeline", _suggest_pipeline(name, value))
-
-
-def _is_factory(value: Any) -> bool:
-    return inspect.isroutine(value) and not _is_node(value)
 
 
 def _required_parameters(func: Callable[..., Any]) -> list[str]:

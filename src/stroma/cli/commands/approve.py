@@ -16,7 +16,7 @@ from stroma.checkpoint.history import History
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
-from stroma.cli.commands.run import ResumedRun, resume_run
+from stroma.cli.commands.run import ResumedRun, compare_names, resume_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_json
@@ -91,8 +91,12 @@ def approve(
     request = _Approval(target, _one_of(answer_text, done, not_done), question)
     one = _find_waiting(database, record, questions, request)
     loaded = load_object(target)
-    # What a framework has in place of a pipeline is continued by the framework.
-    pipeline = loaded.to_pipeline() if resume or loaded.is_pipeline else None
+    asked = database.reader.attempts_at(record.run_id, one.position, one.branch)
+    # A run of plain code, such as that of a framework, has no pipeline: its program continues it.
+    is_plain_code = any(attempt.identity for attempt in asked)
+    pipeline = loaded.to_pipeline() if resume or not is_plain_code else None
+    if pipeline is not None:
+        compare_names(record, pipeline, quiet=as_json or resume)
     answer, model = _parse_answer(database, record, one, loaded.module, request)
     if one.payload is not None and not _is_same(questions, record, one, (answer, model)):
         raise _other_answer(database, record, one)

@@ -118,7 +118,7 @@ def resume(
         return Code.OK
     pipeline = load_pipeline(target, database, quiet=options.quiet)
     if dry_run:
-        _compare_names(record, pipeline, options)
+        compare_names(record, pipeline, quiet=options.quiet)
     stored = ResumedRun(database, record, pipeline, target)
     if start_at is not None and fork and not dry_run:
         return _fork(stored, options, start_at, state)
@@ -165,7 +165,7 @@ def resume_run(
 ) -> int:
     """Resume a run and return the exit code. ``changes``: overrides of its config. Raises Problem."""
     database, record, pipeline, target = run
-    _compare_names(record, pipeline, options)
+    compare_names(record, pipeline, quiet=options.quiet)
     config = _configure(pipeline, record.run_id, options)
     if changes:
         config = config.model_copy(update={name: value for name, value in changes.items() if value})
@@ -179,7 +179,7 @@ def _fork(run: ResumedRun, options: RunOptions, start_at: str, input_text: str |
     position, call = find_call(pipeline, target, start_at)
     if call is not None and input_text is not None:
         raise Problem(f"--state replaces the input of a node, and {start_at!r} is a call of a flow")
-    _compare_names(record, pipeline, options)
+    compare_names(record, pipeline, quiet=options.quiet)
     edited: BaseModel | None = None
     if input_text is not None:
         edited = parse_input_at(pipeline, position, input_text)
@@ -213,7 +213,7 @@ def _add_tags(config: RunConfig, tags: tuple[str, ...]) -> RunConfig:
     return config.model_copy(update={"tags": all_tags})
 
 
-def _compare_names(record: RunRecord, pipeline: Pipeline, options: RunOptions) -> None:
+def compare_names(record: RunRecord, pipeline: Pipeline, *, quiet: bool) -> None:
     """Print a note if a list has another name than the run. Raises Problem for another flow."""
     if record.pipeline == pipeline.name:
         return
@@ -222,7 +222,7 @@ def _compare_names(record: RunRecord, pipeline: Pipeline, options: RunOptions) -
         raise Problem(
             f"run {record.run_id!r} was started by the pipeline {names}", "pass that pipeline or flow"
         )
-    if not options.quiet:
+    if not quiet:
         err.line(("note: ", "yellow"), f"the run was started by the pipeline {names}")
 
 
