@@ -206,8 +206,8 @@ def golden(
         return dataclasses.replace(bar_of(attempt, first_ns), function_ms=None)
 
     # How long functions ran in a group is shown only beside another time, which depends on the machine.
-    for command in ("show", "tail"):
-        monkeypatch.setattr(f"stroma.cli.commands.{command}.bar_of", bar_without_waits)
+    for module in ("stroma.checkpoint.history.reader", "stroma.cli.commands.tail"):
+        monkeypatch.setattr(f"{module}.bar_of", bar_without_waits)
 
     def shown(line: str, columns: int | None) -> str:
         with monkeypatch.context() as patch:

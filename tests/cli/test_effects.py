@@ -1,13 +1,21 @@
 """Effects whose outcome is unknown, as the command line shows and decides them."""
 
+import asyncio
+import html
 import json
 import re
 import shlex
+import time
 
 import pytest
+from pydantic import BaseModel
 from tests.cli.test_signals import wait_for
 
+from stroma import SQLiteStore, StromaRunner, Unknown
+from stroma.checkpoint.history import History
 from stroma.checkpoint.identity import idempotency_key
+from stroma.cli.formatting import localize
+from stroma.testing import crash_at
 
 SHOP = """
     import os
@@ -216,7 +224,7 @@ def test_a_call_in_flight_is_shown(shop, inside, paying, target):
     call = rf"pay \(at {at}\): call 1 since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d, idempotency key \w+"
     assert re.fullmatch(call, shown["in flight"])
     place = rf"process {process.pid} on \S+"
-    assert re.fullmatch(rf"{place}, lease until [\d :-]{{19}}; last record .* ago", shown["owner"])
+    assert re.fullmatch(rf"{place}, lease until [\d :-]{{19}}; last record [\d :-]{{19}}", shown["owner"])
     assert "deaths" not in shown
     if "calls" in target:
         assert shown["nodes"] == "2 calls done so far, 2 attempts"
@@ -228,6 +236,10 @@ def test_a_call_in_flight_is_shown(shop, inside, paying, target):
     assert re.fullmatch(rf"{call}; {gone} and reconcile or a person states it", shown["unknown"])
     assert re.match(rf"{place} is gone; last record", shown["owner"])
     assert shown["deaths"] == "a process died under the run 1 time"
+    assert (
+        f"<b>deaths</b> {shown['deaths']}<" in inside("export", "p", "--format", "html", "--db", "p.db").out
+    )
+    assert json.loads(inside("export", "p", "--db", "p.db").out)["deaths"] == 1
     shop.file("well", "")
     assert inside("resume", "p", target, "-q", "--db", "p.db").code == 0
     shown = facts(inside)
@@ -255,3 +267,58 @@ def test_what_a_person_stated_is_shown(any_url, shop, inside, ran):
         "happened",
         KEY,
     )
+
+
+class Bill(BaseModel):
+    cents: int = 100
+
+
+@pytest.mark.parametrize(
+    ("state", "labels"),
+    [
+        ("gone", {"owner", "unknown"}),
+        ("blocked", {"owner", "unknown", "blocked"}),
+        ("asked", {"waits"}),
+        ("stated", {"stated"}),
+    ],
+)
+def test_every_view_has_the_same_facts(state, labels, tmp_path, inside):
+    """show and exports name a dead owner, the call of an effect with its key, and why a run is blocked."""
+
+    async def pay(store):
+        runner = StromaRunner.quick(store=store)
+        reconcile = {"asked": lambda bill, key: Unknown(), "stated": lambda bill, key: bill}
+
+        @runner.node("charge", input=Bill, output=Bill, effect=True, reconcile=reconcile.get(state))
+        async def charge(bill: Bill) -> Bill:
+            return bill
+
+        @runner.node("log", input=Bill, output=Bill)
+        async def log(bill: Bill) -> Bill:
+            return bill
+
+        with crash_at("after_node", "charge"):
+            await runner.run([log, charge], Bill(), run_id="x")
+        if state in reconcile:
+            return await runner.run([log, charge], Bill(), run_id="x", resume=True)
+        if state == "blocked":
+            await store.block("x", "it makes step 'audit'", "2+abc", None, time.time_ns() // 1_000_000)
+        return None
+
+    db, key = str(tmp_path / "x.db"), idempotency_key("x", 1, 1, "")
+    with SQLiteStore(db) as store:
+        result = asyncio.run(pay(store))
+        facts = History(store).facts(store.get_run("x"))
+    assert {label for label, _ in facts} == labels
+    shown, tailed = inside("show", "x", "--db", db).out, inside("tail", "x", "--db", db).out
+    page = html.unescape(inside("export", "x", "--format", "html", "--db", db).out)
+    for label, text in facts:
+        assert f"{label:<9} {localize(text)}\n" in shown
+        assert f"<b>{label}</b> {text}<" in page
+        assert (localize(text) in tailed) == (label in ("unknown", "waits", "blocked"))
+    assert ("continued after " in page) == (state in ("asked", "stated"))
+    assert page.count(f"idempotency key <code>{key}</code>") == (page.count('<details class="attempt"') - 1)
+    assert ("waits" in labels) == (result is not None and f"its idempotency key is {key}" in result.to_html())
+    data = json.loads(inside("export", "x", "--db", db).out)
+    assert data["effects"][0]["idempotency_key"] == key
+    assert data["owner"]["is_gone"] == ("owner" in labels)

@@ -73,7 +73,11 @@ def test_blocked_runs(tmp_path, inside):
     assert "free" not in listed
     shown = inside("show", "held", *db).out
     assert re.search(r"^version +1$", shown, re.MULTILINE)
-    assert re.search(r"^blocked +since (60 m .*|1 h) ago: the flow makes step 'audit'$", shown, re.MULTILINE)
+    assert re.search(
+        r"^blocked +since [\d :-]{19}; code 2\+abc could not continue it: the flow makes step 'audit'$",
+        shown,
+        re.MULTILINE,
+    )
 
 
 def test_runs_name_the_owner(tmp_path, inside, monkeypatch):

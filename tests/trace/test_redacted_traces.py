@@ -355,8 +355,8 @@ def test_the_box_of_a_failure_without_an_attempt(held: ExecutionTrace) -> None:
 def test_the_facts_of_a_result() -> None:
     """Models without a price in one line; then a line for each node that waits."""
     one = result(trace(), unpriced_models=["a", "b"], suspended=["the boss", "the bank"])
-    assert one._story().facts == (("unpriced", "a, b"), ("waits for", "the boss"), ("waits for", "the bank"))
-    assert result(trace(), suspended=["the boss"])._story().facts == (("waits for", "the boss"),)
+    assert one._story().facts == (("unpriced", "a, b"), ("waits", "the boss"), ("waits", "the bank"))
+    assert result(trace(), suspended=["the boss"])._story().facts == (("waits", "the boss"),)
     assert result(trace(), unpriced_models=["a"])._story().facts == (("unpriced", "a"),)
 
 
@@ -370,6 +370,6 @@ def test_box_and_facts_show_what_redact_lets_be_seen() -> None:
     one = result(held, failure=failure("noisy sesame"), suspended=["noisy sesame"])
     story = one._story(without_key)
     assert story.box == StopCause("node", "0", 3, "RECOVERABLE", "OSError: quiet [redacted]", "rate_limit")
-    assert story.facts == (("waits for", "quiet [redacted]"),)
+    assert story.facts == (("waits", "quiet [redacted]"),)
     assert [one.input_state for one in story.bars] == [{"key": "***"}]
-    assert one._story().facts == (("waits for", "noisy sesame"),)
+    assert one._story().facts == (("waits", "noisy sesame"),)

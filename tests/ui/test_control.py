@@ -111,7 +111,7 @@ def test_a_page_pauses_a_living_run(store: SQLiteStore, serve: Any, living: Any)
     result = living()
     assert (result.status, result.suspended) == ("SUSPENDED", ["paused"])
     page = site.get("/run", id="lives").text
-    assert "Paused: no attempt begins until somebody resumes it" in page
+    assert "<b>Paused</b> no attempt begins until somebody resumes it" in page
     found = keys(site, "lives")
     assert {"unpause", "budget", "cancel"} <= set(found)
     assert site.post("/unpause", {"id": "lives", "key": found["unpause"]}).status == 303

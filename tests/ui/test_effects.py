@@ -5,12 +5,14 @@ import html
 import re
 from typing import Any
 
+import pytest
 from pydantic import BaseModel
 from tests.kit import Receipt
 from tests.ui.test_actions import form_of, json_form_of
 
-from stroma import Pipeline, RunStatus, SQLiteStore, StromaRunner
+from stroma import NotDone, Pipeline, RunStatus, SQLiteStore, StromaRunner, parallel
 from stroma.checkpoint.identity import idempotency_key
+from stroma.testing import crash_at
 
 
 class Bill(BaseModel):
@@ -35,7 +37,7 @@ def test_a_page_states_how_a_call_ended(store: SQLiteStore, serve: Any) -> None:
     for run_id, happened in (("yes", "yes"), ("no", "no")):
         page = site.get("/run", id=run_id).text
         assert "nobody knows if call 1 happened (TimeoutError: &lt;no answer&gt;)" in page
-        assert f"<code>{idempotency_key(run_id, 1, 0, '')}</code>" in page
+        assert f"its idempotency key is {idempotency_key(run_id, 1, 0, '')}<" in page
         forms = re.findall(r'<form method="post" action="/approve">.*?</form>', page, re.DOTALL)
         assert "State that call 1 of charge happened?" in page
         (no,) = [form for form in forms if 'name="happened" value="no"' in form]
@@ -76,7 +78,35 @@ def test_a_page_shows_the_call_in_flight(store: SQLiteStore, serve: Any) -> None
         return Receipt(number=1)
 
     asyncio.run(runner.run(Pipeline("shop", [charge]), Bill(), run_id="x"))
-    call = r"<b>Effect in flight</b> &lt;charge&gt; \(at 0\): call 1 since [^,]+, idempotency key \w{32}<"
+    call = r"<b>In flight</b> &lt;charge&gt; \(at 0\): call 1 since <time[^,]+, idempotency key \w{32}<"
     assert re.search(call, pages[0])
     assert re.search(r"<b>Owner</b> process \d+ on [^,]+, lease until <time", pages[0])
     assert "in flight" not in site.get("/run", id="x").text
+
+
+@pytest.mark.parametrize("in_group", [False, True])
+def test_a_takeover_in_the_midst_of_a_call_is_named(store: SQLiteStore, serve: Any, in_group: bool) -> None:
+    """The timeline of a run names the call of an effect that the death of its process has cut off."""
+    runner, site = StromaRunner.quick(store=store), serve(store)
+    sent = asyncio.Event()
+
+    @runner.node("charge", input=Bill, output=Receipt, effect=True, reconcile=lambda bill, key: NotDone())
+    async def charge(bill: Bill) -> Receipt:
+        sent.set()
+        await asyncio.sleep(0.05)
+        return Receipt(number=1)
+
+    @runner.node("log", input=Bill, output=Bill)
+    async def log(bill: Bill) -> Bill:
+        if in_group:  # It ends in the midst of the call.
+            await sent.wait()
+        return bill
+
+    nodes = [parallel(log, charge)] if in_group else [log, charge]
+    with crash_at("after_node", "charge", **({"branch": "1"} if in_group else {})):
+        asyncio.run(runner.run(nodes, Bill(), run_id="x"))
+    asyncio.run(runner.run(nodes, Bill(), run_id="x", resume=True))
+    page = html.unescape(site.get("/run", id="x").text)
+    assert re.findall("<title>continued after [^:]*: ([^<]*)", page) == [
+        "its process stopped or died during call 1 of 'charge'"
+    ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from typing import Final
 
 #: Characters to look at: all but ASCII, letters and digits, and the letters that have no shape.
@@ -99,6 +100,29 @@ def typed(kind: str | None, message: str) -> str:
     """
     kind = kind and kind.rpartition(".")[2]
     return message if kind is None or message == kind else f"{kind}: {message}"
+
+
+_UTC_TIME: Final = re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", re.ASCII)
+
+
+def format_utc(ms: float) -> str:
+    """Format a time as ISO 8601 in UTC, for a text; "?" for an invalid one. ``ms``: since the epoch."""
+    try:
+        return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):
+        return "?"
+
+
+def replace_utc(text: str, write: Callable[[int], str]) -> str:
+    """Return a text with each time that :func:`format_utc` wrote replaced by that of ``write``, given ms."""
+
+    def written(match: re.Match[str]) -> str:
+        try:
+            return write(int(datetime.fromisoformat(match[0]).timestamp() * 1000))
+        except ValueError:  # The 99th of a month, in a text of a user.
+            return match[0]
+
+    return _UTC_TIME.sub(written, text)
 
 
 def format_usd(usd: float) -> str:

@@ -299,7 +299,17 @@ class Waiting(NamedTuple):
     def question(self) -> Question:
         """The question as users see it."""
         kind: Literal["approval", "effect"] = "approval" if self.effect is None else "effect"
-        return Question(self.id, self.reason, kind, self.node_id, self.answer_schema())
+        return Question(self.id, self.reason, kind, self.node_id, self.answer_schema(), self.text)
+
+    @property
+    def text(self) -> str:
+        """The question for people; of an effect the call that it is about, with its idempotency key."""
+        if self.effect is None:
+            return self.reason
+        key, number, cause = self.effect
+        return (
+            f"{self.reason}: nobody knows if call {number} happened ({cause}); its idempotency key is {key}"
+        )
 
     def answer_schema(self) -> dict[str, Any] | None:
         """Return the JSON schema of the answer; None without a readable one."""
@@ -345,11 +355,17 @@ NOT_DONE: Final = b"not done"
 
 
 class Statement(NamedTuple):
-    """A statement of a person or of ``reconcile`` about a call of an effect. ``number``: of the call."""
+    """A statement of a person or of ``reconcile`` about a call of an effect.
+
+    Attributes:
+        number, started_ms, epoch: of the call.
+    """
 
     number: int
     happened: bool
     source: Literal["reconcile", "person"]
+    started_ms: int = 0
+    epoch: int = 0
 
 
 class Intent(NamedTuple):
@@ -365,6 +381,7 @@ class Intent(NamedTuple):
         others: digests of the other inputs at this place, if this was the first.
         key: its idempotency key.
         started_ms: when it began, since the epoch.
+        epoch: that of the session which made it.
         statement: the last one about a call with this input at this place.
         event: the last event that the body of the flow had noticed: one that notices it makes the call too;
             None if that event is discarded.
@@ -380,8 +397,13 @@ class Intent(NamedTuple):
     others: tuple[str, ...] = ()
     key: str = ""
     started_ms: int = 0
+    epoch: int = 0
     statement: Statement | None = None
     event: int | None = 0
+
+    def state(self, happened: bool, source: Literal["reconcile", "person"]) -> Statement:
+        """Return the statement that the call happened, or that it did not."""
+        return Statement(self.number, happened, source, self.started_ms, self.epoch)
 
     @property
     def is_unknown(self) -> bool:

@@ -124,7 +124,7 @@ class RunRecord:
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:
         """The need of a suspended run that no answer continues: the end of a pause, or a larger budget."""
-        if self.status != "SUSPENDED" or self._is_due_at_once:
+        if self.status != "SUSPENDED" or self.is_due_at_once:
             return None
         return "resume" if self.error == PAUSED else "budget" if self.error == BUDGET else None
 
@@ -140,13 +140,13 @@ class RunRecord:
         if self.status != "SUSPENDED":
             return None
         text = describe_wait(self.error or "")
-        if not self._is_due_at_once:
+        if not self.is_due_at_once:
             return text
         was_asked = text.startswith("waiting for an answer: ")
         return f"answered, due for a worker: {self.error}" if was_asked else f"due for a worker, was {text}"
 
     @property
-    def _is_due_at_once(self) -> bool:
+    def is_due_at_once(self) -> bool:
         """True if it got what it waited for, such as an answer or a message, and is not paused."""
         return self.due_ms is not None and self.due_ms < _FIRST_MS and self.error != PAUSED
 

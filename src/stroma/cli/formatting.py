@@ -9,10 +9,8 @@ from typing import Any, Final
 
 import click
 
-from stroma._utils.text import format_duration, short_id
+from stroma._utils.text import format_duration, replace_utc, short_id
 
-#: As reasons of suspensions have it.
-_UTC_TIME: Final = re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", re.ASCII)
 _STYLES: Final = {
     "COMPLETED": "green",
     "RESUMED": "green",
@@ -42,9 +40,7 @@ def format_local_time(ms: int) -> str:
 
 def localize(text: str) -> str:
     """Return a text with each time in UTC replaced by that in the local time zone."""
-    return _UTC_TIME.sub(
-        lambda time: format_local_time(int(datetime.fromisoformat(time[0]).timestamp() * 1000)), text
-    )
+    return replace_utc(text, format_local_time)
 
 
 def to_iso(ms: int) -> str | None:

@@ -13,20 +13,13 @@ from pydantic import BaseModel
 from stroma._utils.secrets import Secrets
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.history import answer_type, node_text, unanswered
 from stroma.checkpoint.records import describe_wait
 from stroma.cli.errors import Code, is_debugging, last_frame
 from stroma.cli.formatting import format_local_time, id_word, localize
 from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import Database
-from stroma.cli.suspended import (
-    WORKER_CONTINUES,
-    answer_type,
-    node_text,
-    question_text,
-    unanswered,
-    waiting_data,
-    waiting_hints,
-)
+from stroma.cli.suspended import WORKER_CONTINUES, waiting_data, waiting_hints
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
 from stroma.cost.usage import NO_MODEL
@@ -224,7 +217,7 @@ class RunReport:
         err.line(("suspended", "yellow"), f": run {clean(run_id)} is {clean(what, 1000)}")
         waiting = unanswered(self.waiting)
         for one in waiting:
-            err.fitted(f"  {node_text(one)}: {question_text(one, 1000)}  (asks for {answer_type(one)})")
+            err.fitted(f"  {node_text(one)}: {clean(one.text, 1000)}  (asks for {answer_type(one)})")
         for reason in reasons if not waiting and len(reasons) > 1 else ():
             err.line(f"  {clean(reason, 1000)}")
         if self.db.is_durable:

@@ -9,21 +9,14 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
-from stroma._utils.text import clean
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.manager import resolve_schema
 from stroma.cli.formatting import id_word
 from stroma.cli.stores import Database
 from stroma.contracts.examples import NoExampleError, example_of
-from stroma.trace.events import place_text
 
 #: Goes before the command that resumes a run with open questions.
 WORKER_CONTINUES: Final = "then a worker of its pipeline continues the run; or continue it here"
-
-
-def unanswered(waiting: Sequence[Waiting]) -> list[Waiting]:
-    """Return the questions without an answer."""
-    return [one for one in waiting if one.payload is None]
 
 
 def waiting_data(one: Waiting) -> dict[str, Any]:
@@ -39,28 +32,6 @@ def waiting_data(one: Waiting) -> dict[str, Any]:
         "answered": one.payload is not None,
         "effect": None if one.effect is None else one.effect._asdict(),
     }
-
-
-def node_text(one: Waiting) -> str:
-    """Describe the waiting node and its position in the run."""
-    return f"node {clean(one.node_id, 100)!r} (at {place_text(one.position, one.branch)})"
-
-
-def question_text(one: Waiting, limit: int = 500) -> str:
-    """Return the question that a node waits for."""
-    if one.effect is None:
-        return clean(one.reason, limit)
-    key, number, cause = one.effect
-    return (
-        f"{clean(one.reason)}: nobody knows if call {number} happened ({clean(cause, limit)}); "
-        f"its idempotency key is {clean(key, 200)}"
-    )
-
-
-def answer_type(one: Waiting) -> str:
-    """Return the name of the class that an answer must satisfy."""
-    name = one.schema_ref.partition(":")[2]
-    return clean(name, 100) if name else "any JSON"
 
 
 def find_schema(one: Waiting, module: ModuleType | None = None) -> type[BaseModel] | None:

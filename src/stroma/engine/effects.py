@@ -242,6 +242,7 @@ class Effect:
                 others=others,
                 key=self.key,
                 started_ms=(perf_counter_ns() + run.ctx.journal.epoch_ns) // 1_000_000,
+                epoch=run.ctx.session.epoch,
                 statement=None if before is None else before.statement,
                 event=0 if run.ctx.journal.number_event is None else run.ctx.journal.noticed,
             )
@@ -325,7 +326,7 @@ class Effect:
         assert self._intent is not None
         if self._source is None:
             return self._intent.statement
-        return Statement(self._intent.number, happened, self._source)
+        return self._intent.state(happened, self._source)
 
     def _note(self, intent: Intent) -> None:
         self._intent = intent
@@ -523,8 +524,10 @@ def settle_left_calls(ctx: ReliabilityContext, position: int) -> list[tuple[Note
                 unknown.append((place, one))
                 continue
             happened = waiting.payload != NOT_DONE
-            statement = Statement(one.number, happened, "person")
-            write_intent(ctx, place, one._replace(is_open=happened, has_output=happened, statement=statement))
+            stated = one._replace(
+                is_open=happened, has_output=happened, statement=one.state(happened, "person")
+            )
+            write_intent(ctx, place, stated)
     return unknown
 
 

@@ -155,7 +155,9 @@ def head(story: Story) -> str:
     if story.began_ms:
         when = utc(story.began_ms)
         began = f"<span><b>began</b> {as_xml(when)}</span>"
-    more = "".join(f"<span><b>{as_xml(name)}</b> {as_xml(clean(text))}</span>" for name, text in story.facts)
+    more = "".join(
+        f"<span><b>{as_xml(name)}</b> {as_xml(clean(text, _TEXT))}</span>" for name, text in story.remarks
+    )
     tone = (
         "good"
         if story.status in ("COMPLETED", "RESUMED")
@@ -200,7 +202,15 @@ def _body(story: Story, *, states: bool) -> str:
     details = "".join(_attempt(bar) for bar in shown) if states else ""
     link = (lambda bar: f"#{bar.key}") if states else None
     selected = None if story.box is None else failed
-    timeline = Timeline(shown, story.waits, link, selected=selected, pipeline=story.pipeline).draw()
+    timeline = Timeline(
+        shown,
+        story.waits,
+        link,
+        selected=selected,
+        open_waits=story.open_waits,
+        resumes=story.resumes,
+        pipeline=story.pipeline,
+    ).draw()
     left_out = len(story.bars) - len(shown)
     more = f'<p class="dim">and {pluralize(left_out, "attempt")} more</p>' if left_out else ""
     attempts = f'<h2>Attempts</h2><div class="box">{details}</div>' if details else ""
@@ -215,6 +225,9 @@ def _attempt(bar: Bar) -> str:
     side = "input" if "(input)" in (bar.message or "")[:4000] else "output"
     message = f'<pre class="bad">{as_xml(visible(bar.message[:_TEXT]))}</pre>' if bar.message else ""
     model = f" · {as_xml(clean(bar.model, 80))}" if bar.model else ""
+    key = ""
+    if bar.idempotency_key:
+        key = f'<p class="dim">idempotency key <code>{as_xml(bar.idempotency_key)}</code></p>'
     rejected = ""
     if bar.rejected is not None:
         rejected = f'<div><span class="dim">rejected output</span>{rejected_output(bar.rejected)}</div>'
@@ -226,6 +239,6 @@ def _attempt(bar: Bar) -> str:
     return (
         f'<details class="attempt" id="{bar.key}"><summary><span class="mono dim">'
         f"{as_xml(bar.at)}</span> {as_xml(bar_title(bar))}"
-        f" · {format_tokens(bar.tokens)} · {format_usd(bar.cost_usd)}{model}</summary>{message}{rejected}"
-        f'<div class="two">{states}</div></details>'
+        f" · {format_tokens(bar.tokens)} · {format_usd(bar.cost_usd)}{model}</summary>{key}{message}"
+        f'{rejected}<div class="two">{states}</div></details>'
     )

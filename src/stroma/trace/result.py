@@ -82,6 +82,8 @@ class Question:
         kind: "approval", or "effect" for a question that takes the output of a call, or NotDone().
         node_id: the node or flow that asks.
         schema: JSON schema of the answer; None for any JSON value.
+        text: the question for people: ``reason``, and of an effect the call that it is about, with its
+            idempotency key.
     """
 
     id: str
@@ -89,6 +91,7 @@ class Question:
     kind: Literal["approval", "effect"]
     node_id: str
     schema: Mapping[str, Any] | None = field(default=None, hash=False, repr=False)
+    text: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +163,9 @@ class ExecutionResult(Shown, Generic[StateT]):
                 failure.reason,
             )
         facts = [("unpriced", ", ".join(self.unpriced_models))] if self.unpriced_models else []
-        facts += [
-            ("waits for", hide_words(redact, reason, self.trace._hidden(redact))) for reason in self.suspended
-        ]
+        reasons = {one.reason for one in self.questions}
+        texts = [one.text for one in self.questions] + [one for one in self.suspended if one not in reasons]
+        facts += [("waits", hide_words(redact, text, self.trace._hidden(redact))) for text in texts]
         return dataclasses.replace(
             story,
             run_id=self.run_id,

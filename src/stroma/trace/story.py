@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from stroma._utils.text import clean
 from stroma.trace.rejected import RejectedOutput
 
 #: Outcomes of attempts that failed: an item of a map that failed for good is collected.
@@ -31,6 +32,7 @@ class Bar:
             others.
         rejected: its output, if that broke its contract.
         is_damaged: its stored output cannot be read.
+        idempotency_key: that of its call; None if it is not known.
     """
 
     node_id: str
@@ -52,6 +54,7 @@ class Bar:
     function_ms: float | None = None
     rejected: RejectedOutput | None = None
     is_damaged: bool = False
+    idempotency_key: str | None = None
 
     @property
     def key(self) -> str:
@@ -102,7 +105,11 @@ class Story:
 
     Attributes:
         left_out: how many attempts there are beside ``bars``.
+        facts: (label, text) of each thing that is known of it besides, times in UTC.
         waits: the sleeps of flows, their questions and their waits for messages, which are no attempts.
+        resumes: (from, to, cause) of each stretch after which the run was continued, in milliseconds.
+        open_waits: what attempts at a place wait for, by place.
+        first_ns: time from which bars and waits are counted, in nanoseconds since the epoch.
     """
 
     run_id: str
@@ -117,6 +124,15 @@ class Story:
     facts: Sequence[tuple[str, str]] = field(default=())
     left_out: int = 0
     waits: Sequence[Bar] = ()
+    resumes: Sequence[tuple[float, float, str]] = ()
+    open_waits: Mapping[str, str] = field(default_factory=dict)
+    first_ns: int = 0
+
+    @property
+    def remarks(self) -> list[tuple[str, str]]:
+        """The facts, without an error that the box has."""
+        message = None if self.box is None else clean(self.box.message, 2000)
+        return [(label, text) for label, text in self.facts if label != "error" or text != message]
 
     @property
     def wasted(self) -> tuple[int, float]:

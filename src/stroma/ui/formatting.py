@@ -13,11 +13,11 @@ from markupsafe import Markup, escape
 from starlette.responses import Response
 
 from stroma._utils.svg import as_xml
-from stroma._utils.text import clean, format_usd, visible
+from stroma._utils.text import clean, format_usd, replace_utc, visible
 from stroma.checkpoint.history import FAILED, FINISHED, Payload, changes, is_interrupted, place_of
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cost.prices import find_pricer
-from stroma.trace.html import tree
+from stroma.trace.html import tree, utc
 from stroma.trace.outline import duration
 from stroma.ui.components import chip
 
@@ -181,6 +181,12 @@ def state_tree(payload: Payload, invalid_fields: list[str]) -> dict[str, Any]:
 def mark_controls(value: Any) -> Any:
     """Return text with escapes for invisible characters, and any other value unchanged."""
     return visible(value, "\n\t\r") if type(value) is str else value
+
+
+def local_times(text: str) -> Markup:
+    """Return a text whose times are shown in the time zone of the reader."""
+    escaped = str(escape(mark_controls(text)))
+    return Markup(replace_utc(escaped, lambda ms: f'<time data-ms="{ms}" data-full>{utc(ms)}</time>'))
 
 
 def to_json(value: Any) -> str:

@@ -23,7 +23,7 @@ from stroma.limits.rate_limit import read_cooldowns
 from stroma.trace.html import utc
 from stroma.trace.timeline import HATCHES
 from stroma.ui.components import chip, icon, meter, tone_of
-from stroma.ui.formatting import ago, duration_text, mark_controls, quoted, to_address, to_json
+from stroma.ui.formatting import ago, duration_text, local_times, mark_controls, quoted, to_address, to_json
 
 if TYPE_CHECKING:
     from stroma.ui.security import Keys
@@ -110,6 +110,7 @@ class Renderer:
             "took": duration_text,
             "tone": tone_of,
             "json": to_json,
+            "local": local_times,
             "short": short_id,
             "when": utc,
             "ago": ago,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Final, NamedTuple
+from typing import Final
 
 from markupsafe import Markup
 from starlette.exceptions import HTTPException
@@ -17,22 +17,18 @@ from stroma.checkpoint.history import (
     FAILED,
     FINISHED,
     Payload,
-    bar_of,
-    describe_effects,
     find_progress,
-    first_start_ns,
     in_order,
     is_at_work,
     is_interrupted,
     place_of,
     status_of,
-    story_of,
 )
 from stroma.checkpoint.queue import QUEUED, ServedCode
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord, end_of_page
 from stroma.failures.tracebacks import FailureSite
-from stroma.trace.html import cause, document, rejected_output, utc
-from stroma.trace.story import Bar, Story, fields_named
+from stroma.trace.html import cause, document, rejected_output
+from stroma.trace.story import Story, fields_named
 from stroma.trace.timeline import Timeline, idle_ms, legend
 from stroma.ui.actions import can_fork, can_resume, controls_of, may_receive
 from stroma.ui.answers import AnswerForm
@@ -50,9 +46,7 @@ from stroma.ui.formatting import (
 )
 from stroma.ui.rendering import MAX_SHOWN_BYTES, Renderer
 from stroma.ui.run_view import (
-    open_waits,
     read_limits,
-    resumes_of,
     totals,
     trace_link,
     window_of,
@@ -67,12 +61,19 @@ _MAX_TEXT: Final = 4000  # characters of a message
 _MAX_ANSWERED: Final = 20  # answered questions
 
 
-class _Waits(NamedTuple):
-    """Waits of a run: those of its flows as bars, and its open questions; and the start of the drawing."""
-
-    of_flows: list[Bar]
-    questions: list[Waiting]
-    first_ns: int
+#: Facts beside the name of a run, and icons of those that are notes below it.
+_FACTS: Final = ("owner", "deaths", "version", "execution")
+_NOTES: Final = {
+    "blocked": "alert",
+    "answered": "check",
+    "in flight": "ask",
+    "unknown": "ask",
+    "stated": "check",
+    "paused": "pause",
+    "due": "hand",
+    "waits": "hand",
+    "error": "alert",
+}
 
 
 class RunPages:
@@ -103,29 +104,22 @@ class RunPages:
         attempts = [*listed, *rest]
         questions = self._history.waiting(record.run_id)
         waiting = [one for one in questions if one.payload is None]
-        answered = [one for one in questions if one.payload is not None]
         limits = read_limits(self._settings, record)
-        facts = self._store.facts_of(record.run_id)
-        first_ns = first_start_ns(record, attempts)
-        has_lost_start = record.execution == 1 and min((one.epoch for one in attempts), default=1) > 1
-        if after is None and has_lost_start and facts.deaths:  # A process died in its first attempt.
-            first_ns = record.started_ms * 1_000_000
-        waits: list[Bar] = []
-        if after is None:
-            waits = self._history.flow_waits(record, attempts, questions, first_ns)
-        drawn_waits = _Waits(waits, waiting, first_ns)
-        timeline, story = self._timeline(request, record, attempts, drawn_waits, cause_attempt)
+        run_id, command = record.run_id, self._resume_command(record, attempts)
+        story = self._history.outline(
+            record, attempts, questions, resume_command=command, is_whole=after is None
+        )
+        timeline = self._timeline(request, record, attempts, story, cause_attempt)
         drawn = Markup(timeline.draw())  # It escapes all text.
         failed = sum(attempt.failure_class is not None for attempt in attempts)
-        run_id, command = record.run_id, self._resume_command(record, attempts)
         return self._renderer.page(
             "run.html",
             here="runs",
             record=record,
             status=status_of(record),
             gone=is_interrupted(record),
-            facts=facts,
-            effects=list(describe_effects(record, facts.effects, questions, utc)),
+            facts=[fact for fact in story.facts if fact[0] in _FACTS],
+            notes=self._notes(story, waiting),
             totals=totals(record, story, limits, failed),
             limits=limits,
             cause=Markup(cause(story)),
@@ -138,7 +132,6 @@ class RunPages:
             ),
             waiting=waiting,
             answers=[AnswerForm(one) for one in waiting],
-            answered=[self._history.describe_answer(one) for one in answered[-_MAX_ANSWERED:]],
             next=page.next,
             first=after is None,
             can_resume=can_resume(self._settings, record),
@@ -157,8 +150,23 @@ class RunPages:
             trace=trace_link(self._settings, run_id),
             queued=self._queued_runs(record) if record.status == QUEUED else 0,
             send_key=self._renderer.keys.form("send", run_id) if may_receive(record, attempts) else "",
-            topics=list(dict.fromkeys(bar.reason for bar in waits if bar.outcome == "receiving")),
+            topics=list(dict.fromkeys(bar.reason for bar in story.waits if bar.outcome == "receiving")),
         )
+
+    @staticmethod
+    def _notes(story: Story, waiting: list[Waiting]) -> list[tuple[str, str, str]]:
+        """Return (label, text, icon) of the facts to show as notes, of answers the last ones.
+
+        The form of an open question, or of a message, has what a run waits for.
+        """
+        has_form = bool(waiting) or any(bar.outcome == "receiving" for bar in story.waits)
+        answers = [fact for fact in story.facts if fact[0] == "answered"]
+        hidden = answers[:-_MAX_ANSWERED]
+        return [
+            (label, text, _NOTES[label])
+            for label, text in story.remarks
+            if label in _NOTES and not (label == "waits" and has_form) and (label, text) not in hidden
+        ]
 
     def _queued_runs(self, record: RunRecord) -> int:
         """Return the number of queued runs of a run's pipeline and version."""
@@ -200,46 +208,33 @@ class RunPages:
         request: Request,
         record: RunRecord,
         attempts: list[AttemptRecord],
-        waits: _Waits,
+        story: Story,
         cause_attempt: AttemptRecord | None,
-    ) -> tuple[Timeline, Story]:
+    ) -> Timeline:
         is_first = request.query_params.get("after") is None
-        first = waits.first_ns
-        bars = [bar_of(attempt, first) for attempt in attempts]
-        addresses = {id(bar): attempt for bar, attempt in zip(bars, attempts, strict=True)}
+        addresses = {id(bar): attempt for bar, attempt in zip(story.bars, attempts, strict=True)}
         selected = None
         if cause_attempt is not None:
             key = attempt_key(cause_attempt)
-            selected = next((bar for bar in bars if attempt_key(addresses[id(bar)]) == key), None)
+            selected = next((bar for bar in story.bars if attempt_key(addresses[id(bar)]) == key), None)
         at_work = is_at_work(record) and is_first
         lineage = self._settings.lineage if record.pipeline == self._settings.pipeline else None
         names = [] if lineage is None else lineage.top_level
-        timeline = Timeline(
-            bars,
-            waits.of_flows,
+        return Timeline(
+            story.bars,
+            story.waits,
             link=lambda bar: attempt_address(record, addresses[id(bar)]),
             attempt_prefix=to_address("/attempt", id=record.run_id),
             selected=selected,
             fold_idle=request.query_params.get("idle") == "folded",
             window=window_of(request.query_params),
-            now_ms=time.time() * 1000 - first / 1e6 if at_work else None,
-            began_ms=first // 1_000_000,
-            resumes=resumes_of(attempts, waits.of_flows, first) if is_first else [],
-            progress=find_progress(record, attempts, first, names) if at_work else None,
+            now_ms=time.time() * 1000 - story.first_ns / 1e6 if at_work else None,
+            began_ms=story.first_ns // 1_000_000,
+            resumes=story.resumes,
+            progress=find_progress(record, attempts, story.first_ns, names) if at_work else None,
             pipeline=record.pipeline,
-            open_waits=open_waits(record, attempts, waits.questions)
-            if is_first and record.status == "SUSPENDED"
-            else {},
+            open_waits=story.open_waits,
         )
-        return timeline, self._story(record, bars, self._resume_command(record, attempts))
-
-    def _story(self, record: RunRecord, bars: list[Bar], command: str) -> Story:
-        facts = [("tags", ", ".join(record.tags))] if record.tags else []
-        if record.execution > 1:
-            facts.append(("execution", str(record.execution)))
-        if record.holder is not None:
-            facts.append(("owner", record.holder))
-        return story_of(record, bars, command, tuple(facts))
 
     def _resume_command(self, record: RunRecord, attempts: list[AttemptRecord]) -> str:
         """Return how to resume a run: a command, or of plain code the keywords for its program."""

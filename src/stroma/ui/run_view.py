@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from markupsafe import Markup
 
 from stroma._utils.text import format_duration, format_usd, pluralize
-from stroma.checkpoint.entries import Waiting
-from stroma.checkpoint.history import attempts_by_end, is_at_work, place_of
-from stroma.checkpoint.records import AttemptRecord, RunRecord
-from stroma.trace.events import place_text
-from stroma.trace.story import Bar, Story
+from stroma.checkpoint.history import is_at_work
+from stroma.checkpoint.records import RunRecord
+from stroma.trace.story import Story
 from stroma.ui.components import meter
 
 if TYPE_CHECKING:
     from stroma.ui.settings import Settings
 
-_DIED: Final = "its process stopped or died"
 #: Number of runs among which a trace is looked up: no index serves it.
 MOST_TRACES: Final = 1000
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
@@ -51,43 +48,6 @@ def find_by_trace(settings: Settings, trace_id: str) -> str | None:
     ids = [record.run_id for record in settings.store.list_runs(limit=MOST_TRACES)]
     traces = settings.store.traceparents(ids)
     return next((run_id for run_id, contexts in traces.items() if f"-{trace_id}-" in contexts), None)
-
-
-def resumes_of(
-    attempts: Sequence[AttemptRecord], waits: Sequence[Bar], first_ns: int
-) -> list[tuple[float, float, str]]:
-    """Return the stretches after which a run was continued, each with what it waited for or how it stopped.
-
-    In ms from ``first_ns`` on. ``first_ns``: before the first attempt if a process died without one.
-    """
-    stretches: list[tuple[float, float, str]] = []
-    epoch, ended, cause = 0, 0.0, _DIED
-    for one in sorted((one for one in attempts if one.epoch), key=lambda one: one.started_ns):
-        began = (one.started_ns - first_ns) / 1e6
-        # The first process of a queued run did not continue it.
-        if one.epoch > epoch and began > ended and one.epoch > 1:
-            open_waits = (bar for bar in waits if ended - 1 <= bar.began_ms <= began)
-            stretches.append((ended, began, next((bar.node_id for bar in open_waits), cause)))
-        epoch = max(epoch, one.epoch)
-        if began + one.duration_ms > ended:
-            ended = began + one.duration_ms
-            cause = _DIED if one.outcome in ("success", "forked") else f"{one.node_id}: {one.outcome}"
-    return stretches
-
-
-def open_waits(
-    record: RunRecord, attempts: Sequence[AttemptRecord], waiting: Sequence[Waiting]
-) -> dict[str, str]:
-    """Return what attempts of a suspended run wait for, by place."""
-    texts = {}
-    for one in waiting:
-        at = place_text(one.position, one.branch)
-        what = "an answer" if one.effect is None else "word of how its call ended"
-        texts[at] = f"suspended: waits for {what}"
-    ended = attempts_by_end(attempts)
-    if record.waits_for is not None and ended:
-        texts.setdefault(place_of(ended[-1]), record.wait_text or "")
-    return texts
 
 
 def window_of(query: Mapping[str, str]) -> tuple[float, float] | None:

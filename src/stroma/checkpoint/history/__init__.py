@@ -5,27 +5,25 @@ for it.
 """
 
 from stroma.checkpoint.history.bars import (
-    attempts_by_end,
     bar_of,
     find_progress,
-    first_start_ns,
     in_order,
-    is_at_work,
     place_of,
     sum_waste,
 )
 from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
-from stroma.checkpoint.history.reader import (
+from stroma.checkpoint.history.facts import (
     FAILED,
     FINISHED,
-    History,
-    Inputs,
-    describe_effects,
+    answer_type,
     effect_state,
+    is_at_work,
     is_interrupted,
+    node_text,
     status_of,
-    story_of,
+    unanswered,
 )
+from stroma.checkpoint.history.reader import History, Inputs
 from stroma.checkpoint.history.redaction import Payload, too_large
 from stroma.trace.redaction import Redact
 
@@ -38,20 +36,19 @@ __all__ = [
     "NodeDiff",
     "Payload",
     "Redact",
-    "attempts_by_end",
+    "answer_type",
     "bar_of",
     "changes",
     "compare",
-    "describe_effects",
     "effect_state",
     "find_progress",
-    "first_start_ns",
     "in_order",
     "is_at_work",
     "is_interrupted",
+    "node_text",
     "place_of",
     "status_of",
-    "story_of",
     "sum_waste",
     "too_large",
+    "unanswered",
 ]

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
-from stroma.checkpoint.entries import Waiting
+from stroma._utils.text import format_utc
+from stroma.checkpoint.entries import Intent, Waiting
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.flow_notes import FailureNote, decode_flow_note, message_label
+from stroma.checkpoint.history.facts import is_at_work
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.trace.events import place_text
 from stroma.trace.outline import parse_call
-from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, InProgress
+
+_DIED: Final = "its process stopped or died"
 
 
 def place_of(attempt: AttemptRecord) -> str:
@@ -64,18 +66,18 @@ def sum_waste(attempts: Iterable[AttemptRecord]) -> tuple[int, float]:
     return sum(attempt.tokens for attempt in wasted), sum(attempt.cost_usd for attempt in wasted)
 
 
-def first_start_ns(record: RunRecord, attempts: Iterable[AttemptRecord]) -> int:
-    """Return the start of the first attempt; that of the run without one."""
-    return min((one.started_ns for one in attempts), default=record.started_ms * 1_000_000)
+def first_start_ns(record: RunRecord, attempts: Sequence[AttemptRecord], *, has_deaths: bool = False) -> int:
+    """Return the start of the first attempt.
+
+    That of the run without one, and if a process died in its first attempt. ``has_deaths``: a process died
+    under the run.
+    """
+    is_lost = has_deaths and record.execution == 1 and min((one.epoch for one in attempts), default=1) > 1
+    started = [] if is_lost else [one.started_ns for one in attempts]
+    return min(started, default=record.started_ms * 1_000_000)
 
 
-def bar_of(
-    attempt: AttemptRecord,
-    first_ns: int,
-    input_value: Any = None,
-    output_value: Any = None,
-    rejected: RejectedOutput | None = None,
-) -> Bar:
+def bar_of(attempt: AttemptRecord, first_ns: int) -> Bar:
     """Return the bar of an attempt in a drawing. ``first_ns``: start of the first attempt."""
     waited = 0 < attempt.function_ms <= attempt.duration_ms - 1
     return Bar(
@@ -93,10 +95,7 @@ def bar_of(
         cost_usd=attempt.cost_usd,
         model=attempt.model,
         is_committed=attempt.output_bytes is not None,
-        input_state=input_value,
-        output_state=output_value,
         function_ms=attempt.function_ms if waited else None,
-        rejected=rejected,
         is_damaged=attempt.damaged,
     )
 
@@ -151,7 +150,9 @@ def wait_bars(
             continue
         wake_ms, began_ms = wake
         outcome = "slept" if wake_ms <= until_ms else "sleeping"
-        add(at, _sleep_text(wake_ms), outcome, began_ms, min(wake_ms, max(until_ms, began_ms)))
+        add(
+            at, f"sleep until {format_utc(wake_ms)}", outcome, began_ms, min(wake_ms, max(until_ms, began_ms))
+        )
     return list(bars.values())
 
 
@@ -166,13 +167,6 @@ def _is_wait(branch: str) -> bool:
     return call is not None and call.kind == "!"
 
 
-def _sleep_text(wake_ms: int) -> str:
-    try:
-        return f"sleep until {datetime.fromtimestamp(wake_ms / 1000, UTC).isoformat(timespec='seconds')}"
-    except (ValueError, OverflowError, OSError):
-        return "sleep"
-
-
 def _read(notes: Mapping[str, bytes], key: str) -> Any:
     """Return the value of a note; None without one, or for a damaged one: the rest is still shown."""
     data = notes.get(key)
@@ -182,16 +176,67 @@ def _read(notes: Mapping[str, bytes], key: str) -> Any:
         return None
 
 
-def is_at_work(record: RunRecord) -> bool:
-    """Return True if a process has the run open."""
-    return record.status == "RUNNING" and record.holder is not None
-
-
 def attempts_by_end(attempts: Sequence[AttemptRecord]) -> list[AttemptRecord]:
     """Return the attempts of nodes of the pipeline itself, the latest end last."""
     return sorted(
         (one for one in attempts if not one.branch), key=lambda one: one.started_ns / 1e6 + one.duration_ms
     )
+
+
+def resumes_of(
+    attempts: Sequence[AttemptRecord], waits: Sequence[Bar], calls: Iterable[Intent], first_ns: int
+) -> list[tuple[float, float, str]]:
+    """Return the stretches after which a run was continued, each with what it waited for or how it stopped.
+
+    In ms from ``first_ns`` on. ``calls``: of its effects. ``first_ns``: before the first attempt if a process
+    died without one.
+    """
+    stretches: list[tuple[float, float, str]] = []
+    cut_off = _cut_off(attempts, calls)
+    epoch, ended, cause = 0, 0.0, _DIED
+    for one in sorted((one for one in attempts if one.epoch), key=lambda one: one.started_ns):
+        began = (one.started_ns - first_ns) / 1e6
+        # The first process of a queued run did not continue it.
+        if one.epoch > epoch and began > ended and one.epoch > 1:
+            causes = [bar.node_id for bar in waits if ended - 1 <= bar.began_ms <= began]
+            causes += [f"{_DIED} during {call}" for at, call in cut_off if epoch <= at < one.epoch]
+            stretches.append((ended, began, next(iter(causes), cause)))
+        epoch = max(epoch, one.epoch)
+        if began + one.duration_ms > ended:
+            ended = began + one.duration_ms
+            cause = _DIED if one.outcome in ("success", "forked") else f"{one.node_id}: {one.outcome}"
+    return stretches
+
+
+def _cut_off(attempts: Iterable[AttemptRecord], calls: Iterable[Intent]) -> list[tuple[int, str]]:
+    """Return the epoch and the text of each call of an effect whose process recorded no end of its attempt.
+
+    Of each effect the last call is known, and the last one about which there is a statement.
+    """
+    last = {(one.position, one.branch, one.epoch): one.started_ms for one in in_order(attempts)}
+    return [
+        (one.epoch, f"call {one.number} of {call.node_id!r}")
+        for call in calls
+        for one in (call, call.statement)
+        if one is not None and last.get((call.position, call.branch, one.epoch), 0) < one.started_ms
+    ]
+
+
+def open_waits(
+    record: RunRecord, attempts: Sequence[AttemptRecord], waiting: Sequence[Waiting]
+) -> dict[str, str]:
+    """Return what attempts of a suspended run wait for, by place. ``waiting``: its open questions."""
+    if record.status != "SUSPENDED":
+        return {}
+    texts = {}
+    for one in waiting:
+        at = place_text(one.position, one.branch)
+        what = "an answer" if one.effect is None else "word of how its call ended"
+        texts[at] = f"suspended: waits for {what}"
+    ended = attempts_by_end(attempts)
+    if record.waits_for is not None and ended:
+        texts.setdefault(place_of(ended[-1]), record.wait_text or "")
+    return texts
 
 
 def find_progress(

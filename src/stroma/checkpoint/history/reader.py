@@ -6,15 +6,24 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
-from stroma.checkpoint.entries import NOT_DONE, Intent, Waiting
+from stroma.checkpoint.entries import NOT_DONE, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
-from stroma.checkpoint.history.bars import bar_of, failed_input, first_start_ns, in_order, wait_bars
+from stroma.checkpoint.history.bars import (
+    bar_of,
+    failed_input,
+    first_start_ns,
+    in_order,
+    open_waits,
+    resumes_of,
+    wait_bars,
+)
+from stroma.checkpoint.history.facts import FAILED, FINISHED, facts_of, status_of, unanswered
 from stroma.checkpoint.history.redaction import (
     Payload,
     decode_payload,
@@ -30,10 +39,6 @@ from stroma.trace.redaction import Redact, hide_rejected
 from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, StopCause, Story
 
-#: Statuses of runs that failed, and of runs that completed.
-FAILED: Final = ("FAILED", "PARTIAL")
-FINISHED: Final = ("COMPLETED", "RESUMED")
-
 _MAX_STATE_BYTES: Final = 1_000_000  # of one state in a drawing
 _MAX_STATES_BYTES: Final = 20_000_000  # of all states in a drawing of a run
 _ATTEMPT_PAGE_SIZE: Final = 5000
@@ -46,16 +51,6 @@ _MAP: Final = re.compile(r"map_over\((.+?), ")
 def _now_ms(record: RunRecord) -> int:
     """Return until when a run is drawn: now, or its last record if it has ended."""
     return record.updated_ms if record.status in (*FINISHED, *FAILED) else time.time_ns() // 1_000_000
-
-
-def is_interrupted(record: RunRecord) -> bool:
-    """Return True if a run is recorded as running, but has lost its owner."""
-    return record.status == "RUNNING" and record.holder is None
-
-
-def status_of(record: RunRecord) -> str:
-    """Return the status of a run to show: INTERRUPTED instead of RUNNING if it has lost its owner."""
-    return "INTERRUPTED" if is_interrupted(record) else record.status
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,60 +244,76 @@ class History:
 
     # ------------------------------------------------------------------ drawing
 
-    def story(
+    def facts(self, record: RunRecord) -> list[tuple[str, str]]:
+        """Return (label, text) of each fact about a run beside its attempts."""
+        run_id = record.run_id
+        questions = self.waiting(run_id)
+        return list(facts_of(record, self.store.facts_of(run_id), questions, self.describe_answer))
+
+    def outline(
         self,
         record: RunRecord,
+        attempts: Sequence[AttemptRecord],
+        waiting: Sequence[Waiting] | None = None,
         *,
-        max_attempts: int = 5000,
-        states: bool = True,
         resume_command: str = "",
-        facts: Sequence[tuple[str, str]] = (),
+        is_whole: bool = True,
     ) -> Story:
-        """Return what a drawing of a run shows.
+        """Return what every drawing of a run shows, without the states of its attempts.
 
-        ``states``: include the input and output of each attempt, except large ones.
+        ``waiting``: what :meth:`waiting` returned, if it was read before. ``is_whole``: the attempts begin
+            with the first one; without it, waits and resumes are left out.
+        """
+        waiting = self.waiting(record.run_id) if waiting is None else waiting
+        facts = self.store.facts_of(record.run_id)
+        first_ns = first_start_ns(record, attempts, has_deaths=is_whole and facts.deaths > 0)
+        waits = self.flow_waits(record, attempts, waiting, first_ns) if is_whole else []
+        return Story(
+            run_id=record.run_id,
+            pipeline=record.pipeline,
+            status=status_of(record),
+            bars=[bar_of(one, first_ns) for one in attempts],
+            tokens=record.tokens,
+            cost_usd=record.cost_usd,
+            began_ms=record.started_ms,
+            seconds=max(0, record.updated_ms - record.started_ms) / 1000,
+            box=_cause_box(record, resume_command),
+            facts=list(facts_of(record, facts, waiting, self.describe_answer)),
+            waits=waits,
+            resumes=resumes_of(attempts, waits, facts.effects.values(), first_ns) if is_whole else (),
+            open_waits=open_waits(record, attempts, unanswered(waiting)) if is_whole else {},
+            first_ns=first_ns,
+        )
+
+    def story(
+        self, record: RunRecord, *, max_attempts: int = 5000, states: bool = True, resume_command: str = ""
+    ) -> Story:
+        """Return what a drawing of a run shows by itself, its first attempts with their idempotency keys.
+
+        ``states``: include answers, and the input and output of each attempt, except large ones.
         """
         attempts, has_more = self.attempts(record.run_id, max_attempts)
-        inputs = Inputs(self, record.run_id, attempts)
-        first = min((attempt.started_ns for attempt in attempts), default=0)
-        bars = []
-        free_bytes = _MAX_STATES_BYTES
-        for attempt in attempts:
-            input_value = output_value = rejected = None
-            if states:
-                rejected = self.rejected_of(record.run_id, attempt)
-                payload = inputs.of(attempt, _MAX_STATE_BYTES)
-                input_value = payload.value if payload.problem is None else {"omitted": payload.problem}
-                size = attempt.output_bytes
-                if size is not None and size <= min(_MAX_STATE_BYTES, free_bytes):
-                    free_bytes -= size
-                    output_value = self.output_at(record.run_id, attempt.position, attempt.branch).value
-                elif size is not None:
-                    output_value = {"omitted": f"{size:,} bytes"}
-            bars.append(bar_of(attempt, first, input_value, output_value, rejected))
-        waiting = self.waiting(record.run_id)
+        story = self.outline(record, attempts, resume_command=resume_command)
+        for bar, attempt in zip(story.bars, attempts, strict=True):
+            bar.idempotency_key = attempt.idempotency_key(record.run_id, record.execution)
         if states:
-            facts = [*facts, *(("answered", self.describe_answer(one)) for one in waiting if one.payload)]
-        story = story_of(record, bars, resume_command, facts)
-        return replace(story, left_out=1 if has_more else 0, waits=self.flow_waits(record, attempts, waiting))
+            self._add_states(record, story, attempts)
+        facts = [fact for fact in story.facts if states or fact[0] != "answered"]
+        return replace(story, left_out=1 if has_more else 0, facts=facts)
 
-
-def story_of(
-    record: RunRecord, bars: Sequence[Bar], resume_command: str = "", facts: Sequence[tuple[str, str]] = ()
-) -> Story:
-    """Return what a drawing of a run shows, with these attempts."""
-    return Story(
-        run_id=record.run_id,
-        pipeline=record.pipeline,
-        status=status_of(record),
-        bars=bars,
-        tokens=record.tokens,
-        cost_usd=record.cost_usd,
-        began_ms=record.started_ms,
-        seconds=max(0, record.updated_ms - record.started_ms) / 1000,
-        box=_cause_box(record, resume_command),
-        facts=facts,
-    )
+    def _add_states(self, record: RunRecord, story: Story, attempts: list[AttemptRecord]) -> None:
+        inputs = Inputs(self, record.run_id, attempts)
+        free_bytes = _MAX_STATES_BYTES
+        for bar, attempt in zip(story.bars, attempts, strict=True):
+            bar.rejected = self.rejected_of(record.run_id, attempt)
+            payload = inputs.of(attempt, _MAX_STATE_BYTES)
+            bar.input_state = payload.value if payload.problem is None else {"omitted": payload.problem}
+            size = attempt.output_bytes
+            if size is not None and size <= min(_MAX_STATE_BYTES, free_bytes):
+                free_bytes -= size
+                bar.output_state = self.output_at(record.run_id, attempt.position, attempt.branch).value
+            elif size is not None:
+                bar.output_state = {"omitted": f"{size:,} bytes"}
 
 
 def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:
@@ -382,41 +393,3 @@ class Inputs:
             attempts = self._history.store.attempts_at(self._run_id, position, branch)
             self._groups[place] = attempts[-1].group_id if attempts else None
         return self._groups[place]
-
-
-def effect_state(record: RunRecord, call: Intent) -> str:
-    """Return "in_flight" or "unknown" for a call without an outcome, else "happened" or "not_done"."""
-    if call.is_unknown:
-        return "in_flight" if record.status == "RUNNING" and not is_interrupted(record) else "unknown"
-    return "happened" if call.has_output else "not_done"
-
-
-def describe_effects(
-    record: RunRecord,
-    calls: Mapping[tuple[int, str], Intent],
-    waiting: Iterable[Waiting],
-    when: Callable[[int], str],
-) -> Iterator[tuple[str, str]]:
-    """Yield (label, text) of each call in flight or without an outcome, and of each statement about a call.
-
-    Without calls that a question is about. ``when``: formats milliseconds since the epoch.
-    """
-    questions = {(one.position, one.branch, one.call_number) for one in waiting}
-    for (position, branch), call in calls.items():
-        effect = f"{clean(call.node_id, 100)} (at {clean(place_text(position, branch), 200)})"
-        about = f"call {call.number} since {when(call.started_ms)}, idempotency key {clean(call.key, 200)}"
-        state = effect_state(record, call)
-        if state == "in_flight":
-            yield "in flight", f"{effect}: {about}"
-        elif state == "unknown" and (position, branch, call.number) not in questions:
-            gone = "its process is gone" if is_interrupted(record) else "it was cut off"
-            yield (
-                "unknown",
-                f"{effect}: {about}; {gone}, and nobody knows if it happened until the run is resumed and "
-                "reconcile or a person states it",
-            )
-        stated = call.statement
-        if stated is not None:
-            what = "happened" if stated.happened else "did not happen"
-            source = "reconcile" if stated.source == "reconcile" else "a person"
-            yield "stated", f"{effect}: call {stated.number} {what}, as {source} stated"

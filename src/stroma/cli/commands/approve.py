@@ -12,7 +12,7 @@ import click
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.entries import NOT_DONE, Waiting
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history import History, answer_type, node_text, unanswered
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.commands.completion import complete_run
@@ -26,12 +26,8 @@ from stroma.cli.output import emit_fields, err
 from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import (
     WORKER_CONTINUES,
-    answer_type,
     approve_hint,
     find_schema,
-    node_text,
-    question_text,
-    unanswered,
     waiting_data,
 )
 from stroma.contracts.contract import ContractRegistry, NotDone
@@ -91,9 +87,9 @@ def approve(
     request = _Approval(target, _one_of(answer_text, done, not_done), question)
     one = _find_waiting(database, record, questions, request)
     loaded = load_object(target)
-    asked = database.reader.attempts_at(record.run_id, one.position, one.branch)
+    attempts = database.reader.attempts_at(record.run_id, one.position, one.branch)
     # A run of plain code, such as that of a framework, has no pipeline: its program continues it.
-    is_plain_code = any(attempt.identity for attempt in asked)
+    is_plain_code = any(attempt.identity for attempt in attempts)
     pipeline = loaded.to_pipeline() if resume or not is_plain_code else None
     if pipeline is not None:
         compare_names(record, pipeline, quiet=as_json or resume)
@@ -239,7 +235,7 @@ def _report(
     already = "" if one.payload is None else " so already"
     err.line(f"{node_text(one)} of run {clean(run_id)} is answered{already}; {hint}")
     for other in remaining:
-        err.line(f"  still waiting: {node_text(other)}: {question_text(other)}")
+        err.line(f"  still waiting: {node_text(other)}: {clean(other.text, 500)}")
 
 
 def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], request: _Approval) -> Waiting:
@@ -258,7 +254,10 @@ def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], r
             problem = f"run {name} has {pluralize(len(waiting), 'open question')}; pass --question"
         raise Problem(
             problem,
-            *[f"{node_text(one)}: {question_text(one)}, asks for {answer_type(one)}" for one in waiting[:20]],
+            *[
+                f"{node_text(one)}: {clean(one.text, 500)}, asks for {answer_type(one)}"
+                for one in waiting[:20]
+            ],
             *[f"answer: {line}" for line in approve_hint(database, record.run_id, request.target, waiting)],
             code=Code.USAGE if request.question is None else Code.NOT_FOUND,
         )

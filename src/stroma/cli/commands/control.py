@@ -10,6 +10,7 @@ from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Finished
 from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.history import unanswered
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunRecord
@@ -19,7 +20,7 @@ from stroma.cli.formatting import id_word, localize
 from stroma.cli.inputs import parse_json
 from stroma.cli.output import emit, emit_fields, err
 from stroma.cli.stores import Database, db_option, store_problem
-from stroma.cli.suspended import unanswered, waiting_hints
+from stroma.cli.suspended import waiting_hints
 from stroma.contracts.contract import ContractRegistry
 from stroma.runner.runner import StromaRunner
 from stroma.runner.stored_runs import request

@@ -11,7 +11,7 @@ from stroma.checkpoint.history import FINISHED, History
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
-from stroma.cli.commands.show import attempt_data, question_data
+from stroma.cli.commands.show import attempt_data, facts_data, question_data
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.output import out, write_private
@@ -71,6 +71,7 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
     data = {
         "schema": "stroma.export/1",
         "run": run_data(record),
+        **facts_data(database.reader, record),
         "input": _state(history.input_at(record.run_id, 0)) if states else None,
         "questions": [question_data(history, one) if states else waiting_data(one) for one in waiting],
         "attempts": [_attempt(history, record, one, states) for one in attempts],

@@ -11,22 +11,19 @@ import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.checkpoint.durable.states import AsyncStates
-from stroma.checkpoint.entries import RunFacts, Waiting
+from stroma.checkpoint.entries import Statement, Waiting
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.history import (
     History,
     Inputs,
     Payload,
-    bar_of,
-    describe_effects,
     effect_state,
     find_progress,
-    first_start_ns,
     in_order,
     is_at_work,
     place_of,
-    status_of,
     sum_waste,
+    unanswered,
 )
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
@@ -39,10 +36,6 @@ from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import TARGET, Database, db_option
 from stroma.cli.suspended import (
     WORKER_CONTINUES,
-    answer_type,
-    node_text,
-    question_text,
-    unanswered,
     waiting_data,
     waiting_hints,
 )
@@ -50,7 +43,7 @@ from stroma.runner.follow import decode_events
 from stroma.trace.events import place_text
 from stroma.trace.outline import duration, fold, outline
 from stroma.trace.rejected import MISSING, RejectedOutput
-from stroma.trace.story import Bar, waits
+from stroma.trace.story import Bar, Story, waits
 from stroma.trace.terminal import RunLine, lines_of
 
 _EVENT_PAGE_SIZE: Final = 100  # batches
@@ -99,7 +92,7 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
             {
                 "schema": "stroma.show/1",
                 "run": run_data(record),
-                **_facts_data(database.reader, record),
+                **facts_data(database.reader, record),
                 "suspended": [question_data(history, one) for one in waiting],
                 **_data(record, attempts, selected, states),
             }
@@ -107,14 +100,12 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
         return code
     if view.wants_input or view.wants_output or view.wants_rejected:
         return _print_states(selected, states, code)
-    facts = database.reader.facts_of(record.run_id)
-    _print_head(history, record, facts, waiting, attempts)
-    for label, text in _describe_progress(database, record, facts, attempts, waiting):
-        _print_fact(label, [text])
-    first = record.started_ms * 1_000_000 if view.timing else first_start_ns(record, attempts)
-    flow_waits = history.flow_waits(record, attempts, waiting, first) if view.as_tree else []
-    if selected or flow_waits:
-        _print_attempts([bar_of(one, first) for one in attempts], flow_waits, view)
+    story = history.outline(record, attempts, waiting)
+    _print_head(record, story)
+    for text in _describe_progress(database.reader, record, story, attempts):
+        _print_fact("in flight", text)
+    if selected or (story.waits and view.as_tree):
+        _print_attempts(record, story, view)
     _print_all_rejected(history, record, selected)
     for one in attempts:
         if one.damaged:
@@ -173,7 +164,7 @@ def question_data(history: History, one: Waiting) -> dict[str, Any]:
     return waiting_data(one) | {"answer": history.answer_of(one).value}
 
 
-def _facts_data(store: AsyncStates, record: RunRecord) -> dict[str, Any]:
+def facts_data(store: AsyncStates, record: RunRecord) -> dict[str, Any]:
     """Return the owner of a run and the last calls of its effects for ``--json``."""
     facts = store.facts_of(record.run_id)
     lease_until = None if facts.lease_until_ms is None else to_iso(facts.lease_until_ms)
@@ -189,11 +180,15 @@ def _facts_data(store: AsyncStates, record: RunRecord) -> dict[str, Any]:
                 "idempotency_key": call.key,
                 "started": to_iso(call.started_ms),
                 "state": effect_state(record, call),
-                "statement": None if call.statement is None else call.statement._asdict(),
+                "statement": call.statement and _statement_data(call.statement),
             }
             for (position, branch), call in facts.effects.items()
         ],
     }
+
+
+def _statement_data(stated: Statement) -> dict[str, Any]:
+    return {"number": stated.number, "happened": stated.happened, "source": stated.source}
 
 
 def _no_such_attempt(attempts: list[AttemptRecord], record: RunRecord, view: _View) -> Problem:
@@ -277,32 +272,24 @@ def attempt_data(record: RunRecord, a: AttemptRecord) -> dict[str, Any]:
 # ---------------------------------------------------------------------- facts and next commands
 
 
-def _print_fact(name: str, parts: Sequence[Part]) -> None:
-    out.fitted((f"{name:<9} ", "dim"), *parts, indent=10)
+def _print_fact(label: str, part: Part) -> None:
+    out.fitted((f"{label:<9} ", "dim"), part, indent=10)
 
 
 def _describe_progress(
-    database: Database,
-    record: RunRecord,
-    facts: RunFacts,
-    attempts: list[AttemptRecord],
-    waiting: list[Waiting],
-) -> Iterator[tuple[str, str]]:
-    """Yield (label, text) of what is in flight, and of calls of effects: attempts are stored at their end."""
-    yield from describe_effects(record, facts.effects, waiting, format_local_time)
+    store: AsyncStates, record: RunRecord, story: Story, attempts: list[AttemptRecord]
+) -> Iterator[str]:
+    """Yield what is in flight beside calls of effects: attempts are stored at their end."""
     if not is_at_work(record):
         return
-    effects = {place_text(*place) for place, call in facts.effects.items() if call.is_unknown}
-    started = _started_nodes(database.reader, record)
-    for place, text in started.items():
-        if place not in effects:
-            yield "in flight", text
+    started = _started_nodes(store, record)
+    effects = [text for label, text in story.facts if label == "in flight"]
+    yield from (text for at, text in started.items() if not any(f" (at {at})" in one for one in effects))
     if not started and not effects:  # Without stored events, only the next node of a list is known.
-        first = min((one.started_ns for one in attempts), default=record.started_ms * 1_000_000)
-        progress = find_progress(record, attempts, first, ())
+        progress = find_progress(record, attempts, story.first_ns, ())
         if progress is not None:
-            since = format_local_time(first // 1_000_000 + int(progress.since_ms))
-            yield "in flight", f"{clean(progress.label, 100)} (at {progress.at}), since {since}"
+            since = format_local_time(story.first_ns // 1_000_000 + int(progress.since_ms))
+            yield f"{clean(progress.label, 100)} (at {progress.at}), since {since}"
 
 
 def _started_nodes(store: AsyncStates, record: RunRecord) -> dict[str, str]:
@@ -321,62 +308,28 @@ def _started_nodes(store: AsyncStates, record: RunRecord) -> dict[str, str]:
     return started
 
 
-def _print_head(
-    history: History,
-    record: RunRecord,
-    facts: RunFacts,
-    waiting: list[Waiting],
-    attempts: list[AttemptRecord],
-) -> None:
+#: Styles of facts by their label.
+_FACT_STYLES: Final = {"blocked": "yellow", "error": "red", "unknown": "yellow"}
+
+
+def _print_head(record: RunRecord, story: Story) -> None:
     """Print what is known of a run, a line for each fact."""
-    wasted_tokens, wasted_cost = sum_waste(attempts)
-    seconds = (record.updated_ms - record.started_ms) / 1000
-    again = f" (execution {record.execution} of this id)" if record.execution > 1 else ""
-    lines: list[tuple[str, list[Part]]] = [
-        ("run", [(clean(record.run_id, 4000), "bold"), again]),
-        ("pipeline", [clean(record.pipeline)]),
-        ("status", [style_status(status_of(record)), f", {record.wait_text}" if record.waits_for else ""]),
-        ("started", [f"{format_local_time(record.started_ms)}, {format_age(record.started_ms)}"]),
-        ("duration", [format_duration(seconds)]),
-        ("nodes", [f"{done_text(record)}, {pluralize(len(attempts), 'attempt')}"]),
-        ("spent", [f"{format_tokens(record.tokens)}, {format_usd(record.cost_usd)}"]),
-    ]
+    wasted_tokens, wasted_cost = story.wasted
     wasted = f"{format_tokens(wasted_tokens)}, {format_usd(wasted_cost)} on attempts without output"
-    lines.append(("wasted", [wasted]))
-    if record.parent is not None:
-        lines.insert(1, ("parent", [f"{clean(record.parent, 4000)}, source of this fork"]))
-    if record.status == "RUNNING":
-        who: list[Part] = [clean(facts.owner or "unknown", 200)]
-        if record.holder is None:
-            who.append((" is gone", "yellow"))
-        elif facts.lease_until_ms is not None:
-            who.append(f", lease until {format_local_time(facts.lease_until_ms)}")
-        lines.append(("owner", [*who, f"; last record {format_age(record.updated_ms)}"]))
-    if facts.deaths:
-        lines.append(("deaths", [f"a process died under the run {pluralize(facts.deaths, 'time')}"]))
-    if record.version is not None:
-        lines.insert(2, ("version", [clean(record.version)]))
-    if record.blocked is not None:
-        since = format_age(record.blocked.since_ms)
-        lines.append(("blocked", [(f"since {since}: ", "yellow"), clean(record.blocked.message, 1000)]))
-    if record.status == QUEUED and record.due_ms is not None:
-        lines.append(("due", [format_local_time(record.due_ms)]))
-    for one in waiting:
-        if one.payload is not None:
-            lines.append(("answered", [history.describe_answer(one)]))
-        elif record.status not in _FINISHED_WELL:
-            lines.append(
-                ("waits", [f"{node_text(one)}: {question_text(one)}  (asks for {answer_type(one)})"])
-            )
-    if record.wait_text is not None:
-        # The reason of an answered run is its question, unless it sleeps or waits for a message.
-        is_over = record.wait_text != record.error and bool(waiting)
-        if not unanswered(waiting) and not is_over and record.waits_for is None:
-            lines.append(("waits", [clean(localize(record.wait_text), 1000)]))
-    elif record.error:
-        lines.append(("error", [(clean(record.error, 1000), "red")]))
-    for name, parts in lines:
-        _print_fact(name, parts)
+    head: dict[str, Part] = {
+        "run": (clean(record.run_id, 4000), "bold"),
+        "pipeline": clean(record.pipeline),
+        "status": style_status(story.status),
+        "started": f"{format_local_time(record.started_ms)}, {format_age(record.started_ms)}",
+        "duration": format_duration(story.seconds),
+        "nodes": f"{done_text(record)}, {pluralize(len(story.bars), 'attempt')}",
+        "spent": f"{format_tokens(record.tokens)}, {format_usd(record.cost_usd)}",
+        "wasted": wasted,
+    }
+    for label, part in head.items():
+        _print_fact(label, part)
+    for label, text in story.facts:
+        _print_fact(label, (localize(text), _FACT_STYLES.get(label, "")))
 
 
 def _print_next_steps(
@@ -444,10 +397,10 @@ _SHOWN_REJECTED: Final = 3  # rejected outputs below the attempts
 _SHOWN_COMPLAINTS: Final = 10  # of each
 
 
-def _print_attempts(bars: Sequence[Bar], flow_waits: Sequence[Bar], view: _View) -> None:
+def _print_attempts(record: RunRecord, story: Story, view: _View) -> None:
     """Print a line for each selected attempt; repeated calls and the items of a map are one line."""
     out.line()
-    entries = outline(bars, flow_waits if view.selects_all else ())
+    entries = outline(story.bars, story.waits if view.as_tree and view.selects_all else ())
     if view.selects_all and not view.unfold:
         entries = fold(entries, items=True)
     lines = list(lines_of(entries, lambda bar: view.selects(bar.node_id, bar.attempt)))
@@ -455,7 +408,7 @@ def _print_attempts(bars: Sequence[Bar], flow_waits: Sequence[Bar], view: _View)
     cells = [line.cells(message_length=120 if out.is_terminal else 4000) for line in lines]
     if view.timing:
         header[6:7] = ["BEGAN", "WAITED", "TIME", "FUNCTIONS"]
-        _add_timing(lines, cells, bars)
+        _add_timing(lines, cells, story.bars, story.first_ns / 1e6 - record.started_ms)
         if not any(row.get("FUNCTIONS") for row in cells):  # They took the whole time of each attempt.
             header.remove("FUNCTIONS")
     rows: list[list[Part]] = []
@@ -481,12 +434,15 @@ def _branches(lines: Sequence[RunLine], number: int) -> str:
     return "".join(branches)
 
 
-def _add_timing(lines: Sequence[RunLine], cells: Sequence[dict[str, str]], bars: Sequence[Bar]) -> None:
+def _add_timing(
+    lines: Sequence[RunLine], cells: Sequence[dict[str, str]], bars: Sequence[Bar], began_ms: float
+) -> None:
+    """Add the times of attempts. ``began_ms``: time from the start of the run to that of the drawing."""
     waited = {id(bar): took for bar, _, took in waits(bars)}
     for line, row in zip(lines, cells, strict=True):
         bar = line.bar
         if bar is not None:
-            row["BEGAN"] = f"+{bar.began_ms / 1000:.3f} s"
+            row["BEGAN"] = f"+{(began_ms + bar.began_ms) / 1000:.3f} s"
             row["WAITED"] = format_duration(waited[id(bar)] / 1000) if id(bar) in waited else ""
             row["TIME"] = duration(bar.took_ms)
             row["FUNCTIONS"] = "" if bar.function_ms is None else duration(bar.function_ms)

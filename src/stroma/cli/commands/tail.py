@@ -18,7 +18,7 @@ from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
-from stroma.cli.commands.show import attempt_data
+from stroma.cli.commands.show import attempt_data, facts_data
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word, localize, style_status
 from stroma.cli.output import Part, err, out
@@ -32,6 +32,7 @@ from stroma.trace.redaction import Redact
 from stroma.trace.terminal import STYLES, cells_of
 
 _COLUMNS = ("CLASS", "REASON", "TIME", "TOKENS", "COST", "MODEL", "MESSAGE")  # after the outcome
+_WHY = ("blocked", "paused", "waits", "error", "unknown")  # facts about the end of a run
 _MAX_RUNS = 200  # runs followed at once
 _MAX_ATTEMPTS = 10_000_000
 _PAGE_SIZE = 100  # batches of events that are read at once
@@ -191,13 +192,13 @@ class _Follower:
             return
         self._ended[run] = status
         if self._json:
-            self._emit("end", run=run_data(record))
+            self._emit("end", run=run_data(record), **facts_data(self._database.reader, record))
             return
-        text = localize(record.wait_text or record.error or "")
-        why = f"  {clean(text)}" if text else ""
+        facts = self._history.facts(record)
+        why = "".join(f"  {localize(clean(text))}" for label, text in facts if label in _WHY)
         if gone:
             hint = self._database.hint("resume", id_word(record.run_id), self._database.target_of(record))
-            out.line(*self._name(record), style_status(status_of(record)), "  owner lost")
+            out.fitted(*self._name(record), style_status(status_of(record)), "  owner lost", why)
             err.hint(f"resume it: {hint}")
             return
         spent = (

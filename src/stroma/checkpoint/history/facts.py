@@ -1,0 +1,137 @@
+"""Facts about one run beside its attempts, in the words of every command, page and export.
+
+Times are in UTC, as in stored reasons: ``2026-01-02T03:04:05+00:00``. Terminals and pages show them in the
+local time zone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final
+
+from stroma._utils.text import clean, format_utc, pluralize
+from stroma.checkpoint.entries import Intent, RunFacts, Waiting
+from stroma.checkpoint.queue import QUEUED
+from stroma.checkpoint.records import RunRecord
+from stroma.trace.events import place_text
+
+#: Statuses of runs that failed, and of runs that completed.
+FAILED: Final = ("FAILED", "PARTIAL")
+FINISHED: Final = ("COMPLETED", "RESUMED")
+
+
+def is_interrupted(record: RunRecord) -> bool:
+    """Return True if a run is recorded as running, but has lost its owner."""
+    return record.status == "RUNNING" and record.holder is None
+
+
+def is_at_work(record: RunRecord) -> bool:
+    """Return True if a process has the run open."""
+    return record.status == "RUNNING" and record.holder is not None
+
+
+def status_of(record: RunRecord) -> str:
+    """Return the status of a run to show: INTERRUPTED instead of RUNNING if it has lost its owner."""
+    return "INTERRUPTED" if is_interrupted(record) else record.status
+
+
+def node_text(one: Waiting) -> str:
+    """Return the node that asks a question, and its place in the run."""
+    return f"node {clean(one.node_id, 100)!r} (at {place_text(one.position, one.branch)})"
+
+
+def answer_type(one: Waiting) -> str:
+    """Return the name of the class that an answer must satisfy."""
+    name = one.schema_ref.partition(":")[2]
+    return clean(name, 100) if name else "any JSON"
+
+
+def unanswered(waiting: Sequence[Waiting]) -> list[Waiting]:
+    """Return the questions without an answer."""
+    return [one for one in waiting if one.payload is None]
+
+
+def facts_of(
+    record: RunRecord, facts: RunFacts, waiting: Sequence[Waiting], describe_answer: Callable[[Waiting], str]
+) -> Iterator[tuple[str, str]]:
+    """Yield (label, text) of each fact about a run: owner, deaths, why it is blocked, questions, effects.
+
+    ``waiting``: its questions, answered ones too.
+    """
+    if record.parent is not None:
+        yield "parent", f"{clean(record.parent, 4000)}, source of this fork"
+    if record.version is not None:
+        yield "version", clean(record.version)
+    if record.execution > 1:
+        yield "execution", f"{record.execution} of this id"
+    if record.tags:
+        yield "tags", clean(", ".join(record.tags), 1000)
+    if record.status == "RUNNING":
+        until = "" if facts.lease_until_ms is None else f", lease until {format_utc(facts.lease_until_ms)}"
+        state = " is gone" if record.holder is None else until
+        yield (
+            "owner",
+            f"{clean(facts.owner or 'unknown', 200)}{state}; last record {format_utc(record.updated_ms)}",
+        )
+    if facts.deaths:
+        yield "deaths", f"a process died under the run {pluralize(facts.deaths, 'time')}"
+    if record.blocked is not None:
+        mark = record.blocked
+        code = f"code {clean(mark.codes[-1], 120)} could not continue it: " if mark.codes else ""
+        yield "blocked", f"since {format_utc(mark.since_ms)}; {code}{clean(mark.message, 1000)}"
+    if record.status == QUEUED and record.due_ms is not None:
+        yield "due", format_utc(record.due_ms)
+    is_open = record.status not in FINISHED
+    for one in waiting:
+        if one.payload is not None:
+            yield "answered", describe_answer(one)
+        elif is_open:
+            yield "waits", f"{node_text(one)}: {clean(one.text, 1000)} (asks for {answer_type(one)})"
+    # The reason of an answered run is its question, unless it sleeps or waits for a message.
+    is_over = record.wait_text != record.error and bool(waiting) and record.waits_for is None
+    if record.waits_for == "resume":
+        yield "paused", "no attempt begins until somebody resumes it"
+    elif record.is_due_at_once and record.wait_text is not None:
+        yield "due", clean(record.wait_text, 1000)
+    elif record.wait_text is None:
+        if record.error:
+            yield "error", clean(record.error, 2000)
+    elif not unanswered(waiting) and not is_over:
+        yield "waits", clean(record.wait_text, 1000)
+    yield from _effects(record, facts.effects, waiting)
+
+
+def effect_state(record: RunRecord, call: Intent) -> str:
+    """Return "in_flight" or "unknown" for a call without an outcome, else "happened" or "not_done"."""
+    if call.is_unknown:
+        return "in_flight" if is_at_work(record) else "unknown"
+    return "happened" if call.has_output else "not_done"
+
+
+def _effects(
+    record: RunRecord, calls: Mapping[tuple[int, str], Intent], waiting: Sequence[Waiting]
+) -> Iterator[tuple[str, str]]:
+    """Yield each call in flight or without an outcome, and each statement about a call.
+
+    Without calls that a question is about.
+    """
+    questions = {(one.position, one.branch, one.call_number) for one in waiting}
+    for (position, branch), call in calls.items():
+        effect = f"{clean(call.node_id, 100)} (at {clean(place_text(position, branch), 200)})"
+        began, key = format_utc(call.started_ms), clean(call.key, 200)
+        about = f"call {call.number} since {began}, idempotency key {key}"
+        state = effect_state(record, call)
+        if state == "in_flight":
+            yield "in flight", f"{effect}: {about}"
+        elif state == "unknown" and (position, branch, call.number) not in questions:
+            gone = "its process is gone" if is_interrupted(record) else "it was cut off"
+            yield (
+                "unknown",
+                f"{effect}: {about}; {gone}, and nobody knows if it happened until the run is resumed and "
+                "reconcile or a person states it",
+            )
+        stated = call.statement
+        if stated is not None:
+            what = "happened" if stated.happened else "did not happen"
+            source = "reconcile" if stated.source == "reconcile" else "a person"
+            yield "stated", f"{effect}: call {stated.number} {what}, as {source} stated"
