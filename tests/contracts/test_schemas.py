@@ -122,9 +122,30 @@ datetimes = st.one_of(
     st.datetimes(timezones=st.just(dt.UTC)),
 )
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+edges = st.sampled_from([math.nan, math.inf, -math.inf, 1.5])
+
+
+class Scored(BaseModel):
+    kind: Literal["scored"] = "scored"
+    score: float | None
+
+
+class Unscored(BaseModel):
+    kind: Literal["unscored"] = "unscored"
+
+
+class Extended(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    n: int = 0
+
+
 LEAVES: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
     "str": (str, texts),
     "surrogates": (str, st.text(st.characters(categories=["Cs", "L"]), max_size=5)),
+    "surrogate-keys": (
+        dict[str, bool],
+        st.dictionaries(st.sampled_from(["\ud800", "\udfff", "a"]), st.booleans(), max_size=3),
+    ),
     "int": (int, st.integers()),
     "large-int": (int, st.integers(10**30, 10**60).flatmap(lambda n: st.sampled_from([n, -n]))),
     "float": (float, st.floats()),
@@ -143,6 +164,13 @@ LEAVES: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
     "complex": (complex, st.complex_numbers(allow_nan=False)),
     "path": (Path, texts.filter(lambda t: "\0" not in t).map(Path)),
     "dataclass": (Point, st.builds(Point, st.floats(), texts)),
+    "float-or-int": (float | int | None, edges | st.integers()),
+    "text-or-floats": (str | list[float], st.lists(edges, max_size=2)),
+    "tagged": (
+        Annotated[Scored | Unscored, Field(discriminator="kind")],
+        st.builds(Scored, score=st.none() | edges),
+    ),
+    "extended": (Extended, st.builds(Extended, extra=st.binary() | st.decimals(allow_nan=False) | edges)),
 }
 
 

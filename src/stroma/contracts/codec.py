@@ -31,6 +31,8 @@ _REINSTATED_END: Final = b',"settled"]'
 _CLASS_TAG: Final = b'{"$c":'
 #: Python reads no integer of more digits.
 _TOO_MANY_DIGITS: Final = b"0" * 4301
+#: Written by pydantic in place of each lone surrogate in the key of a dict.
+_REPLACEMENT: Final = "\ufffd".encode()
 _DIGITS_AS_ZEROS: Final = bytes(b"0"[0] if chr(i) in "0123456789" else b" "[0] for i in range(256))
 _MAX_ERRORS: Final = 5
 _subclasses_of: Final = operator.methodcaller("__subclasses__")
@@ -106,8 +108,13 @@ class SchemaCodec:
         return model.__pydantic_serializer__.to_json
 
     def _is_readable(self, data: bytes) -> bool:
-        """Return False for JSON that may hold NaN, an infinite float, or an integer that is too long."""
+        """Return False for JSON that may have lost a value, or that cannot be read back.
+
+        It may hold NaN, an infinite float, a lone surrogate, or an integer that is too long.
+        """
         if self._traits.has_floats and (b"NaN" in data or b"Infinity" in data):
+            return False
+        if _REPLACEMENT in data:
             return False
         return len(data) < len(_TOO_MANY_DIGITS) or _TOO_MANY_DIGITS not in data.translate(_DIGITS_AS_ZEROS)
 

@@ -74,10 +74,16 @@ def nodes_of(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 def is_exact_in_json(node: dict[str, Any]) -> bool:
-    """Return True if JSON represents the values of a literal, or the keys of a dict, exactly."""
-    if node["type"] == "literal":
-        return all(type(value) in (str, int, bool, type(None)) for value in node["expected"])
-    return bool(node["type"] != "dict" or node.get("keys_schema", {}).get("type") == "str")
+    """Return True if JSON represents the values of a node as exactly as those of the nodes in it."""
+    match node["type"]:
+        case "literal":
+            return all(type(value) in (str, int, bool, type(None)) for value in node["expected"])
+        case "dict":
+            return bool(node.get("keys_schema", {}).get("type") == "str")
+        case "union" | "tagged-union":  # pydantic writes null for NaN and Infinity in any of its choices.
+            return all(inner["type"] not in ("float", "definition-ref") for inner in nodes_of(node))
+    settings = node.get("config") or {}
+    return "allow" not in (node.get("extra_behavior"), settings.get("extra_fields_behavior"))
 
 
 def core_schema_of(model: type[BaseModel]) -> Any:
