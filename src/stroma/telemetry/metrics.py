@@ -39,8 +39,9 @@ class Metric(NamedTuple):
 
 
 def _counter(
-    name: str, prometheus: str, unit: str, text: str, *labels: str, datadog: str | None = None
+    name: str, unit: str, text: str, *labels: str, datadog: str | None = None, prometheus: str | None = None
 ) -> Metric:
+    """Return a counter with the same name in each system, but where a system has another one."""
     return Metric(
         kind="counter",
         text=text,
@@ -48,7 +49,7 @@ def _counter(
         unit=unit,
         otel=f"stroma.{name}",
         datadog=datadog or f"stroma.{name}",
-        prometheus=f"stroma_{prometheus}",
+        prometheus=prometheus or f"stroma_{name.replace('.', '_')}",
     )
 
 
@@ -86,21 +87,10 @@ RUN_SECONDS: Final = Metric(
     prometheus="stroma_run_duration_seconds",
 )
 RETURNED: Final = _counter(
-    "runs.returned",
-    "runs_returned",
-    "{run}",
-    "Calls that got the result of a run that they did not run",
-    "status",
+    "runs.returned", "{run}", "Calls that got the result of a run that they did not run", "status"
 )
 EXECUTIONS: Final = _counter(
-    "node.executions",
-    "node_executions",
-    "{attempt}",
-    "Attempts that ended",
-    "node_id",
-    "outcome",
-    "failure_class",
-    "reason",
+    "node.executions", "{attempt}", "Attempts that ended", "node_id", "outcome", "failure_class", "reason"
 )
 NODE_SECONDS: Final = Metric(
     "seconds",
@@ -112,57 +102,42 @@ NODE_SECONDS: Final = Metric(
     prometheus="stroma_node_duration_seconds",
 )
 RETRIES: Final = _counter(
-    "node.retries",
-    "node_retries",
-    "{attempt}",
-    "Attempts that follow a failed one",
-    "node_id",
-    "failure_class",
+    "node.retries", "{attempt}", "Attempts that follow a failed one", "node_id", "failure_class"
 )
 RESTORED: Final = _counter(
-    "nodes.restored", "nodes_skipped", "{node}", "Outputs that were restored from the journal", "node_id"
+    "nodes.restored",
+    "{node}",
+    "Outputs that were restored from the journal",
+    "node_id",
+    prometheus="stroma_nodes_skipped",
 )
 _OF_USAGE: Final = ("node_id", "model", "agent")
-TOKENS: Final = _counter("tokens", "tokens", "{token}", "Tokens that nodes reported", *_OF_USAGE, "direction")
+TOKENS: Final = _counter("tokens", "{token}", "Tokens that nodes reported", *_OF_USAGE, "direction")
 CACHED: Final = _counter(
-    "cached_tokens", "cached_tokens", "{token}", "Input tokens that a cache had, or got", *_OF_USAGE, "cache"
+    "cached_tokens", "{token}", "Input tokens that a cache had, or got", *_OF_USAGE, "cache"
 )
 COST: Final = _counter(
-    "cost", "cost_usd", "USD", "What they cost, in US dollars", *_OF_USAGE, datadog="stroma.cost_usd"
+    "cost",
+    "USD",
+    "What they cost, in US dollars",
+    *_OF_USAGE,
+    datadog="stroma.cost_usd",
+    prometheus="stroma_cost_usd",
 )
 WARNINGS: Final = _counter(
-    "budget.warnings",
-    "budget_warnings",
-    "{run}",
-    "Runs that used 80 % of a limit of their budget",
-    "dimension",
+    "budget.warnings", "{run}", "Runs that used 80 % of a limit of their budget", "dimension"
 )
-EXCEEDED: Final = _counter(
-    "budget.exceeded", "budget_exceeded", "{run}", "Runs that a budget stopped", "dimension"
-)
+EXCEEDED: Final = _counter("budget.exceeded", "{run}", "Runs that a budget stopped", "dimension")
 WAITS: Final = _counter(
-    "node.waits",
-    "node_waits",
-    "{wait}",
-    "Times that an attempt was queued for a limit, a budget or a circuit",
-    "node_id",
+    "node.waits", "{wait}", "Times that an attempt was queued for a limit, a budget or a circuit", "node_id"
 )
 CIRCUITS: Final = _counter(
-    "circuit.changes",
-    "circuit_changes",
-    "{change}",
-    "Circuits that became open, half open or closed",
-    "circuit",
-    "state",
+    "circuit.changes", "{change}", "Circuits that became open, half open or closed", "circuit", "state"
 )
 COOLDOWNS: Final = _counter(
-    "limit.cooldowns",
-    "limit_cooldowns",
-    "{cooldown}",
-    "Times that a refused call has closed a limit",
-    "limit",
+    "limit.cooldowns", "{cooldown}", "Times that a refused call has closed a limit", "limit"
 )
-HOOK_ERRORS: Final = _counter("hook.errors", "hook_errors", "{error}", "Exceptions that hooks raised", "hook")
+HOOK_ERRORS: Final = _counter("hook.errors", "{error}", "Exceptions that hooks raised", "hook")
 #: In the order of a QueueReading.
 QUEUE_GAUGES: Final = (
     _gauge("runs.queued", "{run}", "Runs that were submitted and have not started"),
