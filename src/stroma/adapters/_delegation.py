@@ -159,7 +159,6 @@ def _function_of(owner: Any, name: str) -> Any:
 
 
 def _home_of(owner: Any, name: str) -> Any:
-    """Return the class that has a method of an object."""
     return next(kind for kind in type(owner).__mro__ if name in vars(kind))
 
 

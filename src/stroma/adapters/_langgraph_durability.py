@@ -252,7 +252,6 @@ def _with_same_ids(channel: Any) -> Any:
 
 
 def _ids_in(value: Any) -> set[Any]:
-    """Return the ids of messages, also of those that are dicts."""
     if isinstance(value, dict):
         return {value.get("id")}
     if isinstance(value, (list, tuple)):
@@ -453,7 +452,6 @@ class _NodeStep:
         }
 
     def _arguments_of(self, input: Any) -> Any:
-        """Return the arguments of a call of a tool."""
         return (input[0] if isinstance(input, list) else input["tool_call"])["args"]
 
     def _returned(self, result: Any) -> Any:
@@ -469,7 +467,6 @@ class _NodeStep:
                 raise broken
 
     async def _look(self, call: _NodeInput | _ToolInput, stored: Any, key: str) -> Any:
-        """Return what ``reconcile`` says of a call."""
         state = decode(stored, self._classes)
         reconcile = self._options.get("reconcile")
         assert reconcile is not None
@@ -505,7 +502,6 @@ _is_invalid_resume: Callable[[BaseException], bool] = getattr(errors, "is_invali
 
 
 def _body_flow() -> Flow:
-    """Return the flow whose body calls a node."""
     flow = current_flow()
     assert flow is not None
     return flow

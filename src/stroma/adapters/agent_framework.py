@@ -216,7 +216,6 @@ class _Rest:
         self._judge()
 
     def final(self, _: Any) -> Any:
-        """Return the final response of the stream."""
         return self.response
 
 
@@ -254,7 +253,6 @@ class _AgentCall(_Rest):
 
 
 def _is_continuation(messages: list[Any]) -> bool:
-    """Return True if messages have a request for an approval, or the response to one."""
     kinds = {content.type for message in messages for content in message.contents}
     return not kinds.isdisjoint(("function_approval_request", "function_approval_response"))
 
@@ -276,7 +274,6 @@ def _asked_of(messages: Any) -> dict[str, Any]:
 
 
 def _answer_of(answer: Any) -> dict[str, Any]:
-    """Return the view of an answer of a model or an agent."""
     return {"text": getattr(answer, "text", None)}
 
 
@@ -289,7 +286,6 @@ def _result_of(result: Any) -> Any:
 
 
 def _used_by(response: Any) -> Usage | None:
-    """Return the usage of a response, or None."""
     used = getattr(response, "usage_details", None)
     if not used:
         return None

@@ -149,7 +149,6 @@ async def _messages(*, options: Any = None, **kwargs: Any) -> Any:
 
 
 def _raise_fatal(run_id: str) -> None:
-    """Raise what stopped the run inside a tool."""
     fatal = _FATAL.pop(run_id, None)
     if fatal is not None:
         raise fatal

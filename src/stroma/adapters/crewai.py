@@ -188,7 +188,6 @@ def _attach_crew(crew: Any, guard: Guard, contracts: dict[str, NodeContract[Any,
 
 
 def _guard_parts(crew: Any, guard: Guard, contracts: dict[str, NodeContract[Any, Any]]) -> None:
-    """Guard the LLMs and tools that a crew has now."""
     # By its values: newer releases deprecate the attribute, and will not have it.
     llms = [vars(part).get(name) for part in (crew, *_agents_of(crew)) for name in _LLMS]
     for llm in llms:
@@ -204,7 +203,6 @@ def _agents_of(crew: Any) -> list[Any]:
 
 
 def _tools_of(crew: Any) -> list[Any]:
-    """Return the tools of the agents and tasks of a crew."""
     holders = (*_agents_of(crew), *crew.tasks)
     tools = [tool for holder in holders for tool in holder.tools or () if isinstance(tool, BaseTool)]
     # Those with which a manager delegates call agents of the crew.
@@ -314,7 +312,6 @@ def _guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None
 
 
 def _raise_fatal(guard: Guard) -> None:
-    """Raise what has ended the run in a tool."""
     if (fatal := guard.current.fatal) is not None:
         raise fatal
 
@@ -336,7 +333,6 @@ class _Ledger:
 
     @classmethod
     def of(cls, llm: Any) -> _Ledger:
-        """Return the ledger of an LLM's counter."""
         with _LOCK:
             ledger: _Ledger | None = vars(llm).get("_stroma_ledger")
             if ledger is None or ledger._counter is not llm._token_usage:  # A deep copy counts for itself.

@@ -96,7 +96,6 @@ def each_run(runner: T, guard: Guard) -> T:
 
 
 def _has_model_above(agent: Any) -> bool:
-    """Return True if an agent takes the model of an agent above it."""
     above = agent.parent_agent
     while above is not None and not isinstance(above, LlmAgent):
         above = above.parent_agent
@@ -273,7 +272,6 @@ async def _live_events(parts: Callable[..., Any], guard: Guard, kwargs: dict[str
 
 
 def _usage_of(response: Any, model: str | None) -> Usage | None:
-    """Return what a response or an event says about its tokens, or None."""
     used = getattr(response, "usage_metadata", None)
     if used is None:
         return None

@@ -334,7 +334,6 @@ def _guard_tool(
     contract: NodeContract[Any, Any] | None,
     output_view: Callable[[Any], Any] = as_it_is,
 ) -> Any:
-    """Return a tool whose calls are steps."""
     if guard.has(tool.on_invoke_tool, contract):
         return tool
     guarded = copy.copy(tool)

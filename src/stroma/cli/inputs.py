@@ -161,7 +161,6 @@ def _required_inputs(node: Node | Group) -> list[tuple[str, type[BaseModel]]]:
 
 
 def _all_declared(node: Node | Group) -> bool:
-    """Return True if every node that receives the input has a contract."""
     if isinstance(node, Node):
         return node.contract is not None
     return not node.is_map and all(map(_all_declared, node.children))

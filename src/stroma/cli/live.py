@@ -332,7 +332,6 @@ class LiveProgress(Progress):
         return row
 
     def _mark_map(self, node: RunningNode) -> None:
-        """Count the items of this map in its row."""
         if _place(node) not in self._maps:
             self._maps.add(_place(node))
             row = self._rows.get(_key(node))

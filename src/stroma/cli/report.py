@@ -245,7 +245,6 @@ class RunReport:
             )
 
     def _rerun_hint(self) -> list[str]:
-        """Return the hint that reruns failed items; empty for a store that is not durable."""
         if not self.db.is_durable:
             return []
         command = self.db.hint(

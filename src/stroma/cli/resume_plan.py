@@ -220,7 +220,6 @@ def _position(attempts: list[AttemptRecord], pipeline: Pipeline | None, start_at
 
 
 def _restored(attempts: list[AttemptRecord], before: int | None) -> list[AttemptRecord]:
-    """Return the attempts whose outputs would be restored."""
     places: dict[tuple[int, str], AttemptRecord] = {}
     for one in attempts:
         if one.output_bytes is not None and (before is None or one.position < before):

@@ -86,7 +86,6 @@ def waiting_hints(
 
 
 def _example_answer(one: Waiting) -> str:
-    """Return an answer that the schema of a question allows, as JSON; ANSWER if none is known."""
     schema = one.answer_schema()
     try:
         return "ANSWER" if schema is None else json.dumps(example_of(schema), ensure_ascii=False)

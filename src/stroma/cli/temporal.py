@@ -148,7 +148,6 @@ class TemporalCluster:
         return TemporalRunner(client, self.task_queue, database.store, config)
 
     def _problem(self, error: RPCError) -> Problem:
-        """Return the Problem for an error of the server."""
         what, fix = f"failed with {error.status.name}", "repeat the command when the server is available"
         if error.status.name == "NOT_FOUND" and "amespace" in error.message:
             what, fix = "does not have the namespace", "check --namespace"

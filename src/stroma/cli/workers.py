@@ -219,7 +219,6 @@ class LocalWorker:
         return f"continued runs {total}{how}{active}{self._queue()} in {took}"
 
     def _queue(self) -> str:
-        """Describe the queue, for the status line."""
         queued, seconds = self._health.queued, self._health.oldest_due_seconds
         text = f", {pluralize(queued, 'run')} queued" if queued else ""
         text += f", {pluralize(self._health.blocked, 'run')} blocked" if self._health.blocked else ""
@@ -313,6 +312,5 @@ def _names(pipelines: Sequence[Pipeline]) -> str:
 
 
 def _print(quiet: bool, what: str, more: str) -> None:
-    """Print a status line of a worker."""
     if not quiet:
         timed_line("worker ", (what, "green"), f": {more}")

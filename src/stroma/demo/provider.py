@@ -289,7 +289,6 @@ def _error_of(decision: _Decision, model: str) -> _HTTPError:
 
 
 def _with_wrong_type(task: str, right: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer in which one field has a wrong type."""
     if task == "extract":
         return {**right, "total": "twelve hundred"}
     key, spoilt = ("labels", {"priority": 3}) if task == "classify" else ("risks", {"level": 3})

@@ -211,7 +211,6 @@ def _on_a_budget(demo: Demo, provider: Provider) -> bool:
 
 
 def _bill(demo: Demo, run_id: str) -> None:
-    """Print the cost of each document."""
     demo.title("What each document has cost")
     names = demo.names(run_id)
     attempts = demo.attempts(run_id)

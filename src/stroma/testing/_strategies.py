@@ -141,7 +141,6 @@ class _StrategyBuilder:
         return self._known[kind]
 
     def _hints(self, kind: Any, path: str, validate: Callable[[Any], Any]) -> Strategy:
-        """Return a strategy for the fields of a dataclass or typed dict."""
         hints = typing.get_type_hints(kind, include_extras=True)
         if dataclasses.is_dataclass(kind):
             wanted = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
@@ -255,7 +254,6 @@ def _flattened(metadata: Iterable[Any]) -> Iterator[Any]:
 
 
 def _all(limits: Iterable[Any], name: str) -> list[Any]:
-    """Return the values of all constraints of a name."""
     values = [getattr(item, name, None) for item in _flattened(limits)]
     return [value for value in values if value is not None]
 

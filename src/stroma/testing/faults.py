@@ -217,7 +217,6 @@ def _exception_of(error: Raised) -> BaseException:
 
 
 def _malformed(returned: Any, output: Any) -> Any:
-    """Return the result of a node with another output, and the same usage."""
     result_tuple = returned if isinstance(returned, tuple) else (returned,)
     result = output(result_tuple[0]) if callable(output) else output
     return (result, *result_tuple[1:]) if isinstance(returned, tuple) else result

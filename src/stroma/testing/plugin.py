@@ -126,7 +126,6 @@ def stroma_snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 def _file_for_test(request: pytest.FixtureRequest, directory: str, name: str | None, suffix: str) -> Path:
-    """Return the path of a file for one test."""
     test = Path(os.fspath(request.node.path))
     # Two classes can have tests of one name.
     of = "" if request.cls is None else f"{request.cls.__qualname__}."

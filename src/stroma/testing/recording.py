@@ -215,8 +215,6 @@ def _of_last_process(attempts: list[AttemptRecord]) -> list[AttemptRecord]:
 
 
 def _steps(store: Any, run_id: str) -> list[StepRow]:
-    """Return the commits of a run."""
-
     def query(rows: Any) -> list[StepRow]:
         run = rows.find(run_id)
         return [] if run is None else list(rows.steps(run.run, run.execution))

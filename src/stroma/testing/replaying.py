@@ -202,7 +202,6 @@ def _payload(one: AttemptRecord) -> Payload:
 
 
 def _describe(pair: NodeDiff) -> str:
-    """Describe a difference as text."""
     differences = [change._replace(path=f"output.{change.path}".rstrip(".")) for change in pair.output]
     text = [_change(change) for change in [*pair.facts, *differences[:_MAX_CHANGES]]]
     return "; ".join(text) + (

@@ -190,7 +190,6 @@ class Trial:
 
 
 def _plans() -> list[FaultPlan]:
-    """Return the active fault plans."""
     return [interceptor for interceptor in INTERCEPTORS if isinstance(interceptor, FaultPlan)]
 
 
@@ -218,5 +217,4 @@ def _listen(child: int, reading: int, timeout_seconds: float) -> tuple[str, int 
 
 
 def _plain(state: BaseModel) -> Any:
-    """Return a state as plain JSON data."""
     return jsonable(Schema.decode_raw(schema_of(type(state)).encode(state)))

@@ -216,7 +216,6 @@ class ExecutionTrace(Shown):
         return None if rejected is None else hide_rejected(redact, rejected)
 
     def _wait_bars(self, first_ns: int) -> tuple[Bar, ...]:
-        """Return the waits of flows."""
         from stroma.trace.story import Bar
 
         bars: list[Bar] = []
@@ -229,7 +228,6 @@ class ExecutionTrace(Shown):
         return tuple(bars)
 
     def _hidden(self, redact: Redact | None) -> frozenset[str]:
-        """Return the texts that ``redact`` removes from the states."""
         return frozenset() if redact is None else forms_to_hide(removed_values(redact, states_of(self.rows)))
 
     def diff(self, other: ExecutionTrace) -> list[str]:

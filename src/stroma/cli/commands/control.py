@@ -123,7 +123,6 @@ def cancel(run_: str, as_json: bool, db: str | None) -> None:
 def _print(
     as_json: bool, schema: str, record: RunRecord, outcome: str, holder: str | None, message: str
 ) -> None:
-    """Print the outcome of a request: as JSON, or as a message."""
     if as_json:
         data: dict[str, Any] = {"run_id": record.run_id, "outcome": outcome, "holder": holder}
         emit({"schema": schema, **data, "status": record.status})

@@ -134,7 +134,6 @@ def _print_diff(
 
 
 def _summary(a: RunRecord, b: RunRecord, started: list[Change], nodes: list[NodeDiff]) -> list[Part]:
-    """Return what differs, and by how much the cost does."""
     both = [one for one in nodes if one.a is not None and one.b is not None]
     outputs, facts = sum(bool(one.output) for one in both), sum(bool(one.facts) for one in both)
     texts = ["another input"] if started else []

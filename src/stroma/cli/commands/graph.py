@@ -71,7 +71,6 @@ def _write(path: str, text: str) -> None:
 
 
 def _run_graph(pipeline: Pipeline, db: str | None) -> RunGraph:
-    """Return the graph of the recorded runs. Raises Problem if there are none."""
     database = Database.from_option(db)
     drawing = History(database.reader).run_graph(pipeline.name)
     if not drawing.runs:

@@ -110,7 +110,6 @@ class RunReader:
         return diff_data(first, second, started, nodes, True)
 
     def _read(self, run: str) -> tuple[History, RunRecord, list[AttemptRecord]]:
-        """Return a run and its attempts. Raises Problem."""
         record = self._database.find(run)
         history, reader = self._history, self._database.reader
         attempts = in_order(reader.attempts(record.run_id))

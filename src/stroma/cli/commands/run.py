@@ -174,7 +174,6 @@ def resume_run(
 
 
 def _fork(run: ResumedRun, options: RunOptions, start_at: str, input_text: str | None) -> int:
-    """Start a new run from a node of another one, or from a call of its flow."""
     database, record, pipeline, target = run
     position, call = find_call(pipeline, target, start_at)
     if call is not None and input_text is not None:
@@ -227,7 +226,6 @@ def compare_names(record: RunRecord, pipeline: Pipeline, *, quiet: bool) -> None
 
 
 def _configure(pipeline: Pipeline, run_id: str | None, options: RunOptions) -> RunConfig:
-    """Return the pipeline's config with the options of the command applied."""
     config = pipeline.config if pipeline.config is not None else RunConfig()
     limits = {"max_cost_usd": options.budget_usd, "max_tokens_total": options.budget_tokens}
     changes: dict[str, Any] = {
