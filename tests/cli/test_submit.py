@@ -81,10 +81,11 @@ def test_queued_runs_are_listed(stroma, inside):
 
 @pytest.mark.slow
 def test_a_page_submits_a_run(stroma, inside):
-    """`stroma ui` with a pipeline has a form that submits its runs, validated with its first contract. The
+    """`stroma ui` with pipelines has a form that submits their runs, validated with their first contract. The
     pages of those runs name the pipeline, also where no pipeline was passed."""
-    with pages(stroma, "sums.py:pipeline") as url:
-        with urllib.request.urlopen(f"{url}submit", timeout=30) as answer:
+    stroma.file("flows.py", FLOW)
+    with pages(stroma, "flows.py:ask", "sums.py:pipeline") as url:
+        with urllib.request.urlopen(f"{url}submit?pipeline=sums", timeout=30) as answer:
             key = re.findall('name="key" value="([^"]*)"', answer.read().decode())[0]
         with pytest.raises(urllib.error.HTTPError) as refused:
             send(url, key, '{"start": "x"}')
@@ -113,7 +114,7 @@ def pages(stroma, *target):
 
 def send(url, key, text):
     """Submit the form, and return the page of the run."""
-    data = urllib.parse.urlencode({"key": key, "input": text}).encode()
+    data = urllib.parse.urlencode({"key": key, "pipeline": "sums", "input": text}).encode()
     request = urllib.request.Request(f"{url}submit", data, {"Origin": url.rstrip("/")})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return answer.read().decode()

@@ -31,6 +31,7 @@ from stroma import (
 )
 from stroma.ui import Settings, make_app
 from stroma.ui.app import make_config
+from stroma.ui.settings import Served
 
 #: What a page must never take for its own.
 SCRIPT = "<script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\"'&amp;]]>"
@@ -91,8 +92,9 @@ class Site:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Site]]:
-    """Starts a site for a store; the keywords are settings. ``serve.listening()``: a socket to give it, whose
-    port is known.
+    """Starts a site for a store; the keywords are settings, and those of its pipeline.
+
+    ``serve.listening()``: a socket to give it, whose port is known.
 
     ``app``: the application of another site, to be served by one more thread.
     """
@@ -105,13 +107,20 @@ def serve() -> Iterator[Callable[..., Site]]:
         return listening
 
     def start(
-        store: SQLiteStore, *, listening: socket.socket | None = None, app: Any = None, **settings: Any
+        store: SQLiteStore,
+        *,
+        listening: socket.socket | None = None,
+        app: Any = None,
+        pipeline: str | None = None,
+        **settings: Any,
     ) -> Site:
         listening = listening or listen()
         site = Site(listening.getsockname()[1], store)
+        served = {name: settings.pop(name) for name in Served._fields if name in settings}
+        if pipeline is not None:
+            settings["pipelines"] = {pipeline: Served(**{"resume": site.resumed.append} | served)}
         value: dict[str, Any] = {
             "hosts": [site.host, f"localhost:{site.port}"],
-            "resume": site.resumed.append,
             "poll_seconds": 0.05,
         } | settings
         site.app = app or make_app(Settings(store=store, name="runs.db", **value))

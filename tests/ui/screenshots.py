@@ -19,7 +19,7 @@ from tests.ui.test_large_run import make_large_run
 
 from stroma import SQLiteStore
 from stroma.ui import Settings, make_app
-from stroma.ui.settings import Submission
+from stroma.ui.settings import Served, Submission
 
 _TALLEST = 3000  # pixels of a page, below which it is cut
 SIZES = {"wide": (1280, 860), "narrow": (400, 860), "large": (2560, 1300)}
@@ -45,11 +45,14 @@ def main() -> None:
             make_large_run(store)
             asyncio.run(scenes.make_map(store, 10_000, "book-10000"))
             about = {
-                "pipeline": "invoices",
-                "resume": lambda run_id: None,
-                "lineage": scenes.lineage(pipeline),
-                "budget": {"max_cost_usd": scenes.BUDGET},
-                "submission": Submission(scenes.Invoice, scenes.submit_nothing),
+                "pipelines": {
+                    "invoices": Served(
+                        lambda run_id: None,
+                        Submission(scenes.Invoice, scenes.submit_nothing),
+                        scenes.lineage(pipeline),
+                        {"max_cost_usd": scenes.BUDGET},
+                    )
+                },
             }
             servers = [_serve(store, listening, about), _serve(empty, bare, {})]
             try:

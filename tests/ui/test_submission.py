@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from tests.ui.conftest import GOOD, SCRIPT, Site, State, make_runs
+from tests.ui.scenes import lineage
 from tests.ui.test_actions import form_of
 from tests.ui.test_security import keys
 
-from stroma import SQLiteStore, StromaRunner
+from stroma import Pipeline, SQLiteStore, StromaRunner
 from stroma.checkpoint.records import RunQuery
-from stroma.ui.settings import Submission
+from stroma.ui.settings import Served, Submission
 
 LATER = 3600.0
 
@@ -130,6 +131,34 @@ def test_one_form_submits_one_run(store: SQLiteStore, site: Site) -> None:
     assert "QUEUED" in site.get("/run", id=run_id).text
     assert site.post("/submit", form | {"input": '{"n": 4}'}).status == 303
     assert len(queued(store)) == 2
+
+
+def test_several_pipelines(store: SQLiteStore, serve: Any) -> None:
+    """Each pipeline that the interface was started with has its graph, its form, and a link from the others;
+    another name is not found. A form of one cannot be sent for another."""
+    names: list[str] = []
+
+    def served(name: str) -> Served:
+        async def submit(state: Any, options: Any) -> None:
+            names.append(name)
+            pipeline = Pipeline(name, GOOD.nodes)
+            await StromaRunner.quick(store=store).submit(pipeline, state, **options)
+
+        return Served(submission=Submission(State, submit), lineage=lineage(Pipeline(name, GOOD.nodes)))
+
+    site: Site = serve(store, pipelines={name: served(name) for name in ("first", "second", SCRIPT)})
+    assert "Pipelines</a>" in site.get("/").text
+    assert "<h1>first</h1>" in site.get("/pipeline").text
+    page = site.get("/pipeline", name="second").text
+    for expected in ("<h1>second</h1>", "/pipeline?name=first", "/submit?pipeline=second"):
+        assert expected in page
+    assert SCRIPT not in page
+    form = form_of(site.get("/submit", pipeline="second").text, "submit") | {"input": '{"n": 3}'}
+    assert site.post("/submit", form | {"pipeline": "first"}).status == 403
+    assert (site.post("/submit", form).status, names) == (303, ["second"])
+    for path in ("/pipeline", "/lineage.svg", "/steps.svg"):
+        assert site.get(path, name="third").status == 404
+    assert site.get("/submit", pipeline="third").status == 404
 
 
 def test_a_wrong_input(store: SQLiteStore, site: Site) -> None:

@@ -10,13 +10,14 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import click
 
+from stroma._utils.text import clean
 from stroma.cli.errors import WORDS, Code, Problem, command_line, describe_error, last_frame
 from stroma.cli.output import err
 from stroma.cli.stores import Database
@@ -54,6 +55,16 @@ def load_with_module(
         return with_settings_of(loaded.module, pipeline), loaded.module
     except LookupError as error:
         raise Problem(*str(error).split("; ", 1)) from None
+
+
+def refuse_same_names(pipelines: Sequence[Pipeline]) -> None:
+    """Raise Problem for pipelines of one name: runs are found by the name."""
+    names = [pipeline.name for pipeline in pipelines]
+    for name in {name for name in names if names.count(name) > 1}:
+        raise Problem(
+            f"{names.count(name)} of these pipelines have the name {clean(name, 100)!r}",
+            "use distinct names: Pipeline(name, nodes)",
+        )
 
 
 def _report_other_stores(

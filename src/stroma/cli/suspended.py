@@ -34,15 +34,15 @@ def waiting_data(one: Waiting) -> dict[str, Any]:
     }
 
 
-def find_schema(one: Waiting, module: ModuleType | None = None) -> type[BaseModel] | None:
+def find_schema(one: Waiting, modules: Sequence[ModuleType] = ()) -> type[BaseModel] | None:
     """Return the class that a node requires, if it is imported already.
 
-    ``module``: searched if the recorded module name does not resolve, as for a program that ran as
+    ``modules``: searched if the recorded module name does not resolve, as for a program that ran as
         ``__main__``.
     """
     recorded, _, name = one.schema_ref.partition(":")
     places = [] if recorded == "__main__" else [recorded]
-    places += [module.__name__] if module is not None else []
+    places += [module.__name__ for module in modules]
     for place in places:
         try:
             return resolve_schema(f"{place}:{name}")

@@ -44,10 +44,9 @@ _FORM_SECONDS: Final = 10.0  # for a form to arrive
 
 
 def can_resume(settings: Settings, record: RunRecord) -> bool:
-    """Return True if a page may resume a run: a started, unfinished one of this pipeline without an owner."""
+    """Return True if a page may resume a run: a started, unfinished one of a pipeline here without an owner."""
     return (
-        settings.resume is not None
-        and record.pipeline == settings.pipeline
+        settings.served(record).resume is not None
         and record.status not in (*FINISHED, QUEUED)
         and record.holder is None
         and record.run_id != "last"  # The command would resume the latest run.
@@ -55,11 +54,11 @@ def can_resume(settings: Settings, record: RunRecord) -> bool:
 
 
 def can_fork(settings: Settings, record: RunRecord, attempt: AttemptRecord) -> bool:
-    """Return True if a page may fork a run at an attempt: of a node in the list of this pipeline."""
-    names = [] if settings.lineage is None else settings.lineage.top_level
+    """Return True if a page may fork a run at an attempt: of a node in the list of its pipeline."""
+    served = settings.served(record)
+    names = [] if served.lineage is None else served.lineage.top_level
     return (
-        settings.resume is not None
-        and record.pipeline == settings.pipeline
+        served.resume is not None
         and not attempt.branch
         and attempt.position < len(names)
         and names[attempt.position] == attempt.node_id
@@ -88,7 +87,7 @@ class Actions:
 
     async def resume(self, request: Request) -> Response:
         record, form = await self.read_form("resume", request)
-        resume = self._settings.resume
+        resume = self._settings.served(record).resume
         with self._keys.once(identity_of(form)) as is_first:
             if resume is None or (is_first and not can_resume(self._settings, record)):
                 raise HTTPException(409, "this run cannot be resumed here; its page shows the command")
@@ -99,9 +98,9 @@ class Actions:
     async def fork(self, request: Request) -> Response:
         """Start a new run with what a run has committed before a position."""
         record, form = await self.read_form("fork", request)
-        resume, position = self._settings.resume, form.get("position", "")
-        lineage = self._settings.lineage
-        if resume is None or lineage is None or record.pipeline != self._settings.pipeline:
+        served, position = self._settings.served(record), form.get("position", "")
+        resume, lineage = served.resume, served.lineage
+        if resume is None or lineage is None:
             raise HTTPException(409, "this run cannot be forked here: pass its pipeline to `stroma ui`")
         is_number = position.isdecimal() and position.isascii() and len(position) < 10
         if not is_number or int(position) >= len(lineage.top_level):
@@ -233,8 +232,6 @@ def _read_limits(form: dict[str, str]) -> Mapping[str, float]:
         raise HTTPException(422, f"not a budget: {clean(str(error), 300)}") from error
 
 
-#: Action and subject of the form.
-_FORM: Final = ("submit", "")
 _MAX_ERRORS: Final = 20
 
 
@@ -247,18 +244,20 @@ class SubmitForm:
 
     def page(self, request: Request) -> Response:
         """Return an empty form."""
+        name = request.query_params.get("pipeline", next(iter(self._submissions), ""))
         try:
-            example = json.dumps(example_for(self._submission().model))
+            example = json.dumps(example_for(self._submission(name).model))
         except NoExampleError:
             example = "{}"
-        return self._page({"key": self._keys.form(*_FORM), "input": example})
+        return self._page({"key": self._keys.form("submit", name), "pipeline": name, "input": example})
 
     async def submit(self, request: Request) -> Response:
         """Submit a run, once for a form and its content, and lead to its page; or show the errors."""
         form = dict(await read_fields(request))
-        if not self._keys.is_form(form.get("key", ""), *_FORM):
+        name = form.get("pipeline", "")
+        if not self._keys.is_form(form.get("key", ""), "submit", name):
             raise no_key()
-        submission = self._submission()
+        submission = self._submission(name)
         parsed = _parse(submission.model, form.get("input", ""))
         options = _read_options(form)
         errors = [
@@ -274,17 +273,26 @@ class SubmitForm:
             return self._page(form, [("", clean(str(error), 1000))], 422)
         return to_run(run_id)
 
-    def _submission(self) -> Submission:
-        submission = self._renderer.settings.submission
+    @property
+    def _submissions(self) -> dict[str, Submission]:
+        """The pipelines whose runs can be submitted, by name."""
+        pipelines = self._renderer.settings.pipelines.items()
+        return {name: one.submission for name, one in pipelines if one.submission is not None}
+
+    def _submission(self, name: str) -> Submission:
+        submission = self._submissions.get(name)
         if submission is None:
-            raise HTTPException(404, "no pipeline that can be submitted was passed to stroma ui")
+            raise HTTPException(404, "stroma ui was started without a pipeline that can be submitted")
         return submission
 
     def _page(
         self, form: dict[str, str], errors: list[tuple[str, str]] | None = None, code: int = 200
     ) -> Response:
-        fields = {name: form.get(name, "") for name in ("key", "input", "queue_key", "priority")}
-        return self._renderer.page("submit.html", code, here="pipeline", form=fields, errors=errors or [])
+        fields = {name: form.get(name, "") for name in ("key", "pipeline", "input", "queue_key", "priority")}
+        names = list(self._submissions)
+        return self._renderer.page(
+            "submit.html", code, here="pipeline", form=fields, names=names, errors=errors or []
+        )
 
 
 def _parse(model: type[BaseModel], text: str) -> BaseModel | list[tuple[str, str]]:

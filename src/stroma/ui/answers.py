@@ -115,7 +115,7 @@ class Answers:
             except (ValueError, RecursionError) as error:
                 raise _Refused(question, [FieldError("", f"not JSON: {clean(str(error), 300)}")]) from error
         await self._signal(record, questions, question, answer)
-        resume = self._settings.resume
+        resume = self._settings.served(record).resume
         if resume is not None and self._is_to_resume(record, form):
             await to_thread.run_sync(resume, record.run_id)
 

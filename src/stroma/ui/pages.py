@@ -27,6 +27,7 @@ from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_b
 from stroma.ui.rendering import Renderer, now_ms
 from stroma.ui.run_view import find_by_trace
 from stroma.ui.security import IMAGE_POLICY
+from stroma.ui.settings import Served
 
 #: Maximum number of runs read, and of attempts read from each.
 RUNS: Final = 50
@@ -313,22 +314,24 @@ class Pages:
         )
 
     def pipeline(self, request: Request) -> Response:
-        name, lineage = self._settings.pipeline, self._settings.lineage
-        looked_at, nodes = (0, []) if name is None else figures_of(self._store, name)
-        has_steps = name is not None and looked_at > 0 and self._history.run_graph(name, RUNS).has_calls
+        name, served = self._served(request)
+        looked_at, nodes = figures_of(self._store, name)
+        has_steps = looked_at > 0 and self._history.run_graph(name, RUNS).has_calls
         failed = {one.node_id for one in nodes if one.failed}
 
         def address(node_id: str) -> str:
             """Return the address of the runs in which a node failed; of all runs for a node that did not."""
-            text = f"node:{quoted(node_id)}" if node_id in failed else f"pipeline:{quoted(name or '')}"
+            text = f"node:{quoted(node_id)}" if node_id in failed else f"pipeline:{quoted(name)}"
             return to_address("/", q=text)
 
         drawing = None
-        if lineage is not None:
-            drawing = Markup(lineage.drawing(rate_boxes(nodes), lambda box: address(box.title)))
+        if served.lineage is not None:
+            drawing = Markup(served.lineage.drawing(rate_boxes(nodes), lambda box: address(box.title)))
         return self._renderer.page(
             "pipeline.html",
             here="pipeline",
+            name=name,
+            can_submit=served.submission is not None,
             drawing=drawing,
             nodes=nodes,
             address=address,
@@ -340,15 +343,21 @@ class Pages:
 
     def steps(self, request: Request) -> Response:
         """Return an image of the steps that the latest runs took."""
-        name = self._settings.pipeline
-        if name is None or not self._store.exists():
-            raise HTTPException(404, "no pipeline was passed to stroma ui")
-        return _image(self._history.run_graph(name, RUNS).svg())
+        return _image(self._history.run_graph(self._served(request)[0], RUNS).svg())
 
     def lineage(self, request: Request) -> Response:
-        if self._settings.lineage is None:
-            raise HTTPException(404, "no pipeline was passed to stroma ui")
-        return _image(self._settings.lineage.svg())
+        lineage = self._served(request)[1].lineage
+        if lineage is None:
+            raise HTTPException(404, "this pipeline has no lineage")
+        return _image(lineage.svg())
+
+    def _served(self, request: Request) -> tuple[str, Served]:
+        """Return the pipeline that a request names, by default the first one, with its name."""
+        pipelines = self._settings.pipelines
+        name = request.query_params.get("name", next(iter(pipelines), ""))
+        if name not in pipelines:
+            raise HTTPException(404, "stroma ui was started without this pipeline: pass FILE.py:NAME")
+        return name, pipelines[name]
 
 
 def _image(svg: str) -> Response:

@@ -218,7 +218,7 @@ class RunPages:
             key = attempt_key(cause_attempt)
             selected = next((bar for bar in story.bars if attempt_key(addresses[id(bar)]) == key), None)
         at_work = is_at_work(record) and is_first
-        lineage = self._settings.lineage if record.pipeline == self._settings.pipeline else None
+        lineage = self._settings.served(record).lineage
         names = [] if lineage is None else lineage.top_level
         return Timeline(
             story.bars,

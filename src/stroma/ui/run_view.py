@@ -28,8 +28,7 @@ def read_limits(settings: Settings, record: RunRecord) -> Mapping[str, float]:
 
     Raises StoreError.
     """
-    own: Mapping[str, float] = settings.budget if record.pipeline == settings.pipeline else {}
-    return {**own, **settings.store.control(record.run_id).budget}
+    return {**settings.served(record).budget, **settings.store.control(record.run_id).budget}
 
 
 def trace_link(settings: Settings, run_id: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Final, NamedTuple
 
 from pydantic import BaseModel
 
@@ -17,7 +17,7 @@ from stroma.trace.redaction import Redact
 
 
 class Submission(NamedTuple):
-    """Settings of the form that submits runs of the pipeline.
+    """Settings of the form that submits runs of a pipeline.
 
     Attributes:
         model: class of the input.
@@ -26,6 +26,25 @@ class Submission(NamedTuple):
 
     model: type[BaseModel]
     submit: Callable[[BaseModel, SubmitOptions], Awaitable[object]]
+
+
+class Served(NamedTuple):
+    """A pipeline that the interface was started with.
+
+    Attributes:
+        resume: resumes a run by its id, in a process of its own; None if its runs cannot be resumed.
+        submission: how its runs are submitted; None if they cannot be.
+        lineage: its lineage.
+        budget: limits in its config, by field of ExecutionBudget.
+    """
+
+    resume: Callable[[str], None] | None = None
+    submission: Submission | None = None
+    lineage: Lineage | None = None
+    budget: Mapping[str, float] = {}
+
+
+_NOT_SERVED: Final = Served()
 
 
 def _command(name: str, run: RunRecord | None) -> str:
@@ -44,13 +63,9 @@ class Settings:
         token: access token that clients must send; None if only this machine can connect.
         private_host: one of ``hosts`` that no other server uses; the token becomes a cookie only for it.
         redact: see RunConfig; applied to every state.
-        pipeline: name of the pipeline whose runs can be resumed; None if none can.
-        resume: resumes a run by its id, in a process of its own.
-        submission: how runs of ``pipeline`` are submitted; None if they cannot be.
+        pipelines: the pipelines that the interface was started with, by name.
         command: returns a command line for the same store: ``command("resume", record)``; "worker" and "run"
             also without a record.
-        lineage: the lineage of ``pipeline``.
-        budget: limits in the config of ``pipeline``, by field of ExecutionBudget.
         find_schema: returns the class of the answer that a node waits for, if it is imported.
         trace_url: address of a trace in the telemetry backend, with ``{trace_id}`` and ``{span_id}`` in it.
         poll_seconds: seconds between two reads of the store for open pages.
@@ -62,12 +77,12 @@ class Settings:
     token: str | None = None
     private_host: str | None = None
     redact: Redact | None = None
-    pipeline: str | None = None
-    resume: Callable[[str], None] | None = None
-    submission: Submission | None = None
+    pipelines: Mapping[str, Served] = field(default_factory=dict[str, Served])
     command: Callable[[str, RunRecord | None], str] = _command
-    lineage: Lineage | None = None
-    budget: Mapping[str, float] = field(default_factory=dict[str, Any])
     find_schema: Callable[[Waiting], type[BaseModel] | None] = field(default=lambda one: None)
     trace_url: str | None = None
     poll_seconds: float = 1.0
+
+    def served(self, record: RunRecord) -> Served:
+        """Return the pipeline of a run; one without anything if the interface was started without it."""
+        return self.pipelines.get(record.pipeline, _NOT_SERVED)

@@ -186,7 +186,7 @@ def _parse_answer(
     if text is None:
         return NotDone(), None
     if one.schema_ref:
-        model = find_schema(one, module)
+        model = find_schema(one, [module])
         if model is None:
             raise Problem(
                 f"{node_text(one)} of run {clean(record.run_id)} requires "

@@ -8,9 +8,9 @@ import secrets
 import socket
 import subprocess
 import threading
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import TYPE_CHECKING, Any
 
 import click
 from pydantic import BaseModel
@@ -22,7 +22,7 @@ from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import input_model
-from stroma.cli.loading import load_with_module
+from stroma.cli.loading import load_with_module, refuse_same_names
 from stroma.cli.output import err, out
 from stroma.cli.stores import TARGET, Database, db_option
 from stroma.cli.suspended import find_schema
@@ -34,13 +34,14 @@ from stroma.runner.runner import StromaRunner
 if TYPE_CHECKING:
     from stroma.contracts.checks.lineage import Lineage
     from stroma.runner.pipeline import SubmitOptions
+    from stroma.trace.redaction import Redact
     from stroma.ui.settings import Submission
 
 _PORT = 8427
 
 
 @click.command()
-@click.argument("target", metavar="[FILE_OR_MODULE:NAME]", required=False)
+@click.argument("targets", metavar="[FILE_OR_MODULE:NAME]...", nargs=-1)
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -74,7 +75,7 @@ _PORT = 8427
 )
 @db_option
 def ui(
-    target: str | None,
+    targets: tuple[str, ...],
     port: int,
     host: str,
     token: str | None,
@@ -84,22 +85,24 @@ def ui(
 ) -> int:
     """Serve the web interface of a store on this machine.
 
-    With a pipeline, its runs can be submitted and resumed from pages, the redact of its config applies, and
-    its lineage is drawn. Only the buttons change or run anything.
+    With pipelines, their runs can be submitted and resumed from pages, the redact of each config applies to
+    all runs, and their lineage is drawn. Only the buttons change or run anything.
     """
     try:
         from stroma.ui import Settings, make_app, serve
+        from stroma.ui.settings import Served
     except ImportError as error:
         raise Problem(str(error), code=Code.ENVIRONMENT) from error
     loopback, is_generated = _is_loopback(host), token is None
     token = _check_token(token, host, loopback)
     database = Database.from_option(db)
     # Only with a pipeline, runs can be submitted into a store that does not exist yet.
-    store = database.reader if target is None else database.require_durable()
+    store = database.reader if not targets else database.require_durable()
     if trace_url is not None and not trace_url.startswith(("http://", "https://")):
         raise Problem("--trace-url must begin with http:// or https://")
-    pipeline, module = (None, None) if target is None else load_with_module(target, database)
-    config = None if pipeline is None else pipeline.config
+    loaded = [load_with_module(target, database) for target in targets]
+    refuse_same_names([pipeline for pipeline, _ in loaded])
+    target_of = {pipeline.name: target for target, (pipeline, _) in zip(targets, loaded, strict=True)}
     listening = _listen(host, port)
     port = listening.getsockname()[1]
     shown_host = f"[{host}]" if ":" in host else host
@@ -113,14 +116,18 @@ def ui(
         hosts=_with_other_names(hosts, port, loopback),
         token=token or None,
         private_host=None if private_host is None else private_host.removesuffix(":80"),
-        redact=None if config is None else config.redact,
-        pipeline=None if pipeline is None else pipeline.name,
-        resume=None if target is None else _resumer(database, target, db),
-        submission=None if pipeline is None or target is None else _submission(store, pipeline, target),
-        command=_hint(database, target, pipeline),
-        lineage=None if pipeline is None else _lineage(pipeline),
-        budget={} if config is None or config.budget is None else config.budget.model_dump(exclude_none=True),
-        find_schema=partial(find_schema, module=module),
+        redact=_redact_of([pipeline for pipeline, _ in loaded]),
+        pipelines={
+            pipeline.name: Served(
+                _resumer(database, target_of[pipeline.name], db),
+                _submission(store, pipeline, target_of[pipeline.name]),
+                _lineage(pipeline),
+                _limits_of(pipeline),
+            )
+            for pipeline, _ in loaded
+        },
+        command=_hint(database, target_of),
+        find_schema=partial(find_schema, modules=[module for _, module in loaded]),
         trace_url=trace_url,
     )
     # A token of the user's is in their environment or command line: here it is not repeated.
@@ -192,17 +199,17 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def _hint(
-    database: Database, target: str | None, pipeline: Pipeline | None
-) -> Callable[[str, RunRecord | None], str]:
-    """Return a function for command lines: with the pipeline of the interface, or what ran a run last."""
+def _hint(database: Database, target_of: dict[str, str]) -> Callable[[str, RunRecord | None], str]:
+    """Return a function for command lines: with the pipelines of the interface, or what ran a run last.
+
+    ``target_of``: FILE_OR_MODULE:NAME by the name of the pipeline.
+    """
 
     def command(name: str, run: RunRecord | None) -> str:
-        its = target or TARGET
-        if run is not None and (pipeline is None or run.pipeline != pipeline.name):
-            its = database.target_of(run)
-        words = [id_word(run.run_id)] if run is not None and name == "resume" else []
-        return database.hint(name, *words, its)
+        if run is None:
+            return database.hint(name, *(target_of.values() or (TARGET,)))
+        words = [id_word(run.run_id)] if name == "resume" else []
+        return database.hint(name, *words, target_of.get(run.pipeline) or database.target_of(run))
 
     return command
 
@@ -239,6 +246,21 @@ def _submission(store: AsyncStates, pipeline: Pipeline, target: str) -> Submissi
         await store.attribute(handle.run_id, {"target": target})
 
     return Submission(input_model(pipeline), submit)
+
+
+def _redact_of(pipelines: Sequence[Pipeline]) -> Redact | None:
+    """Return a function that applies the redact of each pipeline; None without any."""
+    all_redacts = [one.config.redact for one in pipelines if one.config and one.config.redact]
+
+    def redact(state: dict[str, Any]) -> dict[str, Any]:
+        return reduce(lambda shown, one: one(shown), all_redacts, state)
+
+    return redact if all_redacts else None
+
+
+def _limits_of(pipeline: Pipeline) -> dict[str, float]:
+    budget = None if pipeline.config is None else pipeline.config.budget
+    return {} if budget is None else budget.model_dump(exclude_none=True)
 
 
 def _lineage(pipeline: Pipeline) -> Lineage:

@@ -7,10 +7,8 @@ from typing import Any
 
 import click
 
-from stroma._utils.text import clean
-from stroma.cli.errors import Problem
 from stroma.cli.exporters import Exporters, ListenAddress, exporter_options
-from stroma.cli.loading import load_pipeline, load_served, note_target
+from stroma.cli.loading import load_pipeline, load_served, note_target, refuse_same_names
 from stroma.cli.progress import show_warnings
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, temporal_options
@@ -84,12 +82,7 @@ def worker(
     database.require_durable()
     load = load_served if place is None else load_pipeline  # With a place, it drives no runs.
     pipelines = [load(target, database, refuse_default=place is None, quiet=quiet) for target in targets]
-    names = [pipeline.name for pipeline in pipelines]
-    for name in {name for name in names if names.count(name) > 1}:
-        raise Problem(
-            f"{names.count(name)} of these pipelines have the name {clean(name, 100)!r}",
-            "use distinct names: Pipeline(name, nodes)",
-        )
+    refuse_same_names(pipelines)
     show_warnings(quiet=quiet)
     own = [
         one for pipeline in pipelines if pipeline.config is not None for one in flatten(pipeline.config.hooks)
