@@ -44,7 +44,7 @@ _FORM_SECONDS: Final = 10.0  # for a form to arrive
 
 
 def can_resume(settings: Settings, record: RunRecord) -> bool:
-    """Return True if a page may resume a run: a started, unfinished one of a pipeline here without an owner."""
+    """Return True if a page may resume a run: a started, unfinished one without an owner."""
     return (
         settings.served(record).resume is not None
         and record.status not in (*FINISHED, QUEUED)
