@@ -625,19 +625,23 @@ def group(*errors: Exception) -> ExceptionGroup[Exception]:
         (lambda: group(limited("2"), limited("8"), shaped(status_code=503)), again("rate_limit", 8)),
         (lambda: group(limited("8"), shaped(status_code=401)), lasting("auth")),
         (lambda: group(ValueError("?"), shaped(status_code=401)), lasting("auth")),
-        (lambda: group(limited("8"), ValueError("?")), None),
+        (lambda: group(limited("8"), ValueError("?")), Verdict("AMBIGUOUS", None, 8)),
+        (lambda: group(limited("2"), group(limited("8"), ValueError("?"))), Verdict("AMBIGUOUS", None, 8)),
+        (lambda: group(KeyError("?"), ValueError("?")), None),
+        (lambda: caused(ValueError("?"), TimeoutError("late")), again("timeout")),
         (lambda: group(TimeoutError("late"), ConnectionResetError("gone")), again("timeout")),
         (lambda: group(group(limited("8")), group(group(limited("9")))), again("rate_limit", 9)),
         (lambda: caused(ValueError("?"), group(limited("8"))), again("rate_limit", 8)),
         (lambda: group(caused(ValueError("?"), limited("8"))), again("rate_limit", 8)),
     ],
-    ids=range(9),
+    ids=range(12),
 )
 def test_a_group_is_what_its_worst_member_is(
     error: Callable[[], Exception], expected: Verdict | None
 ) -> None:
     """Calls in a node's own TaskGroup fail together: the worst decides, and the longest wait is waited."""
     assert read_provider_error(error()) == expected
+    assert diagnose(error(), HERE).retry_after_seconds == (expected and expected.retry_after)
 
 
 def caused(error: Exception, cause: Exception) -> Exception:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from typing import Final, Literal, NamedTuple
 
-ClassName = Literal["RECOVERABLE", "TERMINAL"]
+ClassName = Literal["RECOVERABLE", "TERMINAL", "AMBIGUOUS"]
 
 
 class ProviderVerdict(NamedTuple):
-    """Meaning of a provider error: a class, a stable reason, and the seconds that the server asks to wait."""
+    """Meaning of a provider error: a class, a stable reason, and the seconds that the server asks to wait.
+
+    The reason is None for a group with an exception of unknown shape.
+    """
 
     failure_class: ClassName
-    reason: str
+    reason: str | None
     retry_after: float | None = None
 
 

@@ -42,9 +42,9 @@ from stroma.failures.provider_verdicts import (
 def read_provider_error(exc: BaseException) -> ProviderVerdict | None:
     """Return the verdict on an exception, or on the one it was raised from; None if its shape is unknown.
 
-    An exception group is what its worst member is: TERMINAL if one of them is, else nothing if one says
-    nothing, else the one with the longest wait. Never raises: an attribute that misbehaves is one that says
-    nothing.
+    An exception group is what its worst member is: TERMINAL if one of them is, else AMBIGUOUS if one says
+    nothing, else RECOVERABLE; with the longest wait. Never raises: an attribute that misbehaves is one that
+    says nothing.
     """
     return _verdict(exc, set())
 
@@ -104,17 +104,19 @@ def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> ProviderVerdict | 
         return None
     seen.add(id(group))
     verdicts: list[ProviderVerdict] = []
-    silent = False
+    is_known = True
     for member in group.exceptions:
-        late = TIMEOUT if issubclass(type(member), TimeoutError) else None
-        verdict = _verdict(member, seen) or late
-        if verdict is None:
-            silent = True
-        elif verdict.failure_class == "TERMINAL":
+        verdict = _verdict(member, seen)
+        if verdict is not None and verdict.failure_class == "TERMINAL":
             return verdict
-        else:
+        if verdict is None or verdict.failure_class == "AMBIGUOUS":
+            is_known = False
+        if verdict is not None:
             verdicts.append(verdict)
-    return None if silent else max(verdicts, key=lambda verdict: verdict.retry_after or 0.0)
+    longest = max(verdicts, key=lambda verdict: verdict.retry_after or 0.0, default=None)
+    if longest is None or is_known:
+        return longest
+    return longest._replace(failure_class="AMBIGUOUS", reason=None)
 
 
 def requested_waits(exc: BaseException) -> list[float]:
@@ -209,7 +211,9 @@ def _read_by_name(exc: BaseException) -> ProviderVerdict | None:
     for known, verdict in NAMES:
         if names & known:
             return verdict
-    return CONNECTION if isinstance(exc, ConnectionError) else None
+    if isinstance(exc, ConnectionError):
+        return CONNECTION
+    return TIMEOUT if isinstance(exc, TimeoutError) else None
 
 
 def _package(cls: type) -> str:
