@@ -83,7 +83,7 @@ class Loose(BaseModel):
 
 def node(node_id: str, func: Any, input: type[BaseModel] = Num, output: type[BaseModel] = Num) -> Any:
     """Return a function as a node with a contract. Functions of this module are shared, and not marked."""
-    if isinstance(func, FunctionType) and func.__module__ == __name__:
+    if isinstance(func, FunctionType) and func.__module__ == __name__ and func.__closure__ is None:
         func = FunctionType(func.__code__, func.__globals__, func.__name__)
     return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=input, output_schema=output))(func)
 
@@ -120,6 +120,24 @@ def quick_without_retries(**config: Any) -> StromaRunner:
 async def same(state: BaseModel) -> Any:
     """Return the input: the function of a node."""
     return state
+
+
+def returning(output: Any) -> Any:
+    """Return a node's function that returns this."""
+
+    async def func(state: Any) -> Any:
+        return output
+
+    return func
+
+
+def failing_with(error: type[BaseException], *arguments: object) -> Any:
+    """Return a node's function that raises such an error, a new one in each attempt."""
+
+    async def func(state: Any) -> Any:
+        raise error(*arguments)
+
+    return func
 
 
 def open_question(store: Any, run_id: str, **fields: Any) -> str:

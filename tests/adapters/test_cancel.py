@@ -130,8 +130,7 @@ async def test_a_run_that_had_ended_stays_what_it_is() -> None:
         run.cancel()
     await asyncio.sleep(0)
     assert result_of(guard).status is RunStatus.COMPLETED
-    task = asyncio.current_task()
-    assert task.cancelling() == 0
+    assert asyncio.current_task().cancelling() == 0
     assert not await store.cancel("x")
 
 

@@ -218,8 +218,7 @@ def test_calls_with_other_inputs_never_share_a_key(tmp_path: Path) -> None:
     keys: list[str] = []
 
     def model(n: int, text: str) -> int:
-        here = current_node()
-        keys.append(here.idempotency_key)
+        keys.append(current_node().idempotency_key)
         return n
 
     for inputs in ((1, 2), (3,), (1, 1)):

@@ -114,8 +114,7 @@ def test_tokens_are_in_one_span_for_each_call(attributes: dict[str, str]) -> Non
     spans, errors = Spans(), [TimeoutError("slow")]
 
     def model() -> str:
-        node = current_node()
-        node.report_usage(input_tokens=3, output_tokens=1)
+        current_node().report_usage(input_tokens=3, output_tokens=1)
         if errors:
             raise errors.pop()
         return "answer"

@@ -73,8 +73,7 @@ async def test_a_raise_applies_to_the_next_step(store: Any) -> None:
         calls.append(n)
         reached.set()
         await go.wait()
-        node = current_node()
-        node.report_usage(input_tokens=8)
+        current_node().report_usage(input_tokens=8)
         return n
 
     async def framework() -> None:

@@ -60,8 +60,7 @@ def pipeline(wish: dict[str, Any]) -> Pipeline:
         if wish.get("hang"):
             print("calling", flush=True)
             await asyncio.sleep(3600)
-        node = current_node()
-        node.report_usage(input_tokens=100)
+        current_node().report_usage(input_tokens=100)
         if len(calls) <= wish.get("fails", 0):
             raise ConnectionError("no")
         return State(n=state.n + 1)

@@ -99,8 +99,7 @@ def test_another_store(dying: Dying, journal: tuple[str, str], tmp_path: Path) -
 def node(node_id: str, tokens: int) -> Any:
     @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=Num, output_schema=Num))
     async def call(state: Num) -> Any:
-        running = current_node()
-        running.report_usage(input_tokens=tokens)
+        current_node().report_usage(input_tokens=tokens)
         return {"n": tokens}
 
     return call

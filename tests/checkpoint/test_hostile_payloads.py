@@ -197,8 +197,7 @@ async def test_a_hostile_answer_is_not_used(tmp_path: Path, answer: bytes) -> No
     """An answer in the store that is not one is PipelineChanged with the reason, and stays where it is."""
 
     async def ask(state: Anything) -> Any:
-        here = current_node()
-        return here.wait_for(Anything, reason="well?")
+        return current_node().wait_for(Anything, reason="well?")
 
     contract: NodeContract[Any, Any] = NodeContract(
         node_id="ask", input_schema=Anything, output_schema=Anything

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretBytes, SecretStr
-from tests.kit import NEVER, Note
+from tests.kit import NEVER, Note, failing_with
 from tests.store_suite.journal import JournalStoreTests
 
 from stroma import (
@@ -388,13 +388,10 @@ async def test_old_runs_are_collected(tmp_path: Path) -> None:
     async def good(state: Note) -> Any:
         return state
 
-    async def bad(state: Note) -> Any:
-        raise ValueError
-
     async with SQLiteStore(tmp_path / "runs.db") as store:
         for run_id in ("old", "young"):
             await runner(store).run([node("a", good)], Note(), run_id=run_id)
-        await runner(store).run([node("a", bad)], Note(), run_id="partial")
+        await runner(store).run([node("a", failing_with(ValueError))], Note(), run_id="partial")
         inside = asyncio.Event()
 
         async def waits(state: Note) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 from tests.checkpoint.dying_helper import State, pipeline
-from tests.kit import NEVER, ended, start_python
+from tests.kit import NEVER, ended, failing_with, start_python
 from tests.shared_stores import SHARED, opened, place
 
 from stroma import (
@@ -186,10 +186,9 @@ async def test_the_failure_of_a_process_that_died_is_the_last_one(tmp_path: Path
     async def retried(*_: Any) -> None:
         failed.set()
 
-    async def pay(state: State) -> State:
-        raise ConnectionError("no")
-
-    node = stroma_node("pay", NodeContract(node_id="pay", input_schema=State, output_schema=State))(pay)
+    node = stroma_node("pay", NodeContract(node_id="pay", input_schema=State, output_schema=State))(
+        failing_with(ConnectionError, "no")
+    )
     patient = {cls: FailurePolicy(max_retries=1, backoff_seconds=60, jitter=False) for cls in FailureClass}
     hooks = NodeHooks(on_node_retry=retried)
     with SQLiteStore(tmp_path / "runs.db") as store:

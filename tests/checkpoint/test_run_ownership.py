@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, Num, environment
+from tests.kit import NEVER, Num, environment, returning
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -414,11 +414,8 @@ async def test_a_finished_run_is_returned(store: Any) -> None:
 
 
 def _more(node_id: str) -> Any:
-    async def func(state: Num) -> Any:
-        return {"n": 0}
-
     contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=Num, output_schema=Num)
-    return stroma_node(node_id, contract)(func)
+    return stroma_node(node_id, contract)(returning({"n": 0}))
 
 
 async def test_an_existing_run_can_be_refused(store: Any) -> None:

@@ -19,7 +19,7 @@ from pydantic import (
     create_model,
     field_validator,
 )
-from tests.kit import NEVER, Num, node
+from tests.kit import NEVER, Num, node, same
 
 from stroma import (
     NodeHooks,
@@ -131,11 +131,8 @@ async def test_text_of_another_class_is_decoded() -> None:
     sender = create_model("Sender", data=(str, ...), text=(str, ...), more=(list[int], []))
     taker = create_model("Taker", data=(Json[list[int]], ...), text=(Base64Str, ...))
 
-    async def last(state: Any) -> Any:
-        return state
-
     sent = {"data": "[1]", "text": "aGk="}
-    result = await quick().run([gives("a", sent, sender), node("last", last, taker, taker)], Num())
+    result = await quick().run([gives("a", sent, sender), node("last", same, taker, taker)], Num())
     assert result.final_state is not None
     assert held(result.final_state) == {"data": [1], "text": "hi"}
 
@@ -196,9 +193,6 @@ async def test_items_may_have_any_keys() -> None:
 
     class Odds(BaseModel):
         items: list[dict[str, int]]
-
-    async def same(state: Odd) -> Any:
-        return state
 
     odds = Odds(items=[{"cls": 1, "self": 2}])
     result = await quick().run([map_over("items", node("same", same, Odd, Odd), into="out")], odds)

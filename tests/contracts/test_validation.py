@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, Num, node, quick, quick_without_retries, record_node_hooks
+from tests.kit import (
+    NEVER,
+    Num,
+    failing_with,
+    node,
+    quick,
+    quick_without_retries,
+    record_node_hooks,
+    returning,
+)
 
 from stroma import (
     ContractViolation,
@@ -195,12 +204,9 @@ async def test_a_violation_of_the_nodes_own_making_is_shown() -> None:
         def __init__(self) -> None:
             pass
 
-    async def func(state: Num) -> Any:
-        raise Own
-
     seen: list[str] = []
     runner = quick(hooks=record_node_hooks(seen), redact=lambda state: state, contract_retries={"a": 1})
-    result = await runner.run([node("a", func)], Num())
+    result = await runner.run([node("a", failing_with(Own))], Num())
     assert (result.status, seen) == (RunStatus.FAILED, ["start", "failure"])
 
 
@@ -222,9 +228,6 @@ async def test_a_validator_that_raises_no_validation_error_is_a_violation(
                 raise kind("no")
             return value
 
-    async def func(state: Any) -> Any:
-        return {"n": 5}
-
     argument, promised = (Refusing, Num) if at == "input" else (Num, Refusing)
     contract: NodeContract[Any, Any] = NodeContract(
         node_id="a", input_schema=argument, output_schema=promised
@@ -235,7 +238,7 @@ async def test_a_validator_that_raises_no_validation_error_is_a_violation(
         seen.append("run end")
 
     runner = quick(hooks=record_node_hooks(seen, on_run_end=end))
-    result = await runner.run([stroma_node("a", contract)(func)], Num(n=5))
+    result = await runner.run([stroma_node("a", contract)(returning({"n": 5}))], Num(n=5))
     assert result.status is RunStatus.FAILED
     assert result.failure.message.startswith(f"Contract violation for 'a' ({at})")
     assert seen == [*(["start"] if at == "output" else []), "failure", "run end"]

@@ -72,8 +72,7 @@ class Gate:
                 self.reached[name].set()
                 await self.closed[name].wait()
             if tokens:
-                current = current_node()
-                current.report_usage(input_tokens=tokens)
+                current_node().report_usage(input_tokens=tokens)
             if failures:
                 raise failures.pop()
             return {"n": state.n + 1, "items": state.items}

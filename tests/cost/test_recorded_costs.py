@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 from genai_prices import data_snapshot
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, Num, One, Two, node, plus, quick, quick_without_retries, record_node_hooks
+from tests.kit import (
+    TWICE,
+    Num,
+    One,
+    Two,
+    node,
+    plus,
+    quick,
+    quick_without_retries,
+    record_node_hooks,
+    returning,
+)
 
 from stroma import (
     AsyncInMemoryStore,
@@ -211,9 +222,8 @@ async def test_a_senseless_price_loses_no_output(price: Any, monkeypatch: pytest
     store = AsyncInMemoryStore()
     seen: list[str] = []
 
-    async def func(state: Num) -> Any:
-        return {"n": 7}, 5, "mine"
-
-    result = await quick(store=store, hooks=record_node_hooks(seen), run_id="r").run([node("a", func)], Num())
+    result = await quick(store=store, hooks=record_node_hooks(seen), run_id="r").run(
+        [node("a", returning(({"n": 7}, 5, "mine")))], Num()
+    )
     assert (result.status, result.total_tokens, result.total_cost_usd) == (RunStatus.FAILED, 5, 0.0)
     assert (await store.load("r", "a"), seen) == (Num(n=7), ["start", "failure"])

@@ -135,8 +135,7 @@ async def test_a_failed_attempt_of_an_unknown_model_is_not_tried_again_under_a_c
     @runner.node("ask", input=Note, output=Note)
     async def ask(state: Note) -> Any:
         calls.append(1)
-        node = current_node()
-        node.report_usage(input_tokens=1_000_000, model=UNKNOWN)
+        current_node().report_usage(input_tokens=1_000_000, model=UNKNOWN)
         if ends == "raising":
             raise TimeoutError("the server hung up")
         return {"text": 7}

@@ -396,8 +396,7 @@ async def test_a_node_that_fails_after_its_call_has_paid_for_it() -> None:
     @runner.node("ask", input=Note, output=Note)
     async def ask(state: Note) -> dict[str, Any]:
         calls.append(1)
-        node = current_node()
-        node.report_usage(_CHAT)
+        current_node().report_usage(_CHAT)
         raise TimeoutError("late")
 
     result = await runner.run([ask], Note())
@@ -468,8 +467,7 @@ def by_returning(response: Any, runner: StromaRunner) -> Any:
 def by_reporting(response: Any, runner: StromaRunner) -> Any:
     @runner.node("ask", input=Note, output=Note)
     async def ask(state: Note) -> Any:
-        node = current_node()
-        node.report_usage(response)
+        current_node().report_usage(response)
         return {"text": "kept"}
 
     return ask

@@ -566,8 +566,7 @@ def asked_by_a_child(world: World) -> Any:
 def asked_by_a_step(world: World) -> Any:
     async def approve(state: Num) -> Num:
         world.calls.append("approve")
-        here = current_node()
-        return here.wait_for(Num, reason="really?")
+        return current_node().wait_for(Num, reason="really?")
 
     approve_node = node("approve", approve)
     add = world.step("add")

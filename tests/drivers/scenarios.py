@@ -96,8 +96,7 @@ def failing(calls: list[str], node_id: str, *errors: Any, tokens: int = 0) -> An
         calls.append(node_id)
         number = calls.count(node_id)
         if tokens:
-            execution = current_node()
-            execution.report_usage(input_tokens=tokens)
+            current_node().report_usage(input_tokens=tokens)
         if number <= len(errors):
             raise errors[number - 1]
         return {"n": state.n + 1}

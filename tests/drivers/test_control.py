@@ -23,8 +23,7 @@ class Gate:
         async def call(state: Num) -> Num:
             self.calls.append(node_id)
             if tokens:
-                here = current_node()
-                here.report_usage(input_tokens=tokens)
+                current_node().report_usage(input_tokens=tokens)
             if waits:
                 self.reached.set()
                 await self.opened.wait()

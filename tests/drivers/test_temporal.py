@@ -14,7 +14,7 @@ from temporalio.client import Client, WorkflowExecutionStatus
 from temporalio.service import RPCError
 from tests.drivers.conftest import Cluster, fresh_id
 from tests.flows.steps import World
-from tests.kit import NEVER, Num, Text, node
+from tests.kit import NEVER, Num, Text, failing_with, node
 from tests.servers_temporal import TemporalServer
 
 from stroma import Flow, NodeHooks, Pipeline, RunConfig, RunExists, RunStatus, StoreError, stroma_flow
@@ -100,10 +100,7 @@ async def test_only_ids_cross(cluster: Cluster) -> None:
     """States, outputs and error texts are in the store alone: the workflow's history has ids and statuses."""
     run_id = fresh_id()
 
-    async def fail(state: Text) -> Text:
-        raise ValueError("SECRET")
-
-    pipeline = Pipeline("p", [node("a", fail, Text, Text)])
+    pipeline = Pipeline("p", [node("a", failing_with(ValueError, "SECRET"), Text, Text)])
     async with cluster.worker(pipeline):
         result = await cluster.runner.run(pipeline, Text(text="SECRET"), run_id=run_id)
         assert result.status is RunStatus.PARTIAL

@@ -67,8 +67,7 @@ def counted(calls: list[str], node_id: str, *outcomes: Any, **schemas: Any) -> A
 
 async def swallow() -> None:
     """The running task is cancelled, and lives on."""
-    task = asyncio.current_task()
-    task.cancel()
+    asyncio.current_task().cancel()
     try:
         await asyncio.sleep(0)
     except asyncio.CancelledError:

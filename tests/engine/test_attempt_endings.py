@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field, RootModel
 from tests.engine.event_log import Between, Diary, Journal, M, ThrownAway, contract, counted, same, swallow
-from tests.kit import NEVER, ONCE, THRICE, Num, Positive, here, node
+from tests.kit import NEVER, ONCE, THRICE, Num, Positive, failing_with, here, node, returning
 
 from stroma import (
     AsyncInMemoryStore,
@@ -88,12 +88,11 @@ async def test_a_node_that_swallows_a_cancellation_and_raises_it_again_is_cancel
 async def test_a_run_in_a_task_that_was_cancelled_before() -> None:
     """The driver's own count is taken when it begins: an old cancellation makes no failure a cancellation."""
 
-    async def stray(state: Num) -> Any:
-        raise asyncio.CancelledError("stray")
-
     async def go() -> Any:
         await swallow()
-        return await StromaRunner.quick(policy_map=NEVER).run([node("a", stray)], Num())
+        return await StromaRunner.quick(policy_map=NEVER).run(
+            [node("a", failing_with(asyncio.CancelledError, "stray"))], Num()
+        )
 
     result = await asyncio.create_task(go())
     assert result.status is RunStatus.PARTIAL
@@ -204,12 +203,9 @@ async def test_a_class_that_is_rebuilt_is_validated_anew(side: str) -> None:
 async def test_a_broken_contract_says_whose_it_is() -> None:
     """The violation has the node, the side, what came as a dict, pydantic's errors and the expected class."""
 
-    async def odd(state: Num) -> Any:
-        return 7
-
     for nodes, state, direction, raw, schema in (
         ([node("a", same, Positive)], Num(), "input", {"n": 0}, Positive),
-        ([node("a", odd, Num, Positive)], Num(), "output", {"value": 7}, Positive),
+        ([node("a", returning(7), Num, Positive)], Num(), "output", {"value": 7}, Positive),
         ([node("z", same), node("a", same, Positive)], Num(), "input", {"n": 0}, Positive),
         ([node("a", same, Positive)], _Root([1]), "input", {"root": [1]}, Positive),
     ):

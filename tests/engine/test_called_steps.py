@@ -94,8 +94,7 @@ class World:
     async def call(self, name: str, state: Note) -> Any:
         what = f"{name} {state.text}"
         self.calls.append(what)
-        here = current_node()
-        self.keys.setdefault(what, set()).add(here.idempotency_key)
+        self.keys.setdefault(what, set()).add(current_node().idempotency_key)
         if name == self.dies_in:
             await self.die()
         return {"text": f"{state.text}{name[0]}"}
@@ -232,8 +231,7 @@ async def test_another_attempt_of_a_node_calls_its_steps_again(store: Any) -> No
     tries = iter([False, True, True])
 
     async def answer(state: Note) -> Note:
-        here = current_node()
-        text = await world.ask("draft", f"{state.text}{here.attempt}")
+        text = await world.ask("draft", f"{state.text}{current_node().attempt}")
         await world.ask("judge", text)
         if not next(tries):
             raise ValueError("it is no good")
@@ -377,12 +375,10 @@ async def test_an_answer_is_given_to_the_step_that_asked(store: Any) -> None:
     got: list[Any] = []
 
     async def asks(state: Note) -> Any:
-        here = current_node()
-        return {"text": here.wait_for(Note, reason="say something").text}
+        return {"text": current_node().wait_for(Note, reason="say something").text}
 
     async def looks(state: Note) -> Any:
-        here = current_node()
-        got.append(here.signal)
+        got.append(current_node().signal)
         return {"text": state.text}
 
     ctx = context_on(store)

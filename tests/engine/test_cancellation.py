@@ -19,12 +19,14 @@ from tests.kit import (
     SimpleStore,
     Two,
     fail,
+    failing_with,
     forever,
     node,
     quick,
     quick_without_retries,
     record_hooks,
     record_node_hooks,
+    returning,
     same,
     sleep_forever,
 )
@@ -50,10 +52,7 @@ async def test_a_cancellation_during_the_commit_comes_out_after_it() -> None:
     """A run that is cancelled while the store keeps its last output keeps it, and is still cancelled."""
     store = GatedJournal()
 
-    async def func(state: Num) -> Any:
-        return {"n": 7}
-
-    run = asyncio.create_task(quick(store=store, run_id="r").run([node("a", func)], Num()))
+    run = asyncio.create_task(quick(store=store, run_id="r").run([node("a", returning({"n": 7}))], Num()))
     await store.waiting.wait()
     run.cancel()
     await asyncio.sleep(0)
@@ -180,9 +179,6 @@ async def test_an_interrupt_while_an_attempt_without_output_is_kept(what: Any) -
 async def test_a_question_that_is_kept_while_the_run_is_cancelled() -> None:
     """A run that is cancelled while its question is kept keeps it, and is cancelled."""
 
-    async def ask(state: Num) -> Any:
-        raise Suspend("well?")
-
     def slowly(session: Any) -> Any:
         async def later(*arguments: Any) -> None:
             inside.set()
@@ -194,7 +190,7 @@ async def test_a_question_that_is_kept_while_the_run_is_cancelled() -> None:
     inside, store, seen = asyncio.Event(), Journal(slowly), list[str]()
     task = asyncio.create_task(
         quick_without_retries(store=store, hooks=record_hooks(seen)).run(
-            [node("ask", ask)], Num(), run_id="r"
+            [node("ask", failing_with(Suspend, "well?"))], Num(), run_id="r"
         )
     )
     await inside.wait()
@@ -300,9 +296,6 @@ async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
     inside = [False]
     closed: list[str] = []
 
-    async def a(state: Num) -> Any:
-        return {"a": 1}
-
     async def b(state: One) -> Any:
         if inside[0]:
             return {"b": 1}
@@ -317,7 +310,7 @@ async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
         await asyncio.sleep(0)
         closed.append("never")
 
-    nodes = [node("a", a, output=One), node("b", b, One, Two)]
+    nodes = [node("a", returning({"a": 1}), output=One), node("b", b, One, Two)]
     runner = quick_without_retries(store=store, run_id="o", node_timeouts={"b": 60_000})
     hooks = NodeHooks(on_node_cancelled=watch, on_run_end=watch)
     run = runner.with_hooks(hooks).run(nodes, Num())
@@ -361,15 +354,12 @@ async def test_an_interrupt_in_a_classifier_of_the_budget_loses_no_output(error:
     def classifier(exc: Exception, context: Any) -> FailureClass | None:
         raise error
 
-    async def func(state: Num) -> Any:
-        return {"n": 7}, 5
-
     budget = ExecutionBudget(max_tokens_total=1)
     runner = quick(
         store=store, run_id="r", classifiers=[classifier], budget=budget, hooks=record_node_hooks(seen)
     )
     with pytest.raises(error):
-        await runner.run([node("a", func)], Num())
+        await runner.run([node("a", returning(({"n": 7}, 5)))], Num())
     assert (await store.load("r", "a"), seen) == (Num(n=7), ["start", "failure"])
 
 
@@ -424,8 +414,7 @@ async def test_a_node_that_is_cancelled_after_its_last_await_keeps_its_output() 
     store = AsyncInMemoryStore()
 
     async def func(state: Num) -> Any:
-        task = asyncio.current_task()
-        task.cancel()
+        asyncio.current_task().cancel()
         return {"n": 7}, 5, 1, "a-model-never-seen-before"
 
     with pytest.raises(asyncio.CancelledError):

@@ -21,6 +21,7 @@ from tests.kit import (
     node,
     quick,
     quick_without_retries,
+    returning,
     same,
     sleep_forever,
 )
@@ -44,16 +45,13 @@ async def test_a_child_of_another_group_is_a_changed_pipeline() -> None:
     store = AsyncInMemoryStore()
     broken = [True]
 
-    async def fine(state: Num) -> Any:
-        return {"n": 1}
-
     async def fails(state: Num) -> Any:
         if broken:
             await asyncio.sleep(0.01)
             raise ValueError
         return {"n": 2}
 
-    first, second, third = node("a", fine), node("b", fails), node("c", fails)
+    first, second, third = node("a", returning({"n": 1})), node("b", fails), node("c", fails)
     runner = quick(store=store, run_id="r", policy_map=NEVER)
     assert (await runner.run([parallel(first, second)], Num())).status is RunStatus.PARTIAL
     broken.clear()
@@ -114,11 +112,8 @@ async def test_an_output_of_another_kind_is_a_changed_pipeline() -> None:
 
     store = AsyncInMemoryStore()
 
-    async def one(state: Num) -> Any:
-        return [1]
-
     runner = quick_without_retries(store=store)
-    nodes = [node("a", one, output=RootModel[list[int]]), node("b", fail, RootModel[list[int]])]
+    nodes = [node("a", returning([1]), output=RootModel[list[int]]), node("b", fail, RootModel[list[int]])]
     await runner.run(nodes, Num(), run_id="r")
     changed = [node("a", same), node("b", same)]
     with pytest.raises(StoreError, match="another kind of value"):

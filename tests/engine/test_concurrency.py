@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 from tests.fixtures import store_fixture
-from tests.kit import ONCE, Num, Text, node
+from tests.kit import ONCE, Num, Text, node, same
 from tests.shared_stores import LOCAL
 
 from stroma import (
@@ -317,10 +317,7 @@ class Taken(BaseModel):
 def test_one_node_fed_by_many_classes(hasty: None) -> None:
     """A node that gets states of several classes from several threads at once handles each by its class."""
 
-    async def func(state: Taken) -> Any:
-        return state
-
-    instance = node("n", func, Taken, Taken)
+    instance = node("n", same, Taken, Taken)
     runner = StromaRunner.quick()
 
     def work(i: int) -> Any:

@@ -22,7 +22,7 @@ from pydantic import (
     field_serializer,
     model_validator,
 )
-from tests.kit import Num, Text, node
+from tests.kit import Num, Text, node, returning
 
 from stroma import (
     KNOWN_MODELS,
@@ -238,14 +238,14 @@ async def test_extra_fields_are_refused_where_they_are_forbidden() -> None:
     """Extra fields at a boundary that forbids them stop the run there, and the next node is not called."""
     called: list[Any] = []
 
-    async def add(state: Open) -> dict[str, Any]:
-        return {"n": 1, "more": 2}
-
     async def closed(state: Closed) -> dict[str, Any]:
         called.append(state)
         return {"n": 1}
 
-    result = await quick().run([node("add", add, Open, Open), node("closed", closed, Closed, Num)], Open(n=1))
+    result = await quick().run(
+        [node("add", returning({"n": 1, "more": 2}), Open, Open), node("closed", closed, Closed, Num)],
+        Open(n=1),
+    )
     assert result.status is RunStatus.FAILED
     assert called == []
     assert isinstance(result.failure.exception, ContractViolation)
@@ -340,10 +340,7 @@ class Upper(BaseModel):
 async def test_model_validators_run_on_returned_dicts() -> None:
     """Validators in mode "before" see what the node returned, whatever it is."""
 
-    async def func(state: Num) -> Any:
-        return "plain"
-
-    result = await quick().run([node("a", func, Num, Upper)], Num())
+    result = await quick().run([node("a", returning("plain"), Num, Upper)], Num())
     assert result.final_state == Upper(text="plain")
 
 
@@ -405,10 +402,7 @@ async def test_every_shape_of_return(returned: Any, tokens: int, produced: int, 
 async def test_usage_of_a_broken_output_counts() -> None:
     """Usage is recorded before output validation: a violation's tokens are in the totals and the event."""
 
-    async def func(state: Num) -> Any:
-        return {"n": "no"}, 40, 2, "gpt-4o"
-
-    result = await quick().run([node("a", func)], Num())
+    result = await quick().run([node("a", returning(({"n": "no"}, 40, 2, "gpt-4o")))], Num())
     (event,) = result.trace
     assert (result.status, result.total_tokens, event.usage.tokens) == (RunStatus.FAILED, 42, 42)
     assert result.total_cost_usd > 0
@@ -562,10 +556,7 @@ async def test_what_a_run_keeps_of_its_end() -> None:
     boom = ValueError("boom")
     func, _ = raising(boom, boom)
 
-    async def first(state: Num) -> Any:
-        return {"n": 9}
-
-    result = await quick().run([node("first", first), node("second", func)], Num())
+    result = await quick().run([node("first", returning({"n": 9})), node("second", func)], Num())
     assert result.status is RunStatus.PARTIAL
     assert result.final_state == Num(n=9)
     assert (result.failure.exception, result.failure.failure_class) == (boom, A)
@@ -837,8 +828,7 @@ async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[fl
         events.append(arguments)
 
     async def func(state: Num) -> Any:
-        run = current_node()
-        run.report_usage(input_tokens=6)
+        current_node().report_usage(input_tokens=6)
         raise boom
 
     result = await quick(
@@ -853,8 +843,7 @@ async def test_reported_and_returned_usage_add_up() -> None:
     """What the node returns as usage comes on top of what it reported."""
 
     async def func(state: Num) -> Any:
-        run = current_node()
-        run.report_usage(input_tokens=5, output_tokens=1)
+        current_node().report_usage(input_tokens=5, output_tokens=1)
         return {"n": 1}, 7, 2, "gpt-4o"
 
     result = await quick().run([node("a", func)], Num())
@@ -939,8 +928,15 @@ async def test_the_fallback_signal_appears_at_its_share() -> None:
     context: dict[str, Any] = {"kept": 1}
 
     async def func(state: Num, ctx: dict[str, Any]) -> Any:
-        run = current_node()
-        seen.append((ctx is context, "_stroma_model" in ctx, ctx.get("_stroma_model"), run.model, dict(ctx)))
+        seen.append(
+            (
+                ctx is context,
+                "_stroma_model" in ctx,
+                ctx.get("_stroma_model"),
+                current_node().model,
+                dict(ctx),
+            )
+        )
         ctx[f"written{state.n}"] = state.n
         return {"n": state.n + 1}, 100_000, "gpt-4o"  # 0.25 USD
 
@@ -1140,13 +1136,10 @@ async def test_explicit_contract_then_registry_then_marker() -> None:
     class Three(BaseModel):
         three: int = 3
 
-    async def func(state: Num) -> dict[str, Any]:
-        return {}
-
     def contract(promised: type[BaseModel]) -> NodeContract[Any, Any]:
         return NodeContract(node_id="s", input_schema=Num, output_schema=promised)
 
-    marked = stroma_node("s", contract(One))(func)
+    marked = stroma_node("s", contract(One))(returning({}))
     ctx = step_context()
     assert (await execute_step("s", marked, Num(), ctx)).final_state == One()
     ctx.registry.register(contract(Two))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, field_validator
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, Num, node
+from tests.kit import NEVER, ONCE, Num, failing_with, node
 
 from stroma import (
     ExecutionBudget,
@@ -470,10 +470,9 @@ async def test_a_classifier_that_raises_and_lies() -> None:
         requests.append("raises")
         raise Mute
 
-    async def hostile(state: Any) -> Any:
-        raise Mute
-
-    result = await quick(classifiers=[lies, raises, lambda e, c: T]).run([node("bad", hostile)], Num())
+    result = await quick(classifiers=[lies, raises, lambda e, c: T]).run(
+        [node("bad", failing_with(Mute))], Num()
+    )
     assert requests == ["lies", "raises"]
     assert result.status is RunStatus.FAILED
 
@@ -589,8 +588,7 @@ async def test_a_node_that_answers_its_timeout_with_another_error(store: Any) ->
 
     result = await quick(store=store, node_timeouts={"bad": 10}).run([node("bad", angry)], Num())
     assert isinstance(result.failure.exception, (LookupError, TimeoutError))
-    task = asyncio.current_task()
-    assert task.cancelling() == 0
+    assert asyncio.current_task().cancelling() == 0
     nothing_runs()
 
 
@@ -853,8 +851,7 @@ async def test_cancelled_anywhere_then_resumed(
             async def func(state: Num) -> Any:
                 nonlocal spent
                 began[name] += 1
-                run = current_node()
-                run.report_usage(input_tokens=1)
+                current_node().report_usage(input_tokens=1)
                 spent += 1
                 await asyncio.sleep(0)
                 if failing.get(name):
@@ -896,8 +893,7 @@ async def test_cancelled_anywhere_then_resumed(
         held: list[int] = []
 
         async def look(*_: Any, held: list[int] = held) -> None:
-            run = current_node()
-            left = run.remaining_budget.tokens
+            left = current_node().remaining_budget.tokens
             assert left is not None
             held.append(1000 - left)
 
@@ -962,13 +958,10 @@ async def test_a_stray_cancellation_after_a_failed_task_group(first: str) -> Non
             pass
         return state
 
-    async def stray(state: Num) -> Any:
-        raise asyncio.CancelledError
-
     group = parallel(node("side", _good), node("flaky", fails))
     before = node("gathers", gathers) if first == "node" else group
     runner = quick(node_policies={group.node_id: ONCE})
-    result = await runner.run([before, node("bad", stray)], Num())
+    result = await runner.run([before, node("bad", failing_with(asyncio.CancelledError))], Num())
     assert result.status is RunStatus.PARTIAL
     assert result.failure.node_id == "bad"
 

@@ -40,8 +40,7 @@ async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
         names.append(pipeline)
 
     async def func(state: Num) -> Any:
-        current = current_node()
-        names.append(current.pipeline)
+        names.append(current_node().pipeline)
         return state
 
     runner = quick(pipeline="orders", hooks=NodeHooks(on_run_start=start))
@@ -59,8 +58,7 @@ async def test_idempotency_keys_never_collide(store: Any) -> None:
     keys: list[str] = []
 
     async def note(state: Any) -> Any:
-        run = current_node()
-        keys.append(run.idempotency_key)
+        keys.append(current_node().idempotency_key)
         return {"n": 1}
 
     nodes = [node("x", note), parallel(node("y", note), parallel(node("z", note)))]
@@ -92,8 +90,7 @@ async def test_an_idempotency_key_stays_on_retry_and_resume(store: Any) -> None:
     keys: list[str] = []
 
     async def a(state: Num) -> Any:
-        run = current_node()
-        keys.append(run.idempotency_key)
+        keys.append(current_node().idempotency_key)
         if len(keys) < 5:
             raise ValueError("no")
         return {"a": 1}

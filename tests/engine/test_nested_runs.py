@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, Num, One, forever, give_one, node, quick, quick_without_retries
+from tests.kit import TWICE, Num, One, failing_with, forever, give_one, node, quick, quick_without_retries
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -39,10 +39,7 @@ async def test_errors_of_a_nested_run_are_failures_of_the_node(
 ) -> None:
     """What a node's own run raises is a failure of the node: a result with that error, not an exception."""
 
-    async def func(state: Num) -> Any:
-        raise kind("of another run")
-
-    result = await quick().run([node("a", func)], Num())
+    result = await quick().run([node("a", failing_with(kind, "of another run"))], Num())
     assert (result.status, len(result.trace)) == (status, attempts)
     assert type(result.failure.exception) is kind
 

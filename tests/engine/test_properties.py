@@ -150,8 +150,7 @@ def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) 
     reports: list[tuple[int, float]] = []
 
     async def func(state: Num) -> Any:
-        run = current_node()
-        attempts.append(run.attempt)
+        attempts.append(current_node().attempt)
         kind, wait = next(left)
         if kind == "violation":
             return {"n": "bad"}
@@ -271,8 +270,7 @@ def build(tree: Any, name: str, calls: list[Any], width: int | None, pauses: Any
             await asyncio.sleep(0)
         calls.append((name, (given, instance)))
         if ending == "fail":
-            run = current_node()
-            run.report_usage(input_tokens=given, output_tokens=instance, model="planned-model")
+            current_node().report_usage(input_tokens=given, output_tokens=instance, model="planned-model")
             raise Planned(R)
         return ({"n": "bad"} if ending == "bad" else {"n": 1}), given, instance, "planned-model"
 

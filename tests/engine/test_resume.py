@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 from tests.checkpoint.damage import reseal
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, node
+from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, node, returning
 from tests.shared_stores import LOCAL
 
 from stroma import (
@@ -125,8 +125,7 @@ async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> Non
 
     async def fails(state: Num) -> Any:
         calls.append(1)
-        run = current_node()
-        run.report_usage(input_tokens=100_000, model="gpt-4o")  # 0.25 USD
+        current_node().report_usage(input_tokens=100_000, model="gpt-4o")  # 0.25 USD
         raise ValueError
 
     runner = quick(store, resume=True, budget=ExecutionBudget(max_cost_usd=0.6))
@@ -225,8 +224,7 @@ async def test_the_idempotency_key_is_that_of_the_execution(store: Any) -> None:
     keys: list[str] = []
 
     async def func(state: Num) -> Any:
-        run = current_node()
-        keys.append(run.idempotency_key)
+        keys.append(current_node().idempotency_key)
         if len(keys) < 3:
             raise ValueError
         return {"n": 1}
@@ -348,10 +346,7 @@ async def test_another_schema_is_a_changed_pipeline(store: Any) -> None:
     """Another output schema before the resume point is PipelineChanged, naming node and class."""
     work = await _stopped(store)
 
-    async def func(state: Any) -> Any:
-        return {"n": 1}
-
-    nodes = [work.nodes[0], node("b", func, Num, Other), work.nodes[2]]
+    nodes = [work.nodes[0], node("b", returning({"n": 1}), Num, Other), work.nodes[2]]
     with pytest.raises(PipelineChanged, match=r"'b'.*Other"):
         await quick(store, resume=True).run(nodes, Num())
 
@@ -925,8 +920,7 @@ async def test_usage_counts_across_resumes(store: Any) -> None:
 
     async def second(state: Num) -> Any:
         calls.append(f"second {mode[0]}")
-        run = current_node()
-        run.report_usage(input_tokens=20)
+        current_node().report_usage(input_tokens=20)
         if mode[0] == "cancel":
             inside.set()
             await asyncio.Event().wait()

@@ -137,9 +137,6 @@ async def test_a_store_that_raises_no_exception_has_refused(
         async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
             raise kind("no")
 
-    async def same(state: Num) -> Any:
-        return state
-
     seen: list[str] = []
 
     async def end(*_: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num, SimpleStore, node
+from tests.kit import NEVER, THRICE, Num, SimpleStore, failing_with, node
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -188,8 +188,7 @@ async def test_a_sync_node_waits_too(store: Any) -> None:
     """A plain def may raise Suspend, and finds its answer."""
 
     def ask(state: Num) -> dict[str, Any]:
-        here = current_node()
-        return {"n": int(here.wait_for(Approval, reason="well?").approved)}
+        return {"n": int(current_node().wait_for(Approval, reason="well?").approved)}
 
     nodes = [node("ask", ask)]
     result = await runner(store).run(nodes, Num())
@@ -266,15 +265,12 @@ async def test_items_wait(store: Any) -> None:
 async def test_a_failure_beats_a_question(store: Any) -> None:
     """A group in which one child waits and another stops for good fails."""
 
-    async def ask(state: Num) -> Any:
-        raise Suspend("well?")
-
     async def broken(state: Num) -> Any:
         await asyncio.sleep(0.01)
         raise ValueError("broken")
 
     result = await StromaRunner.quick(store=store, policy_map=NEVER).run(
-        [parallel(node("ask", ask), node("broken", broken))], Num()
+        [parallel(node("ask", failing_with(Suspend, "well?")), node("broken", broken))], Num()
     )
     assert result.status is RunStatus.PARTIAL
     assert result.failure.message == "broken"
@@ -284,15 +280,14 @@ async def test_a_failure_beats_a_question(store: Any) -> None:
 async def test_a_crossed_limit_beats_a_question(store: Any) -> None:
     """A group in which one child waits and another takes the run over its budget stops as PARTIAL."""
 
-    async def ask(state: Num) -> Any:
-        raise Suspend("well?")
-
     async def spend(state: Num) -> Any:
         await asyncio.sleep(0.01)
         return {"n": 1}, 11
 
     runner = StromaRunner.quick(store=store, budget=ExecutionBudget(max_tokens_total=10))
-    result = await runner.run([parallel(node("ask", ask), node("spend", spend))], Num())
+    result = await runner.run(
+        [parallel(node("ask", failing_with(Suspend, "well?")), node("spend", spend))], Num()
+    )
     assert result.status is RunStatus.PARTIAL
     assert result.failure.reason == "budget"
 
@@ -387,10 +382,7 @@ async def test_what_a_suspension_may_ask_for() -> None:
     async def wrong(state: Num) -> Any:
         raise Suspend("which?", schema=int)
 
-    async def quiet(state: Num) -> Any:
-        raise Quiet
-
     result = await runner(AsyncInMemoryStore()).run([node("wrong", wrong)], Num())
     assert "must be a pydantic model" in result.failure.message
-    result = await runner(AsyncInMemoryStore()).run([node("quiet", quiet)], Num())
+    result = await runner(AsyncInMemoryStore()).run([node("quiet", failing_with(Quiet))], Num())
     assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["Quiet"])

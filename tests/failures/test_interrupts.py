@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, field_validator
-from tests.kit import Note
+from tests.kit import Note, failing_with
 
 from stroma import (
     NodeHooks,
@@ -120,13 +120,10 @@ async def test_what_is_no_exception_passes_through_steps() -> None:
     seen: list[str] = []
     runner = StromaRunner.quick(hooks=watch(seen))
 
-    async def stops(state: Note) -> Any:
-        raise StopNow("now")
-
     ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
     with pytest.raises(StopNow):
         async with ctx:
-            await execute_step("stops", stops, Note(), ctx)
+            await execute_step("stops", failing_with(StopNow, "now"), Note(), ctx)
     assert seen == ["start", "cancelled", "end INTERRUPTED"]
 
 

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.kit import NEVER, Num, node, quick
+from tests.kit import NEVER, Num, failing_with, node, quick
 
 from stroma import FailureClass, NodeContext, RunStatus, Suspend, classify
 from stroma.failures import ItemFailure
@@ -69,10 +69,7 @@ async def test_a_classifier_that_raises_is_skipped(error: type[BaseException]) -
     def classifier(exc: Exception, context: Any) -> FailureClass | None:
         raise error
 
-    async def func(state: Num) -> Any:
-        raise ConnectionError
-
-    result = await quick(classifiers=[classifier]).run([node("a", func)], Num())
+    result = await quick(classifiers=[classifier]).run([node("a", failing_with(ConnectionError))], Num())
     assert [event.failure for event in result.trace] == [FailureClass.RECOVERABLE] * 3
 
 
@@ -88,10 +85,7 @@ async def test_an_exception_that_raises_anything_is_a_failure(kind: type[BaseExc
     members = {where: misbehave if where == "__str__" else property(misbehave)}
     hostile = type("Hostile", (Exception,), members)
 
-    async def func(state: Num) -> Any:
-        raise hostile("words")
-
-    result = await quick(policy_map=NEVER).run([node("a", func)], Num())
+    result = await quick(policy_map=NEVER).run([node("a", failing_with(hostile, "words"))], Num())
     assert result.status is RunStatus.PARTIAL
     assert result.failure.failure_class is FailureClass.AMBIGUOUS
     assert result.failure.message == ("Hostile" if where == "__str__" else "words")

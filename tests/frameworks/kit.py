@@ -50,8 +50,7 @@ def holds(*lines: str) -> Callable[[F], F]:
 
 def pay() -> None:
     """Use some tokens in the step here: what it does next may fail."""
-    node = current_node()
-    node.report_usage(input_tokens=PAID)
+    current_node().report_usage(input_tokens=PAID)
 
 
 def result_of(guard: Guard) -> ExecutionResult:

@@ -521,8 +521,7 @@ async def test_a_cancellation_before_is_not_the_hooks() -> None:
         events.append(1)
 
     async def run(hooks: list[Any]) -> list[Any]:
-        task = asyncio.current_task()
-        task.cancel()
+        asyncio.current_task().cancel()
         try:
             await asyncio.sleep(0)
         except asyncio.CancelledError:
@@ -695,8 +694,7 @@ async def test_a_hook_that_hangs_is_cut_off(
         assert (error.__cause__, error.__suppress_context__) == (None, True)
         assert [line[0] for line in lines(caplog)] == [logging.ERROR]
     assert cut == ["cut"]
-    task = asyncio.current_task()
-    assert task.cancelling() == 0
+    assert asyncio.current_task().cancelling() == 0
 
 
 class Wrapped:

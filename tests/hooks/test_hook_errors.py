@@ -166,9 +166,6 @@ async def test_a_hook_error_without_a_repr_is_raised_as_one() -> None:
     async def start(*_: Any) -> None:
         raise Mute
 
-    async def same(state: Num) -> Any:
-        return state
-
     with pytest.raises(HookError, match="a Mute"):
         await quick(hooks=NodeHooks(on_node_start=start), hook_errors="raise").run([node("a", same)], Num())
 
@@ -194,9 +191,6 @@ async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:
 async def test_hooks_that_can_be_read_once_are_read_once() -> None:
     """Sets of hooks that come out of a generator are called in every run."""
     seen: list[str] = []
-
-    async def same(state: Num) -> Any:
-        return state
 
     runner = quick(hooks=(hooks for hooks in [record_node_hooks(seen)]))
     for _ in range(2):

@@ -471,8 +471,7 @@ async def test_budget_warning_per_dimension(monkeypatch: pytest.MonkeyPatch, see
     async def ask(state: State) -> Any:
         nonlocal attempts
         attempts += 1
-        here = current_node()
-        here.report_usage(input_tokens=90_000, model="house")
+        current_node().report_usage(input_tokens=90_000, model="house")
         if attempts == 1:
             raise TimeoutError
         return {}
@@ -995,8 +994,7 @@ async def test_an_exception_in_a_hook_changes_nothing(name: str, suspends: bool,
     assert all(e.exception is exc for e, exc in zip(result.hook_errors, raised, strict=True))
     expected = {RUN_START: None, RUN_END: None, WARNING: None}.get(name, "a node's")
     assert all((e.node_id is None) == (expected is None) for e in result.hook_errors)
-    task = asyncio.current_task()
-    assert task.cancelling() == 0
+    assert asyncio.current_task().cancelling() == 0
 
 
 async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
@@ -1199,8 +1197,7 @@ async def test_a_hook_that_swallows_its_time_limit_is_abandoned() -> None:
     assert swallowed == [0]
     (error,) = result.hook_errors
     assert "5 ms" in str(error.exception)
-    task = asyncio.current_task()
-    assert task.cancelling() == 0
+    assert asyncio.current_task().cancelling() == 0
 
 
 async def test_a_hooks_own_timeout_is_its_own() -> None:
@@ -1682,8 +1679,7 @@ async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.Mon
     async def ask(state: State) -> Any:
         nonlocal called
         called += 1
-        here = current_node()
-        here.report_usage(input_tokens=1000, model="house")
+        current_node().report_usage(input_tokens=1000, model="house")
         if called == 1:
             raise TimeoutError
         return {}, 2000, 500, "house"

@@ -272,8 +272,7 @@ async def test_tokens_used_are_those_of_this_attempt() -> None:
     async def ask(state: Input) -> Any:
         nonlocal attempts
         attempts += 1
-        here = current_node()
-        here.report_usage(input_tokens=100)
+        current_node().report_usage(input_tokens=100)
         if attempts == 1:
             raise TimeoutError
         return {"value": 1}, 5, 3, "gpt-4o"

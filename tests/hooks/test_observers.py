@@ -8,7 +8,7 @@ import gc
 from typing import Any
 
 import pytest
-from tests.kit import ONCE, Num
+from tests.kit import ONCE, Num, failing_with, same
 
 from stroma import (
     FailureClass,
@@ -357,16 +357,13 @@ async def test_plain_code_is_a_run_to_its_hooks() -> None:
     async def good(state: Num) -> Num:
         return state
 
-    async def bad(state: Num) -> Num:
-        raise ValueError("no")
-
     async with context() as ctx:
         await asyncio.gather(execute_step("a", good, Num(n=1), ctx), execute_step("b", good, Num(n=2), ctx))
     began = ("start", "r", "loop", {"n": 1})
     assert seen == [began, "a", "b", ("end", "r", "COMPLETED", None, 2)]
     seen.clear()
     async with context() as ctx:
-        await execute_step("bad", bad, Num(n=1), ctx)
+        await execute_step("bad", failing_with(ValueError, "no"), Num(n=1), ctx)
     assert seen == [began, "bad", "bad", ("end", "r", "PARTIAL", "ValueError", 2)]
     seen.clear()
     with pytest.raises(KeyError):
@@ -393,14 +390,11 @@ async def test_plain_code_that_is_closed_tells_its_end() -> None:
 
     runner = StromaRunner.quick(hooks=NodeHooks(on_run_start=start, on_run_end=end))
 
-    async def step(state: Num) -> Num:
-        return state
-
     async def code() -> None:
         async with ReliabilityContext.for_run(
             runner.config, runner.registry, runner.checkpoint_manager
         ) as ctx:
-            await execute_step("a", step, Num(), ctx)
+            await execute_step("a", same, Num(), ctx)
             await asyncio.sleep(9)
 
     closed: Any = code()

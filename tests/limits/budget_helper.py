@@ -47,8 +47,7 @@ async def spend(store: Any, seed: int, runs: int) -> dict[str, Any]:
         await asyncio.sleep(rng.uniform(0, 0.005))
         spent.append(cents)
         if rng.random() < 0.2:
-            node = current_node()
-            node.report_usage(input_tokens=cents, model="cents")
+            current_node().report_usage(input_tokens=cents, model="cents")
             raise ConnectionError("no")
         return {"n": state.n + 1}, cents, "cents"
 

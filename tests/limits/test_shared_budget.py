@@ -71,8 +71,7 @@ def node(
     @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=State, output_schema=State))
     async def call(state: State) -> Any:
         calls.append(cents)
-        running = current_node()
-        running.report_usage(input_tokens=cents, model="cents")
+        current_node().report_usage(input_tokens=cents, model="cents")
         if before is not None:
             waits = before(state)
             if waits is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretStr
-from tests.kit import NEVER, TWICE, Num, node, quick
+from tests.kit import NEVER, TWICE, Num, failing_with, node, quick, returning
 
 from stroma import (
     CheckpointManager,
@@ -290,16 +290,15 @@ async def test_each_attempt_has_an_id_of_its_own() -> None:
 async def test_ids_of_attempts_differ_over_processes(tmp_path: Path) -> None:
     """A runner that resumes a run gives its attempts ids that no earlier one has given."""
 
-    async def asks(state: Num) -> Any:
-        raise Suspend("may I?")
-
     ids: list[str | None] = []
     async with SQLiteStore(tmp_path / "runs.db") as store:
         for answer in (None, {"n": 1}, {"n": 2}):
             runner = quick(store=store, run_id="run")
             if answer is not None:
                 await runner.signal("run", answer)
-            events = await events_of(runner, [node("a", asks)], resume=answer is not None)
+            events = await events_of(
+                runner, [node("a", failing_with(Suspend, "may I?"))], resume=answer is not None
+            )
             ids += [event.attempt_id for event in events if event.kind == "node_start"]
     assert len(ids) == len(set(ids)) == 3
 
@@ -465,14 +464,11 @@ async def test_what_an_end_says_as_json() -> None:
     async def fails(state: Num) -> Any:
         raise TimeoutError("too late for n=777777")
 
-    async def counts(state: Num) -> Any:
-        return {"n": 2}, 7
-
     def redact(state: dict[str, Any]) -> dict[str, Any]:
         return {**state, "n": "hidden"} if state.get("n") == 777_777 else state
 
     runner = quick(policy_map=NEVER, redact=redact)
-    stream = runner.stream([node("a", counts), node("b", fails)], Num(n=1))
+    stream = runner.stream([node("a", returning(({"n": 2}, 7))), node("b", fails)], Num(n=1))
     success = next(e.to_dict() for e in [event async for event in stream] if e.kind == "node_success")
     assert success["state"] == {"n": 2}
     assert success["details"]["tokens"] == 7

@@ -298,8 +298,7 @@ async def test_many_steps_of_one_context_at_once(store: Any) -> None:
     keys: list[str] = []
 
     async def step(state: Num) -> Any:
-        run = current_node()
-        keys.append(run.idempotency_key)
+        keys.append(current_node().idempotency_key)
         await asyncio.sleep(0)
         return {"n": state.n + 1}, 1
 
@@ -395,8 +394,7 @@ async def test_siblings_of_a_failed_attempt_over_the_limit_finish() -> None:
 
     async def fails(state: Num) -> Any:
         await started.wait()
-        run = current_node()
-        run.report_usage(input_tokens=100)
+        current_node().report_usage(input_tokens=100)
         raise ValueError("and over the limit")
 
     async def goes_on(state: Num) -> Any:

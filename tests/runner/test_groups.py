@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel
-from tests.kit import NEVER, ONCE, Num, node
+from tests.kit import NEVER, ONCE, Num, node, returning, same
 
 from stroma import (
     AsyncInMemoryStore,
@@ -139,9 +139,6 @@ async def test_the_merged_state_is_a_model_for_the_next_node() -> None:
         node("l", giving({"left": 1, "both": "l"}), Num, Left),
         node("r", giving(Right(right=2, both="r")), Num, Right),
     )
-
-    async def same(state: Both) -> Any:
-        return state
 
     result = await quick().run([group, node("same", same, Both, Both)], Num())
     assert result.final_state == Both(left=1, right=2, both="r")
@@ -505,8 +502,7 @@ async def test_the_fallback_signal_reaches_children() -> None:
     seen: list[Any] = []
 
     async def child(state: Any, ctx: dict[str, Any]) -> Any:
-        run = current_node()
-        seen.append((ctx.get("_stroma_model"), run.model))
+        seen.append((ctx.get("_stroma_model"), current_node().model))
         ctx["touched"] = True
         return {"n": 1}, 240_000, "gpt-4o"  # 0.60 USD
 
@@ -769,9 +765,6 @@ async def test_model_items_of_a_typed_list() -> None:
     class Typed(BaseModel):
         items: list[Num]
 
-    async def same(state: Num) -> Any:
-        return state
-
     group = map_over("items", node("same", same), into="items")
     result = await quick().run([group], Typed(items=[Num(n=1), Num(n=2)]))
     assert result.final_state.model_dump() == {"items": [{"n": 1}, {"n": 2}]}
@@ -843,10 +836,7 @@ async def test_map_over_what_no_class_names_the_fields_of(contract: Any, returne
 async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
     """Of a state without a class the message names the keys that it has."""
 
-    async def free(state: Any) -> Any:
-        return {"things": [], "more": 1}
-
-    first = stroma_node("free", None)(free)
+    first = stroma_node("free", None)(returning({"things": [], "more": 1}))
     result = await quick().run([first, map_over("items", node("a", giving({})), into="out")], Num())
     assert result.failure.message == (
         "map_over needs a list in field 'items', got NoneType; the state has the fields: things, more"
@@ -858,10 +848,7 @@ async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
 async def test_keys_that_are_no_names_are_refused(how: str) -> None:
     """A dict with other keys than text cannot be merged, and says so before it is stored."""
 
-    async def free(state: Any) -> Any:
-        return {"items": [1], 7: "seven"}
-
-    first = stroma_node("free", None)(free)
+    first = stroma_node("free", None)(returning({"items": [1], 7: "seven"}))
     nodes = (
         [parallel(first)]
         if how == "parallel"
@@ -889,9 +876,6 @@ async def test_map_over_keeps_extra_fields() -> None:
 
     class One(BaseModel):
         item: int
-
-    async def same(state: One) -> Any:
-        return state
 
     group = map_over("items", node("same", same, One, One), into="out")
     result = await quick().run([group], Wide(items=[1], raw=b"\x00\xff", more={"k": [1]}))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, RootModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, TWICE, SimpleStore
+from tests.kit import NEVER, ONCE, TWICE, SimpleStore, failing_with
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -523,10 +523,9 @@ async def test_restored_items_are_told(store: Any, tmp_path: Path, doubler: Doub
 async def test_a_finished_map_is_not_run_again(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """Once the map itself is committed neither its source nor its file is looked at again."""
 
-    async def fails(state: State) -> Any:
-        raise ValueError("later")
-
-    last = stroma_node("last", NodeContract(node_id="last", input_schema=State, output_schema=State))(fails)
+    last = stroma_node("last", NodeContract(node_id="last", input_schema=State, output_schema=State))(
+        failing_with(ValueError, "later")
+    )
     source, out = write(tmp_path / "in", range(10)), tmp_path / "out"
     nodes = [map_over(JsonLines(source), doubler.node, into=JsonLines(out)), last]
     runner = quick(store)
@@ -575,8 +574,7 @@ async def test_another_attempt_of_the_map(store: Any, tmp_path: Path, doubler: D
     remembered: list[int] = []
 
     async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
-        here = current_node()
-        remembered.append(len(here.ctx.handover.done))
+        remembered.append(len(current_node().ctx.handover.done))
 
     runner = quick(store, node_policies={work.node_id: ONCE}, hooks=NodeHooks(on_node_success=told))
     result = await runner.run([work], State())
@@ -1040,8 +1038,7 @@ async def test_progress(store: Any, tmp_path: Path, doubler: Doubler, into: str)
     events: list[MapProgress] = []
 
     async def progress(run_id: str, node_id: str, text: MapProgress) -> None:
-        here = current_node()
-        assert (run_id, node_id, here.node_id) == ("run", work.node_id, work.node_id)
+        assert (run_id, node_id, current_node().node_id) == ("run", work.node_id, work.node_id)
         events.append(text)
         raise ValueError("hooks change nothing")
 

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel, create_model
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock
-from tests.kit import NEVER, Num, node
+from tests.kit import NEVER, Num, failing_with, node
 from tests.shared_stores import STORES
 
 from stroma import (
@@ -203,10 +203,7 @@ async def test_a_reworded_open_question_is_the_same(store: Any) -> None:
 async def test_a_later_question_at_the_same_place_is_another_one(store: Any) -> None:
     """An answer to an earlier question of a node before it asked again, went back or restarted is refused."""
 
-    async def asks(state: Num) -> Any:
-        raise Suspend("still?")
-
-    nodes = [node("first", asks)]
+    nodes = [node("first", failing_with(Suspend, "still?"))]
     ids = []
 
     async def ask(**config: Any) -> None:

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, RootModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, Text, bare, node, open_question, quick_without_retries, record_hooks
+from tests.kit import (
+    NEVER,
+    ONCE,
+    Text,
+    bare,
+    failing_with,
+    node,
+    open_question,
+    quick_without_retries,
+    record_hooks,
+)
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -421,10 +431,12 @@ async def test_an_item_fails_with_one_of_its_nodes(world: World, store: Any) -> 
 async def test_a_failure_of_a_group_names_the_node_inside() -> None:
     """An item that is a parallel() fails with one of its children, the node of its ItemFailure."""
 
-    async def fails(state: Text) -> Any:
-        raise ValueError("no")
-
-    work = map_over("tickets", parallel(node("bad", fails, Text)), into="out", on_item_failure="collect")
+    work = map_over(
+        "tickets",
+        parallel(node("bad", failing_with(ValueError, "no"), Text)),
+        into="out",
+        on_item_failure="collect",
+    )
     result = await quick_without_retries().run([work], Tickets(tickets=["a"]))
     assert [one.node_id for one in result.final_state.out_failures] == ["bad"]  # type: ignore[attr-defined]
 
@@ -612,16 +624,15 @@ async def test_a_cancellation_that_a_node_has_left_behind() -> None:
     """A node may end with a cancelled task; a CancelledError of the next one is a failure like any other."""
 
     async def leaves_one(state: Text) -> Text:
-        task = asyncio.current_task()
-        task.cancel()
+        asyncio.current_task().cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(0)
         return state
 
-    async def raises_one(state: Text) -> Any:
-        raise asyncio.CancelledError("a stray one")
-
-    steps = [node("leaves", leaves_one, Text, Text), node("raises", raises_one, Text, Text)]
+    steps = [
+        node("leaves", leaves_one, Text, Text),
+        node("raises", failing_with(asyncio.CancelledError, "a stray one"), Text, Text),
+    ]
     result = await quick_without_retries().run(
         [map_over("tickets", steps, into="out")], Tickets(tickets=["a"])
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import ONCE, Num
+from tests.kit import ONCE, Num, failing_with, returning
 
 import stroma
 from stroma import (
@@ -136,12 +136,9 @@ async def test_groups_and_maps_are_told() -> None:
 async def test_suspended_skipped_cancelled_and_budgets_are_told(tmp_path: Path) -> None:
     """A wait for a person, a restored output and a budget warning are events."""
 
-    async def asks(state: Num) -> Any:
-        raise Suspend("may I?")
-
     async with SQLiteStore(tmp_path / "runs.db") as store:
         runner = quick(store=store, run_id="run", budget=ExecutionBudget(max_tokens_total=6))
-        nodes = [node("a"), node("b", asks)]
+        nodes = [node("a"), node("b", failing_with(Suspend, "may I?"))]
         first = [event async for event in runner.stream(nodes, Num())]
         assert ("node_suspended", "b") in summary_of(first)
         details = next(e for e in first if e.kind == "node_suspended").details
@@ -462,10 +459,7 @@ async def test_what_run_raises_comes_out() -> None:
 async def test_a_failed_run_is_an_event() -> None:
     """What goes wrong inside the run is a result, and told in the last event."""
 
-    async def fails(state: Num) -> Any:
-        return {"n": "x"}
-
-    events = [event async for event in quick().stream([node("a", fails)], Num())]
+    events = [event async for event in quick().stream([node("a", returning({"n": "x"}))], Num())]
     assert events[-1].result.status is RunStatus.FAILED
     assert events[-1].details["failure"]["class"] == "TERMINAL"
     assert "Contract violation" in events[-1].details["failure"]["message"]

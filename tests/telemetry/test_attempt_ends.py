@@ -206,8 +206,7 @@ async def test_at_end_after_a_restored_node() -> None:
     seen: list[str] = []
 
     async def skipped(*_: Any) -> None:
-        node = current_node()
-        node.at_end(lambda: seen.append("called"))
+        current_node().at_end(lambda: seen.append("called"))
 
     runner = quick(NodeHooks(on_node_skipped=skipped))
 

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry, generate_latest
-from tests.kit import Num, retry_policies
+from tests.kit import Num, retry_policies, same
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_counted_once import Otel, Statsd, Tracer, runner_of, total
 
@@ -104,11 +104,8 @@ async def test_exceptions_of_hooks_of_plain_steps_are_counted() -> None:
     config = RunConfig(hooks=[prometheus_hooks(registry=registry), NodeHooks(on_node_success=bad)])
     ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
 
-    async def step(state: Num) -> Num:
-        return state
-
     for _ in range(3):
-        await execute_step("s", step, Num(), ctx)
+        await execute_step("s", same, Num(), ctx)
     assert total(registry, "stroma_hook_errors_total") == 3
 
 

@@ -251,8 +251,7 @@ async def test_a_failed_call_that_was_paid(seen: Seen) -> None:
 
     @runner.node("ask", input=Num, output=Num)
     async def ask(state: Num) -> Num:
-        node = current_node()
-        node.report_usage(input_tokens=100, output_tokens=20, model=MODEL)
+        current_node().report_usage(input_tokens=100, output_tokens=20, model=MODEL)
         raise ValueError("no")
 
     await runner.run([ask], Num())

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.exposition import generate_latest
-from tests.kit import Num, node, retry_policies
+from tests.kit import Num, failing_with, node, retry_policies, same
 
 from stroma import Breaker, ExecutionBudget, Limit, StromaRunner
 from stroma.telemetry import datadog_hooks, otel_hooks, prometheus_hooks
@@ -70,10 +70,7 @@ class Systems:
 
 
 def named(node_id: str) -> Any:
-    async def function(state: Num) -> Num:
-        return state
-
-    return node(node_id, function)
+    return node(node_id, same)
 
 
 async def test_names_of_pipelines_and_nodes_are_bounded() -> None:
@@ -149,11 +146,8 @@ async def test_all_systems_count_the_same_events() -> None:
     async def costs(state: Num) -> Any:
         return state, 45, 45, "gpt-4o-mini"
 
-    async def fails(state: Num) -> Num:
-        raise NotImplementedError
-
     limited = StromaRunner.quick(hooks=hooks, pipeline="p", budget=ExecutionBudget(max_tokens_total=100))
-    nodes = [node("c", costs), node("d", fails)]
+    nodes = [node("c", costs), node("d", failing_with(NotImplementedError))]
     await limited.run(nodes, Num(), run_id="s")
     await limited.resume(nodes, "s")
     for names, expected in (
@@ -171,9 +165,6 @@ async def test_all_systems_count_circuits() -> None:
     """A circuit that opens is counted under its name and state in all three."""
     systems = Systems()
 
-    async def fails(state: Num) -> Num:
-        raise ConnectionError("no")
-
     runner = StromaRunner.quick(
         hooks=systems.hooks(),
         pipeline="p",
@@ -182,7 +173,7 @@ async def test_all_systems_count_circuits() -> None:
         node_limits={"a": "llm"},
         policy_map=retry_policies(0),
     )
-    await runner.run([node("a", fails)], Num())
+    await runner.run([node("a", failing_with(ConnectionError, "no"))], Num())
     names = ("stroma.circuit.changes", "stroma_circuit_changes_total", "stroma.circuit.changes")
     assert systems.counts(*names) == [{("limit 'llm'", "open", "p"): 1}] * 3
 

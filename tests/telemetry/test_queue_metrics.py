@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import Num, node
+from tests.kit import Num, node, same
 from tests.shared_stores import STORES
 from tests.telemetry.test_labels import Systems
 
@@ -85,10 +85,7 @@ async def test_a_worker_shows_blocked_runs(store: Any) -> None:
     are not in the queue."""
     systems = Systems()
 
-    async def end(state: Num) -> Num:
-        return state
-
-    pipeline = Pipeline("p", [node("a", end)], config=RunConfig(hooks=systems.hooks()))
+    pipeline = Pipeline("p", [node("a", same)], config=RunConfig(hooks=systems.hooks()))
     runner = StromaRunner.quick(store=store)
     code, now_ms = code_of(pipeline), time.time_ns() // 1_000_000
     for number in range(2):
@@ -115,10 +112,7 @@ async def test_nobody_reads_without_a_reader(monkeypatch: pytest.MonkeyPatch) ->
     asked: list[Any] = []
     monkeypatch.setattr(type(runner.checkpoint_manager.store), "queue_figures", asked.append)
 
-    async def end(state: Num) -> Num:
-        return state
-
-    pipeline = Pipeline("p", [node("a", end)])
+    pipeline = Pipeline("p", [node("a", same)])
     handle = await runner.submit(pipeline, Num())
     served = asyncio.ensure_future(runner.serve(pipeline, poll_seconds=0.02))
     await handle.result(timeout=20)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sentry_sdk
 from pydantic import BaseModel, SecretStr
-from tests.kit import ONCE, retry_policies
+from tests.kit import ONCE, failing_with, retry_policies
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import (
@@ -232,10 +232,7 @@ async def test_steps_of_plain_code(sentry: RecordedSentry) -> None:
     runner = quick(sentry, retries=1)
     ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
 
-    async def step(_: State) -> State:
-        raise ValueError("no")
-
-    await execute_step("step", step, State(), ctx)
+    await execute_step("step", failing_with(ValueError, "no"), State(), ctx)
     (event,) = sentry.transport.events
     assert event["fingerprint"][2] == "step"
 

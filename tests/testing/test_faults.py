@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import returning
 from tests.testing.pipelines import Number, add_one, counted, make, patient
 
 from stroma import (
@@ -77,12 +78,11 @@ async def test_a_delay_is_within_the_time_limit_of_the_node(clock):
 async def test_a_malformed_output_breaks_the_contract(output):
     """What stands in place of an output is validated like any; the usage of the attempt stays."""
 
-    async def paid(state):
-        return {"n": 1}, 10, 5, "gpt-4o-mini"
-
     plan = FaultPlan().malform("a") if output is None else FaultPlan().malform("a", output)
     with plan:
-        result = await patient(contract_retries={"a": 1}).run([make("a", paid)], Number())
+        result = await patient(contract_retries={"a": 1}).run(
+            [make("a", returning(({"n": 1}, 10, 5, "gpt-4o-mini")))], Number()
+        )
     assert result.status is RunStatus.COMPLETED
     assert [event.reason for event in result.trace] == ["contract", None]
     assert result.total_tokens == 30

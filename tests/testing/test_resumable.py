@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import failing_with
 from tests.testing.pipelines import Number, add_one, double, make, patient
 
 from stroma import Flow, JsonLines, Pipeline, StromaRunner, current_node, execute_step, map_over, parallel
@@ -255,11 +256,13 @@ async def test_most_spreads_the_boundaries():
 async def test_a_pipeline_that_fails_is_not_proven():
     """The undisturbed run has to complete."""
 
-    async def broken(state):
-        raise PermissionError("no")
-
     with pytest.raises(AssertionError, match="ends as PARTIAL, node 'broken': PermissionError: no"):
-        await assert_resumable([make("broken", broken)], Number(), runner=patient(0, 0), processes=False)
+        await assert_resumable(
+            [make("broken", failing_with(PermissionError, "no"))],
+            Number(),
+            runner=patient(0, 0),
+            processes=False,
+        )
     with pytest.raises(TypeError, match="async function of"):
         await assert_resumable(broken_sync, Number())
 

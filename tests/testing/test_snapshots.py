@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from tests.kit import failing_with
 from tests.testing.pipelines import Number, add_one, make, patient
 
 from stroma import parallel
@@ -64,10 +65,11 @@ async def test_the_trace_alone_and_without_states():
 async def test_the_run_id_is_not_in_it():
     """A message that names the run stays the same."""
 
-    async def broken(state):
-        raise PermissionError("no way in run-77")
-
-    text = trace_snapshot(await patient(retries=0).run([make("a", broken)], Number(), run_id="run-77"))
+    text = trace_snapshot(
+        await patient(retries=0).run(
+            [make("a", failing_with(PermissionError, "no way in run-77"))], Number(), run_id="run-77"
+        )
+    )
     assert "run-77" not in text
     assert "no way in <run id>" in text
 

@@ -117,8 +117,7 @@ async def test_a_trace_that_was_looked_at_is_still_the_runs_own() -> None:
     """G7, G8: Neither `redact` nor `on_run_end` changes an event, also if a hook reads the trace."""
 
     async def look(*_: Any) -> None:
-        current = current_node()
-        list(current.ctx.trace.walk())
+        list(current_node().ctx.trace.walk())
 
     async def spoil(run_id: str, result: Any) -> None:
         for event in result.trace.walk():

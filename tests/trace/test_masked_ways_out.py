@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretStr
-from tests.kit import NEVER
+from tests.kit import NEVER, same
 
 from stroma import (
     AsyncInMemoryStore,
@@ -71,13 +71,10 @@ async def test_the_end_of_plain_code_is_masked(caplog: pytest.LogCaptureFixture)
     store = AsyncInMemoryStore()
     runner = quick(store)
 
-    async def step(state: Call) -> Call:
-        return state
-
     with pytest.raises(ValueError, match=SECRET):
         config = runner.config.with_run_id("r")
         async with ReliabilityContext.for_run(config, runner.registry, runner.checkpoint_manager) as ctx:
-            await execute_step("step", step, Call(), ctx)
+            await execute_step("step", same, Call(), ctx)
             raise ValueError(f"401 for {SECRET}")
     assert store.get_run("r").error == "ValueError: 401 for **********"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
-from tests.kit import Num, quick, record_node_hooks
+from tests.kit import Num, quick, record_node_hooks, returning
 
 from stroma import NodeContract, NodeHooks, RunStatus, StromaRunner, stroma_node
 
@@ -26,18 +26,12 @@ async def test_what_the_end_of_a_run_shows_is_redacted() -> None:
     class Strict(BaseModel):
         name: str
 
-    async def first(state: Secretive) -> Any:
-        return {"name": "secret too"}
-
-    async def second(state: Secretive) -> Any:
-        return {"name": 5, "why": "secret again"}
-
     nodes = [
         stroma_node("first", NodeContract(node_id="first", input_schema=Secretive, output_schema=Secretive))(
-            first
+            returning({"name": "secret too"})
         ),
         stroma_node("second", NodeContract(node_id="second", input_schema=Secretive, output_schema=Strict))(
-            second
+            returning({"name": 5, "why": "secret again"})
         ),
     ]
     hooks = NodeHooks(on_run_end=end)

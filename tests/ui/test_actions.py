@@ -30,8 +30,7 @@ class Answer(BaseModel):
 
 
 async def _asks(state: Any) -> Any:
-    at = current_node()
-    answer = at.wait_for(Answer, reason="may <b>it</b> be billed?")
+    answer = current_node().wait_for(Answer, reason="may <b>it</b> be billed?")
     return {"n": 7, "text": answer.note}
 
 

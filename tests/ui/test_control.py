@@ -63,8 +63,7 @@ def living(store: SQLiteStore) -> Any:
     async def work(state: State) -> Any:
         reached.set()
         await asyncio.to_thread(go.wait, 60)
-        node = current_node()
-        node.report_usage(input_tokens=10)
+        current_node().report_usage(input_tokens=10)
         return state
 
     node: Any = stroma_node("n", contract)(work)

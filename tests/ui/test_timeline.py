@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+from tests.kit import failing_with
 from tests.ui import scenes
 from tests.ui.conftest import GOOD, Site, make_runs, node
 from tests.ui.test_pages import rows
@@ -215,10 +216,9 @@ def test_a_failure_that_is_tried_again_is_no_cause(store: SQLiteStore, serve: An
 def test_what_a_run_waits_for_is_hatched(store: SQLiteStore, serve: Any) -> None:
     """A suspended node has a hatched bar that says what it waits for."""
 
-    async def asks(state: Any) -> Any:
-        raise Suspend("may it be billed?")
-
-    make_runs(store, ("x", Pipeline("p", [GOOD.nodes[0], node("asks", asks)])))
+    make_runs(
+        store, ("x", Pipeline("p", [GOOD.nodes[0], node("asks", failing_with(Suspend, "may it be billed?"))]))
+    )
     site: Site = serve(store)
     text = site.get("/run", id="x").text
     assert re.findall(r'<rect class="b-open"[^>]*><title>([^<]*)<', text) == [

@@ -46,8 +46,7 @@ def live(folder: str, dies_before: str) -> None:
     def work(name: str) -> None:
         if name == dies_before:
             die()
-        node = current_node()
-        ledger.pay(f"{name}|{node.idempotency_key}")
+        ledger.pay(f"{name}|{current_node().idempotency_key}")
 
     @function_tool(needs_approval=True)
     def tool(n: int) -> str:
