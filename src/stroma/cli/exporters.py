@@ -53,14 +53,19 @@ def _endpoint(_ctx: click.Context, _parameter: click.Parameter, value: str | Non
     return value
 
 
-def _host_port(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
-    if value is not None:
-        host, _, port = value.rpartition(":")
+class HostPort(click.ParamType[str]):
+    """HOST:PORT, as text."""
+
+    name = "address"
+
+    def __init__(self, example: str) -> None:
+        self._example = example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        host, _, port = str(value).rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise click.BadParameter(
-                f"{value!r} is not an agent address; pass HOST:PORT, such as localhost:8126"
-            )
-    return value
+            self.fail(f"{value!r} is not an address; pass HOST:PORT, such as {self._example}", param, ctx)
+        return str(value)
 
 
 class ListenAddress(click.ParamType[tuple[str, int]]):
@@ -82,7 +87,7 @@ def exporter_options(func: F) -> F:
     for option in (
         click.option(
             "--datadog",
-            callback=_host_port,
+            type=HostPort("localhost:8126"),
             metavar="HOST:PORT",
             help="Datadog agent for spans; metrics go to its port 8125.",
         ),

@@ -89,7 +89,7 @@ class Progress:
         self.is_started = True
         if self._quiet:
             return
-        timed_lines(
+        timed_line(
             (clean(pipeline, 60), "bold"),
             f": run {id_word(run_id) if run_id.isprintable() else clean(run_id)}",
         )
@@ -100,7 +100,7 @@ class Progress:
     async def _budget_warning(self, run_id: str, dimension: str, used: float, limit: float) -> None:
         unit = _UNITS.get(dimension, "")
         amounts = f"{format_amount(used, unit)} of {format_amount(limit, unit)}"
-        timed_lines(("budget: ", "yellow"), f"{amounts} used ({dimension})")
+        timed_line(("budget: ", "yellow"), f"{amounts} used ({dimension})")
 
     async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
         node, total = running_node(), progress.total
@@ -228,26 +228,17 @@ class Progress:
             more.append(f"run: {format_tokens(int(spent.used('tokens')))}, {format_usd(spent.used('cost'))}")
         if why and (node is None or node.kind != "group"):  # The child has printed it.
             more.append(why)
-        timed_lines(*parts, more=more)
+        timed_line(*parts, more=more)
 
 
-def timed_line(*parts: Part) -> None:
-    """Print a line on stderr, prefixed by the time of day, whatever its length: for the log of a worker."""
-    err.line(*_timed(parts))
-
-
-def _timed(parts: Sequence[Part]) -> list[Part]:
-    clock = datetime.now().strftime("%H:%M:%S.%f")[:-3]
-    return [(clock, "dim"), "  ", *parts]
-
-
-def timed_lines(*parts: Part, more: Sequence[str] = ()) -> None:
+def timed_line(*parts: Part, more: Sequence[str] = ()) -> None:
     """Print a line on stderr, prefixed by the time of day; on a terminal, in lines that fit it.
 
     ``more``: texts at its end.
     """
+    clock = datetime.now().strftime("%H:%M:%S.%f")[:-3]
     # Must not raise: with strict hooks that would fail the run.
-    err.fitted(*_timed(parts), *((f"  | {text}", "dim") for text in more), indent=_INDENT)
+    err.fitted((clock, "dim"), "  ", *parts, *((f"  | {text}", "dim") for text in more), indent=_INDENT)
 
 
 class _LogPrinter(logging.Handler):
@@ -266,7 +257,7 @@ class _LogPrinter(logging.Handler):
             if is_debugging():
                 with contextlib.suppress(Exception):  # a traceback ends with the exception's own text
                     text += "\n" + logging.Formatter().formatException(record.exc_info)
-        timed_lines((f"{record.levelname.lower()}: ", "yellow"), text if is_debugging() else clean(text, 600))
+        timed_line((f"{record.levelname.lower()}: ", "yellow"), text if is_debugging() else clean(text, 600))
 
 
 def show_warnings(*, quiet: bool) -> None:

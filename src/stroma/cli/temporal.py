@@ -13,6 +13,7 @@ import click
 
 from stroma._utils.text import clean
 from stroma.cli.errors import Code, Problem
+from stroma.cli.exporters import HostPort
 from stroma.cli.stores import Database
 
 if TYPE_CHECKING:
@@ -26,16 +27,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 #: Default task queue of runs and workers.
 TASK_QUEUE: Final = "stroma"
-
-
-def _address(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
-    if value is not None:
-        host, _, port = value.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise click.BadParameter(
-                f"{value!r} is not the address of a Temporal server; pass HOST:PORT, such as localhost:7233"
-            )
-    return value
 
 
 def temporal_options(func: F) -> F:
@@ -53,7 +44,7 @@ def temporal_options(func: F) -> F:
         click.option(
             "--temporal",
             "address",
-            callback=_address,
+            type=HostPort("localhost:7233"),
             metavar="HOST:PORT",
             help="Temporal server that chooses the worker of each run.",
         ),
