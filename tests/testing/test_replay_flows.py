@@ -200,6 +200,23 @@ async def test_changed_flows_differ(recorded: str, now: str, difference: str) ->
     assert flows.calls == []
 
 
+@pytest.mark.parametrize("started", ["1", "2", None])
+async def test_a_run_keeps_its_version(started: str | None) -> None:
+    """A flow that accepts an earlier version is replayed as the version that the run started with."""
+    flows, store = Flows(), InMemoryStore()
+    runner, add = flows.runner_on(store), flows.by_name["add"]
+
+    async def body(flow: Flow, state: Num) -> Num:
+        return state if flow.version is None else await flow.step(add, Num(n=int(flow.version)))
+
+    def release(version: str | None, *accepts: str) -> Any:
+        return stroma_flow("f", input=Num, output=Num, version=version, accepts=accepts)(body)
+
+    await runner.run(release(started), Num(), run_id="r")
+    recorded = RecordedRun.from_json(json.loads(json.dumps(RecordedRun.read(store, "r").to_json())))
+    (await replay(recorded, release("2", "1"), runner=flows.runner)).assert_same()
+
+
 async def test_a_group_that_a_process_left_is_replayed() -> None:
     """A run whose process died inside a group is followed as far as it came."""
     flows, store = Flows(), InMemoryStore()

@@ -105,6 +105,7 @@ class RecordedRun(_Recorded):
         events: events that the bodies of its flows got, and what else a resume repeats, as the notes of
             ``checkpoint.flow_notes`` by their keys.
         answers: answers to questions of flows, in stored form, by "position:branch".
+        version: version of the pipeline that the run started with; None without one.
     """
 
     run_id: str
@@ -115,6 +116,7 @@ class RecordedRun(_Recorded):
     attempts: tuple[RecordedAttempt, ...]
     events: dict[str, Any] = {}
     answers: dict[str, Stored] = {}
+    version: str | None = None
 
     @classmethod
     def read(cls, store: Any, run_id: str, *, redact: Redact | None = None) -> RecordedRun:
@@ -145,6 +147,7 @@ class RecordedRun(_Recorded):
                 for one in store.waiting(run_id)
                 if one.effect is None and (str(one.position), one.branch) in ended
             },
+            version=record.version,
         )
         return run if redact is None else run.redacted(redact)
 

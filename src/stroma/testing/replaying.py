@@ -99,7 +99,9 @@ async def replay(
         wrong = without_values(wrong)
     differences = [] if wrong is None else [Difference("input", "", "", wrong)]
     name = pipeline.name if isinstance(pipeline, Pipeline) else recorded.pipeline
-    result, store = await _run(Pipeline(name, nodes), runner, pipeline, tape, initial_input)
+    result, store = await _run(
+        Pipeline(name, nodes, version=recorded.version), runner, pipeline, tape, initial_input
+    )
     if result.failure is not None and result.failure.reason == "changed":
         tape.stopped = result.failure.message
         differences.append(Difference("decision", "", "", tape.stopped))
