@@ -106,14 +106,14 @@ def test_it_says_what_is_wrong_what_came_and_what_is_expected() -> None:
     [
         (
             "no json",
-            "the whole: Input should be a JSON object; this is text, and no JSON: Expecting value at "
+            "the whole: Input should be a JSON object; this is text that is not JSON: Expecting value at "
             'character 0. This came: "no json"',
             '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at '
             "least 1 items",
         ),
         (
             '{"lines',
-            "the whole: Input should be a JSON object; this is text, and no JSON: Unterminated string "
+            "the whole: Input should be a JSON object; this is text that is not JSON: Unterminated string "
             'starting at character 1. This came: "{\\"lines"',
             '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at '
             "least 1 items",
@@ -143,6 +143,15 @@ def test_every_kind_of_fault_has_its_place(raw: Any, wrong: str, expected: str |
         assert "What is expected" not in text
     else:
         assert expected in text.partition("What is expected")[2]
+
+
+@pytest.mark.parametrize("raw", ["no json", '{"lines', b"{", "3"])
+def test_the_exception_and_the_prompt_describe_a_text_in_the_same_words(raw: str | bytes) -> None:
+    """The message of a run says why a text is not the object that the contract needs, as the prompt does."""
+    violation = violation_of(Bill, raw)
+    message = str(violation).partition("(output): ")[2]
+    assert message.startswith("Input should be a JSON object; this is text")
+    assert f"- the whole: {message}. This came: " in violation.as_prompt()
 
 
 class Cat(BaseModel):
@@ -633,7 +642,7 @@ def test_a_violation_of_a_local_schema_can_be_pickled() -> None:
     ("fault", "message"),
     [
         ("wrong_type", "- total: Input should be"),
-        ("malformed", "- the whole: Input should be a JSON object; this is text, and no JSON: "),
+        ("malformed", "- the whole: Input should be a JSON object; this is text that is not JSON: "),
     ],
 )
 async def test_the_example_mends_an_answer(

@@ -211,6 +211,10 @@ def _describe(error: Any) -> str:
         return str(error)
     path = ".".join(str(part) for part in error.get("loc", ()))
     message = str(error.get("msg", "invalid"))
+    if isinstance(error.get("input"), (str, bytes)):
+        from stroma.contracts.repair_prompt import describe_text
+
+        message = describe_text(error) or message
     return f"{path}: {message}" if path else message
 
 

@@ -107,9 +107,7 @@ def _cut(text: str, limit: int) -> str:
 
 
 def _complaint(error: Mapping[str, Any], declared: DeclaredSecrets, secrets: Secrets) -> str:
-    message = _WORDS.get(error.get("type", ""), str(error.get("msg", "invalid")))
-    if message == _AN_OBJECT and isinstance(error.get("input"), (str, bytes)):
-        message += _why_text(error["input"])
+    message = describe_text(error) or _WORDS.get(error.get("type", ""), str(error.get("msg", "invalid")))
     if declared.names.intersection(map(str, error.get("loc", ()))) and error.get("type") in _SPOKEN:
         message = "is not valid"  # What a validator of the user's says may quote the value.
     if declared.reveals(message):
@@ -117,22 +115,32 @@ def _complaint(error: Mapping[str, Any], declared: DeclaredSecrets, secrets: Sec
     return _cut(one_line(secrets.mask(message)), _MESSAGE).rstrip(".")
 
 
-def _why_text(text: str | bytes) -> str:
-    """Return why a text came: mostly an answer that could not be parsed, cut or in a Markdown fence."""
+_AN_OBJECT: Final = "Input should be a JSON object"
+#: Types of pydantic's errors about a value in place of an object.
+_OBJECT_ERRORS: Final = ("model_type", "model_attributes_type", "dataclass_type", "dict_type")
+
+
+def describe_text(error: Mapping[str, Any]) -> str | None:
+    """Return the problem of a text in place of an object, mostly a model's answer that is cut or in a fence.
+
+    Returns None for any other error.
+    """
+    text = error.get("input")
+    if error.get("type") not in _OBJECT_ERRORS or not isinstance(text, (str, bytes)):
+        return None
     try:
         json.loads(text)
-    except json.JSONDecodeError as error:
-        why = error.msg.removesuffix(" at")
-        return f"; this is text, and no JSON: {why} at character {error.pos}"
+    except json.JSONDecodeError as problem:
+        why = problem.msg.removesuffix(" at")
+        return f"{_AN_OBJECT}; this is text that is not JSON: {why} at character {problem.pos}"
     except (ValueError, RecursionError):
-        return "; this is text, and no JSON"
-    return "; this is text"
+        return f"{_AN_OBJECT}; this is text that is not JSON"
+    return f"{_AN_OBJECT}; this is text"
 
 
-_AN_OBJECT: Final = "Input should be a JSON object"
 #: What pydantic says in words of Python.
 _WORDS: Final = {
-    **dict.fromkeys(("model_type", "model_attributes_type", "dataclass_type", "dict_type"), _AN_OBJECT),
+    **dict.fromkeys(_OBJECT_ERRORS, _AN_OBJECT),
     **dict.fromkeys(("list_type", "tuple_type", "set_type", "frozen_set_type"), "Input should be a list"),
     "none_required": "Input should be null",
     "extra_forbidden": "There should be no such field",
