@@ -66,8 +66,7 @@ def test_runs(site: Site) -> None:
     assert "nightly" in bad[1]
     assert bad[2] == "flows"
     assert bad[3].startswith(
-        "total: TERMINAL (contract): ContractViolation: Contract violation for &#39;total&#39; (output): "
-        "lines.0.price"
+        "total: contract: ContractViolation: Contract violation for &#39;total&#39; (output): lines.0.price"
     )
     assert re.fullmatch(r"\d\.\d\d s", bad[4])
     assert bad[5] == "2"

@@ -12,6 +12,9 @@ from stroma.checkpoint.identity import idempotency_key
 from stroma.checkpoint.queue import BlockedMark
 from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED
 
+#: Statuses of runs that failed, and of runs that completed.
+FAILED: Final = ("FAILED", "PARTIAL")
+FINISHED: Final = ("COMPLETED", "RESUMED")
 #: Smaller due times stand for what made a run due at once; see ``MESSAGE_SENT`` in decisions.py.
 _FIRST_MS: Final = 1000
 PICO: Final = 10**12  # Costs are stored in whole pico-dollars: sums are exact in any order.
@@ -127,6 +130,14 @@ class RunRecord:
         if self.status != "SUSPENDED" or self.is_due_at_once:
             return None
         return "resume" if self.error == PAUSED else "budget" if self.error == BUDGET else None
+
+    @property
+    def stop_text(self) -> str | None:
+        """The cause of a failed run ("node: reason: message"), or the need of a suspended one, for people."""
+        if self.cause is None or self.status not in FAILED or self.budget_text is not None:
+            return self.wait_text or self.error
+        cause = self.cause
+        return f"{cause.node_id}: {cause.reason or cause.failure_class}: {cause.text or self.error or ''}"
 
     @property
     def budget_text(self) -> str | None:

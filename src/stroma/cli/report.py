@@ -23,7 +23,7 @@ from stroma.cli.suspended import WORKER_CONTINUES, waiting_data, waiting_hints
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
 from stroma.cost.usage import NO_MODEL
-from stroma.failures.classes import FailureClass
+from stroma.failures.classes import FailureClass, describe_class
 from stroma.failures.errors import BUDGET, PAUSED, SharedBudgetExceeded
 from stroma.failures.failure import Failure
 from stroma.trace.events import place_text
@@ -175,7 +175,7 @@ class RunReport:
             why = f"stopped by {self.stopped_by}" if self.stopped_by else why
             err.line(("stroma: ", "bold red"), f"{why}: run {clean(result.run_id)} is {result.status}")
         else:
-            reason = f"{failure.failure_class}{f' ({failure.reason})' if failure.reason else ''}"
+            reason = describe_class(failure.failure_class, failure.reason)
             head: Part = ("stroma: ", "bold red")
             err.fitted(
                 head, f"run {clean(result.run_id)} is {result.status}: {self._failed_node(failure)}: {reason}"

@@ -14,3 +14,8 @@ class FailureClass(StrEnum):
 
     # The same number, without a call of Python for each look into a policy map: names are values here.
     __hash__ = str.__hash__
+
+
+def describe_class(failure_class: str, reason: str | None) -> str:
+    """Return the class of a failure, and its reason if one is known: "RECOVERABLE (rate_limit)"."""
+    return f"{failure_class} ({reason})" if reason else failure_class

@@ -31,7 +31,7 @@ from stroma.engine.loop import execute_in_turn, note_end
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, limit_that_stopped
 from stroma.engine.restore import check_place, check_unfinished_call, output_schema, redeliver, restore
 from stroma.engine.tasks import raise_if
-from stroma.failures.classes import FailureClass
+from stroma.failures.classes import FailureClass, describe_class
 from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED, RunFailed, SharedBudgetExceeded
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.hooks.dispatch import HookNotAsync
@@ -357,7 +357,11 @@ class RunExecution:
         level = logging.INFO if was_finished else _LEVELS.get(status, logging.INFO)
         if ctx.run_logger.isEnabledFor(level):
             about = {"run_status": status.value}
-            ctx.run_logger.log(level, "pipeline %r ended: %s", ctx.pipeline, status, extra=about)
+            cause = ""
+            if failure is not None and status in _LEVELS:
+                why = describe_class(failure.failure_class, failure.reason)
+                cause = f" at node {failure.node_id!r}: {why}"
+            ctx.run_logger.log(level, "pipeline %r ended: %s%s", ctx.pipeline, status, cause, extra=about)
         has_hooks = ctx.fire.on_run_end is not None
         ending = end_and_announce(ctx, status, error, result) if has_hooks else end_run(ctx, status, error)
         raise_if(await ending)

@@ -13,6 +13,7 @@ from typing import Final, Literal, NamedTuple
 from urllib.parse import unquote
 
 from stroma._utils.text import clean, format_duration, format_usd
+from stroma.failures.classes import describe_class
 from stroma.trace.events import RECEIVES, SLEEPS
 from stroma.trace.story import FAILED, Bar
 
@@ -64,7 +65,7 @@ def bar_title(bar: Bar) -> str:
         return f"{clean(bar.node_id, 200)}, {ANSWERS[bar.outcome]}"
     if bar.outcome in SLEEPS:
         return clean(bar.node_id, 200)
-    why = f": {bar.failure_class}{f' ({bar.reason})' if bar.reason else ''}" if bar.failure_class else ""
+    why = f": {describe_class(bar.failure_class, bar.reason)}" if bar.failure_class else ""
     message = f": {clean(bar.message, 200)}" if bar.message else ""
     took = duration(bar.took_ms, bar.function_ms)
     return f"{clean(bar.node_id, 100)}, attempt {bar.attempt}, {bar.outcome}{why}, {took}{message}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from stroma._utils.text import clean
+from stroma.failures.classes import describe_class
 from stroma.trace.rejected import RejectedOutput
 
 #: Outcomes of attempts that failed: an item of a map that failed for good is collected.
@@ -96,7 +97,7 @@ class StopCause:
     @property
     def why(self) -> str:
         """The class of the failure, and its reason if one is known."""
-        return f"{self.failure_class}{f' ({self.reason})' if self.reason else ''}"
+        return describe_class(self.failure_class, self.reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Final
 
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_duration, pluralize
+from stroma.failures.classes import describe_class
 from stroma.trace.events import SLEEPS
 from stroma.trace.outline import (
     ANSWERS,
@@ -439,8 +440,8 @@ def _why_waited(took_ms: float, failed: Bar | None) -> str:
     text = f"waited {_took(took_ms)}"
     if failed is None or failed.failure_class is None:
         return text
-    reason = f" ({failed.reason})" if failed.reason else ""
-    return f"{text} after {failed.failure_class}{reason} in attempt {failed.attempt}"
+    why = describe_class(failed.failure_class, failed.reason)
+    return f"{text} after {why} in attempt {failed.attempt}"
 
 
 def _short_place(at: str) -> str:

@@ -17,6 +17,7 @@ from stroma._utils.text import clean, format_usd, replace_utc, visible
 from stroma.checkpoint.history import FAILED, FINISHED, Payload, changes, is_interrupted, place_of
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cost.prices import find_pricer
+from stroma.failures.classes import describe_class
 from stroma.trace.html import tree, utc
 from stroma.trace.outline import duration
 from stroma.ui.components import chip
@@ -64,18 +65,12 @@ def ago(ms: int) -> str:
 
 
 def cause_text(record: RunRecord) -> str:
-    """Return the cause of a failed run as text."""
+    """Return the cause of a failed run, or the need of a suspended one, as text."""
     if is_interrupted(record):
         return "owner lost"
     if record.status in FINISHED or record.status == "RUNNING":
         return ""  # A failed attempt of a run that goes on is tried again.
-    if record.cause is None or record.status not in FAILED:
-        return record.wait_text or record.error or ""
-    cause_record = record.cause
-    if record.budget_text is not None:
-        return record.error or ""
-    why = f"{cause_record.failure_class}{f' ({cause_record.reason})' if cause_record.reason else ''}"
-    return f"{cause_record.node_id}: {why}: {cause_record.text or record.error or ''}"
+    return record.stop_text or ""
 
 
 def attempt_key(attempt: AttemptRecord) -> tuple[int, str, int, int]:
@@ -117,7 +112,7 @@ def attempt_rows(attempts: Iterable[tuple[AttemptRecord, str, str]], restored: C
 
 
 def _attempt_row(attempt: AttemptRecord, address: str, place: str, restored: Collection[int]) -> str:
-    reason = f" ({clean(attempt.reason, 30)})" if attempt.reason else ""
+    why = describe_class(attempt.failure_class or "", clean(attempt.reason or "", 30))
     mark = ' <span class="dim">restored</span>' if attempt.started_ns in restored else ""
     tokens = f"{attempt.tokens:,}" if attempt.tokens else ""
     cost = format_usd(attempt.cost_usd) if attempt.tokens or attempt.cost_usd else ""
@@ -128,7 +123,7 @@ def _attempt_row(attempt: AttemptRecord, address: str, place: str, restored: Col
         f"{as_xml(clean(attempt.node_id, 60))}</a></td>"
         f'<td class="num" data-name="Try">{attempt.attempt}</td><td data-name="Outcome">'
         f"{chip(attempt.outcome)}{mark}</td>"
-        f'<td data-name="Class">{as_xml((attempt.failure_class or "") + reason)}</td>'
+        f'<td data-name="Class">{as_xml(why)}</td>'
         f'<td class="num" data-name="Took">{duration_text(attempt)}</td><td class="num" '
         f'data-name="Tokens">{tokens}</td>'
         f'<td class="num" data-name="Cost">{cost}</td><td data-name="Message" class="cause-cell">'

@@ -13,8 +13,6 @@ from stroma.checkpoint.history.bars import (
 )
 from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
 from stroma.checkpoint.history.facts import (
-    FAILED,
-    FINISHED,
     answer_type,
     effect_state,
     is_at_work,
@@ -25,6 +23,7 @@ from stroma.checkpoint.history.facts import (
 )
 from stroma.checkpoint.history.reader import History, Inputs
 from stroma.checkpoint.history.redaction import Payload, too_large
+from stroma.checkpoint.records import FAILED, FINISHED
 from stroma.trace.redaction import Redact
 
 __all__ = [

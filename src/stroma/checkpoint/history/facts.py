@@ -7,17 +7,12 @@ local time zone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Final
 
 from stroma._utils.text import clean, format_utc, pluralize
 from stroma.checkpoint.entries import Intent, RunFacts, Waiting
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import RunRecord
+from stroma.checkpoint.records import FINISHED, RunRecord
 from stroma.trace.events import place_text
-
-#: Statuses of runs that failed, and of runs that completed.
-FAILED: Final = ("FAILED", "PARTIAL")
-FINISHED: Final = ("COMPLETED", "RESUMED")
 
 
 def is_interrupted(record: RunRecord) -> bool:

@@ -23,7 +23,7 @@ from stroma.checkpoint.history.bars import (
     resumes_of,
     wait_bars,
 )
-from stroma.checkpoint.history.facts import FAILED, FINISHED, facts_of, status_of, unanswered
+from stroma.checkpoint.history.facts import facts_of, status_of, unanswered
 from stroma.checkpoint.history.redaction import (
     Payload,
     decode_payload,
@@ -32,7 +32,15 @@ from stroma.checkpoint.history.redaction import (
 )
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called, place_before
-from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
+from stroma.checkpoint.records import (
+    FAILED,
+    FINISHED,
+    AttemptPage,
+    AttemptRecord,
+    RunPage,
+    RunQuery,
+    RunRecord,
+)
 from stroma.contracts.schema import has_secrets
 from stroma.trace.events import place_text
 from stroma.trace.redaction import Redact, hide_rejected

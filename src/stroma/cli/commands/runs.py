@@ -181,7 +181,7 @@ def _print(database: Database, records: list[RunRecord], query: RunQuery, limit:
 
 
 def _row(record: RunRecord) -> list[Part]:
-    error = clean(localize(record.wait_text or record.error or ""), 80)
+    error = clean(localize(record.stop_text or ""), 160)
     if record.status == "RUNNING":
         who = f"run by {clean(record.holder, 80)}" if record.holder else "owner lost"
         error = f"{who}; last record {format_age(record.updated_ms)}"
