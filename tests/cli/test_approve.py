@@ -303,12 +303,14 @@ def test_a_guarded_run_is_answered_in_its_framework(stroma, inside, fails):
         )
 
 
-def test_a_run_that_sleeps_after_its_answer(stroma, inside):
-    """`stroma show` says what a run waits for now, and what was answered."""
+def test_a_run_that_sleeps_after_its_answer(stroma, inside, fails):
+    """`stroma show` says what a run waits for, what was answered, and what was closed without an answer."""
     (stroma.home / "later.py").write_text(
         "from stroma import Flow, stroma_flow\nfrom pydantic import BaseModel\n\n\nclass Yes(BaseModel):\n"
         "    ok: bool = True\n\n\n@stroma_flow('later', input=Yes, output=Yes)\n"
         "async def later(flow: Flow, state: Yes) -> Yes:\n"
+        "    try:\n        await flow.wait_for(Yes, reason='Now?', timeout=0.05)\n"
+        "    except TimeoutError:\n        pass\n"
         "    answer = await flow.wait_for(Yes, reason='Send it?')\n    await flow.sleep(hours=3)\n"
         "    return answer\n"
     )
@@ -317,5 +319,12 @@ def test_a_run_that_sleeps_after_its_answer(stroma, inside):
     assert inside("approve", "s", "later.py:later", '{"ok": true}').code == 0
     assert inside("resume", "s", "later.py:later").code == 7
     shown = inside("show", "s").out
-    assert 'answered  later: Send it? {"ok": true}\n' in shown
+    assert 'closed    later: Now? it is not answered\nanswered  later: Send it? {"ok": true}\n' in shown
+    asked = json.loads(inside("show", "s", "--json").out)["suspended"]
+    assert [(one["answered"], one["closed"], one["answer"]) for one in asked] == [
+        (False, True, None),
+        (True, False, {"ok": True}),
+    ]
+    late = inside("approve", "s", "later.py:later", '{"ok": true}', "--question", asked[0]["question"])
+    fails(late, 2, "is closed: the run no longer waits for its answer")
     assert "waits     sleeping until " in shown

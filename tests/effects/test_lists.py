@@ -138,6 +138,37 @@ async def test_a_reconcile_that_cannot_tell_suspends(store: Any) -> None:
         assert cause in store.waiting(str(number))[0].effect.cause
 
 
+@pytest.mark.core
+async def test_a_statement_that_comes_during_reconcile_holds(store: Any) -> None:
+    """After a person states during reconcile that a call happened, NotDone() does not repeat it. A statement
+    that comes later is refused."""
+    shop, asked = Shop(after=[TimeoutError(), TimeoutError()]), asyncio.Event()
+    verdicts: list[Any] = [Unknown()]
+
+    async def look(order: Order, key: str) -> Any:
+        asked.set()
+        await asyncio.sleep(0.05)
+        return verdicts[-1]
+
+    runner, nodes = pipeline(shop, store, look)
+    for run_id in ("early", "late"):
+        await runner.run(nodes, Order(), run_id=run_id)
+    verdicts.append(NotDone())
+    question = open_question(store, "early")
+    asked.clear()
+    running = asyncio.ensure_future(runner.run(nodes, Order(), run_id="early", resume=True))
+    await asked.wait()
+    await runner.signal("early", {"number": 7}, question=question)
+    result = await running
+    assert (result.status, result.final_state, shop.calls) == (RunStatus.RESUMED, Receipt(number=7), 2)
+
+    question = open_question(store, "late")
+    result = await runner.run(nodes, Order(), run_id="late", resume=True)
+    assert (result.status, result.final_state, shop.calls) == (RunStatus.RESUMED, Receipt(number=3), 3)
+    with pytest.raises(StoreError, match="the run no longer waits for its answer"):
+        await runner.signal("late", {"number": 7}, question=question)
+
+
 @pytest.mark.parametrize("shape", ["list", "flow"])
 async def test_reconcile_is_asked_again_after_a_time(store: Any, shape: str) -> None:
     """After Unknown(retry_seconds=...) a worker continues the run in that time, and asks reconcile again."""

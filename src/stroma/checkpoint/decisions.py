@@ -206,10 +206,10 @@ def not_waiting(run_id: str, question_id: str, stored: Waiting | None) -> StoreE
     """Return the error for an answer to a question that is not open. ``stored``: the one at its place."""
     number = question_id.rpartition(":")[2]
     if stored is not None and stored.id == question_id:
-        return _permanent(
-            f"question {question_id!r} of run {run_id!r} is not open: it has another answer, and an accepted "
-            "answer stays"
-        )
+        why = "it has another answer, and an accepted answer stays"
+        if not stored.is_answered:
+            why = "the run no longer waits for its answer"
+        return _permanent(f"question {question_id!r} of run {run_id!r} is not open: {why}")
     if stored is not None and number.isdecimal() and int(number) < stored.number:
         return _permanent(
             f"question {question_id!r} of run {run_id!r} is not open: {stored.id!r} was asked there later; "

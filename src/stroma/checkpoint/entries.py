@@ -274,7 +274,8 @@ class Waiting(NamedTuple):
         reason: the text of the question; "effect" if it is how a call of an effect ended.
         schema_ref: "module:qualname" of the class of the answer; "" for any JSON value. Only to find the
             class again.
-        payload: the answer in stored form, or NOT_DONE; None while the question is open.
+        payload: the answer in stored form, or NOT_DONE; None while the question is open, WITHDRAWN after it
+            was closed without an answer.
         effect: the call that the question is about; None for any other question.
         number: which question it is among those at its place; later ones have a higher number.
         schema: JSON schema of the answer, as text; "" without one.
@@ -289,6 +290,11 @@ class Waiting(NamedTuple):
     effect: UnknownCall | None = None
     number: int = 0
     schema: str = ""
+
+    @property
+    def is_answered(self) -> bool:
+        """True once an answer is accepted."""
+        return self.payload not in (None, WITHDRAWN)
 
     @property
     def id(self) -> str:
@@ -352,6 +358,8 @@ def _to_canonical(payload: bytes) -> str:
 
 #: ``Waiting.payload`` of a call of an effect that did not happen; no output has this form.
 NOT_DONE: Final = b"not done"
+#: ``Waiting.payload`` of a closed question, which takes no answer. Answers are JSON, and this is not.
+WITHDRAWN: Final = b"withdrawn"
 
 
 class Statement(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.entries import WITHDRAWN, Waiting
 from stroma.checkpoint.manager import resolve_schema
 from stroma.cli.formatting import id_word
 from stroma.cli.stores import Database
@@ -29,7 +29,8 @@ def waiting_data(one: Waiting) -> dict[str, Any]:
         "reason": one.reason,
         "schema": one.schema_ref or None,
         "json_schema": one.answer_schema(),
-        "answered": one.payload is not None,
+        "answered": one.is_answered,
+        "closed": one.payload == WITHDRAWN,
         "effect": None if one.effect is None else one.effect._asdict(),
     }
 

@@ -31,6 +31,7 @@ from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.entries import (
     NOT_DONE,
     OF_FLOW,
+    WITHDRAWN,
     Intent,
     Statement,
     UnknownCall,
@@ -392,12 +393,22 @@ class Effect:
         why = "the process ended, or the attempt was cancelled, during the call"
         if question is not None and question.effect is not None:
             why = question.effect.cause
-            self._source = None if question.payload is None else "person"
-            if question.payload == NOT_DONE:
-                return NotDone()
-            if question.payload is not None:
-                return Done(decode_answer(schema, question))
-        return await self.reconcile(why, cancelling)
+            if question.is_answered:
+                return self._stated_by_person(question)
+        stated = await self.reconcile(why, cancelling)
+        if question is not None and isinstance(stated, NotDone):
+            # A person may have stated by now that it happened. From here on, nobody can.
+            pending = run.ctx.session.ask(question._replace(payload=WITHDRAWN))
+            question = pending if isinstance(pending, Waiting) else await pending
+            if question.is_answered:
+                return self._stated_by_person(question)
+        return stated
+
+    def _stated_by_person(self, question: Waiting) -> Stated:
+        self._source = "person"
+        if question.payload == NOT_DONE:
+            return NotDone()
+        return Done(decode_answer(self._schemas[1], question))
 
     async def _find_commit(self, place: NotePlace) -> Committed | None:
         """Return the output that another attempt committed for the last call. Raises StoreError."""
@@ -520,7 +531,7 @@ def settle_left_calls(ctx: ReliabilityContext, position: int) -> list[tuple[Note
     for place, one in intents(ctx, position).items():
         if one.is_unknown:
             waiting = ctx.session.waiting.get(place)
-            if waiting is None or waiting.call_number != one.number or waiting.payload is None:
+            if waiting is None or waiting.call_number != one.number or not waiting.is_answered:
                 unknown.append((place, one))
                 continue
             happened = waiting.payload != NOT_DONE

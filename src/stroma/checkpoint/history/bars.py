@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from stroma._utils.text import format_utc
-from stroma.checkpoint.entries import Intent, Waiting
+from stroma.checkpoint.entries import WITHDRAWN, Intent, Waiting
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.flow_notes import FailureNote, decode_flow_note, message_label
 from stroma.checkpoint.history.facts import is_at_work
@@ -125,7 +125,7 @@ def wait_bars(
         began = _read(notes, place % "w")
         began_ms = until_ms if began is None else began
         wake = _read(notes, place % "s")
-        if place % "x" in notes:
+        if place % "x" in notes or one.payload == WITHDRAWN:
             add(at, label, "expired", began_ms, began_ms if wake is None else wake[0], answer)
         elif one.payload is None:
             add(at, label, "open", began_ms, until_ms, answer)

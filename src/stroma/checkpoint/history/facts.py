@@ -79,7 +79,7 @@ def facts_of(
     is_open = record.status not in FINISHED
     for one in waiting:
         if one.payload is not None:
-            yield "answered", describe_answer(one)
+            yield "answered" if one.is_answered else "closed", describe_answer(one)
         elif is_open:
             yield "waits", f"{node_text(one)}: {clean(one.text, 1000)} (asks for {answer_type(one)})"
     # The reason of an answered run is its question, unless it sleeps or waits for a message.

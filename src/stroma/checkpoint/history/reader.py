@@ -108,7 +108,7 @@ class History:
 
     def answer_of(self, one: Waiting, max_bytes: int | None = None) -> Payload:
         """Return the answer to a question; of the call of an effect, its stated output or "not done"."""
-        if one.payload is None:
+        if one.payload is None or not one.is_answered:
             return Payload(None, "it is not answered")
         return Payload("not done") if one.payload == NOT_DONE else self._decode(one.payload, max_bytes)
 
@@ -120,7 +120,7 @@ class History:
     def describe_answer(self, one: Waiting) -> str:
         """Return an answered question and its answer; of the call of an effect, what was stated."""
         node, answer = clean(one.node_id, 100), self.answer_text(one)
-        if one.effect is None:
+        if one.effect is None or not one.is_answered:
             return f"{node}: {clean(one.reason, 500)} {answer}"
         what = "did not happen" if one.payload == NOT_DONE else f"happened: {answer}"
         return f"{node}: a person stated that call {one.effect.number} {what}"

@@ -117,11 +117,13 @@ def approve(
 
 
 def _other_answer(database: Database, record: RunRecord, one: Waiting) -> Problem:
-    """Return the problem of an answer to a question that has another one."""
+    """Return the problem of an answer to a question that has another one, or takes none any more."""
     answer = "--not-done" if one.payload == NOT_DONE else History(database.reader).answer_text(one)
+    why = f"is answered already, with {answer}; an accepted answer stays"
+    if not one.is_answered:
+        why = "is closed: the run no longer waits for its answer"
     return Problem(
-        f"{node_text(one)} of run {clean(record.run_id)} is answered already, with {answer}; "
-        "an accepted answer stays",
+        f"{node_text(one)} of run {clean(record.run_id)} {why}",
         f"details: {database.hint('show', id_word(record.run_id))}",
     )
 

@@ -13,7 +13,7 @@ from time import monotonic, perf_counter_ns, time_ns
 from typing import Any, Final
 
 from stroma.checkpoint import StoreError, Waiting
-from stroma.checkpoint.entries import SentMessage, UnknownCall
+from stroma.checkpoint.entries import WITHDRAWN, SentMessage, UnknownCall
 from stroma.checkpoint.flow_notes import message_label
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.effects import REASON, settle_left_calls
@@ -31,8 +31,6 @@ from stroma.trace.events import MarkKind, TraceMark
 
 #: How often a flow that only waits looks for a shutdown, and for answers.
 _POLL_SECONDS: Final = 0.25
-#: Payload of a closed question, which takes no answer. Answers are JSON, and this is not.
-WITHDRAWN: Final = b"withdrawn"
 #: By how much the time of flows is ahead, in ms: timers pass at once in a test, and not at all in a replay.
 TIME_SHIFT_MS: Final[ContextVar[int]] = ContextVar("stroma_time_shift_ms", default=0)
 
@@ -159,7 +157,7 @@ class FlowWaits:
         assert question is not None
         known = session.waiting.get((question.position, question.branch))
         is_new = known is None or known.number != question.number
-        if known is not None and known.payload not in (None, WITHDRAWN):
+        if known is not None and known.is_answered:
             return known.payload
         if is_new:  # When it was asked, for those who look at the run.
             session.note(f"{question.position}:w:{question.branch}", str(self.clock_ms()).encode())
@@ -196,7 +194,7 @@ class FlowWaits:
             (call, answer.payload)
             for call in questions
             if (answer := by_place.get((self.position, call.branch))) is not None
-            and answer.payload not in (None, WITHDRAWN)
+            and answer.is_answered
             and call.future is not None
         ]
         for call, payload in answered:
