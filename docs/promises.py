@@ -44,12 +44,13 @@ MEANS = {
     2: "So you can write a policy for every case. This includes exceptions whose `str()` raises, classifiers that raise, and exception "
     "groups with several members.",
     3: "All classes of failures share the N retries of a position. A delay is at least the wait that the server asks for, in a "
-    "header or in the body.",
+    "header or in the body. A TypeError or AttributeError that repeats at one line of your code [ends the retries](concepts/failures.md).",
     4: "The commit follows directly after the validation of the output. Budgets, hooks, cancellations and shutdowns take effect after it.",
     5: "Holds on a journal store. Only a node that was in flight when the process died may run twice. If it changes something outside, "
     "pass `current_node().idempotency_key` on. A new execution of the same run id runs everything again.",
     6: "Holds across processes on a journal store, else in one process. The price of a call is known only afterwards, so the call that "
-    "crosses a limit is made, and the next one is not. The usage of a call in flight when a process is killed cannot be known.",
+    "crosses a limit is made, and the next one is not. The usage of a call in flight when a process is killed cannot be known. "
+    "Usage that a thread reports after the time limit of its node is not counted.",
     7: "An event is a snapshot with the input and output at that time, and with usage, class and duration. The trace of a "
     "[map into a file](map.md) has the first thousands of items, and counts the rest.",
     8: "Hooks are awaited under a time limit (`hook_timeout_ms`), outside of the node's error handling. A hook that blocks the event "

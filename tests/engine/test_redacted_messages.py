@@ -86,6 +86,10 @@ def targets(runner: StromaRunner[Any], folder: Path) -> dict[str, Callable[[str]
         raise ValueError(f"bad ssn {state.ssn}")
 
     @runner.node
+    async def misreports(state: Person) -> tuple[Done, Any]:
+        return Done(), f"bad ssn {state.ssn}"
+
+    @runner.node
     async def calls(state: Done) -> Done:
         found = await execute_step("use", use, Person(ssn=SSN), current_run())
         raise found.failure.exception
@@ -136,6 +140,7 @@ def targets(runner: StromaRunner[Any], folder: Path) -> dict[str, Callable[[str]
 
     return {
         "a node": run([lookup, use]),
+        "a usage": run([lookup, misreports]),
         "a group": run([lookup, parallel(use)]),
         "a step of a node": run([calls]),
         "a function inside a node": run([lookup, closes]),
@@ -153,6 +158,7 @@ def targets(runner: StromaRunner[Any], folder: Path) -> dict[str, Callable[[str]
     "where",
     [
         "a node",
+        "a usage",
         "a group",
         "a step of a node",
         "a function inside a node",

@@ -383,7 +383,7 @@ class NodeAttempt:
         """
         ctx, run = self.ctx, self.run
         if self.usage_error is not None or ctx.account.limits:
-            self.failure, interrupt = judge(ctx, run, self.usage_error)
+            self.failure, interrupt = judge(ctx, run, self.usage_error, self.snapshot)
             if interrupt is not None:
                 self.interrupt = interrupt
         if run.effect is not None:

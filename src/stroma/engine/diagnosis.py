@@ -48,8 +48,7 @@ def diagnose_attempt(
     explained = explain_mistake(failure, ctx.context)
     if explained:
         failure = replace(failure, message=failure.message + ctx.redactor.mask(explained))
-    message = ctx.redactor.redact_message(failure.message, states_around(run, snapshot))
-    failure = failure if message == failure.message else replace(failure, message=message)
+    failure = _redact(ctx, run, failure, snapshot)
     for interceptor in ctx.fire.interceptors:
         failure = interceptor.diagnosed(run, failure)
     if isinstance_by_type(error, ContractViolation) and _may_repair(ctx, run, failure):
@@ -67,6 +66,11 @@ def diagnose_attempt(
     return failure, None
 
 
+def _redact(ctx: ReliabilityContext, run: RunningNode, failure: Failure, snapshot: Snapshot) -> Failure:
+    message = ctx.redactor.redact_message(failure.message, states_around(run, snapshot))
+    return failure if message == failure.message else replace(failure, message=message)
+
+
 def states_around(run: RunningNode, snapshot: Snapshot) -> Iterator[dict[str, Any]]:
     """Yield the states that an attempt may quote: its input, and those of the attempts inside it.
 
@@ -81,7 +85,7 @@ def states_around(run: RunningNode, snapshot: Snapshot) -> Iterator[dict[str, An
 
 
 def judge(
-    ctx: ReliabilityContext, run: RunningNode, usage_error: UsageError | None
+    ctx: ReliabilityContext, run: RunningNode, usage_error: UsageError | None, snapshot: Snapshot
 ) -> tuple[Failure | None, BaseException | None]:
     """Return the failure beside a valid output (usage, a crossed limit), and the exception to raise.
 
@@ -91,7 +95,7 @@ def judge(
     if error is None:
         return None, None
     try:
-        return ctx.diagnose(error, run.node_id, run.attempt), None
+        return _redact(ctx, run, ctx.diagnose(error, run.node_id, run.attempt, snapshot), snapshot), None
     except BaseException as interrupt:
         return diagnose(error, NodeContext(run.node_id, run.attempt, ctx.run_id)), interrupt
 

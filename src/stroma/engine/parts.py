@@ -106,11 +106,11 @@ class Account:
             self._warned.difference_update(dimension for dimension, _ in self.limits)
 
     def due_warnings(self, spent: CostTracker) -> list[tuple[str, float, float]]:
-        """Return (dimension, used, limit) of each limit just used to 80 %; each once in a run."""
+        """Return (dimension, used, limit) of each limit just used to 80 %; each once in a process."""
         return [
             (dimension, used, limit)
             for dimension, limit in self.limits
-            if (used := spent.used(dimension)) >= round(_WARN_AT * limit, 9)
+            if 0 < (used := spent.used(dimension)) >= round(_WARN_AT * limit, 9)
             and self.is_first_warning(dimension)
         ]
 
