@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
@@ -111,7 +111,9 @@ def print_plan(
 ) -> int:
     """Print what a resume would do, and return the exit code that it would have."""
     attempts, _ = History(database.reader).attempts(record.run_id, _ALL)
-    before = _position(attempts, pipeline, start_at)
+    before = None  # Without --from the first position without output.
+    if start_at is not None and pipeline is not None:
+        before = [find_node(node).node_id for node in pipeline.nodes].index(start_at)
     restored = _restored(attempts, before)
     called = _called_nodes(attempts, restored, pipeline)
     changes: list[Incompatibility] = []
@@ -141,7 +143,7 @@ def print_plan(
                 "saves": dict(zip(("tokens", "cost_usd", "seconds"), _savings(restored), strict=True)),
                 "settles": [call.key for _, call in unknown],
                 "calls": called,
-                "changes": [_change(change) for change in changes],
+                "changes": [asdict(change) for change in changes],
             }
         )
         return code
@@ -210,15 +212,6 @@ def _print_nodes(restored: list[AttemptRecord]) -> None:
             )
 
 
-def _position(attempts: list[AttemptRecord], pipeline: Pipeline | None, start_at: str | None) -> int | None:
-    """Return the position where a resume would start; None: the first one without output."""
-    if start_at is None:
-        return None
-    if pipeline is not None:
-        return [find_node(node).node_id for node in pipeline.nodes].index(start_at)
-    return next(one.position for one in attempts if one.node_id == start_at and not one.branch)
-
-
 def _restored(attempts: list[AttemptRecord], before: int | None) -> list[AttemptRecord]:
     places: dict[tuple[int, str], AttemptRecord] = {}
     for one in attempts:
@@ -247,10 +240,6 @@ def _data(one: AttemptRecord) -> dict[str, Any]:
         "cost_usd": one.cost_usd,
         "seconds": one.duration_ms / 1000,
     }
-
-
-def _change(change: Incompatibility) -> dict[str, Any]:
-    return {"at": change.at, "node_id": change.node_id, "message": change.message}
 
 
 # ---------------------------------------------------------------------- changes of the pipeline

@@ -90,13 +90,14 @@ class Deaths(Interceptor):
         self,
         at: Callable[[Boundary], bool],
         *,
+        life: Life | None = None,
         kill: bool = False,
         report: Callable[[str, Any], None] = lambda what, of: None,
     ) -> None:
         self._at = at
         self._kill = kill
         self._report = report
-        self.life = Life()
+        self.life = life or Life()
         self._dead: set[ReliabilityContext] = set()
 
     def reach(self, ctx: ReliabilityContext, boundary: Boundary) -> bool:

@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,16 @@ from stroma.engine.context import INTERCEPTORS, ReliabilityContext
 from stroma.runner.rehearsal import Rehearsal, missing_reply
 from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
-from stroma.testing.crash import Boundary, Crashed, Deaths
+from stroma.testing.crash import Boundary, Crashed, Deaths, Life
 from stroma.testing.faults import FaultPlan
 from stroma.trace.plain import jsonable
 from stroma.trace.result import RunStatus
 
 
 @dataclass(slots=True)
-class ProcessRecord:
-    """Record of one process."""
+class ProcessRecord(Life):
+    """Record of one process, and what it has come to."""
 
-    boundaries: list[Boundary] = field(default_factory=list)
-    committed: list[tuple[int, str]] = field(default_factory=list)
-    died: bool = False
     status: str = ""
     failure: str | None = None
     state: Any = None
@@ -72,9 +69,7 @@ class Trial:
     async def live(self, run_id: str, *, resume: bool, die_at: Boundary | None = None) -> ProcessRecord:
         if not self.processes:
             life = ProcessRecord()
-            deaths = Deaths(lambda boundary: boundary == die_at)
-            await self._run(run_id, resume, deaths, life)
-            life.boundaries, life.committed = deaths.life.boundaries, deaths.life.committed
+            await self._run(run_id, resume, Deaths(lambda boundary: boundary == die_at, life=life), life)
             return life
         return await self._in_child(run_id, resume, die_at)
 
@@ -91,8 +86,7 @@ class Trial:
             INTERCEPTORS.remove(deaths)
             await store.aclose()
         # Plain code may have caught Crashed, or raised an error of a step after the death.
-        life.died = deaths.life.died is not None
-        if self.effects is not None and not life.died:
+        if self.effects is not None and life.died is None:
             life.effects = jsonable(self.effects())
 
     async def _drive(self, store: SQLiteStore, run_id: str, resume: bool, life: ProcessRecord) -> None:
@@ -156,8 +150,9 @@ class Trial:
                 f"a process of this proof did not end within {self.timeout_seconds:g} s{last}; "
                 "if the pipeline does not work in a forked process, pass processes=False"
             )
-        life.died = code == -signal.SIGKILL
-        if not life.died and not life.status:
+        if code == -signal.SIGKILL and life.boundaries:
+            life.died = life.boundaries[-1]
+        elif not life.status:
             raise AssertionError(
                 f"a process of this proof exited with code {code}; see stderr. If the pipeline does not "
                 "work in a forked process, pass processes=False"
@@ -178,7 +173,7 @@ class Trial:
                 os.write(writing, json.dumps([what, of]).encode() + b"\n")
 
             life = ProcessRecord()
-            deaths = Deaths(lambda boundary: boundary == die_at, kill=True, report=report)
+            deaths = Deaths(lambda boundary: boundary == die_at, life=life, kill=True, report=report)
             asyncio.run(self._run(run_id, resume, deaths, life))
             report("met", [plan.met_faults() for plan in _plans()])
             report("end", [life.status, life.failure, life.state, life.effects, self.rehearsal.places])
