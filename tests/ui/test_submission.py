@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from tests.ui.conftest import GOOD, SCRIPT, Site, State, make_runs
+from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs
 from tests.ui.scenes import lineage
 from tests.ui.test_actions import form_of
 from tests.ui.test_security import keys
@@ -67,6 +67,16 @@ def test_a_blocked_run(store: SQLiteStore, site: Site) -> None:
     assert "BLOCKED 1 run : the code of the workers does not fit" in text_of(site.get("/overview").text)
     found = text_of(site.get("/", q="is:blocked").text)
     assert ("one" in found.split(), "two" in found.split()) == (True, False)
+
+
+def test_open_runs_have_no_part_in_the_success_rate(store: SQLiteStore, site: Site) -> None:
+    """The success rate is that of completed and failed runs, and says so; open runs do not count."""
+    make_runs(store, ("good", GOOD), ("bad", BAD))
+    submit(store, "one")
+    submit(store, "two")
+    rate = "50.0% success rate of completed and failed ones, 1 failed"
+    assert f"Last 4 runs {rate}" in text_of(site.get("/").text)
+    assert "Success rate 50.0% of completed and failed runs" in text_of(site.get("/overview").text)
 
 
 def test_a_queued_run(store: SQLiteStore, site: Site) -> None:

@@ -187,6 +187,13 @@ def runs_chart(records: Iterable[RunRecord], buckets: Buckets) -> Markup:
     )
 
 
+def success_rate(records: Iterable[RunRecord]) -> tuple[str, int]:
+    """Return the share of completed runs among completed and failed ones, as text, and how many failed."""
+    tones = [tone_of(status_of(record)) for record in records]
+    done, failed = tones.count("good"), tones.count("bad")
+    return f"{done / (done + failed):.1%}" if done + failed else "no result", failed
+
+
 def stopped_by(records: Iterable[RunRecord]) -> list[tuple[str, str, int]]:
     """Return (class, reason, runs) of what stopped failed runs, the most frequent first."""
     counts: dict[tuple[str, str], int] = {}

@@ -16,14 +16,14 @@ from starlette.responses import RedirectResponse, Response
 from stroma._utils.svg import Box
 from stroma._utils.text import clean, format_duration, format_usd, pluralize
 from stroma.checkpoint.durable.states import AsyncStates
-from stroma.checkpoint.history import FAILED, FINISHED, is_at_work, status_of
+from stroma.checkpoint.history import FAILED, is_at_work, status_of
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import RunStatus
 from stroma.ui.components import Column, sparkline, tone_of
 from stroma.ui.formatting import cause_text, parse_search, quoted, to_address
-from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_by
+from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_by, success_rate
 from stroma.ui.rendering import Renderer, now_ms
 from stroma.ui.run_view import find_by_trace
 from stroma.ui.security import IMAGE_POLICY
@@ -210,8 +210,7 @@ class Pages:
         counts: dict[str, int] = {}
         for record in records:
             counts[status_of(record)] = counts.get(status_of(record), 0) + 1
-        done = sum(counts.get(one, 0) for one in FINISHED)
-        failed = sum(counts.get(one, 0) for one in FAILED)
+        rate, failed = success_rate(records)
         columns = [
             Column(
                 max(0, record.updated_ms - record.started_ms) / 1000,
@@ -225,13 +224,13 @@ class Pages:
         label = f"durations of the last {len(columns)} runs, {bad} of them failed"
         recent = {
             "runs": len(records),
-            "rate": f"{done / (done + failed):.1%}" if done + failed else "no result",
+            "rate": rate,
+            "failed": failed,
             "running": counts.get("RUNNING", 0),
             "queued": counts.get(QUEUED, 0),
             "waiting": counts.get("SUSPENDED", 0),
             "cost": sum(record.cost_usd for record in records),
             "drawn": len(columns),
-            "words": f"succeeded, {failed:,} failed",
             "spark": sparkline(columns, label, _SPARK),
         }
         filters: list[dict[str, Any]] = [{"status": "", "name": "All", "count": None}]
@@ -290,8 +289,7 @@ class Pages:
         failed = []
         if any(one.status in FAILED for one in runs):
             failed = self._history.page(RunQuery(statuses=FAILED, since_ms=since_ms), _PAGE_SIZE).runs
-        done = sum(one.status in FINISHED for one in runs)
-        stopped = sum(one.status in FAILED for one in runs)
+        rate, stopped = success_rate(runs)
         return self._renderer.page(
             "overview.html",
             here="overview",
@@ -310,7 +308,7 @@ class Pages:
             blocked_since=min(marks, default=0),
             stopped=stopped,
             reasons=stopped_by(failed),
-            rate=f"{done / (done + stopped):.1%}" if done + stopped else "no result",
+            rate=rate,
         )
 
     def pipeline(self, request: Request) -> Response:
