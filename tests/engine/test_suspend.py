@@ -16,9 +16,9 @@ from stroma import (
     ExecutionBudget,
     NodeHooks,
     ReliabilityContext,
+    RequestRefused,
     RunStatus,
     SQLiteStore,
-    StoreError,
     StromaRunner,
     Suspend,
     current_node,
@@ -132,14 +132,16 @@ async def test_nothing_waits(store: Any) -> None:
     with pytest.raises(CheckpointNotFound, match="there is no run 'unknown' in the store"):
         await runner(store).signal("unknown", {})
     await runner(store).signal("r", {"approved": True})
-    with pytest.raises(StoreError, match="has no open question"):
+    with pytest.raises(RequestRefused, match="has no open question"):
         await runner(store).signal("r", {"approved": True})
     (question,) = store.waiting("r")
     await runner(store).signal("r", {"approved": True}, question=question.id)
-    with pytest.raises(StoreError, match=f"'{question.id}' of run 'r' is not open: it has another answer"):
+    with pytest.raises(
+        RequestRefused, match=f"'{question.id}' of run 'r' is not open: it has another answer"
+    ):
         await runner(store).signal("r", {"approved": False}, question=question.id)
     for unknown in ("1:9", "7:1", "nonsense"):
-        with pytest.raises(StoreError, match=f"run 'r' has no question '{unknown}'"):
+        with pytest.raises(RequestRefused, match=f"run 'r' has no question '{unknown}'"):
             await runner(store).signal("r", {"approved": True}, question=unknown)
 
 
@@ -149,7 +151,7 @@ async def test_of_two_answers_one_counts(store: Any) -> None:
     await runner(store).run(desk.nodes, Num())
     answers = [runner(store).signal("r", Approval(approved=yes)) for yes in (True, False)]
     report = await asyncio.gather(*answers, return_exceptions=True)
-    assert [type(error) for error in report if error is not None] == [StoreError]
+    assert [type(error) for error in report if error is not None] == [RequestRefused]
     await runner(store, resume=True).run(desk.nodes, Num())
     assert [answer.approved for answer in desk.answers] == [report[0] is None]
 
@@ -355,7 +357,7 @@ async def test_answered_in_another_process(tmp_path: Path, monkeypatch: pytest.M
         assert waiting.schema_ref == f"{__name__}:Approval"
         lost = waiting._replace(schema_ref="antigravity:Approval")
         monkeypatch.setattr(second, "waiting", lambda run_id: [lost])
-        with pytest.raises(StoreError, match="is not imported"):
+        with pytest.raises(RequestRefused, match="is not imported"):
             await runner(second).signal("r", {"approved": True})
         await runner(second).signal("r", {"approved": True}, schema=Approval)
         result = await runner(second, resume=True).run(desk.nodes, Num())

@@ -18,7 +18,7 @@ from tests.store_suite.helpers import (
     suspend_run,
 )
 
-from stroma.checkpoint import CheckpointNotFound, RunRequest, StoreError
+from stroma.checkpoint import CheckpointNotFound, RequestRefused, RunRequest
 from stroma.checkpoint.entries import SentMessage
 from stroma.checkpoint.queue import QueueEntry
 from stroma.contracts.schema import schema_of
@@ -70,7 +70,7 @@ class MessageTests:
             message("c", payload=b'{"a":true,"b":[1.0]}'),
         )
         for other in others:
-            with pytest.raises(StoreError, match="another message with the id") as caught:
+            with pytest.raises(RequestRefused, match="another message with the id") as caught:
                 await settled(store.send("run", other))
             assert not caught.value.transient
         assert await read(session) == [(1, "a"), (2, "b"), (3, "c")]
@@ -83,7 +83,7 @@ class MessageTests:
             await send(store, "a")
         for status in ("COMPLETED", "RESUMED", "FAILED", "CANCELLED"):
             await finish(await begin(store, status), status)
-            with pytest.raises(StoreError, match=f"has ended \\({status}\\)"):
+            with pytest.raises(RequestRefused, match=f"has ended \\({status}\\)"):
                 await send(store, "a", run_id=status)
         for status in ("SUSPENDED", "INTERRUPTED", "PARTIAL"):
             await finish(await begin(store, status), status)

@@ -25,8 +25,8 @@ from stroma.checkpoint import (
     CheckpointNotFound,
     Fenced,
     InMemoryStore,
+    RequestRefused,
     RunExists,
-    StoreError,
     Waiting,
 )
 from stroma.checkpoint.entries import NOT_DONE, RunControl, UnknownCall, effect_note
@@ -58,11 +58,11 @@ class SignalTests:
         await finish(session, "SUSPENDED", "may I?")
         assert store.waiting("run") == [question]
         assert [a.tokens for a in store.attempts("run")] == [0, 3]
-        with pytest.raises(StoreError, match="has no question"):
+        with pytest.raises(RequestRefused, match="has no question"):
             await settled(store.signal("run", question._replace(position=0, payload=b"1")))
         for _ in range(2):  # repeating an answer changes nothing
             await settled(store.signal("run", question._replace(payload=b'{"yes":"\xc3\xa9"}')))
-        with pytest.raises(StoreError, match="is not open"):
+        with pytest.raises(RequestRefused, match="is not open"):
             await settled(store.signal("run", question._replace(payload=b'{"yes":"no"}')))
         again = await begin(store, if_exists="resume")
         assert again.waiting == {(1, "0.2"): question._replace(payload=b'{"yes":"\xc3\xa9"}')}
@@ -78,7 +78,7 @@ class SignalTests:
         await finish(earlier, "SUSPENDED")
         assert dict((await begin(store, if_exists="restart")).waiting) == {}
         assert store.waiting("run") == []
-        with pytest.raises(StoreError, match="has no question"):
+        with pytest.raises(RequestRefused, match="has no question"):
             await settled(store.signal("run", question._replace(payload=b"1")))
         assert store.waiting("run") == []
 
@@ -102,7 +102,7 @@ class SignalTests:
         (stored,) = store.waiting("run")
         assert (stored.reason, stored.effect[:2]) == ("effect", call[:2])
         assert "no answer" in stored.effect.cause
-        with pytest.raises(StoreError, match="has no question"):
+        with pytest.raises(RequestRefused, match="has no question"):
             await settled(store.signal("run", question._replace(number=1, payload=NOT_DONE)))
         await settled(store.signal("run", stored._replace(payload=NOT_DONE)))
         again = await begin(store, if_exists="resume")

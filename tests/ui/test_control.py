@@ -13,14 +13,17 @@ from starlette.responses import Response
 from tests.store_suite.helpers import due_runs
 from tests.store_suite.journal import State
 from tests.ui.conftest import BAD, GOOD, Site, make_runs, node
-from tests.ui.test_actions import ASKS, form_of
+from tests.ui.test_actions import ASKS, Answer, form_of, json_form_of
 from tests.ui.test_security import keys
 
 from stroma import (
+    CheckpointNotFound,
     ExecutionBudget,
     NodeContract,
     Pipeline,
+    RequestRefused,
     SQLiteStore,
+    StoreError,
     StromaRunner,
     current_node,
     stroma_node,
@@ -120,6 +123,27 @@ def test_a_page_pauses_a_living_run(store: SQLiteStore, serve: Any, living: Any)
     assert store.get_run("lives").status == "CANCELLED"
     assert not {"pause", "unpause", "budget", "cancel"} & set(keys(site, "lives"))
     assert site.post("/cancel", {"id": "lives", "key": found["cancel"]}).status == 409
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(RequestRefused, 409), (CheckpointNotFound, 404), (StoreError, 503)],
+)
+def test_the_class_of_an_error_is_the_status(
+    error: type[StoreError], status: int, store: SQLiteStore, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An action answers 409 if the run refuses it, 404 if the run is gone, and 503 if the store fails."""
+
+    async def fail(*_arguments: Any) -> None:
+        raise error("no")
+
+    make_runs(store, ("held", ASKS))
+    site: Site = serve(store, find_schema=lambda one: Answer)
+    key, form = keys(site, "held")["cancel"], json_form_of(site.get("/run", id="held").text)
+    monkeypatch.setattr("stroma.ui.actions.make_request", fail)
+    monkeypatch.setattr(store, "signal", fail)
+    assert site.post("/cancel", {"id": "held", "key": key}).status == status
+    assert site.post("/approve", {**form, "answer": '{"approved": true, "note": "yes"}'}).status == status
 
 
 def test_open_pages_share_a_rendering(

@@ -8,7 +8,7 @@ from typing import Final, Literal, NamedTuple
 
 from stroma._utils.text import pluralize
 from stroma.checkpoint.entries import RunRequest, Waiting
-from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
+from stroma.checkpoint.errors import PipelineChanged, RequestRefused, RunBusy, RunExists
 from stroma.checkpoint.queue import QUEUED
 
 #: Statuses of completed executions, of those that cancel() cannot change any more, and of those after which a
@@ -184,38 +184,34 @@ def is_answered(stored: Waiting | None, question: Waiting) -> bool:
     return stored is not None and stored.payload is not None and stored.number == question.number
 
 
-def takes_no_message(run_id: str, status: str) -> StoreError:
+def takes_no_message(run_id: str, status: str) -> RequestRefused:
     """Return the error for a message to a run that has ended."""
-    return _permanent(f"run {run_id!r} has ended ({status}), and takes no message; send it to another run")
+    return RequestRefused(
+        f"run {run_id!r} has ended ({status}), and takes no message; send it to another run"
+    )
 
 
-def other_message(run_id: str, message_id: str) -> StoreError:
+def other_message(run_id: str, message_id: str) -> RequestRefused:
     """Return the error for a message with the id of another one."""
-    return _permanent(
+    return RequestRefused(
         f"run {run_id!r} was sent another message with the id {message_id!r}; send this one with another id"
     )
 
 
-def _permanent(text: str) -> StoreError:
-    error = StoreError(text)
-    error.transient = False
-    return error
-
-
-def not_waiting(run_id: str, question_id: str, stored: Waiting | None) -> StoreError:
+def not_waiting(run_id: str, question_id: str, stored: Waiting | None) -> RequestRefused:
     """Return the error for an answer to a question that is not open. ``stored``: the one at its place."""
     number = question_id.rpartition(":")[2]
     if stored is not None and stored.id == question_id:
         why = "it has another answer, and an accepted answer stays"
         if not stored.is_answered:
             why = "the run no longer waits for its answer"
-        return _permanent(f"question {question_id!r} of run {run_id!r} is not open: {why}")
+        return RequestRefused(f"question {question_id!r} of run {run_id!r} is not open: {why}")
     if stored is not None and number.isdecimal() and int(number) < stored.number:
-        return _permanent(
+        return RequestRefused(
             f"question {question_id!r} of run {run_id!r} is not open: {stored.id!r} was asked there later; "
             "answer that one, or resume the run"
         )
-    return _permanent(
+    return RequestRefused(
         f"run {run_id!r} has no question {question_id!r}: its last execution did not ask it; pass an id from "
         "result.questions"
     )

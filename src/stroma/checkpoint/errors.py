@@ -70,6 +70,19 @@ class PipelineChanged(StoreError):
     inputs: tuple[bytes, bytes] | None = None
 
 
+class RequestRefused(StoreError):
+    """A run does not take an answer or a message. Nothing was stored.
+
+    Where: out of ``runner.signal()`` and ``runner.send()``.
+    Cause: the question is not open, has another answer, or asks for a class that is not imported here. Or the
+    run of the message has ended, or was sent another message with the same id.
+    Fix: do what the message says; see the status of the run and its open questions. A web service answers
+    with 409.
+    """
+
+    transient = False
+
+
 class RunBusy(StoreError):
     """The run already has an owner: another process, or another task of this one.
 

@@ -18,7 +18,13 @@ import click
 from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.durable.store import DurableStore
-from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunExists, StoreError
+from stroma.checkpoint.errors import (
+    CheckpointNotFound,
+    PipelineChanged,
+    RequestRefused,
+    RunExists,
+    StoreError,
+)
 from stroma.checkpoint.memory.store import AsyncInMemoryStore
 from stroma.checkpoint.records import RunRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
@@ -73,7 +79,7 @@ def store_problem(error: StoreError, *more: str) -> Problem:
     code = Code.ENVIRONMENT
     if isinstance(error, CheckpointNotFound):
         code = Code.NOT_FOUND
-    elif isinstance(error, (PipelineChanged, RunExists)):
+    elif isinstance(error, (PipelineChanged, RequestRefused, RunExists)):
         code = Code.USAGE
     return Problem(clean(str(error), 1000), *more, code=code)
 

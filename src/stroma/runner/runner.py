@@ -805,8 +805,8 @@ class StromaRunner(Generic[DepsT]):
         that it had when the question was asked.
 
         An accepted answer stays, and the same answer to the same question may be sent again. Raises
-        pydantic's ValidationError, CheckpointNotFound, StoreError if the question is not open, ValueError if
-        ``question`` is needed.
+        pydantic's ValidationError, CheckpointNotFound, RequestRefused if the question is not open, ValueError
+        if ``question`` is needed, StoreError.
         """
         await self._stored.answer(run_id, answer, question, schema)
 
@@ -816,8 +816,8 @@ class StromaRunner(Generic[DepsT]):
         ``message``: a model or JSON data. ``topic``: that of the receiver. ``id``: identifies the message in
         the run; sending it again changes nothing. By default each call sends a message of its own. Messages
         of a topic are received in the order in which they were stored; the class of the receiver validates
-        them when it takes them. Raises CheckpointNotFound, StoreError if the run has ended or was sent
-        another message with this id, NotSerialisable for a message that is not JSON.
+        them when it takes them. Raises CheckpointNotFound, RequestRefused if the run has ended or was
+        sent another message with this id, NotSerialisable for a message that is not JSON, StoreError.
         """
         await self._stored.send(run_id, message, topic, id)
 

@@ -12,7 +12,14 @@ from uuid import uuid4
 from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
-from stroma.checkpoint import CheckpointManager, CheckpointNotFound, StoreError, Waiting, resolve_schema
+from stroma.checkpoint import (
+    CheckpointManager,
+    CheckpointNotFound,
+    RequestRefused,
+    StoreError,
+    Waiting,
+    resolve_schema,
+)
 from stroma.checkpoint.decisions import COMPLETE, UNFINISHED, not_waiting
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.entries import ALL_FAILED_ITEMS, NOT_DONE, SentMessage
@@ -99,9 +106,9 @@ def match_answer(
 ) -> Waiting:
     """Return the question that an answer is for, with the answer validated and encoded.
 
-    ``questions``: the questions of the run, answered ones too. Raises pydantic's ValidationError, StoreError
-    if no question is open or the class of the answer is not imported, ValueError if the id of the question is
-    needed, or the answer is of another kind.
+    ``questions``: the questions of the run, answered ones too. Raises pydantic's ValidationError;
+    RequestRefused if no question is open or the class of the answer is not imported; ValueError if the id of
+    the question is needed, or the answer is of another kind.
     """
     waiting = _find(questions, run_id, answer, question)
     if isinstance(answer, (NotDone, Unknown)):
@@ -136,7 +143,7 @@ def encode_message(message: Any) -> bytes:
 
 
 def _find(questions: Sequence[Waiting], run_id: str, answer: Any, question: str | None) -> Waiting:
-    """Return the question with an id; without an id the one that is open. Raises StoreError, ValueError."""
+    """Return the question with an id, or the open one. Raises RequestRefused, ValueError."""
     if question is not None:
         named = next((one for one in questions if one.id == question), None)
         if named is None:
@@ -146,7 +153,7 @@ def _find(questions: Sequence[Waiting], run_id: str, answer: Any, question: str 
         return named
     waiting = [one for one in questions if one.payload is None]
     if not waiting:
-        raise StoreError(f"run {run_id!r} has no open question; check its status and its attempts")
+        raise RequestRefused(f"run {run_id!r} has no open question; check its status and its attempts")
     is_statement = isinstance(answer, (NotDone, Unknown))
     # A statement is about one call: by now the open question may be about another one.
     taking = [one for one in waiting if one.effect is None and not is_statement]
@@ -165,7 +172,7 @@ def _find(questions: Sequence[Waiting], run_id: str, answer: Any, question: str 
 
 
 def _class_of(waiting: Waiting, answer: Any) -> type[BaseModel]:
-    """Return the class that an answer must satisfy. Raises StoreError if it is not imported."""
+    """Return the class that an answer must satisfy. Raises RequestRefused if it is not imported."""
     if not waiting.schema_ref:
         return output_class(None)
     if (
@@ -177,7 +184,7 @@ def _class_of(waiting: Waiting, answer: Any) -> type[BaseModel]:
     try:
         return resolve_schema(waiting.schema_ref)
     except (LookupError, TypeError) as error:
-        raise StoreError(
+        raise RequestRefused(
             f"question {waiting.id!r} of {waiting.node_id!r} needs a {waiting.schema_ref}: {error}; "
             "or pass that class as schema="
         ) from error

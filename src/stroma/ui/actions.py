@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response
 
 from stroma._utils.text import clean
 from stroma.checkpoint.decisions import UNFINISHED
-from stroma.checkpoint.errors import RunExists, StoreError
+from stroma.checkpoint.errors import RunExists
 from stroma.checkpoint.history import FINISHED
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.manager import CheckpointManager
@@ -110,8 +110,6 @@ class Actions:
             await self._settings.store.fork(record.run_id, new_run_id, int(position))
         except RunExists:  # The form was sent before.
             return to_run(new_run_id, is_started=True)
-        except StoreError as error:
-            raise HTTPException(409, clean(str(error), 1000)) from error
         await to_thread.run_sync(resume, new_run_id)
         return to_run(new_run_id, is_started=True)
 
@@ -131,11 +129,7 @@ class Actions:
         """Make a request about a run, and show its page once the owner of the run has read it."""
         record, form = await self.read_form(action, request)
         arguments = (_read_limits(form),) if action == "budget" else ()
-        try:
-            done = await make_request(self._settings.store, record.run_id, method, *arguments)
-        except StoreError as error:
-            raise HTTPException(409, clean(str(error), 1000)) from error
-        if not done:
+        if not await make_request(self._settings.store, record.run_id, method, *arguments):
             raise HTTPException(
                 409, "nothing was changed: the run has ended, or is not paused; reload its page"
             )
@@ -148,8 +142,6 @@ class Actions:
         store = StoredRuns(ContractRegistry(), CheckpointManager(self._settings.store))
         try:
             await store.send(record.run_id, message, topic, self._keys.id_of(form["key"], identity_of(form)))
-        except StoreError as error:
-            raise HTTPException(409, clean(str(error), 1000)) from error
         except (TypeError, ValueError, RecursionError) as error:
             raise HTTPException(422, f"the message cannot be sent: {clean(str(error), 300)}") from error
         return to_run(record.run_id)

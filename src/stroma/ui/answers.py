@@ -13,7 +13,6 @@ from starlette.responses import Response
 
 from stroma._utils.text import clean
 from stroma.checkpoint.entries import Waiting
-from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.records import RunRecord
 from stroma.contracts.contract import NotDone
 from stroma.runner.stored_runs import match_answer
@@ -134,13 +133,11 @@ class Answers:
     async def _signal(
         self, record: RunRecord, questions: list[Waiting], question: Waiting, answer: Any
     ) -> None:
-        """Store an answer. Raises _Refused if it does not fit, HTTPException if the question is not open."""
+        """Store an answer. Raises _Refused if it does not fit, RequestRefused if the question is not open."""
         schema: type[BaseModel] | None = self._settings.find_schema(question) if question.schema_ref else None
         try:
             stated = match_answer(questions, record.run_id, answer, question=question.id, schema=schema)
             await self._settings.store.signal(record.run_id, stated)
-        except StoreError as error:
-            raise HTTPException(409, clean(str(error), 1000)) from error
         except ValidationError as error:
             errors = error.errors(include_url=False, include_context=False, include_input=False)
             raise _Refused(question, [_field_error(one) for one in errors[:_MAX_ERRORS]]) from error

@@ -17,7 +17,7 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from stroma._utils.text import clean
-from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.errors import CheckpointNotFound, RequestRefused, StoreError
 from stroma.checkpoint.history import History
 from stroma.ui.actions import Actions, SubmitForm
 from stroma.ui.answers import Answers
@@ -30,6 +30,8 @@ from stroma.ui.settings import Settings
 
 _HERE: Final = Path(__file__).parent
 _LARGE_PAGE: Final = 50_000  # bytes
+#: Statuses of requests that a store refuses.
+_STATUSES: Final = {RequestRefused: 409, CheckpointNotFound: 404}
 _MAX_REQUESTS: Final = 400  # at once; further ones get 503
 
 
@@ -71,7 +73,11 @@ def make_app(settings: Settings) -> ASGIApp:
     ]
 
     async def on_store_error(request: Request, error: Exception) -> Response:
-        return renderer.problem(503, "The store could not be read", clean(str(error), 1000))
+        text = clean(str(error), 1000)
+        status = next((status for kind, status in _STATUSES.items() if isinstance(error, kind)), None)
+        if status is None:
+            return renderer.problem(503, "The store could not be read", text)
+        return renderer.problem(status, text, "", getattr(request.state, "run_id", ""))
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

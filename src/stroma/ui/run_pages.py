@@ -66,6 +66,7 @@ _FACTS: Final = ("owner", "deaths", "version", "execution")
 _NOTES: Final = {
     "blocked": "alert",
     "answered": "check",
+    "closed": "ban",
     "in flight": "ask",
     "unknown": "ask",
     "stated": "check",

@@ -343,7 +343,7 @@ class RunStore(ReadableStore):
     async def signal(self, run_id: str, waiting: Waiting) -> None:
         """Store the answer that a node waits for; ``waiting`` has the payload.
 
-        Raises CheckpointNotFound, StoreError, also if the node is no longer waiting for an answer.
+        Raises CheckpointNotFound, StoreError, RequestRefused if the node no longer waits for an answer.
         """
         check_id(run_id, "run id")
         await self._submit(Transaction(run_id, partial(self._answer, run_id, waiting)))
@@ -363,8 +363,8 @@ class RunStore(ReadableStore):
     async def send(self, run_id: str, message: SentMessage) -> None:
         """Store a message to a run, which is due then if it is suspended; ``message.number`` is 0.
 
-        Nothing happens if the message of this id is stored. Raises CheckpointNotFound, StoreError, also if
-        the run has ended and for another message with this id.
+        Nothing happens if the message of this id is stored. Raises CheckpointNotFound, StoreError,
+        RequestRefused if the run has ended and for another message with this id.
         """
 
         def do(records: RunRecords, run: RunRow) -> bool:

@@ -11,7 +11,7 @@ import click
 
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.entries import NOT_DONE, Waiting
-from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.errors import RequestRefused
 from stroma.checkpoint.history import History, answer_type, node_text, unanswered
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
@@ -99,9 +99,7 @@ def approve(
     runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
     try:
         database.run(runner.signal(record.run_id, answer, question=one.id, schema=model))
-    except StoreError as error:
-        if error.transient:
-            raise
+    except RequestRefused as error:
         now = next((each for each in database.reader.waiting(record.run_id) if each.id == one.id), None)
         if now is None or now.payload is None:
             raise

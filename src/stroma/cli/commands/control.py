@@ -9,7 +9,6 @@ import click
 from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Finished
-from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history import unanswered
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import QUEUED
@@ -19,7 +18,7 @@ from stroma.cli.errors import Problem
 from stroma.cli.formatting import id_word, localize
 from stroma.cli.inputs import parse_json
 from stroma.cli.output import emit, emit_fields, err
-from stroma.cli.stores import Database, db_option, store_problem
+from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import waiting_hints
 from stroma.contracts.contract import ContractRegistry
 from stroma.runner.runner import StromaRunner
@@ -152,10 +151,6 @@ def send(run_: str, text: str, topic: str, message_id: str | None, as_json: bool
         database.run(runner.send(record.run_id, message, topic=topic, id=message_id))
     except (TypeError, ValueError) as error:
         raise Problem(f"{source} cannot be sent: {error}") from error
-    except StoreError as error:
-        if error.transient:
-            raise store_problem(error) from error
-        raise Problem(clean(str(error), 1000)) from error
     if as_json:
         emit_fields("stroma.send/1", run_id=record.run_id, topic=topic, status=record.status)
         return
