@@ -153,9 +153,8 @@ def _required_inputs(node: Node | Group) -> list[tuple[str, type[BaseModel]]]:
         return [(node.node_id, node.contract.input_schema)] if node.contract is not None else []
     if node.has_external_items:
         return []
-    field = _mapped_field(node)
-    if field is not None:
-        fields: dict[str, Any] = {field: (list[Any], ...)}
+    if node.is_map:
+        fields: dict[str, Any] = {node.items_field: (list[Any], ...)}
         return [(node.node_id, create_model("Input", __base__=Input, **fields))]
     return [requirement for child in node.children for requirement in _required_inputs(child)]
 
@@ -164,11 +163,6 @@ def _all_declared(node: Node | Group) -> bool:
     if isinstance(node, Node):
         return node.contract is not None
     return not node.is_map and all(map(_all_declared, node.children))
-
-
-def _mapped_field(group: Group) -> str | None:
-    """Return the field with the items of a ``map_over``; None for ``parallel``."""
-    return group.items_field if group.is_map and not group.has_external_items else None
 
 
 def _validate(model: type[BaseModel], text: str) -> BaseModel:
