@@ -8,7 +8,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, RootModel, create_model
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, RootModel, create_model
 
 from stroma.contracts.examples import NoExampleError, example_for, example_of
 
@@ -102,7 +102,7 @@ class Odd(BaseModel):
     call: "type[Any]"
 
 
-@pytest.mark.parametrize("model", [Impossible, Odd])
+@pytest.mark.parametrize("model", [Impossible, Odd, RootModel[JsonValue]])
 def test_a_model_without_a_known_example(model: type[BaseModel]) -> None:
     """Where no example is known, NoExampleError is raised rather than a wrong one returned."""
     with pytest.raises(NoExampleError):

@@ -158,6 +158,7 @@ def test_a_strange_schema_is_written_as_json(schema: Any) -> None:
         {"type": "object", "required": ["a"], "properties": {"a": {"type": "string", "minLength": 10**9}}},
         {"enum": 7},
         {"anyOf": 7},
+        {"title": "InterruptAnswer"},
     ],
 )
 def test_a_strange_schema_has_no_example(schema: Any) -> None:
@@ -207,16 +208,18 @@ def test_an_answer_by_fields(store: SQLiteStore, serve: Any) -> None:
 
 
 def test_an_answer_as_json(store: SQLiteStore, serve: Any) -> None:
-    """An answer as JSON that does not fit is shown again with what is wrong with it."""
+    """An answer as JSON names the class that it needs; one that does not fit is shown with what is wrong."""
     make_runs(store, ("x", ASKS))
     site: Site = serve(store, pipeline="flows", find_schema=lambda one: Review)
-    form = json_form_of(site.get("/run", id="x").text)
+    page = site.get("/run", id="x").text
+    assert "Answer as JSON (Review) " in page
+    form = json_form_of(page)
     wrong = site.post("/approve", {**form, "answer": '{"approved": "perhaps"}'})
     assert wrong.status == 422
     assert "&#34;perhaps&#34;" in wrong.text
     assert "Input should be a valid boolean" in wrong.text
     wrong = site.post("/approve", {**form, "answer": "{"})
-    assert (wrong.status, "not JSON" in wrong.text, answered(store, "x")) == (422, True, False)
+    assert (wrong.status, "a text needs quotes" in wrong.text, answered(store, "x")) == (422, True, False)
 
 
 def test_a_question_that_is_not_open(store: SQLiteStore, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,14 +29,20 @@ class NoExampleError(ValueError):
 
 
 def example_of(schema: Mapping[str, Any]) -> Any:
-    """Return the smallest value for a JSON schema: required properties only. Raises NoExampleError."""
+    """Return the smallest value for a JSON schema: required properties only.
+
+    Raises NoExampleError, also for a schema that says nothing: few questions mean null.
+    """
     definitions = schema.get("$defs")
     try:
-        return _Examples(definitions if isinstance(definitions, Mapping) else {}).of(schema)
+        value = _Examples(definitions if isinstance(definitions, Mapping) else {}).of(schema)
     except NoExampleError:
         raise
     except Exception as error:  # A stored schema may be anything.
         raise NoExampleError(f"the schema cannot be read: {error}") from error
+    if value is None:
+        raise NoExampleError("the schema does not limit its values")
+    return value
 
 
 def example_for(model: type[BaseModel]) -> Any:
