@@ -78,6 +78,10 @@ def test_blocked_runs(tmp_path, inside):
         shown,
         re.MULTILINE,
     )
+    next_steps = inside("show", "held", *db).err
+    assert "deploy code that fits, then a worker of its pipeline continues the run; or" in next_steps
+    planned = inside("resume", "held", "--dry-run", *db).err
+    assert "blocked: some code could not continue it: the flow makes step 'audit'" in planned
 
 
 def test_runs_name_the_owner(tmp_path, inside, monkeypatch):

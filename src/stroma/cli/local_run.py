@@ -235,7 +235,7 @@ class LocalRun:
     def _store_problem(self, error: StoreError) -> Problem:
         if isinstance(error, (PipelineChanged, CorruptCheckpoint)):
             if any(isinstance(node, FlowNode) for node in nodes_of(self.pipeline)):
-                return store_problem(error, "or serve both versions: version= and accepts= of the flow")
+                return store_problem(error)
             return store_problem(error, f"or rerun from a node: {self._resume_hint('--from', 'NODE')}")
         if isinstance(error, RunBusy):
             return self._busy_problem(error)

@@ -19,7 +19,7 @@ from stroma.cli.errors import Code, is_debugging, last_frame
 from stroma.cli.formatting import format_local_time, id_word, localize
 from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import Database
-from stroma.cli.suspended import WORKER_CONTINUES, waiting_data, waiting_hints
+from stroma.cli.suspended import FIX_THEN_RESUME, WORKER_CONTINUES, waiting_data, waiting_hints
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
 from stroma.cost.usage import NO_MODEL
@@ -305,7 +305,7 @@ class RunReport:
         elif failure.reason == "store":
             action = "fix the store, then resume with"
         elif failure.failure_class is FailureClass.TERMINAL:
-            action = "a retry will not help: fix the cause, then resume with"
+            action = FIX_THEN_RESUME
         elif failure.retry_after_seconds is not None:
             when = format_local_time(int(1000 * (time.time() + failure.retry_after_seconds)))
             action = f"the server asks to wait until {when}; then resume with"

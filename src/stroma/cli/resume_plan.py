@@ -165,6 +165,9 @@ def print_plan(
     elif record.status in COMPLETE and start_at is None:
         err.line(f"the run is {record.status}; a resume would call nothing")
     else:
+        if record.blocked is not None:
+            why = clean(record.blocked.message, 1000)
+            err.line(("blocked: ", "yellow"), f"some code could not continue it: {why}")
         options = ("--from", start_at) if start_at is not None else ()
         hint = database.hint("resume", id_word(record.run_id), target, options=options)
         err.line(f"nothing was done; resume with: {hint}")

@@ -15,6 +15,8 @@ from stroma.cli.formatting import id_word
 from stroma.cli.stores import Database
 from stroma.contracts.examples import NoExampleError, example_of
 
+#: Goes before the command that resumes a run that would fail again.
+FIX_THEN_RESUME: Final = "a retry will not help: fix the cause, then resume with"
 #: Goes before the command that resumes a run with open questions.
 WORKER_CONTINUES: Final = "then a worker of its pipeline continues the run; or continue it here"
 

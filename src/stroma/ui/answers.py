@@ -112,7 +112,8 @@ class Answers:
             try:
                 answer = json.loads(form.get("answer", ""))
             except (ValueError, RecursionError) as error:
-                raise _Refused(question, [FieldError("", f"not JSON: {clean(str(error), 300)}; a text needs quotes")]) from error
+                why = f"not JSON: {clean(str(error), 300)}; a text needs quotes"
+                raise _Refused(question, [FieldError("", why)]) from error
         await self._signal(record, questions, question, answer)
         resume = self._settings.served(record).resume
         if resume is not None and self._is_to_resume(record, form):

@@ -35,6 +35,7 @@ from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import TARGET, Database, db_option
 from stroma.cli.suspended import (
+    FIX_THEN_RESUME,
     WORKER_CONTINUES,
     waiting_data,
     waiting_hints,
@@ -356,9 +357,11 @@ def _print_next_steps(
     if is_plain_code:
         err.line(f"continue it with its program, under run_id={record.run_id!r} and resume=True")
         return
-    verb = "resume with"
+    verb = FIX_THEN_RESUME if record.status == "FAILED" else "resume with"
     if record.waits_for is not None:
         verb = "or continue it here"
+    elif record.blocked is not None:
+        verb = f"deploy code that fits, {WORKER_CONTINUES}"
     elif record.status == "SUSPENDED" and waiting:
         verb = WORKER_CONTINUES if unanswered(waiting) else WORKER_CONTINUES.removeprefix("then ")
     _print_hint(f"{verb}: {database.hint('resume', name, target)}", place)

@@ -80,8 +80,8 @@ class Endings:
         ctx = self._ctx
         error = PipelineChanged(
             f"run {ctx.run_id!r} cannot be resumed: {message}. A flow may depend only on its input, its "
-            "steps, and flow.now(), flow.random() and flow.uuid(); restore the code that recorded this, or "
-            "start a new run"
+            "steps, and flow.now(), flow.random() and flow.uuid(); restore the code that recorded this, "
+            "branch by flow.version, or start a new run"
         )
         error.inputs = inputs
         return Halt(Failure(error, FailureClass.TERMINAL, node_id, 1, str(error), "changed"))
