@@ -84,6 +84,27 @@ def test_what_is_told_of_an_answer(desk, golden):
     golden("went-on", "show x", columns=(120,))
 
 
+@pytest.mark.parametrize(
+    "words", ["paused", "budget", "effect", "sleeping until 2030", "waiting for a message"]
+)
+def test_the_words_of_a_question_decide_nothing(desk, inside, words):
+    """A question whose text is what the engine says of a pause, a budget, an effect or a wait is shown as a
+    question, with the command that answers it."""
+    text = f"""
+        from desk import *
+        async def asks(state):
+            return {{"n": current_node().wait_for(Sum, reason={words!r}).n}}
+        question = Pipeline("question", [node("ask", asks)])
+    """
+    desk.file("words.py", text)
+    done = inside("run", "words.py:question", '{"n": 1}', "--run-id", "x")
+    shown = inside("show", "x").out + inside("show", "x").err
+    for output in (done.err, shown):
+        assert "stroma approve x words.py:question" in output
+        assert not re.search("stroma (budget|send) x|a paused run|--not-done|when it is due", output)
+    assert f"waiting for an answer: {words}" in inside("runs").out
+
+
 def test_answers_that_do_not_fit(desk, inside, fails):
     """An answer that is no JSON, or not what the node asks for, is a usage error; the run waits on."""
     inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
@@ -278,7 +299,7 @@ def test_an_answer_can_be_read(desk, inside, monkeypatch):
     assert "waiting for an answer: is this right?" in inside("runs").out
     answer = {"approved": True, "by": "Ada Lovelace"}
     assert inside("approve", "x", "desk.py:pipeline", json.dumps(answer)).code == 0
-    assert "answered, due for a worker: is this right?" in inside("runs").out
+    assert "due for a worker, was waiting for an answer: is this right?" in inside("runs").out
     assert inside("resume", "x", "desk.py:pipeline", "-q").code == 0
     assert f"answered  ask: is this right? {json.dumps(answer)}" in inside("show", "x").out
     assert json.loads(inside("show", "x", "--json").out)["suspended"][0]["answer"] == answer

@@ -151,10 +151,7 @@ class RunRecord:
         if self.status != "SUSPENDED":
             return None
         text = describe_wait(self.error or "")
-        if not self.is_due_at_once:
-            return text
-        was_asked = text.startswith("waiting for an answer: ")
-        return f"answered, due for a worker: {self.error}" if was_asked else f"due for a worker, was {text}"
+        return f"due for a worker, was {text}" if self.is_due_at_once else text
 
     @property
     def is_due_at_once(self) -> bool:
@@ -163,13 +160,8 @@ class RunRecord:
 
 
 def describe_wait(reason: str) -> str:
-    """Return the need of a run that is suspended for a reason, for people."""
-    if reason.startswith(("sleeping until ", "waiting for ")) or reason == PAUSED:
-        return reason
-    if reason == BUDGET:
-        return "waiting for a larger budget"
-    what = "a statement on the call of an effect" if reason == "effect" else f"an answer: {reason}"
-    return f"waiting for {what}"
+    """Return the need of a run that is suspended for a reason of its own, for people."""
+    return "waiting for a larger budget" if reason == BUDGET else reason
 
 
 class RunPage(NamedTuple):

@@ -199,7 +199,7 @@ class RunReport:
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:
         """The need of a suspended run that no answer continues, as RunRecord.waits_for."""
-        if not self.is_suspended or len(self.result.suspended) != 1:
+        if not self.is_suspended or self.result.questions or len(self.result.suspended) != 1:
             return None
         reason = self.result.suspended[0]
         return "resume" if reason == PAUSED else "budget" if reason == BUDGET else None
@@ -207,7 +207,8 @@ class RunReport:
     @property
     def is_asleep(self) -> bool:
         """True for a suspended run that waits for a time only."""
-        return self.is_suspended and all(one.startswith("sleeping until ") for one in self.result.suspended)
+        is_asking = not self.is_suspended or self.result.questions
+        return not is_asking and all(one.startswith("sleeping until ") for one in self.result.suspended)
 
     def _print_suspension(self) -> None:
         run_id = self.result.run_id
@@ -221,7 +222,8 @@ class RunReport:
         for reason in reasons if not waiting and len(reasons) > 1 else ():
             err.line(f"  {clean(reason, 1000)}")
         if self.db.is_durable:
-            why = "; ".join(reasons)
+            questions = {one.reason for one in self.result.questions}
+            why = "; ".join(one for one in reasons if one not in questions)
             for line in waiting_hints(self.db, run_id, self.target, self.waits_for, waiting, why):
                 err.line(f"  {line}")
 

@@ -64,7 +64,7 @@ def held_hints(db: Database, run_id: str, waits_for: Literal["resume", "budget"]
 
 def message_hint(db: Database, run_id: str, reason: str) -> list[str]:
     """Return the command that sends a message to a run suspended for ``reason``, if it waits for one."""
-    if "waiting for a message" not in reason:
+    if not any(one.startswith("waiting for a message") for one in reason.split("; ")):
         return []
     return [f"send a message: {db.hint('send', id_word(run_id), 'MESSAGE')}"]
 

@@ -23,6 +23,7 @@ from stroma.cli.signals import drain_on_signal
 from stroma.cli.stores import Database
 from stroma.cli.temporal import TemporalCluster
 from stroma.contracts.contract import ContractRegistry
+from stroma.failures.errors import WAITING_FOR_ANSWER
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
 from stroma.runner.worker import WorkerHealth
@@ -297,12 +298,14 @@ class TemporalWorker:
 
 def _describe_suspension(result: ExecutionResult) -> str:
     """Return the reasons of a suspended run after a comma; "" for any other run."""
-    effects = [one for one in result.questions if one.kind == "effect"]
-    reasons = [describe_wait(one) for one in result.suspended if not effects or one != "effect"]
+    questions = {one.reason for one in result.questions}
+    reasons = [describe_wait(one) for one in result.suspended if one not in questions]
     reasons += [
         f"the outcome of effect {clean(one.node_id, 100)!r} is unknown: ask its provider again with "
         "`stroma resume`, or state it with `stroma approve`"
-        for one in effects
+        if one.kind == "effect"
+        else f"{WAITING_FOR_ANSWER}{one.reason}"
+        for one in result.questions
     ]
     return "".join(f", {localize(clean(one, 300))}" for one in reasons)
 

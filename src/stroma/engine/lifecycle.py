@@ -294,7 +294,7 @@ async def _end_plain_code(
         if result is not None:
             call_end_hooks_now(ctx, result)
         return
-    message = "; ".join(ctx.account.suspended) if status is RunStatus.SUSPENDED else None
+    message = ctx.account.describe_suspension() if status is RunStatus.SUSPENDED else None
     if error is not None:
         ctx.redactor.note_run()
         message = ctx.redactor.error_text(error)

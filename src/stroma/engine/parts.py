@@ -13,6 +13,7 @@ from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.copying import PickledSnapshot, Snapshot
 from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.budget import ExecutionBudget, limits
+from stroma.failures.errors import WAITING_FOR_ANSWER, WAITING_FOR_STATEMENT
 from stroma.failures.failure import Failure
 from stroma.trace.result import HookFailure, Question, RunStatus
 
@@ -77,6 +78,19 @@ class Account:
             if waiting.payload is None:
                 self.note_question(waiting)
         self.suspended = reasons or self.suspended
+
+    def describe_suspension(self) -> str | None:
+        """Return what a suspended run waits for, as its record has it; None for nothing.
+
+        The text of a question follows what the run waits for, so that it is not taken for another reason.
+        """
+        others, texts = list(self.suspended), dict[str, None]()
+        for one in self.questions:
+            if one.reason in others:
+                others.remove(one.reason)
+                is_effect = one.kind == "effect"
+                texts[WAITING_FOR_STATEMENT if is_effect else f"{WAITING_FOR_ANSWER}{one.reason}"] = None
+        return "; ".join([*texts, *others]) or None
 
     def forget_question(self, waiting: Waiting) -> None:
         """Remove a question that was closed from the result."""

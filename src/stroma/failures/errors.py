@@ -36,6 +36,9 @@ class ItemFailure(LazyModel):
 #: Reasons of suspended runs: somebody paused it; it reached its budget and waits for a raise.
 PAUSED: Final = "paused"
 BUDGET: Final = "budget"
+#: Beginnings of what a run waits for that has asked a question: the text follows, or what it is about.
+WAITING_FOR_ANSWER: Final = "waiting for an answer: "
+WAITING_FOR_STATEMENT: Final = "waiting for a statement on the call of an effect"
 #: Between the limit and the failure in the error of a run that a limit stopped after another failure.
 LAST_FAILURE: Final = "; the last failure: "
 

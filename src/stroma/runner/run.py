@@ -345,7 +345,7 @@ class RunExecution:
         if status is RunStatus.SUSPENDED:
             ctx.account.note_open_questions(ctx.session.waiting.values())
         result = ctx.build_result(status, self.state, failure)
-        error = str(failure) if failure is not None else "; ".join(ctx.account.suspended) or None
+        error = str(failure) if failure is not None else ctx.account.describe_suspension()
         if self._has_setback or ctx.journal.session.notes:
             self._note_setbacks()
         if failure is not None:
