@@ -17,12 +17,10 @@ from stroma import (
     ReliabilityContext,
     StromaRunner,
     execute_step,
-    parallel,
     stroma_node,
 )
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
-from stroma.trace import RunStatus
 
 
 class Anything(RootModel[Any]):
@@ -74,17 +72,6 @@ def plain(state: BaseModel) -> Any:
     return json.loads(state.model_dump_json())
 
 
-def spoil(state: Any) -> None:
-    """Change rows, and what is in them."""
-    for row in state["rows"] if isinstance(state, dict) else state.rows:
-        tags = row["tags"] if isinstance(row, dict) else row.tags
-        tags.append("spoilt")
-        if isinstance(row, dict):
-            row["id"] = -1
-        else:
-            row.id = -1
-
-
 @pytest.mark.core
 @pytest.mark.parametrize("root", [{"rows": [1, 2, 3]}, [1, 2, 3]], ids=["a dict", "a list"])
 async def test_what_a_node_keeps_of_its_output_is_not_what_hooks_see(root: Any) -> None:
@@ -126,55 +113,6 @@ async def test_plain_code_between_steps_may_change_the_state(one: Any, two: Any)
     state.rows.pop()
     again = await execute_step("a", keep, state, ctx, contract=contract)
     assert plain(again.final_state)["rows"] == plain(start(one))["rows"][:2]
-
-
-@PAIRS
-async def test_a_run_that_stops_ends_with_the_last_output(one: Any, two: Any) -> None:
-    """The final state is the last committed output, whatever the node after it did with its input."""
-
-    async def first(state: Any) -> Any:
-        return {"n": 1, "rows": state.rows}
-
-    async def second(state: Any) -> Any:
-        spoil(state)
-        raise ValueError("no")
-
-    async def ask(state: Any) -> Any:
-        return [state]
-
-    for then in (second, ask):
-        result = await StromaRunner.quick().run(
-            [node("a", first, one, one), node("b", then, one, two)], start(one)
-        )
-        assert result.failure is not None
-        assert plain(result.final_state) == {"n": 1, "rows": plain(start(one))["rows"]}
-
-
-@PAIRS
-async def test_groups_and_plain_functions_after_a_large_output(one: Any, two: Any) -> None:
-    """Children of a group, and nodes without a contract, get copies of the output before them."""
-    entries: list[Any] = []
-
-    async def first(state: Any) -> Any:
-        entries.append({"n": 1, "rows": state.rows})
-        return entries[-1]
-
-    async def child(state: Any) -> Any:
-        spoil(entries[0])
-        seen = plain(state)["rows"]
-        spoil(state)
-        return {"left": seen}
-
-    async def other(state: Any) -> Any:
-        seen = plain(state)["rows"]
-        spoil(state)
-        return {"right": seen}
-
-    child._stroma_node_id, other._stroma_node_id = "child", "other"
-    whole = plain(start(one))["rows"]
-    result = await StromaRunner.quick().run([node("a", first, one, one), parallel(child, other)], start(one))
-    assert result.status is RunStatus.COMPLETED, result.failure
-    assert (result.final_state.left, result.final_state.right) == (whole, whole)
 
 
 @pytest.mark.parametrize("before", [0, 1, 4299, 4300, 9000])

@@ -839,19 +839,6 @@ async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[fl
 
 
 @pytest.mark.core
-async def test_reported_and_returned_usage_add_up() -> None:
-    """What the node returns as usage comes on top of what it reported."""
-
-    async def func(state: Num) -> Any:
-        current_node().report_usage(input_tokens=5, output_tokens=1)
-        return {"n": 1}, 7, 2, "gpt-4o"
-
-    result = await quick().run([node("a", func)], Num())
-    (event,) = result.trace
-    assert (result.total_tokens, event.usage.tokens, event.usage.output_tokens) == (15, 15, 3)
-
-
-@pytest.mark.core
 @pytest.mark.parametrize(
     "usage",
     [
@@ -1232,15 +1219,6 @@ async def test_steps_get_the_context_and_timeouts() -> None:
     assert (await execute_step("add", add, Num(n=1), ctx)).final_state == Num(n=4)
     result = await execute_step("slow", slow, Num(), ctx)
     assert "'slow'" in result.failure.message
-
-
-# ---------------------------------------------------------------------- many at once
-
-
-async def test_run_sync_in_a_running_loop_says_what_to_do() -> None:
-    """run_sync where a loop runs is a RuntimeError that names `await runner.run(...)`."""
-    with pytest.raises(RuntimeError, match=r"await runner\.run"):
-        quick().run_sync([], Num())
 
 
 # ---------------------------------------------------------------------- current_node

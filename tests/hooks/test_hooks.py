@@ -268,26 +268,6 @@ async def test_failure_fires_after_each_failed_attempt() -> None:
     assert [(a[0], a[1], str(a[2]), a[3]) for a in seen] == [("r", "bad", "no", FailureClass.AMBIGUOUS)] * 2
 
 
-@pytest.mark.core
-async def test_over_budget_is_one_failure_and_no_success(seen: Recorder) -> None:
-    """An attempt that goes over the budget fires on_node_failure once and no success, its output is kept."""
-    store = InMemoryStore()
-
-    @node("dear")
-    async def dear(state: State) -> Any:
-        return {"value": 7}, 101
-
-    runner = quick(seen, store=store, budget=ExecutionBudget(max_tokens_total=100))
-    result = await runner.run([dear, plus], State())
-    assert result.status is RunStatus.PARTIAL
-    assert [name for name in seen.names if name != WARNING] == [RUN_START, START, FAILURE, RUN_END]
-    ((_, node_id, exc, failure_class),) = seen.of(FAILURE)
-    assert (node_id, failure_class) == ("dear", FailureClass.RECOVERABLE)
-    assert isinstance(exc, BudgetExceeded)
-    assert store.load("r", "dear") == State(value=7)
-    seen.assert_paired()
-
-
 async def test_run_start(seen: Recorder) -> None:
     """on_run_start(run_id, pipeline, initial_state_dict) is a run's first event; a list is "pipeline"."""
     await quick(seen).run([plus], State(value=1))

@@ -526,14 +526,6 @@ def test_run_sync_gives_the_same_result() -> None:
     assert {result.status for result in results} == {RunStatus.COMPLETED}
 
 
-async def test_run_sync_inside_a_loop() -> None:
-    """Where an event loop runs, run_sync() says to await run(), and nothing is left behind."""
-    with pytest.raises(RuntimeError, match=r"use `await runner\.run\(\.\.\.\)`"):
-        quick().run_sync([node("a")], Num())
-    result = await asyncio.to_thread(lambda: quick().run_sync([node("a")], Num()))
-    assert result.status is RunStatus.COMPLETED
-
-
 def test_an_exception_of_run_sync_has_no_other_one_before_it() -> None:
     """What run_sync() raises is the exception of run(), without one of its own as the context."""
     with pytest.raises(TypeError, match="is not a stroma node") as raised:

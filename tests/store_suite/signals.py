@@ -50,7 +50,7 @@ class SignalTests:
     """Tests of signals: questions and answers, cancellation, undelivered end hooks."""
 
     async def test_what_nodes_wait_for(self, store: Any) -> None:
-        """A question has its attempt, an answer with its question; both belong to the execution."""
+        """A question is kept with its attempt, an answer with its question, both of the execution."""
         session = await begin(store)
         question = Waiting(1, "0.2", "ask é", "may I?", "module:Model")
         await commit(session, 0, State(n=1))
