@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from stroma import FailureClass, NodeHooks, RunConfig, StromaRunner, parallel
+from stroma import RunConfig, StromaRunner, parallel
 from stroma.contracts.copying import replicate
 from stroma.contracts.schema import schema_of
 
@@ -37,37 +37,6 @@ def test_a_config_that_says_nothing_is_what_validation_makes() -> None:
         assert type(getattr(plain, name)) is type(value), name
         assert name == "run_id" or getattr(plain, name) == value, name
     assert plain.model_copy(update={"run_id": "x"}) == validated.model_copy(update={"run_id": "x"})
-
-
-@pytest.mark.core
-def test_what_can_be_changed_in_a_config_is_its_own() -> None:
-    """Whatever is done to the defaults of one config is not seen in the next."""
-
-    async def seen(*_: Any) -> None: ...
-
-    first = RunConfig()
-    first.policy_map[FailureClass.AMBIGUOUS].max_retries = 77
-    first.budget.max_tokens_total = 5
-    first.context["key"] = "value"
-    first.classifiers.append(lambda error, where: None)
-    assert isinstance(first.hooks, NodeHooks)
-    first.hooks.on_node_start = seen
-    second = RunConfig()
-    assert second.policy_map[FailureClass.AMBIGUOUS].max_retries == 1
-    assert second.budget.max_tokens_total is None
-    assert (second.context, second.classifiers, second.hooks) == ({}, [], NodeHooks())
-
-
-def test_a_subclass_of_the_config_is_validated() -> None:
-    """A class of the user's that adds fields gets its defaults and its checks."""
-
-    class Mine(RunConfig):
-        region: str
-        zone: str = "a"
-
-    assert Mine(region="eu").zone == "a"
-    with pytest.raises(ValueError, match="region"):
-        Mine()
 
 
 @pytest.mark.core

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field, RootModel
-from tests.engine.event_log import Between, Diary, Journal, M, ThrownAway, contract, counted, same, swallow
+from tests.engine.event_log import Between, Diary, Journal, M, counted, same, swallow
 from tests.kit import NEVER, ONCE, THRICE, Num, Positive, failing_with, here, node, returning
 
 from stroma import (
@@ -30,7 +30,6 @@ from stroma import (
     parallel,
 )
 from stroma.engine.context import INTERCEPTORS, Interceptor
-from stroma.trace import AttemptUsage
 
 # ---------------------------------------------------------------- cancellations
 
@@ -157,29 +156,6 @@ async def test_a_cancellation_while_usage_is_priced_comes_out_once_the_attempt_i
 
 
 # ---------------------------------------------------------------- contracts
-
-
-async def test_which_contract_wins() -> None:
-    """That of the call wins over the registry's, and that over the marker's."""
-
-    async def func(state: Num) -> Any:
-        return {"n": 0}
-
-    marked = node("a", func)
-    runner = StromaRunner.quick(policy_map=NEVER)
-    assert (await runner.run([marked], Num())).status is RunStatus.COMPLETED
-    runner.registry.register(contract("a", Num, Positive))
-    assert (await runner.run([marked], Num())).status is RunStatus.FAILED
-    assert (await StromaRunner.quick().run([marked], Num())).status is RunStatus.COMPLETED
-
-    def context() -> ReliabilityContext:
-        return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
-
-    assert (await execute_step("a", marked, Num(), context())).status is RunStatus.FAILED
-    own = contract("a")
-    assert (await execute_step("a", marked, Num(), context(), contract=own)).status is RunStatus.COMPLETED
-    bare = await execute_step("b", func, Num(n=1), context())
-    assert bare.final_state == Num(n=0)
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -536,58 +512,6 @@ async def test_a_hook_that_raises_is_listed_by_its_name_and_node() -> None:
     ]
 
 
-@pytest.mark.parametrize("closed", [False, True])
-async def test_a_hook_of_an_end_that_raises_is_listed(closed: bool) -> None:
-    """The same for an attempt that is cancelled, and for one that is thrown away."""
-    angry, started = Angry(), asyncio.Event()
-
-    async def forever(state: Num) -> Any:
-        started.set()
-        await asyncio.Event().wait()
-
-    work = StromaRunner.quick(hooks=angry.sets()).run([node("a", forever)], Num())
-    if closed:
-        await ThrownAway(work, started)
-    else:
-        task = asyncio.create_task(work)
-        await started.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-    assert angry.listed == [("on_run_start", None), ("on_node_start", "a"), ("on_node_cancelled", "a")]
-
-
-@pytest.mark.parametrize("event", ["start", "success", "failure", "retry", "cancelled", "suspended"])
-async def test_a_hook_that_is_not_async_is_named(event: str) -> None:
-    """The error says which hook of which node it was, and what to do; for a cancelled attempt, in the log."""
-
-    def plain(*_: Any) -> Any:
-        return len(_)
-
-    started = asyncio.Event()
-
-    async def func(state: Num) -> Any:
-        if event == "suspended":
-            raise Suspend("may I?")
-        if event == "cancelled":
-            started.set()
-            await asyncio.Event().wait()
-        if event in ("failure", "retry") and here().attempt == 1:
-            raise ConnectionError("down")
-        return {"n": 1}
-
-    hooks = NodeHooks(**{f"on_node_{event}": plain})  # type: ignore[arg-type]
-    with Diary() as diary:
-        if event == "cancelled":
-            await diary.cut(started, [node("a", func)], Num(), hooks=hooks)
-            (text,) = [line for line in diary.lines if line.startswith("log WARNING")]
-        else:
-            await diary.run([node("a", func)], Num(), hooks=hooks, policy_map=ONCE)
-            (text,) = [line for line in diary.lines if line.startswith("raised HookNotAsync")]
-    assert f"hook on_node_{event} of node 'a' is not async: " in text
-    assert "returned int, which cannot be awaited; define it with async def" in text
-
-
 # ---------------------------------------------------------------- what leaves the process
 
 
@@ -625,12 +549,3 @@ async def test_a_failure_beyond_the_budget_names_the_limit(grouped: bool) -> Non
     )
     result = await StromaRunner.quick(policy_map=NEVER).run(nodes, Num())
     assert not hasattr(result.failure.exception, "__notes__")
-
-
-async def test_what_a_group_used_is_its_childrens() -> None:
-    """A group reports nothing itself, and its children's tokens count once."""
-    result = await StromaRunner.quick().run([parallel(counted([], "a", ({"n": 1}, 5)))], Num())
-    (group,) = result.trace
-    assert group.usage == AttemptUsage()
-    assert [child.usage.tokens for child in group.children] == [5]
-    assert result.total_tokens == 5

@@ -132,6 +132,9 @@ def test_a_subclass_is_a_config() -> None:
         class Ours(RunConfig):
             team: str = "core"
 
+        class Placed(RunConfig):
+            region: str
+
         class Strict(RunConfig):
             budget: ExecutionBudget = ExecutionBudget(max_tokens_total=7)
 
@@ -141,6 +144,8 @@ def test_a_subclass_is_a_config() -> None:
     assert Ours(team="x").budget == EXPECTED["budget"]
     assert Strict().budget.max_tokens_total == 7
     assert Strict().policy_map == EXPECTED["policy_map"]
+    with pytest.raises(ValueError, match="region"):
+        Placed()
 
 
 @pytest.mark.core

@@ -347,6 +347,7 @@ DEADLINES = [
 ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", DEADLINES)
 async def test_the_deadline_is_met(name: str, clock: FakeClock) -> None:
     """The function in flight is cut off once the run's functions took so long; waits do not count; nothing is

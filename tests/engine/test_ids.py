@@ -52,6 +52,7 @@ async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
 store = store_fixture(*IN_PROCESS)
 
 
+@pytest.mark.core
 async def test_idempotency_keys_never_collide(store: Any) -> None:
     """Every execution, run, position and child has an idempotency key of its own, of 32 digits and letters,
     whatever the run's id looks like."""
@@ -85,6 +86,7 @@ async def test_idempotency_keys_never_collide(store: Any) -> None:
     assert all(re.fullmatch("[0-9a-f]{32}", key) for key in keys)
 
 
+@pytest.mark.core
 async def test_an_idempotency_key_stays_on_retry_and_resume(store: Any) -> None:
     """All attempts at one position, those after a resume too, have the same idempotency key."""
     keys: list[str] = []

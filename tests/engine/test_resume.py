@@ -218,25 +218,6 @@ async def test_a_restart_forgets_the_commits(store: Any) -> None:
     assert work.calls == {"a": 2, "b": 3, "c": 2}
 
 
-@pytest.mark.core
-async def test_the_idempotency_key_is_that_of_the_execution(store: Any) -> None:
-    """The key of a position is the same over a resume, and another one in a new execution."""
-    keys: list[str] = []
-
-    async def func(state: Num) -> Any:
-        keys.append(current_node().idempotency_key)
-        if len(keys) < 3:
-            raise ValueError
-        return {"n": 1}
-
-    runner = quick(store)
-    nodes = [node("a", func)]
-    await runner.run(nodes, Num())
-    await runner.run(nodes, Num(), resume=True)
-    await runner.run(nodes, Num())
-    assert keys[0] == keys[1] != keys[2]
-
-
 # ---------------------------------------------------------------------- resume_from
 
 

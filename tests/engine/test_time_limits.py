@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.kit import Num, node, quick, quick_without_retries, retry_policies, sleep_forever
+from tests.kit import Num, node, quick, quick_without_retries, sleep_forever
 
 from stroma import (
     BudgetExceeded,
@@ -19,59 +19,6 @@ from stroma import (
     current_node,
     parallel,
 )
-
-
-@pytest.mark.core
-async def test_waits_between_attempts_are_in_no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wait that is longer than max_latency_ms takes nothing from it."""
-
-    async def no_wait(seconds: float) -> None:
-        assert seconds == 30
-
-    monkeypatch.setattr("stroma.engine.loop.sleep", no_wait)
-    calls = []
-
-    async def func(state: Num) -> Any:
-        calls.append(1)
-        if len(calls) == 1:
-            raise TimeoutError
-        return {"n": 1}
-
-    policies = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1, backoff_seconds=30, jitter=False)}
-    runner = quick(policy_map=policies, budget=ExecutionBudget(max_latency_ms=20_000))
-    result = await runner.run([node("a", func)], Num())
-    assert (result.status, len(calls)) == (RunStatus.COMPLETED, 2)
-
-
-@pytest.mark.core
-async def test_a_node_is_cut_off_when_the_latency_is_spent() -> None:
-    """The latency budget is a deadline for the function in flight, which then fails for the budget."""
-    finished: list[str] = []
-
-    async def func(state: Num) -> Any:
-        await asyncio.sleep(1)
-        finished.append("node")
-        return {"n": 1}
-
-    result = await quick(budget=ExecutionBudget(max_latency_ms=30)).run([node("a", func)], Num())
-    assert (result.status, finished) == (RunStatus.PARTIAL, [])
-    assert isinstance(result.failure.exception, BudgetExceeded)
-    assert result.failure.exception.dimension == "latency"
-
-
-@pytest.mark.core
-async def test_the_time_of_hooks_counts_for_no_later_node() -> None:
-    """A success hook that takes longer than max_latency_ms leaves the latency budget to the nodes."""
-
-    async def hook(*_: Any) -> None:
-        await asyncio.sleep(0.06)
-
-    async def func(state: Num) -> Any:
-        return {"n": state.n + 1}
-
-    runner = quick(hooks=NodeHooks(on_node_success=hook), budget=ExecutionBudget(max_latency_ms=50))
-    result = await runner.run([node("a", func), node("b", func)], Num())
-    assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=2))
 
 
 @pytest.mark.core
@@ -106,21 +53,6 @@ async def test_the_deadline_of_a_child_counts_the_work_of_its_group() -> None:
     assert (error.dimension, error.node_id, result.status) == ("latency", "b", "PARTIAL")
     # What it had itself is less than the limit, and would be told as just that.
     assert float(error.actual) > 300
-
-
-async def test_a_deadline_stops_the_run_whatever_a_policy_says() -> None:
-    """Past max_latency_ms nothing is called again, though a policy would retry."""
-    calls = 0
-
-    async def slow(state: Num) -> Num:
-        nonlocal calls
-        calls += 1
-        await asyncio.Event().wait()
-        return state
-
-    runner = StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=50), policy_map=retry_policies(5))
-    result = await runner.run([node("slow", slow)], Num())
-    assert (result.status, calls, len(result.trace)) == ("PARTIAL", 1, 1)
 
 
 async def test_limits_of_any_size() -> None:

@@ -11,10 +11,8 @@ from pydantic import BaseModel
 from tests.shared_stores import STORES, store_of
 
 from stroma import (
-    ExecutionBudget,
     FailurePolicy,
     NodeHooks,
-    RunStatus,
     StromaRunner,
     current_node,
     map_over,
@@ -129,13 +127,6 @@ async def test_a_group_that_failed_or_was_cancelled_has_its_time_too() -> None:
     await asyncio.sleep(WORK)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-async def test_a_budget_of_time_counts_functions_and_no_waits() -> None:
-    """A latency budget counts the time that functions ran, not the waits between attempts in a group."""
-    runner, a = runner_of(budget=ExecutionBudget(max_latency_ms=int(1000 * (2 * WORK + WAIT / 2))))
-    result = await runner.run([parallel(a)], Item())
-    assert result.status is RunStatus.COMPLETED
 
 
 @pytest.fixture(params=STORES)
