@@ -353,5 +353,8 @@ async def test_lines_of_the_engine_name_their_run(caplog: pytest.LogCaptureFixtu
     assert ends == {
         "a": ("ERROR", "run 'a': pipeline '100 %' ended: FAILED at node 'post': TERMINAL (bug)"),
         "b": ("INFO", "run 'b': pipeline '100 %' ended: COMPLETED"),
-        "c": ("WARNING", "run 'c': pipeline '100 %' ended: PARTIAL at node 'flaky': RECOVERABLE (connection)"),
+        "c": (
+            "WARNING",
+            "run 'c': pipeline '100 %' ended: PARTIAL at node 'flaky': RECOVERABLE (connection)",
+        ),
     }
