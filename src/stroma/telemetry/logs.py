@@ -86,61 +86,63 @@ class _Logs(Observer):
         # structlog gives a new proxy to each who asks.
         return self._logger if self._is_standard else self
 
-    def _write(self, level: int, event: str, fields: dict[str, Any]) -> None:
-        """Write a line. Ask :meth:`_is_off` before its fields are made."""
+    def _write(self, level: int, event: str, fields: Callable[[], dict[str, Any]]) -> None:
+        """Write a line, whose fields are made only if somebody sees it."""
+        if self._is_off(level):
+            return
         token = WRITING.set(True)
         try:
-            self._write_line(level, event, fields)
+            self._write_line(level, event, fields())
         finally:
             WRITING.reset(token)
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         run.notes[self] = perf_counter()
         note_run(run)
-        if is_returned(run) or self._is_off(logging.INFO):
+        if is_returned(run):
             return
         resumed = {} if run.first_traceparent is None else {"first_traceparent": run.first_traceparent}
-        fields = {
-            **_of_run(run),
-            "execution": run.execution,
-            **resumed,
-            "input": self._content.state(run, state),
-        }
-        self._write(logging.INFO, "run started", fields)
+        about = {"execution": run.execution, **resumed}
+        self._write(
+            logging.INFO,
+            "run started",
+            lambda: {**_of_run(run), **about, "input": self._content.state(run, state)},
+        )
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         started = run.notes.pop(self, None)
         failed = AttemptEnd.finally_(result)
         level = logging.INFO if failed is None or is_returned(run) else logging.ERROR
-        if self._is_off(level):
-            return
         seconds = {} if started is None else {"duration_s": round(perf_counter() - started, 6)}
-        fields = {
-            **_of_run(run),
-            "status": result.status.value,
-            "tokens": result.total_tokens,
-            "cost_usd": result.total_cost_usd,
-            **seconds,
-        }
-        if failed is not None and result.failure is not None:
-            fields |= self._failure(run, failed) | {"failed_node_id": result.failure.node_id}
-        if is_returned(run):  # Whoever ran it has written about its end, and at ERROR if it failed.
-            self._write(level, "run returned", fields)
-        else:
-            self._write(level, "run ended", fields)
+
+        def fields() -> dict[str, Any]:
+            about = {
+                **_of_run(run),
+                "status": result.status.value,
+                "tokens": result.total_tokens,
+                "cost_usd": result.total_cost_usd,
+                **seconds,
+            }
+            if failed is None or result.failure is None:
+                return about
+            return about | self._failure(run, failed) | {"failed_node_id": result.failure.node_id}
+
+        # Whoever ran it has written about its end, and at ERROR if it failed.
+        self._write(level, "run returned" if is_returned(run) else "run ended", fields)
 
     def attempt_started(self, node: RunningNode, state: dict[str, Any]) -> None:
-        if self._is_off(logging.DEBUG):
-            return
-        fields = {**_of_node(node), "input": self._content.state(node.ctx, state)}
-        self._write(logging.DEBUG, "node started", fields)
+        self._write(
+            logging.DEBUG,
+            "node started",
+            lambda: {**_of_node(node), "input": self._content.state(node.ctx, state)},
+        )
 
     def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         level = _LEVELS.get(ended.outcome, logging.INFO)
-        if self._is_off(level):
-            return
-        usage = node.usage
-        fields = _of_node(node)
+        self._write(level, f"node {ended.outcome}", lambda: self._end_of(node, ended))
+
+    def _end_of(self, node: RunningNode, ended: AttemptEnd) -> dict[str, Any]:
+        usage, fields = node.usage, _of_node(node)
         fields["outcome"] = ended.outcome
         fields["duration_ms"] = round(node.duration_ms or 0.0, 3)
         if usage.tokens or usage.cost_usd:
@@ -152,43 +154,32 @@ class _Logs(Observer):
             fields |= self._failure(node.ctx, ended)
         if node.redelivered:
             fields["redelivered"] = True
-        self._write(level, f"node {ended.outcome}", fields)
+        return fields
 
     def retrying(
         self, node: RunningNode, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
-        if self._is_off(logging.INFO):
-            return
-        fields = {**_of_node(node), "attempt": attempt, "delay_s": round(delay_seconds, 3)}
-        self._write(logging.INFO, "node retried", {**fields, "failure_class": failure_class.value})
+        about = {"attempt": attempt, "delay_s": round(delay_seconds, 3), "failure_class": failure_class.value}
+        self._write(logging.INFO, "node retried", lambda: {**_of_node(node), **about})
 
     def skipped(self, node: RunningNode) -> None:
-        if self._is_off(logging.INFO):
-            return
-        self._write(logging.INFO, "node restored", _of_node(node))
+        self._write(logging.INFO, "node restored", lambda: _of_node(node))
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
-        if self._is_off(logging.WARNING):
-            return
-        fields = {**_of_run(run), "dimension": dimension, "used": used, "limit": limit}
-        self._write(logging.WARNING, "budget nearly used up", fields)
+        about = {"dimension": dimension, "used": used, "limit": limit}
+        self._write(logging.WARNING, "budget nearly used up", lambda: {**_of_run(run), **about})
 
     def waiting(self, node: RunningNode, reason: str, seconds: float) -> None:
-        if self._is_off(logging.INFO):
-            return
-        fields = {**_of_node(node), "reason": reason, "delay_s": round(seconds, 3)}
-        self._write(logging.INFO, "node waits", fields)
+        about = {"reason": reason, "delay_s": round(seconds, 3)}
+        self._write(logging.INFO, "node waits", lambda: {**_of_node(node), **about})
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
-        if self._is_off(logging.WARNING):
-            return
-        self._write(logging.WARNING, "circuit changed", {**_of_run(run), "circuit": key, "state": state})
+        about = {"circuit": key, "state": state}
+        self._write(logging.WARNING, "circuit changed", lambda: {**_of_run(run), **about})
 
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
-        if self._is_off(logging.WARNING):
-            return
-        fields = {**_of_run(run), "limit": limit, "delay_s": round(seconds, 3)}
-        self._write(logging.WARNING, "limit cooldown", fields)
+        about = {"limit": limit, "delay_s": round(seconds, 3)}
+        self._write(logging.WARNING, "limit cooldown", lambda: {**_of_run(run), **about})
 
     def _failure(self, run: ReliabilityContext, ended: AttemptEnd) -> dict[str, Any]:
         assert ended.error is not None
