@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
 from tests.kit import NEVER
@@ -27,6 +28,10 @@ from stroma import (
 
 pytestmark = pytest.mark.asyncio
 store = store_fixture(*FAMILIES)
+
+
+class Basket(BaseModel):
+    items: dict[Any, Any]
 
 
 class SlowShop(Shop):
@@ -100,6 +105,29 @@ async def test_the_next_call_takes_the_outcome(store: Any) -> None:
     runner, buy = shop_flow(shop, store, shop.look, calls=3)
     assert (await runner.run(buy, Order(), run_id="s")).output == Receipt(number=2)
     assert len(set(shop.charges)) == 2
+
+
+async def test_a_call_with_an_equal_input_takes_the_outcome(store: Any) -> None:
+    """G13. Inputs whose dicts are equal are the same input, whatever the order of the keys."""
+    charges: list[Basket] = []
+    runner = StromaRunner.quick(store=store, policy_map=NEVER)
+
+    @runner.node(effect=True)
+    async def charge(basket: Basket) -> Receipt:
+        charges.append(basket)
+        await asyncio.sleep(0.05)
+        return Receipt(number=len(charges))
+
+    @runner.flow
+    async def buy(flow: Flow, order: Order) -> Receipt:
+        try:
+            async with asyncio.timeout(0.01):
+                return await flow.step(charge, Basket(items={"tea": 1, 2: "cups"}))
+        except TimeoutError:
+            return await flow.step(charge, Basket(items={2: "cups", "tea": 1}))
+
+    result = await runner.run(buy, Order(), run_id="r")
+    assert (result.output, len(charges)) == (Receipt(number=1), 1)
 
 
 async def test_a_refused_call_may_be_made_again(store: Any) -> None:

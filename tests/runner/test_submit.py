@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
 from tests.flows.steps import World
 from tests.kit import NEVER, Num, Text, node, record_hooks, same
@@ -28,6 +28,10 @@ from stroma import (
 )
 
 store = store_fixture(*STORES)
+
+
+class Counts(BaseModel):
+    by_name: dict[str, int]
 
 
 def _runner(store: Any, **config: Any) -> StromaRunner:
@@ -136,7 +140,8 @@ async def test_giving_up_a_wait_changes_nothing(store: Any) -> None:
 
 
 async def test_submitting_again_restarts_nothing(store: Any) -> None:
-    """The same submission gives the handle of the run that exists; another input is RunExists."""
+    """The same submission gives the handle of the run that exists, also with its dicts in another order;
+    another input is RunExists."""
     world = World()
     pipeline = Pipeline("p", [world.step("a")])
     runner = _runner(store)
@@ -148,6 +153,15 @@ async def test_submitting_again_restarts_nothing(store: Any) -> None:
     assert world.calls == ["a 0"]
     with pytest.raises(RunExists, match="another input"):
         await runner.submit(pipeline, Num(n=1), run_id="r")
+
+    @stroma_flow("counts")
+    async def counts(flow: Flow, state: Counts) -> Counts:
+        return state
+
+    for value in ({"a": 1, "b": 2}, {"b": 2, "a": 1}):
+        await runner.submit(counts, Counts(by_name=value), run_id="counts")
+    with pytest.raises(RunExists, match="another input"):
+        await runner.submit(counts, Counts(by_name={"a": 2, "b": 1}), run_id="counts")
 
 
 async def test_a_delay(store: Any) -> None:

@@ -433,7 +433,7 @@ def active_run() -> GuardedRun | None:
 def _digest(state: BaseModel) -> str:
     """Return a digest of an input; "" for one without a stored form."""
     try:
-        data = schema_of(type(state)).encode(state)
+        data = schema_of(type(state)).encode_sorted(state)
     except NotSerialisable:
         return ""
     return hashlib.sha256(data).hexdigest()[:12]

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.identity import place_before, with_outer
-from stroma.contracts.codec import decode_raw
+from stroma.contracts.codec import is_same_data
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.schema import Schema
 from stroma.failures.classes import FailureClass
@@ -347,13 +347,7 @@ class SentMessage(NamedTuple):
 
     def is_same_as(self, other: SentMessage) -> bool:
         """Return True for the same topic and the same data, however it is written."""
-        if self.payload != other.payload and _to_canonical(self.payload) != _to_canonical(other.payload):
-            return False
-        return self.topic == other.topic
-
-
-def _to_canonical(payload: bytes) -> str:
-    return json.dumps(decode_raw(payload), sort_keys=True, default=repr)
+        return self.topic == other.topic and is_same_data(self.payload, other.payload)
 
 
 #: ``Waiting.payload`` of a call of an effect that did not happen; no output has this form.

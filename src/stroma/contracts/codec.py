@@ -204,6 +204,40 @@ class SchemaCodec:
         )
 
 
+def sort_keys(data: bytes) -> bytes:
+    """Return a stored form with the keys of all dicts sorted, as equal dicts may differ in their order.
+
+    Data that is not JSON is returned as it is.
+    """
+    is_tagged = data.startswith(_TAGGED_START)
+    try:
+        value = json.loads(data, object_hook=_sort_pairs if is_tagged else None)
+        return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    except (ValueError, RecursionError):
+        return data
+
+
+def _sort_pairs(value: dict[str, Any]) -> dict[str, Any]:
+    """Sort a tagged dict whose keys are not all text: a list of pairs."""
+    pairs = value.get("$d")
+    if len(value) == 1 and isinstance(pairs, list):
+        return {"$d": sorted(pairs, key=functools.partial(json.dumps, sort_keys=True))}
+    return value
+
+
+def is_same_data(data: bytes, other: bytes) -> bool:
+    """Return True if two stored forms have the same data, whatever the order of the keys in their dicts."""
+    return data == other or _content(data) == _content(other)
+
+
+def _content(data: bytes) -> bytes:
+    data = sort_keys(data)
+    if not data.startswith(_TAGGED_START):
+        return data
+    end = _REINSTATED_END if data.endswith(_REINSTATED_END) else _TAGGED_END
+    return data.removeprefix(_TAGGED_START).removesuffix(end)
+
+
 def decode_raw(data: bytes) -> Any:
     """Return stored data as plain values, without a schema. Raises ValueError for other data."""
     raw = json.loads(data)

@@ -29,7 +29,7 @@ from weakref import WeakValueDictionary
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from stroma.contracts.codec import SchemaCodec, decode_raw, has_class_tags
+from stroma.contracts.codec import SchemaCodec, decode_raw, has_class_tags, sort_keys
 from stroma.contracts.copying import (
     PickledSnapshot,
     Snapshot,
@@ -475,16 +475,24 @@ class Schema:
         """
         return self.codec.encode_with_secrets(model) if secrets else self.codec.encode(model)
 
+    def encode_sorted(self, model: BaseModel, *, secrets: bool = False) -> bytes:
+        """Return the stored form with the keys of dicts sorted: equal models have equal bytes.
+
+        Raises NotSerialisable.
+        """
+        data = self.encode(model, secrets=secrets)
+        return sort_keys(data) if self.traits.has_mappings else data
+
     def input_key(self, model: BaseModel, *, is_sealed: bool) -> bytes | None:
-        """Return what an input is compared by: its stored form, or a digest if it has secrets.
+        """Return what an input is compared by: its sorted stored form, or a digest if it has secrets.
 
         None for one without a stored form. ``is_sealed``: the store encrypts the digest. Otherwise it has a
         key of this process, and other processes cannot compare it: a short secret could be guessed.
         """
         with contextlib.suppress(NotSerialisable):
-            return self.encode(model)
+            return self.encode_sorted(model)
         try:
-            data = self.encode(model, secrets=True)
+            data = self.encode_sorted(model, secrets=True)
         except NotSerialisable:
             return None
         digest, owner = hashlib.sha256(data if is_sealed else _PROCESS_KEY + data), _PROCESS

@@ -151,6 +151,8 @@ class SchemaTraits:
             and all(map(is_exact_in_json, nodes))
         )
         self.has_floats: Final = "float" in kinds
+        #: Equal instances may be stored as different bytes, as their dicts may have another order.
+        self.has_mappings: Final = "dict" in kinds or self.has_undescribed_values
 
     def _add_deep_fields(self, core: Any) -> None:
         """Find the fields that need a recursive copy."""

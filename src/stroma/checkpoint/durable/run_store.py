@@ -57,6 +57,7 @@ from stroma.checkpoint.queue import (
     block,
     choose,
 )
+from stroma.contracts.codec import is_same_data
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
 from stroma.failures.errors import PAUSED
@@ -354,7 +355,7 @@ class RunStore(ReadableStore):
             raise self._no_run(run_id)
         records = RunRecords.of(rows, run, self._payloads)
         stored = find_waiting(records, waiting)
-        if stored is None or stored.id != waiting.id or stored.payload not in (None, waiting.payload):
+        if stored is None or stored.id != waiting.id or not _takes(stored, waiting):
             raise not_waiting(run_id, waiting.id, stored)
         if stored.payload is None:  # An equal answer may be sent twice.
             record_waiting(records, stored._replace(payload=waiting.payload))
@@ -474,6 +475,13 @@ class RunStore(ReadableStore):
             in_use = await asyncio.to_thread(self.read, _referenced_blobs, set[str]())
             swept = await asyncio.to_thread(collect, blobs, in_use, now_ms / 1000)
         return Collected(deleted, swept)
+
+
+def _takes(stored: Waiting, answer: Waiting) -> bool:
+    """Return True if a question is open, or has this answer already."""
+    if stored.payload is None or answer.payload is None:
+        return stored.payload is None
+    return is_same_data(stored.payload, answer.payload)
 
 
 def _records_end(run: RunRow) -> bool:

@@ -63,9 +63,11 @@ from stroma.checkpoint.entries import (
     Tried,
 )
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.payloads import PayloadPlace, Payloads, Stored
+from stroma.checkpoint.payloads import PayloadPlace, Payloads, Stored, UnencodedState
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import PICO, AttemptRecord
+from stroma.contracts.codec import is_same_data
+from stroma.contracts.tagged_json import NotSerialisable
 from stroma.failures.errors import PAUSED
 
 #: Contract, input and checksum of an execution; see :meth:`Rows.input`.
@@ -311,14 +313,16 @@ def has_same_input(
     # A run without its input is damaged, which is reported unless the run begins anew.
     if stored is None or stored[2] == opening.sha256:
         return True
-    # Compare decrypted inputs: a codec may produce different bytes for equal input.
+    # A codec may produce different bytes for equal input, and so may dicts in another order.
     _, data, sha256 = stored
     try:
         verify_input(data, sha256, request.run_id)
-        if payloads.is_plain(data):
-            return False
         place = PayloadPlace(request.run_id, run.execution, "input")
-        return payloads.open(data, place, f"the input of run {request.run_id!r}") == plain_input
+        recorded = payloads.open(data, place, f"the input of run {request.run_id!r}")
+        other = plain_input.encode() if isinstance(plain_input, UnencodedState) else plain_input
+        return is_same_data(recorded, other)
+    except NotSerialisable:  # In memory, states that have no stored form are compared as they are.
+        return False
     except StoreError:
         if request.if_exists in ("new", "restart", "error") or request.discard_from is not None:
             return False  # These do not use the old input, so an unreadable one is no error.

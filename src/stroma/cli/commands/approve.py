@@ -30,6 +30,7 @@ from stroma.cli.suspended import (
     find_schema,
     waiting_data,
 )
+from stroma.contracts.codec import is_same_data
 from stroma.contracts.contract import ContractRegistry, NotDone
 from stroma.runner.runner import StromaRunner
 from stroma.runner.stored_runs import match_answer
@@ -129,7 +130,7 @@ def _other_answer(database: Database, record: RunRecord, one: Waiting) -> Proble
 def _is_same(questions: list[Waiting], record: RunRecord, one: Waiting, answer: tuple[Any, Any]) -> bool:
     """Return True if a question has this answer already."""
     again = match_answer(questions, record.run_id, answer[0], question=one.id, schema=answer[1])
-    return again.payload == one.payload
+    return again.payload is not None and one.payload is not None and is_same_data(again.payload, one.payload)
 
 
 def _is_json(text: str) -> bool:
