@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +23,12 @@ from stroma import (
     Pipeline,
     RunExists,
     RunStatus,
+    SQLiteStore,
     StromaRunner,
     parallel,
     stroma_flow,
 )
+from stroma.runner.drive import Suspended
 
 store = store_fixture(*STORES)
 
@@ -191,6 +194,20 @@ async def test_hooks_are_called_where_the_run_is_executed(store: Any) -> None:
     assert seen == ["run_start", "start a", "success a", "run_end"]
 
 
+async def test_a_run_that_was_never_submitted(tmp_path: Path) -> None:
+    """status() of an unknown run is CheckpointNotFound, also before the first run has created the store."""
+    runner = _runner(SQLiteStore(tmp_path / "runs.db"))
+    with pytest.raises(CheckpointNotFound, match="unknown"):
+        await runner.handle("unknown").status()
+
+
+async def test_the_last_time_of_a_run() -> None:
+    """A run may be due at the last moment that a datetime has, and is not due before."""
+    runner, pipeline = _runner(AsyncInMemoryStore()), Pipeline("p", [node("a", same)])
+    handle = await runner.submit(pipeline, Num(), delay=datetime.max.replace(tzinfo=UTC))
+    assert isinstance(await runner.drive(handle.run_id, pipelines=[pipeline]), Suspended)
+
+
 async def test_wrong_submissions() -> None:
     """Wrong submissions are refused to the submitter, and nothing is stored."""
     store = AsyncInMemoryStore()
@@ -208,6 +225,7 @@ async def test_wrong_submissions() -> None:
         ({"delay": -1}, "delay must be from 0"),
         ({"delay": ""}, "delay must be seconds, a timedelta or a datetime, got ''"),
         ({"expires": timedelta(days=10_000_000)}, "expires must be from 0"),
+        ({"delay": 3600, "expires": 60}, "expires must not be before delay"),
         ({"priority": 1 << 40}, "priority must be"),
         ({"run_id": ""}, "run id must not be empty"),
         ({"dealy": 5}, r"submit\(\) got an unexpected keyword argument 'dealy'; did you mean 'delay'"),

@@ -67,7 +67,8 @@ _SHAPES: Final[dict[str, Any]] = {
     "w": float,
     "x": bool,
 }
-_MAX_MS: Final = 253_402_300_799_000  # the last second that a datetime has
+#: The last second that a datetime has, in ms since the epoch.
+LAST_MS: Final = 253_402_300_799_000
 
 
 def decode_flow_note(run_id: str, key: str, kind: str, data: bytes) -> Any:
@@ -77,7 +78,7 @@ def decode_flow_note(run_id: str, key: str, kind: str, data: bytes) -> Any:
         return data
     value = decode_json(data, _SHAPES[kind], name)
     time_ms = value if kind == "v" else value[1] if kind == "e" else 0
-    if not 0 <= time_ms <= _MAX_MS:
+    if not 0 <= time_ms <= LAST_MS:
         raise name.damaged("its time is not a date")
     return value
 

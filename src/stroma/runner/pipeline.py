@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, Literal, Protocol, TypedDict
 from pydantic import BaseModel
 
 from stroma._utils.text import did_you_mean
+from stroma.checkpoint.flow_notes import LAST_MS
 from stroma.checkpoint.queue import QueueEntry, RunLimits, ServedCode
 from stroma.contracts.contract import ContractRegistry, check_id
 from stroma.contracts.node import DepsT, FlowNode, Group, Node, find_node, marked_nodes, output_class
@@ -442,7 +443,7 @@ def to_ms(value: float | timedelta | datetime, now_ms: int, name: str) -> int:
     if isinstance(value, datetime):
         if value.tzinfo is None:
             raise ValueError(f"{name} must have a time zone, got {value!r}; use datetime.now(UTC) + ...")
-        return round(value.timestamp() * 1000)
+        return min(round(value.timestamp() * 1000), LAST_MS)
     seconds = value.total_seconds() if isinstance(value, timedelta) else value
     if not isinstance(seconds, (int, float)):
         raise TypeError(f"{name} must be seconds, a timedelta or a datetime, got {value!r}")
@@ -460,9 +461,8 @@ def queue_entry(options: SubmitOptions, now_ms: int) -> QueueEntry:
         raise ValueError(
             f"priority must be a whole number from -{_MAX_PRIORITY} to {_MAX_PRIORITY}, got {priority!r}"
         )
-    return QueueEntry(
-        to_ms(0 if delay is None else delay, now_ms, "delay"),
-        priority,
-        None if key is None else check_label(key, "key"),
-        None if expires is None else to_ms(expires, now_ms, "expires"),
-    )
+    due_ms = to_ms(0 if delay is None else delay, now_ms, "delay")
+    expires_ms = None if expires is None else to_ms(expires, now_ms, "expires")
+    if expires_ms is not None and delay is not None and expires_ms < due_ms:
+        raise ValueError(f"expires must not be before delay, or the run can never start, got {expires!r}")
+    return QueueEntry(due_ms, priority, None if key is None else check_label(key, "key"), expires_ms)

@@ -229,7 +229,13 @@ class StoredRuns:
 
     async def get(self, run_id: str) -> RunRecord:
         """Return a run. Raises CheckpointNotFound."""
-        record: RunRecord | None = await asyncio.to_thread(self.journal("get_run").get_run, run_id)
+        store = self.journal("get_run")
+
+        def read() -> RunRecord | None:  # The first run creates a store.
+            record: RunRecord | None = store.get_run(run_id) if store.exists() else None
+            return record
+
+        record = await asyncio.to_thread(read)
         if record is None:
             raise no_run(run_id)
         return record
