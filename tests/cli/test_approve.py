@@ -109,7 +109,7 @@ def test_answers_that_do_not_fit(desk, inside, fails):
     """An answer that is no JSON, or not what the node asks for, is a usage error; the run waits on."""
     inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
     desk.file("answer.json", '{"approved": 3}')
-    fits = """stroma approve x desk.py:pipeline '{"approved": false}'"""
+    fits = """for example: '{"approved": false}'"""
     for answer, words in {
         '{"approved": "perhaps"}': ["ANSWER does not fit", "node 'ask'", "approved: Input should be", fits],
         "{}": ["approved: Field required", fits],

@@ -33,9 +33,8 @@ def test_a_submitted_run_is_driven(stroma, inside, fails, golden):
     fails(inside("submit", "sums.py:pipeline", '{"start": "x"}', *DB), 2, "start")
 
 
-def test_a_wrong_input_names_the_same_command(stroma, inside, fails):
-    """Input that does not fit is answered with the same command and options, with an input that fits; a key
-    that the class does not have is not in it, and a password is not."""
+def test_a_wrong_input_gets_an_example(stroma, inside, fails):
+    """Input that does not fit is answered with an argument that fits, which repeats nothing of it."""
     stroma.file(
         "orders.py",
         """
@@ -57,13 +56,8 @@ def test_a_wrong_input_names_the_same_command(stroma, inside, fails):
     done = inside("submit", "orders.py:order", wrong, "--priority", "2", *DB)
     fails(done, 2, "INPUT does not fit the input of the flow, 'order'")
     hint = done.err.split("for example: ")[1].strip()
-    assert hint.startswith("""stroma submit orders.py:order '{"customer": """), hint
-    assert hint.endswith("--priority 2 --db runs.db")
     assert "custmer" not in hint
-    assert inside(*shlex.split(hint)[1:]).code == 0
-    done = inside("submit", "orders.py:order", "--db", "postgresql://me:secret@host/db")
-    fails(done, 2, "for example: stroma submit orders.py:order '{", "(with the same --db)")
-    assert "secret" not in done.err
+    assert inside("submit", "orders.py:order", *shlex.split(hint), *DB).code == 0
 
 
 def test_queued_runs_are_listed(stroma, inside):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-import click
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.records import RunRecord
-from stroma.cli.errors import WORDS, Code, Problem, command_line, describe_error
-from stroma.cli.stores import Database, mask_passwords
+from stroma.cli.errors import Code, Problem, describe_error
+from stroma.cli.stores import Database
 from stroma.contracts.examples import NoExampleError, example_for
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import schema_of
@@ -75,7 +75,7 @@ def parse_input(pipeline: Pipeline, argument: str | None) -> BaseModel:
             if node_id:
                 kind = "input of the flow" if _is_flow(pipeline) else "contract of the first node"
                 what = f"{source} does not fit the {kind}, {node_id!r}"
-            raise _misfit(error, contract, what, argument) from None
+            raise _misfit(error, contract, what) from None
     return _validate(model, text)
 
 
@@ -88,7 +88,7 @@ def parse_as(model: type[BaseModel], argument: str, called: str, requirement: st
     try:
         return _validate(model, text)
     except Exception as error:
-        raise _misfit(error, model, f"{source} does not fit {requirement}", argument) from None
+        raise _misfit(error, model, f"{source} does not fit {requirement}") from None
 
 
 def find_call(pipeline: Pipeline, target: str, node_id: str) -> tuple[int, str | None]:
@@ -204,10 +204,9 @@ def _not_json(
     return Problem(f"{source} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})", *more)
 
 
-def _misfit(error: Exception, model: type[BaseModel], what: str, argument: str | None) -> Problem:
+def _misfit(error: Exception, model: type[BaseModel], what: str) -> Problem:
     lines = _errors(error)
-    hint = _example_hint(model, argument)
-    return Problem(f"{what} ({pluralize(len(lines), 'error')})", *lines, *hint)
+    return Problem(f"{what} ({pluralize(len(lines), 'error')})", *lines, *_example_hint(model))
 
 
 def _errors(error: Exception) -> list[str]:
@@ -223,34 +222,13 @@ def _error_line(path: str, message: str) -> str:
     return clean(f"{path}: {message}" if path else message)
 
 
-def _example_hint(model: type[BaseModel], argument: str | None) -> list[str]:
-    """Return the line with the same command and an argument that fits; [] if none is known."""
+def _example_hint(model: type[BaseModel]) -> list[str]:
+    """Return the line with an argument that fits; [] if none is known."""
     try:
         fits = clean(json.dumps(example_for(model), ensure_ascii=False), 400)
     except NoExampleError:
         return []
-    return [f"for example: {_corrected_command(argument, fits)}"]
-
-
-def _corrected_command(argument: str | None, fits: str) -> str:
-    """Return the current command line with ``fits`` in place of an argument, None: added at its end.
-
-    A --db with a password is omitted.
-    """
-    context = click.get_current_context()
-    address = context.params.get("db")
-    words: list[str] = list(context.meta[WORDS])
-    note = ""
-    if address and mask_passwords(address) != address:
-        shown = [word for word in words if word not in ("--db", address, f"--db={address}")]
-        note = "  (with the same --db)" if shown != words else ""
-        words = shown
-    if argument is None:
-        words.append(fits)
-    else:
-        at = max(i for i, word in enumerate(words) if word == argument or word.endswith(f"={argument}"))
-        words[at] = words[at].removesuffix(argument) + fits
-    return command_line(words) + note
+    return [f"for example: {shlex.quote(fits)}"]
 
 
 def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> BaseModel:
