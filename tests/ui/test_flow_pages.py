@@ -28,7 +28,7 @@ async def letter(flow: Flow, state: Num) -> Num:
 
 def test_the_page_of_a_flow(store: SQLiteStore, serve: Any) -> None:
     """The steps of a flow are shown at once, repeated calls on a click, its waits as what they are, and no
-    failure as cause.
+    failure as cause. Before the name of a call is its number alone.
 
     A flow that has not ended has the name of its pipeline.
     """
@@ -36,15 +36,15 @@ def test_the_page_of_a_flow(store: SQLiteStore, serve: Any) -> None:
     asyncio.run(runner.run(letter, Num()))
     site: Site = serve(store)
     page = site.get("/run", id="r").text
-    names = re.findall(r'<span class="dim mono">[^<]*</span> ([^<]*)</span><svg', page)
-    assert [name.partition(" until")[0] for name in names] == [
-        "letter",
-        "judge x3",
-        "judge",
-        "judge",
-        "judge",
-        "sleep",
-        "question: Send &lt;it&gt;?",
+    lines = re.findall(r'<span class="dim mono">([^<]*)</span> ([^<]*)</span><svg', page)
+    assert [(place, name.partition(" until")[0]) for place, name in lines] == [
+        ("0", "letter"),
+        ("#0", "judge x3"),
+        ("#0", "judge"),
+        ("#1", "judge"),
+        ("#2", "judge"),
+        ("#0", "sleep"),
+        ("#3", "question: Send &lt;it&gt;?"),
     ]
     assert page.count('<details open><summary class="row">') == 1  # The flow.
     assert page.count('<details><summary class="row">') == 1  # The loop.

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import unquote
 
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_duration, pluralize
@@ -27,6 +28,7 @@ from stroma.trace.outline import (
     count_states,
     fold,
     outline,
+    parse_call,
 )
 from stroma.trace.story import FAILED, Bar, InProgress, waits
 
@@ -445,10 +447,12 @@ def _why_waited(took_ms: float, failed: Bar | None) -> str:
 
 
 def _short_place(at: str) -> str:
-    """Return a place without the checksums behind "@", which tell a reader nothing."""
-    if "@" not in at:
-        return at
-    return ".".join(part.partition("@")[0] for part in at.split("."))
+    """Return a place as it is beside the name of its node: of a call in a flow the number, or the key."""
+    call = parse_call(at.rpartition(".")[2])
+    if call is not None:
+        return f"#{call.number}"
+    # Checksums of inputs tell a reader nothing.
+    return unquote(".".join(part.partition("@")[0] for part in at.split(".")))
 
 
 def _figures(entry: OutlineEntry, calls: Sequence[OutlineEntry]) -> str:
