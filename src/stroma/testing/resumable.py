@@ -156,6 +156,12 @@ async def _undisturbed_twice(trial: Trial, ignored: tuple[str, ...]) -> ProcessR
             f"two undisturbed runs differ{where}: {differs}; give the nodes the same responses each time "
             "(a recording, a seed), keep nothing outside of states, or pass what may differ as ignore="
         )
+    effects = _describe_changes(changes(first.effects, again.effects), ())
+    if effects:
+        raise AssertionError(
+            f"two undisturbed runs have different effects: {effects}; return nothing from effects= that is "
+            "new in each run, such as an idempotency key"
+        )
     return first
 
 
@@ -204,9 +210,7 @@ async def _try(
 
 
 def _differences(a: ProcessRecord, b: ProcessRecord, ignore: tuple[str, ...]) -> str:
-    difference = _describe_changes(changes(a.state, b.state), ignore) or _describe_changes(
-        changes(a.effects, b.effects), ()
-    )
+    difference = _describe_changes(changes(a.state, b.state), ignore)
     if difference:
         return difference
     steps = [
