@@ -234,6 +234,7 @@ async def test_repairs_are_no_retries() -> None:
     assert (result.status, len(called)) == (RunStatus.PARTIAL, 3)
 
 
+@pytest.mark.core
 async def test_only_a_nodes_own_output_is_mended() -> None:
     """A broken input, and a violation of a run inside the node, are not what was granted."""
     called: list[str] = []

@@ -270,23 +270,6 @@ async def test_a_stopped_run_is_recorded_as_interrupted(tmp_path: Path, error: t
     assert (result.status, result.final_state, calls) == (RunStatus.RESUMED, Num(n=11), ["a", "b", "b"])
 
 
-async def test_a_cancelled_run_is_recorded_as_cancelled(tmp_path: Path) -> None:
-    """The cancellation of the run's own task passes through; the journal says CANCELLED."""
-    store = SQLiteStore(tmp_path / "runs.db")
-    waiting = asyncio.Event()
-
-    async def wait(state: Num) -> Any:
-        waiting.set()
-        await asyncio.Event().wait()
-
-    run = asyncio.create_task(quick(store=store, run_id="r").run([node("a", wait)], Num()))
-    await waiting.wait()
-    run.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await run
-    assert [entry.status for entry in store.list_runs()] == ["CANCELLED"]
-
-
 store = store_fixture(*IN_PROCESS)
 
 
@@ -326,23 +309,6 @@ async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
     result = await quick_without_retries(store=store, run_id="o").run(nodes, Num(), resume=True)
     assert result.status is RunStatus.RESUMED, result.failure
     assert [e.node_id for e in result.trace] == ["b"]
-
-
-async def test_a_cancelled_run_raises_cancelled_error(store: Any) -> None:
-    """Cancelling a run raises CancelledError, also if its on_run_end hook is not async."""
-    inside = asyncio.Event()
-
-    async def a(state: Num) -> Any:
-        inside.set()
-        await forever()
-
-    runner = quick_without_retries(store=store, hooks=NodeHooks(on_run_end=lambda *_: None))
-    task = asyncio.create_task(runner.run([node("a", a)], Num()))
-    await inside.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert task.cancelled()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)

@@ -393,6 +393,7 @@ async def test_the_nearer_of_two_limits(
         )
 
 
+@pytest.mark.core
 async def test_the_timeout_of_a_group_is_its_own(clock: FakeClock) -> None:
     """It bounds the whole group, waits and hooks of its children included, a deadline only its children."""
     nodes = [parallel(taking(clock, "a", 400), forever("x"), max_concurrency=1)]
@@ -467,6 +468,7 @@ async def test_what_was_used_before_a_resume_counts(clock: FakeClock) -> None:
     assert result.failure.reason == "budget"
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("outer", [None, 10_000])
 async def test_the_deadline_of_a_run_inside_a_node_is_not_the_runs(
     outer: int | None, clock: FakeClock

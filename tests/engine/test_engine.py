@@ -625,48 +625,6 @@ async def test_contract_retries_grant_attempts() -> None:
 # ---------------------------------------------------------------------- timeouts
 
 
-async def test_a_timeout_names_node_and_limit() -> None:
-    """node_timeouts bound the function and raise TimeoutError whose message says which node and how long."""
-    ended: list[str] = []
-
-    async def func(state: Num) -> Any:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append("cleaned up")
-
-    result = await quick(node_timeouts={"slow": 20}, policy_map=fast(recoverable=1)).run(
-        [node("slow", func)], Num()
-    )
-    assert result.status is RunStatus.PARTIAL
-    assert type(result.failure.exception) is TimeoutError
-    assert "'slow'" in result.failure.message
-    assert "20 ms" in result.failure.message
-    assert "raise node_timeouts['slow']" in result.failure.message
-    assert [e.failure for e in result.trace] == [R, R]
-    assert ended == ["cleaned up"] * 2
-    assert all(event.duration_ms >= 15 for event in result.trace)
-
-
-async def test_a_timeout_of_a_sync_node_abandons_its_thread() -> None:
-    """A timeout abandons the thread of a sync node; what it returns later is ignored."""
-    release = threading.Event()
-    over = threading.Event()
-
-    def func(state: Num) -> Any:
-        release.wait(20)
-        over.set()
-        return {"n": 1}
-
-    zero = fast(recoverable=0)
-    result = await quick(node_timeouts={"slow": 20}, policy_map=zero).run([node("slow", func)], Num())
-    assert result.status is RunStatus.PARTIAL
-    assert isinstance(result.failure.exception, TimeoutError)
-    release.set()
-    assert await asyncio.to_thread(over.wait, 10)
-    assert len(result.trace) == 1
-
-
 def test_an_abandoned_thread_does_not_hold_up_the_loop() -> None:
     """The end of the event loop does not wait for the thread of a sync node that timed out."""
     release = threading.Event()

@@ -1,6 +1,5 @@
 """Runs inside of nodes: their errors and deadlines, as the outer run sees them."""
 
-import asyncio
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     BudgetExceeded,
-    ContractViolation,
     CorruptCheckpoint,
     ExecutionBudget,
     FailureClass,
@@ -42,41 +40,6 @@ async def test_errors_of_a_nested_run_are_failures_of_the_node(
     result = await quick().run([node("a", failing_with(kind, "of another run"))], Num())
     assert (result.status, len(result.trace)) == (status, attempts)
     assert type(result.failure.exception) is kind
-
-
-@pytest.mark.core
-async def test_a_store_error_of_the_nodes_own_is_retried() -> None:
-    """A node that fails because of a store of its own is tried again as for any other error."""
-    calls: list[int] = []
-
-    async def func(state: Num) -> Any:
-        calls.append(1)
-        if len(calls) < 3:
-            raise StoreError("my own store is away")
-        return {"n": 1}
-
-    result = await quick().run([node("a", func)], Num())
-    assert (result.status, len(calls)) == (RunStatus.COMPLETED, 3)
-
-
-@pytest.mark.core
-async def test_the_deadline_of_a_nested_run_is_not_that_of_the_outer_one() -> None:
-    """A node whose own run went over its latency budget has failed, and is tried again."""
-    calls: list[int] = []
-
-    async def slow(state: Num) -> Any:
-        calls.append(1)
-        await asyncio.sleep(1 if len(calls) == 1 else 0)
-        return {"n": 1}
-
-    async def outer(state: Num) -> Any:
-        inner = quick(budget=ExecutionBudget(max_latency_ms=30 if not calls else 10_000))
-        result = await inner.run([node("slow", slow)], Num())
-        result.raise_for_status()
-        return {"n": 2}
-
-    result = await quick().run([node("outer", outer)], Num())
-    assert (result.status, result.final_state, len(calls)) == (RunStatus.COMPLETED, Num(n=2), 2)
 
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
@@ -148,17 +111,4 @@ async def test_errors_of_a_run_within_a_node_are_failures_like_any_other(
     calls.clear()
     recover_at[0] = 99
     result = await runner.with_classifiers([lambda exc, _: T]).run(nodes, Num())
-    assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
-
-
-@pytest.mark.core
-async def test_a_violation_inside_a_node_is_not_repaired() -> None:
-    """contract_retries is about a node's own output, not about a violation in a run that the node made."""
-    calls: list[int] = []
-
-    async def func(state: Num) -> Any:
-        calls.append(1)
-        raise ContractViolation("inside", "output", {}, [])
-
-    result = await quick(contract_retries={"a": 3}).run([node("a", func)], Num())
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)

@@ -426,6 +426,7 @@ def _grow(tree: Any, name: str, width: int | None) -> Any:
     return node(name, func, Num, create_model("Out", **fields))
 
 
+@pytest.mark.core
 @examples(120)
 @given(tree=groups, width=st.sampled_from([None, 1, 2]))
 def test_outputs_merge_in_argument_order(tree: Any, width: int | None) -> None:

@@ -992,9 +992,9 @@ async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
 
 @pytest.mark.core
 async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest.LogCaptureFixture) -> None:
-    """A cancelled run raises CancelledError also if its on_node_cancelled isn't async; the log says why."""
+    """A cancelled run raises CancelledError also if the hooks of its end are not async; the log says why."""
     waits, started = waiting()
-    wrong = NodeHooks(on_node_cancelled=lambda *_: None)
+    wrong = NodeHooks(on_node_cancelled=lambda *_: None, on_run_end=lambda *_: None)
     task = asyncio.create_task(quick(wrong, seen).run([waits], State()))
     await cancelled_after(task, started)
     seen.assert_paired()

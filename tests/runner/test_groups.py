@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import itertools
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -109,28 +108,6 @@ class Log:
 
 
 # ---------------------------------------------------------------------- merging
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-async def test_outputs_merge_in_argument_order(order: tuple[int, ...]) -> None:
-    """Outputs merge in argument order, later wins, whichever child ends first."""
-    gates = [asyncio.Event() for _ in range(3)]
-
-    def child(i: int) -> Any:
-        async def func(state: Num) -> Any:
-            await gates[i].wait()
-            following = order.index(i) + 1
-            if following < 3:
-                gates[order[following]].set()
-            return {"shared": i, f"own{i}": i}
-
-        return bare(f"c{i}", func)
-
-    gates[order[0]].set()
-    result = await quick().run([parallel(child(0), child(1), child(2))], Num())
-    assert result.status is RunStatus.COMPLETED, result.failure
-    assert result.final_state.model_dump() == {"shared": 2, "own0": 0, "own1": 1, "own2": 2}
 
 
 async def test_the_merged_state_is_a_model_for_the_next_node() -> None:
@@ -349,58 +326,6 @@ async def test_a_retried_group_runs_only_what_is_not_committed(store: Any) -> No
     assert [c.node_id for c in last.children] == ["flaky"]
 
 
-async def test_retried_children_begin_anew() -> None:
-    """In a further attempt of its group a child that had used up its retries has them again."""
-    calls: list[int] = []
-
-    async def flaky(state: Num) -> Any:
-        calls.append(1)
-        if len(calls) < 4:
-            raise TimeoutError
-        return {"n": 1}
-
-    group = parallel(bare("flaky", flaky))
-    one = {R: FailurePolicy(max_retries=1, backoff_seconds=0)}
-    result = await quick(policy_map=one, node_policies={group.node_id: one}).run([group], Num())
-    assert result.status is RunStatus.COMPLETED
-    assert len(calls) == 4
-
-
-@pytest.mark.core
-async def test_a_timeout_under_the_groups_id_bounds_it_all() -> None:
-    """A node timeout under the group's id bounds the whole group, cancels its children and names it."""
-    ended: list[str] = []
-
-    async def hangs(state: Num) -> Any:
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append("hangs")
-
-    group = parallel(bare("hangs", hangs), bare("good", giving({"g": 1})))
-    result = await quick(node_timeouts={group.node_id: 30}).run([group], Num())
-    assert result.status is RunStatus.PARTIAL
-    assert isinstance(result.failure.exception, TimeoutError)
-    assert "'parallel(hangs, good)'" in result.failure.message
-    assert "30 ms" in result.failure.message
-    assert result.failure.failure_class is R
-    assert ended == ["hangs"]
-    (event,) = result.trace
-    assert {(c.node_id, c.outcome) for c in event.children} == {("hangs", "cancelled"), ("good", "success")}
-
-
-async def test_a_childs_own_timeout_is_its_own() -> None:
-    """node_timeouts under a child's id bound that child in each of its attempts."""
-
-    async def hangs(state: Num) -> Any:
-        await asyncio.Event().wait()
-
-    result = await quick(node_timeouts={"hangs": 10}).run([parallel(bare("hangs", hangs))], Num())
-    assert "'hangs'" in result.failure.message
-    (event,) = result.trace
-    assert [(c.attempt, c.failure) for c in event.children] == [(1, R), (2, R)]
-
-
 async def test_cancelling_a_group_awaits_its_children() -> None:
     """Cancelling the run in a group ends every child; no task is left and no coroutine is never awaited."""
     for at in range(14):
@@ -477,23 +402,6 @@ async def test_a_limit_is_not_overshot_by_retries_in_a_group() -> None:
     runner = quick(budget=ExecutionBudget(max_tokens_total=10), hooks=NodeHooks(on_node_failure=failure))
     result = await runner.run([parallel(bare("fails", fails), bare("dear", dear))], Num())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
-
-
-@pytest.mark.core
-async def test_latency_of_a_group_is_its_own_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group's latency is its own wall time, not the sum of its children's."""
-
-    async def sleeps(state: Num) -> Any:
-        await asyncio.sleep(0.06)
-        return {"n": 1}
-
-    group = parallel(*[bare(f"c{i}", sleeps) for i in range(10)])
-    runner = quick(budget=ExecutionBudget(max_latency_ms=300))
-    result = await runner.run([group], Num())
-    assert result.status is RunStatus.COMPLETED, result.failure
-    (event,) = result.trace
-    assert 50 <= event.duration_ms < 300
-    assert all(child.duration_ms >= 50 for child in event.children)
 
 
 async def test_the_fallback_signal_reaches_children() -> None:
