@@ -183,7 +183,7 @@ def test_another_store_in_the_file_is_named(stroma, inside, store, warned):
 
 def test_the_default_store_beside_that_of_the_file_is_refused(stroma, inside, fails):
     """Without --db and STROMA_DB, `submit` and `worker` refuse FILE whose runner has a store: the run would
-    be in one store and the worker at another. The message has the command with that store."""
+    be in one store and the worker at another. The message has the option for that store."""
     stroma.file(
         "own.py",
         """
@@ -196,7 +196,6 @@ def test_the_default_store_beside_that_of_the_file_is_refused(stroma, inside, fa
     for words in (["submit", "own.py:pipeline", GOOD], ["worker", "own.py:pipeline"]):
         done = inside(*words)
         fails(done, 2, "'runner' in own.py has the store sqlite:", "runs.db by default")
-        hint = done.err.split("pass the store: ")[1]
-        assert shlex.split(hint) == ["stroma", words[0], "--db", own, *words[1:]]
+        assert shlex.split(done.err.split("pass the store: ")[1]) == ["--db", own]
     assert inside("submit", "own.py:pipeline", GOOD, env={"STROMA_DB": own}).code == 0
     assert inside("run", "own.py:pipeline", GOOD, "-q").code == 0

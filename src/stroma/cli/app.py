@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import click
 
-from stroma.cli.errors import WORDS, Code, Problem, is_debugging
+from stroma.cli.errors import Code, Problem, is_debugging
 from stroma.cli.output import OutputError, err, out
 
 #: Help line of each command, so that the help imports none of them.
@@ -81,7 +81,6 @@ class _Lazy(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
-        ctx.meta[WORDS] = tuple(args)
         if name not in _COMMANDS and not name.startswith("-"):
             near = difflib.get_close_matches(name, _COMMANDS, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; the commands are: {', '.join(_COMMANDS)}"

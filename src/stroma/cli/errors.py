@@ -6,15 +6,12 @@ import os
 import shlex
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import IO, Any, Final
+from typing import IO, Any
 
 import click
 
 from stroma._utils.text import clean, one_line
 from stroma.cli.output import err
-
-#: Key of the words of the command line in the metadata of click's context.
-WORDS: Final = "stroma.words"
 
 
 class Code(IntEnum):
@@ -56,14 +53,9 @@ def command(name: str, *arguments: str, options: Sequence[str] = ()) -> str:
     parts = [name, *arguments, *options]
     if any(word.startswith("-") and word != "-" for word in arguments):
         parts = [name, *options, "--", *arguments]
-    return command_line(parts)
-
-
-def command_line(words: Sequence[str]) -> str:
-    """Return a stroma command line of these words, quoted for a shell."""
     context = click.get_current_context(silent=True)
     program = context.find_root().info_name if context is not None else None
-    return " ".join([program or "stroma", *map(_quote, words)])
+    return " ".join([program or "stroma", *map(_quote, parts)])
 
 
 def _quote(word: str) -> str:

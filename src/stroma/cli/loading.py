@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,10 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
-import click
-
 from stroma._utils.text import clean
-from stroma.cli.errors import WORDS, Code, Problem, command_line, describe_error, last_frame
+from stroma.cli.errors import Code, Problem, command, describe_error, last_frame
 from stroma.cli.output import err
 from stroma.cli.stores import Database
 from stroma.contracts.node import Group, find_node
@@ -76,10 +75,8 @@ def _report_other_stores(
             continue
         what = f"{name!r} in {loaded.place} has the store {other}, and this command uses {database.name}"
         if refuse_default and database.is_default:
-            command, *words = click.get_current_context().meta[WORDS]
             address = other.removeprefix("sqlite:").partition("#")[0]
-            line = command_line([command, "--db", address, *words])
-            raise Problem(f"{what} by default", f"pass the store: {line}")
+            raise Problem(f"{what} by default", f"pass the store: --db {shlex.quote(address)}")
         if not quiet:
             err.line(("warning: ", "yellow"), f"{what}; to use that one, pass --db")
 
@@ -91,7 +88,7 @@ def load_served(target: str, database: Database, **options: bool) -> Pipeline:
     if isinstance(first, Group):
         raise Problem(
             f"{target} starts with {first.node_id!r}, a group: the class of its input is not known later",
-            f"start it with a node; `{command_line(['run', target])}` runs it as it is",
+            f"start it with a node; `{command('run', target)}` runs it as it is",
         )
     return pipeline
 
