@@ -10,9 +10,6 @@ from tests.cli.test_operations import GOOD, at_work
 from tests.store_suite.journal import begin
 
 from stroma import SQLiteStore
-from stroma.checkpoint.entries import UnknownCall, Waiting
-from stroma.cli.stores import Database
-from stroma.cli.suspended import waiting_hints
 from stroma.runner import stored_runs
 
 WAITS = """
@@ -168,12 +165,3 @@ def test_stopped_runs_are_handed_to_workers(stroma, inside, fails, ran):
     worker.communicate(timeout=30)
     assert ended == {"f", "p", "c"}
     fails(inside("resume", "f"), 2, "has ended: it is ", "stroma show f")
-
-
-def test_what_continues_a_run_with_an_unknown_effect():
-    """The first command for a run that waits for the outcome of an effect asks its reconcile again."""
-    question = Waiting(1, "", "charge", "effect", "shop:Receipt", effect=UnknownCall("key", 1, "no answer"))
-    lines = waiting_hints(Database.from_option("x.db"), "r", "shop.py:p", None, [question], "effect")
-    resume = "stroma resume r shop.py:p --db x.db"
-    assert lines[0] == f"call its reconcile again, if it has one: {resume}"
-    assert [line.split()[0] for line in lines[1:]] == ["answer:", "answer:"]

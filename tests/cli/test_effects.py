@@ -71,6 +71,8 @@ def test_an_effect_that_happened(shop, inside, fails):
     assert done.code == 7
     line = f"effect: nobody knows if call 1 happened (TimeoutError: no answer); its idempotency key is {KEY}"
     assert f"node 'charge' (at 0): {line}  (asks for Receipt)\n" in done.err
+    reconcile = "  call its reconcile again, if it has one: stroma resume x shop.py:pipeline\n  answer: "
+    assert done.err.count(reconcile) == 1
     first, second = re.findall(r"  answer: stroma (approve .*)\n", done.err)
     assert second == "approve x shop.py:pipeline --question 0:1 --not-done"
     fails(

@@ -44,7 +44,9 @@ def test_a_message_continues_a_run(chat: Any, inside: Any) -> None:
     assert "the message to run c is stored" in done.err
     assert "or continue it here: stroma resume c chat.py:chat" in done.err
     assert inside("resume", "c", "chat.py:chat").code == 7
-    assert "waiting for a message on 'more'" in inside("show", "c").out
+    shown = inside("show", "c")
+    assert "waiting for a message on 'more'" in shown.out
+    assert "send a message: stroma send c MESSAGE --topic more" in shown.err
     tree = inside("show", "c", "--tree").out
     assert "received" in tree
     assert "receiving" in tree
@@ -55,6 +57,24 @@ def test_a_message_continues_a_run(chat: Any, inside: Any) -> None:
         assert data == {"schema": "stroma.send/1", "run_id": "c", "topic": "more", "status": "SUSPENDED"}
     done = inside("resume", "c", "chat.py:chat")
     assert (done.code, json.loads(done.out)) == (0, {"text": "a b c"})
+
+
+def test_a_message_that_nothing_waits_for(chat: Any, inside: Any) -> None:
+    """A message that no flow.receive waits for is stored; the hints name what the run waits for instead."""
+    done = inside("send", "c", '{"text": "c"}', "--topic", "more")
+    assert done.code == 0
+    assert (
+        "no flow.receive of the run waits for a message on 'more': it is waiting for a message\n" in done.err
+    )
+    assert done.err.endswith("send a message: stroma send c MESSAGE\n")
+    (chat.home / "ask.py").write_text(
+        CHAT.replace("flow.receive(Say)", "flow.wait_for(Say, reason='well?')").partition("    more")[0]
+        + "    return said\n"
+    )
+    assert inside("run", "ask.py:chat", "{}", "--run-id", "q").code == 7
+    done = inside("send", "q", '{"text": "c"}')
+    assert "waits for a message: it is waiting for an answer: well?\n" in done.err
+    assert "answer: stroma approve q ask.py:chat '{}' --question " in done.err
 
 
 def test_a_message_that_cannot_be_sent(chat: Any, inside: Any, fails: Any) -> None:

@@ -24,7 +24,7 @@ from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
 from stroma.cost.usage import NO_MODEL
 from stroma.failures.classes import FailureClass, describe_class
-from stroma.failures.errors import BUDGET, PAUSED, SharedBudgetExceeded
+from stroma.failures.errors import SharedBudgetExceeded
 from stroma.failures.failure import Failure
 from stroma.trace.events import place_text
 from stroma.trace.plain import jsonable
@@ -198,11 +198,9 @@ class RunReport:
 
     @property
     def waits_for(self) -> Literal["resume", "budget"] | None:
-        """The need of a suspended run that no answer continues, as RunRecord.waits_for."""
-        if not self.is_suspended or self.result.questions or len(self.result.suspended) != 1:
-            return None
-        reason = self.result.suspended[0]
-        return "resume" if reason == PAUSED else "budget" if reason == BUDGET else None
+        """The need of a run in a durable store that no answer continues."""
+        record = self.db.get_run(self.result.run_id)
+        return None if record is None else record.waits_for
 
     @property
     def is_asleep(self) -> bool:
@@ -221,10 +219,9 @@ class RunReport:
             err.fitted(f"  {node_text(one)}: {clean(one.text, 1000)}  (asks for {answer_type(one)})")
         for reason in reasons if not waiting and len(reasons) > 1 else ():
             err.line(f"  {clean(reason, 1000)}")
-        if self.db.is_durable:
-            questions = {one.reason for one in self.result.questions}
-            why = "; ".join(one for one in reasons if one not in questions)
-            for line in waiting_hints(self.db, run_id, self.target, self.waits_for, waiting, why):
+        record = self.db.get_run(run_id)
+        if record is not None:
+            for line in waiting_hints(self.db, record, self.target, waiting):
                 err.line(f"  {line}")
 
     def _print_notes(self) -> None:

@@ -10,10 +10,13 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 
 from stroma.checkpoint.entries import WITHDRAWN, Waiting
+from stroma.checkpoint.history import History
 from stroma.checkpoint.manager import resolve_schema
+from stroma.checkpoint.records import RunRecord
 from stroma.cli.formatting import id_word
 from stroma.cli.stores import Database
 from stroma.contracts.examples import NoExampleError, example_of
+from stroma.trace.story import awaited_topics
 
 #: Goes before the command that resumes a run that would fail again.
 FIX_THEN_RESUME: Final = "a retry will not help: fix the cause, then resume with"
@@ -62,30 +65,25 @@ def held_hints(db: Database, run_id: str, waits_for: Literal["resume", "budget"]
     return [f"raise the budget: {raised}  (or --tokens, --latency-ms)"]
 
 
-def message_hint(db: Database, run_id: str, reason: str) -> list[str]:
-    """Return the command that sends a message to a run suspended for ``reason``, if it waits for one."""
-    if not any(one.startswith("waiting for a message") for one in reason.split("; ")):
-        return []
-    return [f"send a message: {db.hint('send', id_word(run_id), 'MESSAGE')}"]
+def topics_of(db: Database, record: RunRecord) -> list[str]:
+    """Return the topics of the messages that a run waits for."""
+    return awaited_topics(History(db.reader).flow_waits(record, ()))
 
 
-def waiting_hints(
-    db: Database,
-    run_id: str,
-    target: str,
-    waits_for: Literal["resume", "budget"] | None,
-    waiting: Sequence[Waiting],
-    reason: str,
-) -> list[str]:
+def waiting_hints(db: Database, record: RunRecord, target: str, waiting: Sequence[Waiting]) -> list[str]:
     """Return the commands that a suspended run waits for. ``waiting``: its open questions."""
-    if waits_for is not None:
-        return held_hints(db, run_id, waits_for)
-    answers = [f"answer: {line}" for line in approve_hint(db, run_id, target, waiting)]
+    run_id = record.run_id
+    if record.waits_for is not None:
+        return held_hints(db, run_id, record.waits_for)
+    hints = [f"answer: {line}" for line in approve_hint(db, run_id, target, waiting)]
     if any(one.effect is not None for one in waiting):
-        answers.insert(
+        hints.insert(
             0, f"call its reconcile again, if it has one: {db.hint('resume', id_word(run_id), target)}"
         )
-    return answers + message_hint(db, run_id, reason)
+    for topic in topics_of(db, record):
+        options = ("--topic", topic) if topic else ()
+        hints.append(f"send a message: {db.hint('send', id_word(run_id), 'MESSAGE', options=options)}")
+    return hints
 
 
 def _example_answer(one: Waiting) -> str:

@@ -142,6 +142,11 @@ class Story:
         return sum(bar.tokens for bar in lost), sum(bar.cost_usd for bar in lost)
 
 
+def awaited_topics(waits: Iterable[Bar]) -> list[str]:
+    """Return the topics of the messages that flows wait for, each once."""
+    return list(dict.fromkeys(bar.reason or "" for bar in waits if bar.outcome == "receiving"))
+
+
 _VIOLATION: Final = re.compile(r"(?:\w+: )?Contract violation for .*? \((?:input|output)\): (.*)", re.DOTALL)
 _FIELD: Final = re.compile(r"([\w$-]+(?:\.[\w$-]+)*): ")
 

@@ -28,7 +28,7 @@ from stroma.checkpoint.queue import QUEUED, ServedCode
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord, end_of_page
 from stroma.failures.tracebacks import FailureSite
 from stroma.trace.html import cause, document, rejected_output
-from stroma.trace.story import Story, fields_named
+from stroma.trace.story import Story, awaited_topics, fields_named
 from stroma.trace.timeline import Timeline, idle_ms, legend
 from stroma.ui.actions import can_fork, can_resume, controls_of, may_receive
 from stroma.ui.answers import AnswerForm
@@ -151,7 +151,7 @@ class RunPages:
             trace=trace_link(self._settings, run_id),
             queued=self._queued_runs(record) if record.status == QUEUED else 0,
             send_key=self._renderer.keys.form("send", run_id) if may_receive(record, attempts) else "",
-            topics=list(dict.fromkeys(bar.reason for bar in story.waits if bar.outcome == "receiving")),
+            topics=awaited_topics(story.waits),
         )
 
     @staticmethod
@@ -160,7 +160,7 @@ class RunPages:
 
         The form of an open question, or of a message, has what a run waits for.
         """
-        has_form = bool(waiting) or any(bar.outcome == "receiving" for bar in story.waits)
+        has_form = bool(waiting or awaited_topics(story.waits))
         answers = [fact for fact in story.facts if fact[0] == "answered"]
         hidden = answers[:-_MAX_ANSWERED]
         return [

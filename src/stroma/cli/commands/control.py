@@ -9,6 +9,7 @@ import click
 from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Finished
+from stroma.checkpoint.flow_notes import message_label
 from stroma.checkpoint.history import unanswered
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import QUEUED
@@ -19,7 +20,7 @@ from stroma.cli.formatting import id_word, localize
 from stroma.cli.inputs import parse_json
 from stroma.cli.output import emit, emit_fields, err
 from stroma.cli.stores import Database, db_option
-from stroma.cli.suspended import waiting_hints
+from stroma.cli.suspended import topics_of, waiting_hints
 from stroma.contracts.contract import ContractRegistry
 from stroma.runner.runner import StromaRunner
 from stroma.runner.stored_runs import request
@@ -36,10 +37,7 @@ def hand_to_workers(database: Database, record: RunRecord) -> None:
     if record.status == QUEUED:
         raise Problem(f"{run} is queued: a worker starts it", database.hint("worker", target))
     if record.status == "SUSPENDED" and record.waits_for != "resume":
-        open_questions = unanswered(store.waiting(record.run_id))
-        hints = waiting_hints(
-            database, record.run_id, target, record.waits_for, open_questions, record.error or ""
-        )
+        hints = waiting_hints(database, record, target, unanswered(store.waiting(record.run_id)))
         raise Problem(f"{run} is {clean(localize(record.wait_text or ''), 500)}", *hints, f"or {here}")
     if not database.run(_make_due(store, record.run_id)):
         record = database.get_run(record.run_id) or record
@@ -156,7 +154,15 @@ def send(run_: str, text: str, topic: str, message_id: str | None, as_json: bool
         return
     err.line(f"the message to run {clean(record.run_id)} is stored")
     if record.status == "SUSPENDED":
-        resume = database.hint("resume", id_word(record.run_id), database.target_of(record))
+        target = database.target_of(record)
+        resume = database.hint("resume", id_word(record.run_id), target)
+        if topic not in topics_of(database, record):
+            why = clean(localize(record.wait_text or ""), 500)
+            err.line(f"no flow.receive of the run waits for a {message_label(topic)}: it is {why}")
+            questions = unanswered(database.reader.waiting(record.run_id))
+            for line in waiting_hints(database, record, target, questions):
+                err.line(line)
+            return
         err.line(
             f"a worker that serves pipeline {clean(record.pipeline, 100)!r} continues the run; "
             f"or continue it here: {resume}"

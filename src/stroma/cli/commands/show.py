@@ -351,8 +351,7 @@ def _print_next_steps(
         _print_hint(f"or start it here: {database.hint('drive', name, target)}", place)
         err.line(f"or cancel it: {database.hint('cancel', name)}")
         return
-    reason = record.error or "" if record.status == "SUSPENDED" else ""
-    for line in waiting_hints(database, record.run_id, target, record.waits_for, waiting, reason):
+    for line in waiting_hints(database, record, target, waiting):
         err.line(line)
     if is_plain_code:
         err.line(f"continue it with its program, under run_id={record.run_id!r} and resume=True")
