@@ -11,15 +11,23 @@ right. The model here is a function that loses its connection in its first attem
 import asyncio
 import os
 import sys
-from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from stroma import FailurePolicy, Flow, StromaRunner, current_node
+from stroma import (
+    CheckpointNotFound,
+    FailurePolicy,
+    Flow,
+    RequestRefused,
+    RunExists,
+    StoreError,
+    StromaRunner,
+    current_node,
+)
 from stroma.wire import SSE_HEADERS, sse
 
 
@@ -33,6 +41,10 @@ class Draft(BaseModel):
 
 class Decision(BaseModel):
     send: bool
+
+
+class Reply(Decision):
+    question: str
 
 
 class Answer(BaseModel):
@@ -84,7 +96,7 @@ PAGE = """<!doctype html><title>Chat</title>
   const put = async (path, data) => {
     const headers = { "Content-Type": "application/json" };
     const response = await fetch(path, { method: "PUT", headers, body: JSON.stringify(data) });
-    if (!response.ok) $("end").textContent = `Not accepted: ${response.status}`;
+    if (!response.ok) $("end").textContent = `Not accepted: ${(await response.json()).detail}`;
     return response.ok;
   };
   const follow = (run) => {
@@ -128,15 +140,25 @@ async def ask(request: Request) -> JSONResponse:
 
 
 async def decide(request: Request) -> JSONResponse:
-    answer: dict[str, Any] = await request.json()
-    run, question = request.path_params["run"], answer.pop("question")
-    await runner.signal(run, Decision(**answer), question=question)
+    reply = Reply.model_validate_json(await request.body())
+    await runner.signal(request.path_params["run"], Decision(send=reply.send), question=reply.question)
     return JSONResponse({}, 202)
 
 
 async def events(request: Request) -> Response:
-    stream = runner.follow(request.path_params["run"], after=request.headers.get("Last-Event-ID"))
+    run = request.path_params["run"]
+    await runner.handle(run).status()  # Raises for an unknown run, before the answer begins.
+    stream = runner.follow(run, after=request.headers.get("Last-Event-ID"))
     return StreamingResponse(sse(stream), headers=SSE_HEADERS)
+
+
+STATUS = {ValidationError: 422, CheckpointNotFound: 404, RequestRefused: 409, RunExists: 409, StoreError: 503}
+
+
+async def refuse(request: Request, error: Exception) -> JSONResponse:
+    """Say why a request is not accepted, and show no traceback."""
+    status = next(STATUS[kind] for kind in type(error).__mro__ if kind in STATUS)
+    return JSONResponse({"detail": str(error)}, status)
 
 
 app = Starlette(
@@ -145,7 +167,8 @@ app = Starlette(
         Route("/chats/{run}", ask, methods=["PUT"]),
         Route("/chats/{run}/decision", decide, methods=["PUT"]),
         Route("/chats/{run}/events", events),
-    ]
+    ],
+    exception_handlers=dict.fromkeys(STATUS, refuse),
 )
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -51,6 +53,23 @@ def documented_output(name: str) -> str:
 def test_an_example_prints_what_its_page_says(name: str, tmp_path: Path) -> None:
     """Word for word, but for times and chance."""
     assert steady(run(name, folder=tmp_path)) == steady(documented_output(name))
+
+
+def test_the_chat_says_why_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that the chat does not accept is answered with a status and a reason, not a traceback."""
+    monkeypatch.setenv("CHAT_DB", str(tmp_path / "chat.db"))
+    client = TestClient(runpy.run_path(str(EXAMPLES / "chat.py"))["app"])
+    reply = {"question": "0.!wait#0:1", "send": True}
+    assert client.put("/chats/r", json={"text": "why?"}).status_code == 202
+    for path, data, status, reason in (
+        ("/chats/r", {}, 422, "Field required"),
+        ("/chats/r", {"text": "how?"}, 409, "run 'r' already exists"),
+        ("/chats/r/decision", reply, 409, "has no question"),
+        ("/chats/x/decision", reply, 404, "no run 'x'"),
+    ):
+        answer = client.put(path, json=data)
+        assert (answer.status_code, reason in answer.json()["detail"]) == (status, True), answer.text
+    assert client.get("/chats/x/events").status_code == 404
 
 
 def test_every_example_is_listed() -> None:
