@@ -107,7 +107,7 @@ def test_a_worker_process(shell: Any) -> None:
         (shell.home / "go").touch()
         _, err = worker.communicate(timeout=30)
         assert worker.returncode == 0, err
-        assert "worker drained: after SIGTERM; continued runs 4 times" in err
+        assert re.search(r"worker drained: after SIGTERM; in \S+ s: 3 RESUMED, 1 SUSPENDED\n", err)
         assert "Traceback" not in err
     finally:
         worker.kill()
@@ -163,17 +163,18 @@ async def new(flow: Flow, state: Num) -> Num:
 @pytest.mark.parametrize(
     ("queued", "seconds", "text"),
     [
-        (3, 12.0, "3 runs queued, the oldest due for 12.0 s in"),
-        (1, 0.0, ", 1 run queued in"),
-        (0, 0.0, "continued runs 0 times in"),
-        (None, None, "continued runs 0 times in"),
+        (3, 12.0, "1 COMPLETED, 2 SUSPENDED, 3 runs queued, the oldest due for 12.0 s"),
+        (1, 0.0, "no run, 1 run queued"),
+        (0, 0.0, "no run"),
+        (None, None, "no run"),
     ],
 )
 def test_the_status_line_has_the_queue(queued: int | None, seconds: float | None, text: str) -> None:
-    """The status line of each minute says how many runs are queued and how long the oldest has been due."""
+    """The status line of each minute counts results by status, and queued runs with the oldest."""
     worker = LocalWorker([], Database("memory://", (), False, AsyncInMemoryStore()), 1, 1.0, 1.0, None, False)
     worker._health.queued, worker._health.oldest_due_seconds = queued, seconds
-    assert text in worker._progress(time.monotonic())
+    worker._outcomes.update({"SUSPENDED": 2, "COMPLETED": 1} if seconds else {})
+    assert re.fullmatch(rf"in \S+ m?s: {text}", worker._progress(time.monotonic()))
     worker._health.blocked = 2
     assert ", 2 runs blocked" in worker._progress(time.monotonic())
 

@@ -214,10 +214,8 @@ class LocalWorker:
     def _progress(self, started: float) -> str:
         counts = ", ".join(f"{number} {status}" for status, number in sorted(self._outcomes.items()))
         active = f", {self._health.active} in progress" if self._health.active else ""
-        total = pluralize(self._outcomes.total(), "time")
-        how = f" ({counts})" if counts else ""
         took = format_duration(time.monotonic() - started)
-        return f"continued runs {total}{how}{active}{self._queue()} in {took}"
+        return f"in {took}: {counts or 'no run'}{active}{self._queue()}"
 
     def _queue(self) -> str:
         queued, seconds = self._health.queued, self._health.oldest_due_seconds
