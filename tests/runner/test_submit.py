@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from stroma import (
     RunExists,
     RunStatus,
     SQLiteStore,
+    StoreError,
     StromaRunner,
     parallel,
     stroma_flow,
@@ -140,6 +142,31 @@ async def test_giving_up_a_wait_changes_nothing(store: Any) -> None:
     assert await handle.status() == "QUEUED"
     async with serving(store, pipeline):
         assert (await waits[1]).status is RunStatus.COMPLETED
+
+
+async def test_a_wait_that_begins_while_the_store_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failure of a query ends the waits that it was for. One that began meanwhile ends with its run."""
+    store, failing, fail = AsyncInMemoryStore(), asyncio.Event(), threading.Event()
+    pipeline, runner = Pipeline("p", [World().step("a")]), _runner(store)
+    first, second = [await runner.submit(pipeline, Num(), run_id=run_id) for run_id in ("first", "second")]
+    loop, statuses = asyncio.get_running_loop(), store.statuses
+
+    def fails(run_ids: Sequence[str]) -> dict[str, str]:
+        monkeypatch.setattr(store, "statuses", statuses)
+        loop.call_soon_threadsafe(failing.set)
+        fail.wait()
+        raise StoreError("the server was restarted")
+
+    monkeypatch.setattr(store, "statuses", fails)
+    waits = [asyncio.ensure_future(first.result(timeout=20))]
+    await failing.wait()
+    waits.append(asyncio.ensure_future(second.result(timeout=20)))
+    await asyncio.sleep(0)
+    fail.set()
+    with pytest.raises(StoreError, match="the server was restarted"):
+        await waits[0]
+    await runner.drive("second", pipelines=[pipeline])
+    assert (await waits[1]).status is RunStatus.COMPLETED
 
 
 async def test_submitting_again_restarts_nothing(store: Any) -> None:

@@ -64,9 +64,9 @@ class RunHandle(Generic[Out]):
     async def result(self, timeout: float | None = None) -> ExecutionResult[Out]:
         """Wait for the end of the run, over suspensions, and return its result, whatever the end is.
 
-        All waits of a runner share one query of the store, twice a second at most. Giving up a wait changes
-        nothing. ``timeout``: seconds. Raises TimeoutError, CheckpointNotFound, StoreError; PipelineChanged if
-        this code does not fit the run.
+        All waits of a runner share one query of the store, soon after a wait starts, and then twice a
+        second. Giving up a wait changes nothing. ``timeout``: seconds. Raises TimeoutError,
+        CheckpointNotFound, StoreError; PipelineChanged if this code does not fit the run.
         """
         scope = asyncio.timeout(timeout)
         try:
@@ -132,15 +132,15 @@ class EndWaits:
                 read = stored.journal("statuses").statuses
                 statuses: dict[str, str] = await asyncio.to_thread(read, run_ids)
             except Exception as error:
-                for run_id in run_ids:
+                for run_id in run_ids:  # Waits that began since are for the next query.
                     self._settle(run_id, error)
-                return
-            for run_id in run_ids:
-                status = statuses.get(run_id)
-                if status is None:
-                    self._settle(run_id, no_run(run_id))
-                elif status not in ("RUNNING", *UNFINISHED):
-                    self._settle(run_id, None)
+            else:
+                for run_id in run_ids:
+                    status = statuses.get(run_id)
+                    if status is None:
+                        self._settle(run_id, no_run(run_id))
+                    elif status not in ("RUNNING", *UNFINISHED):
+                        self._settle(run_id, None)
             await asyncio.sleep(self._delay)
             self._delay = min(2 * self._delay, _POLL_SECONDS[1])
 
