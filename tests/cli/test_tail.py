@@ -1,5 +1,6 @@
 """`stroma tail`: attempts of runs as they are recorded. Its lines are compared with golden/tail.txt."""
 
+import asyncio
 import functools
 import json
 import re
@@ -7,6 +8,9 @@ import subprocess
 
 import pytest
 from tests.cli.conftest import GOOD
+from tests.store_suite.journal import State, begin, commit, finish
+
+from stroma import SQLiteStore
 
 
 @pytest.fixture
@@ -77,6 +81,23 @@ def test_all_runs(stroma):
     watch.send_signal(subprocess.signal.SIGINT)
     _, err = watch.communicate(timeout=60)
     assert (watch.returncode, err) == (130, "\nstroma: stopped\n")
+
+
+def test_attempts_of_several_runs_are_in_the_order_of_their_ends(tmp_path, inside):
+    """Without a RUN, an attempt of an older run that ended later is printed later."""
+    with SQLiteStore(tmp_path / "stroma.db") as store, asyncio.Runner() as loop:
+
+        async def work():
+            sessions = [await begin(store, name) for name in ("old", "new")]
+            for number in range(4):  # Each attempt starts after the one before.
+                await commit(sessions[number % 2], number // 2, State())
+            return sessions
+
+        sessions = loop.run(work())
+        lines = inside("tail", "--db", "stroma.db").out.splitlines()
+        for session in sessions:
+            loop.run(finish(session))
+    assert [line.split()[0] for line in lines] == ["old", "new", "old", "new"]
 
 
 SPEAK = """

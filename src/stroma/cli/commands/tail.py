@@ -98,11 +98,9 @@ def tail(
     since = 0
     while True:
         recent = [] if database.is_empty else store.list_runs(limit=_MAX_RUNS)
-        for record in sorted(recent, key=lambda record: record.started_ms):
-            # Runs that ended before the first read are printed once, without attempts.
-            if since or record is recent[0] or record.status == "RUNNING":
-                watch.print(record, None if since else lines)
-                watch.end(record)
+        # Of the runs that ended before the first read, only the newest is printed.
+        shown = [one for one in recent if since or one is recent[0] or one.status == "RUNNING"]
+        watch.print_all(sorted(shown, key=lambda record: record.started_ms), None if since else lines)
         if not follow:
             return Code.OK
         since = 1
@@ -125,10 +123,22 @@ class _Follower:
 
     def print(self, record: RunRecord, last: int | None = None) -> None:
         """Print new attempts, after what they emitted; on the first call only the ``last`` attempts."""
+        self._print_emitted(record, of_ended=last is None)
+        for one in self._fresh(record, last):
+            self._print(record, one)
+
+    def print_all(self, records: list[RunRecord], last: int | None) -> None:
+        """Print new attempts of several runs in the order of their ends, then the ends of runs."""
+        fresh = [(record, one) for record in records for one in self._fresh(record, last)]
+        for record, one in sorted(fresh, key=lambda pair: _ended_ns(pair[1])):
+            self._print(record, one)
+        for record in records:
+            self.end(record)
+
+    def _fresh(self, record: RunRecord, last: int | None) -> list[AttemptRecord]:
+        """Return the attempts to print; on the first look at a run at most ``last``, with a hint."""
         run = (record.run_id, record.execution)
         first_look = run not in self._printed
-        if not self._named:
-            self._print_emitted(record, of_ended=last is None)
         fresh = self._read_new(run, record)
         if first_look and last is not None and len(fresh) > last:
             if not self._json:
@@ -137,8 +147,7 @@ class _Follower:
                     self._database.hint("show", id_word(record.run_id)),
                 )
             fresh = fresh[len(fresh) - last :]
-        for one in fresh:
-            self._print(record, one)
+        return fresh
 
     def _read_new(self, run: tuple[str, int], record: RunRecord) -> list[AttemptRecord]:
         """Return the attempts that were not printed, in order of their ends: a group follows its children."""
@@ -150,7 +159,7 @@ class _Follower:
         fresh = [one for one in attempts if _key(one) not in printed]
         printed.update(map(_key, fresh))
         self._states[run] = state
-        return sorted(fresh, key=lambda one: one.started_ns + one.duration_ns)
+        return sorted(fresh, key=_ended_ns)
 
     def _print_emitted(self, record: RunRecord, *, of_ended: bool) -> None:
         """Print new events that nodes emitted; without ``of_ended`` those of attempts in progress only."""
@@ -227,6 +236,10 @@ class _Follower:
     def _emit(event: str, **fields: Any) -> None:
         data = {"schema": "stroma.tail/1", "event": event, **fields}
         out.write(json.dumps(data, allow_nan=False) + "\n")
+
+
+def _ended_ns(one: AttemptRecord) -> int:
+    return one.started_ns + one.duration_ns
 
 
 def _key(one: AttemptRecord) -> tuple[Any, ...]:
