@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import FunctionType, MethodType
 from typing import Any, ClassVar, Final
 
 from stroma._utils.models import NamedArguments
@@ -44,9 +43,8 @@ class MapProgress:
 class NodeHooks(NamedArguments):
     """Async callbacks at the boundaries of runs and nodes; each is optional and costs nothing when unset.
 
-    Raises TypeError for a ``def`` that returns nothing, where a hook must be async, and for a hook that does
-    not take the arguments below. Any other callable that returns no awaitable raises the TypeError out of
-    ``run()`` at its call.
+    Raises TypeError for a hook that does not take the arguments below. A hook whose result cannot be awaited
+    raises HookNotAsync out of ``run()`` at its call.
 
     Combine sets with ``a | b`` or a list: start hooks run first to last, end hooks last to first. While a
     hook runs, everything else about its node (position, attempt, model, cost ...) is at
@@ -100,13 +98,12 @@ class NodeHooks(NamedArguments):
         self.check()
 
     def check(self) -> None:
-        """Raise TypeError for a hook whose code shows other arguments, or that it is not async."""
+        """Raise TypeError for a hook whose code shows other arguments."""
         if not self.is_empty():
             for event, arguments in _ARGUMENTS.items():
                 hook = getattr(self, event)
                 if hook is not None:
                     check_arguments(event, hook, arguments)
-                    _check_async(event, hook)
 
     def is_empty(self) -> bool:
         """Return True for a set without a hook."""
@@ -177,39 +174,6 @@ def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
             f"{name} is called with ({', '.join(arguments)}), and {func!r} takes {signature}; define it "
             "with these parameters"
         ) from None
-
-
-def _check_async(event: str, hook: Any) -> None:
-    """Raise TypeError for a ``def`` that returns nothing. The call of any other callable shows it."""
-    plain = _function_of(hook)
-    if plain is None or plain.__code__.co_flags & _NOT_PLAIN or inspect.iscoroutinefunction(hook):
-        return
-    if plain.__code__.co_name != "<lambda>" and _returns_nothing(plain.__code__):
-        raise TypeError(
-            f"hook {event} is not async: {hook!r} returns nothing to await; define it with async def"
-        )
-
-
-#: A call of such a function returns a coroutine or a generator.
-_NOT_PLAIN: Final = (
-    inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-)
-
-
-def _returns_nothing(code: CodeType) -> bool:
-    """Return True if a function returns None wherever it returns, and does return."""
-    returns, loads_none = False, False
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "RETURN_VALUE":
-            if not loads_none or instruction.is_jump_target:
-                return False
-            returns = True
-        elif instruction.opname == "RETURN_CONST":
-            if instruction.argval is not None:
-                return False
-            returns = True
-        loads_none = instruction.opname == "LOAD_CONST" and instruction.argval is None
-    return returns
 
 
 def _function_of(func: Any) -> FunctionType | None:
