@@ -25,7 +25,6 @@ from stroma import (
     RunStatus,
     StromaRunner,
     Suspend,
-    current_run,
     execute_step,
     parallel,
 )
@@ -96,24 +95,6 @@ async def test_a_run_in_a_task_that_was_cancelled_before() -> None:
     result = await asyncio.create_task(go())
     assert result.status is RunStatus.PARTIAL
     assert result.failure.message == "stray"
-
-
-async def test_once_a_run_is_cancelled_elsewhere_nothing_is_tried_again(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """A node that turns it into its own error is not called again, whatever its policy; the log says why."""
-    calls: list[str] = []
-
-    async def func(state: Num) -> Any:
-        calls.append("a")
-        run = current_run()
-        run.stopping.is_cancelled = True
-        raise ConnectionError("down")
-
-    with caplog.at_level("INFO", logger="stroma"):
-        await StromaRunner.quick(policy_map=THRICE).run([node("a", func)], Num())
-    assert calls == ["a"]
-    assert "node 'a' stopped: the run was cancelled" in " ".join([r.getMessage() for r in caplog.records])
 
 
 @pytest.mark.parametrize("grouped", [False, True])

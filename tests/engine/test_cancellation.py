@@ -5,7 +5,6 @@ import contextvars
 import gc
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +38,6 @@ from stroma import (
     NodeHooks,
     ReliabilityContext,
     RunStatus,
-    SQLiteStore,
     StoreError,
     Suspend,
     current_node_or_none,
@@ -244,30 +242,6 @@ async def test_plain_code_that_is_closed() -> None:
     code = plain()
     code.send(None)
     code.close()
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)
-async def test_a_stopped_run_is_recorded_as_interrupted(tmp_path: Path, error: type[BaseException]) -> None:
-    """KeyboardInterrupt and SystemExit pass through; the journal says INTERRUPTED, the run is resumable."""
-    store = SQLiteStore(tmp_path / "runs.db")
-    calls: list[str] = []
-
-    async def stop(state: Num) -> Any:
-        calls.append("b")
-        if len(calls) == 2:
-            raise error
-        return {"n": state.n + 1}
-
-    async def first(state: Num) -> Any:
-        calls.append("a")
-        return {"n": 10}
-
-    nodes = [node("a", first), node("b", stop)]
-    with pytest.raises(error):
-        await quick(store=store, run_id="r").run(nodes, Num())
-    assert [run.status for run in store.list_runs()] == ["INTERRUPTED"]
-    result = await quick(store=store, run_id="r", resume=True).run(nodes, Num())
-    assert (result.status, result.final_state, calls) == (RunStatus.RESUMED, Num(n=11), ["a", "b", "b"])
 
 
 store = store_fixture(*IN_PROCESS)

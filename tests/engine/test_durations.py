@@ -263,6 +263,7 @@ async def test_how_long_a_cancelled_attempt_took(clock: FakeClock) -> None:
         assert {row.node_id: [round(row.duration_ms, 1)] for row in store.attempts("r")} == took
 
 
+@pytest.mark.core
 async def test_when_attempts_began(clock: FakeClock) -> None:
     """The trace, the journal and the hooks of the end say when the function was called, not its hooks."""
     began: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from dataclasses import astuple, replace
@@ -9,9 +10,9 @@ from typing import Any, get_args
 
 import pytest
 from pydantic import RootModel, ValidationError
-from tests.kit import Num
+from tests.kit import NEVER, Num, failing_with, node, quick
 
-from stroma import BudgetExceeded, ContractViolation, FailureClass, FailurePolicy, Suspend
+from stroma import BudgetExceeded, ContractViolation, FailureClass, FailurePolicy, RunStatus, Suspend
 from stroma.contracts import NotSerialisable
 from stroma.cost import UsageError
 from stroma.failures import (
@@ -167,20 +168,22 @@ def test_classifiers_are_asked_in_order() -> None:
     assert classify(error, CONTEXT, [says(TERMINAL)]) is TERMINAL
 
 
-@pytest.mark.parametrize("how", ["raises", "answers nonsense"])
-def test_a_classifier_that_fails_is_skipped(how: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The log names it, the node and the run, with its traceback; the next one is asked."""
+@pytest.mark.parametrize("raised", [RuntimeError, asyncio.CancelledError, None])
+def test_a_classifier_that_fails_is_skipped(
+    raised: type[BaseException] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """G2: A classifier that raises or answers nonsense is named in the log, and the next one is asked."""
 
     def wrong(error: Exception, context: NodeContext) -> Any:
-        if how == "raises":
-            raise RuntimeError("broken")
+        if raised is not None:
+            raise raised("broken")
         return "nonsense"
 
     assert diagnose(ValueError(), CONTEXT, [wrong, lambda *_: TERMINAL]).failure_class is TERMINAL
     (record,) = caplog.records
     assert (record.name, record.levelno, record.run_id) == ("stroma", logging.WARNING, "run")
     assert record.getMessage() == f"classifier {wrong!r} raised for node 'node'; it is skipped"
-    assert record.exc_info[0] in (RuntimeError, ValueError)
+    assert record.exc_info[0] is (raised or ValueError)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit, BaseException])
@@ -545,3 +548,21 @@ def test_a_group_waits_as_its_server_asks() -> None:
     requests: dict[str, Any] = {"attempt": 1, "group": True, "repairing": False, "repairs": 0}
     assert follow_up(failed(wait=5), None, {}, **requests) == Stop("gave up after 1 attempt")
     assert follow_up(failed(TERMINAL), None, {}, **requests) == Stop("a terminal failure is not retried")
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException, ValueError])
+@pytest.mark.parametrize("where", ["__str__", "status_code", "__cause__"])
+async def test_an_exception_that_raises_anything_is_a_failure(kind: type[BaseException], where: str) -> None:
+    """G2: An exception whose text or attributes raise is a failure of its node like any other."""
+
+    def misbehave(self: object) -> Any:
+        raise kind("no")
+
+    members = {where: misbehave if where == "__str__" else property(misbehave)}
+    hostile = type("Hostile", (Exception,), members)
+
+    result = await quick(policy_map=NEVER).run([node("a", failing_with(hostile, "words"))], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure.failure_class is AMBIGUOUS
+    assert result.failure.message == ("Hostile" if where == "__str__" else "words")

@@ -198,15 +198,3 @@ async def test_a_panic_of_native_code_in_a_validator_is_a_violation() -> None:
 
     result = await runner.run([ask], Note())
     assert (result.status, result.failure.reason) == (RunStatus.FAILED, "contract")
-
-
-async def test_a_stray_cancellation_of_a_node_stays_a_failure() -> None:
-    """A CancelledError that a node raises itself, without a cancelled task, is a failure like any other."""
-    runner = StromaRunner.quick()
-
-    @runner.node("stray", input=Note, output=Note)
-    async def stray(state: Note) -> Any:
-        raise asyncio.CancelledError
-
-    result = await runner.run([stray], Note())
-    assert result.status is RunStatus.PARTIAL

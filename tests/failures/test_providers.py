@@ -38,7 +38,7 @@ from tests.providers.clients import (
 )
 from tests.providers.grpc_server import GrpcServer, serving_grpc
 from tests.providers.server import Answer, Server
-from tests.providers.waits import NOW, RETRY_AFTER
+from tests.providers.waits import NOW, RETRY_AFTER, SENSELESS
 
 from stroma import (
     BudgetExceeded,
@@ -290,7 +290,7 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("sdk", ASK)
-@pytest.mark.parametrize(("headers", "seconds"), RETRY_AFTER, ids=lambda v: str(v)[:60])
+@pytest.mark.parametrize(("headers", "seconds"), [*RETRY_AFTER, *SENSELESS], ids=lambda v: str(v)[:60])
 def test_retry_after_in_all_its_forms(
     sdk: str, headers: dict[str, str], seconds: float | None, provider: Server, frozen: None
 ) -> None:

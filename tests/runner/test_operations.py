@@ -112,36 +112,6 @@ async def test_children_are_cancelled_from_elsewhere(store: Any) -> None:
     assert (await asyncio.wait_for(task, 10)).status is RunStatus.CANCELLED
 
 
-@pytest.mark.core
-async def test_a_node_that_swallows_its_cancellation_ends_the_run_all_the_same(store: Any) -> None:
-    """A run that is cancelled from elsewhere begins no further node, whatever the present one makes of it."""
-    work = Work()
-
-    async def stubborn(state: Num) -> Any:
-        work.inside.set()
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            return {"n": 5}
-
-    contract: NodeContract[Any, Any] = NodeContract(node_id="s", input_schema=Num, output_schema=Num)
-    nodes = [stroma_node("s", contract)(stubborn), work.nodes[0]]
-    left: list[int] = []
-
-    async def run() -> Any:
-        result = await quick(store).run(nodes, Num(), run_id="r")
-        left.append(asyncio.current_task().cancelling())
-        return result
-
-    task = asyncio.create_task(run())
-    await work.inside.wait()
-    assert await quick(store).cancel("r")
-    result = await asyncio.wait_for(task, 20)
-    assert (result.status, result.final_state, work.calls, left) == (RunStatus.CANCELLED, Num(n=5), [], [0])
-    assert store.get_run("r").status == "CANCELLED"
-    assert (await quick(store).run(nodes, Num(), run_id="r", resume=True)).final_state == Num(n=6)
-
-
 async def test_steps_of_a_cancelled_run_are_not_called(store: Any) -> None:
     """Code that attaches to a run calls no step after its cancellation; the failure says how it ended."""
     work = Work()
@@ -598,12 +568,16 @@ async def test_a_node_cannot_swallow_the_end_of_its_run(store: Any) -> None:
         await runner.cancel("r")
         result, cancelling = await task
         assert (result.status, result.final_state, cancelling) == (status, Num(n=1), 0)
+        assert store.get_run("r").status == status
     assert calls == ["stubborn", "stubborn"]
 
 
 @pytest.mark.core
-async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_again(store: Any) -> None:
-    """A run cancelled from elsewhere makes no further attempt, whatever its node does."""
+async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_again(
+    store: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run cancelled from elsewhere makes no further attempt, whatever its node does; the log says why."""
+    caplog.set_level("INFO", "stroma")
     calls, inside = [], asyncio.Event()
 
     async def wrapping(state: Num) -> Any:
@@ -622,6 +596,7 @@ async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_a
     result = await task
     assert (result.status, len(calls)) == (RunStatus.CANCELLED, 1)
     assert result.failure.message == "lost"
+    assert "node 'a' stopped: the run was cancelled" in caplog.text
 
 
 async def test_what_run_many_is_given_may_raise(store: Any) -> None:

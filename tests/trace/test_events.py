@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 from tests.kit import Num, SimpleStore, node, quick, sleep_forever
 
-from stroma import FailureClass, FailurePolicy, NodeHooks, RunStatus, StromaRunner, current_node, parallel
+from stroma import FailureClass, NodeHooks, RunStatus, StromaRunner, current_node, parallel
 
 
 class Late(BaseModel):
@@ -88,29 +86,6 @@ async def test_every_record_carries_the_run_id(caplog: pytest.LogCaptureFixture)
         assert part in text
     ours = [record for record in caplog.records if record.name.startswith("stroma")]
     assert {(record.name, getattr(record, "run_id", None)) for record in ours} == {("stroma", "r")}
-
-
-@pytest.mark.core
-async def test_the_time_of_an_event_is_the_start_of_its_attempt() -> None:
-    """``timestamp_utc`` is when the function was called, in UTC, without any waits."""
-    called: list[datetime] = []
-
-    async def func(state: Num) -> Any:
-        called.append(datetime.now(UTC))
-        await asyncio.sleep(0.02)
-        if len(called) == 1:
-            raise ConnectionError("again")
-        return {"n": 1}
-
-    async def slow(*_: Any) -> None:
-        await asyncio.sleep(0.02)
-
-    policies = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1, backoff_seconds=0.02, jitter=False)}
-    hooks = NodeHooks(on_node_start=slow, on_node_success=slow)
-    result = await quick(policy_map=policies, hooks=hooks).run([node("a", func)], Num())
-    assert [event.timestamp_utc.tzinfo for event in result.trace] == [UTC, UTC]
-    for event, began in zip(result.trace, called, strict=True):
-        assert abs(event.timestamp_utc - began) < timedelta(milliseconds=15)
 
 
 async def test_a_trace_that_was_looked_at_is_still_the_runs_own() -> None:
