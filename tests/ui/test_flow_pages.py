@@ -13,6 +13,7 @@ from tests.ui.conftest import Site
 
 from stroma import Flow, SQLiteStore, StromaRunner, stroma_flow
 from stroma.contracts.checks.lineage import Lineage
+from stroma.ui.pages import figures_of
 
 step = node("judge", same)
 
@@ -107,3 +108,27 @@ def test_the_steps_of_the_latest_runs(store: SQLiteStore, serve: Any) -> None:
     asyncio.run(StromaRunner.quick(store=store, pipeline="list").run([step], Num()))
     site = serve(store, pipeline="list", lineage=Lineage("letter", (), ()))
     assert "/steps.svg" not in site.get("/pipeline").text
+
+
+def test_the_duration_of_a_flow(store: SQLiteStore) -> None:
+    """The percentiles of a flow cover all processes of a run, not the last one alone."""
+    runner = StromaRunner.quick(store=store, run_id="r")
+
+    async def slow(state: Num) -> Num:
+        await asyncio.sleep(0.3)
+        return state
+
+    @runner.flow("slowly", input=Num, output=Num)
+    async def slowly(flow: Flow, state: Num) -> Num:
+        await flow.step(node("slow", slow), state)
+        return await flow.wait_for(Num, reason="well?")
+
+    async def run() -> None:
+        await runner.run(slowly, Num())
+        await runner.signal("r", Num())
+        assert (await runner.resume(slowly, "r")).ok
+
+    asyncio.run(run())
+    looked_at, (flow, step_in_it) = figures_of(store, "slowly")
+    assert (looked_at, flow.node_id, step_in_it.node_id) == (1, "slowly", "slow")
+    assert flow.p50 >= step_in_it.p50 >= 0.3

@@ -203,14 +203,19 @@ class OutlineEntry:
         return sum(bar.tokens for bar in bars), sum(bar.cost_usd for bar in bars)
 
     @property
+    def times_ms(self) -> list[float]:
+        """The time of each attempt; of a flow the time of all its processes, from its first call on."""
+        times = [bar.took_ms for bar in self.bars]
+        if not (self.has_steps and times):
+            return times
+        began = min(self.began_ms, *(entry.began_ms for entry in self.entries))
+        return [max(self.ended_ms - began, sum(times))]  # Its last attempt is only that of the last process.
+
+    @property
     def took(self) -> str:
-        """The time that its attempts took together; "" without one. Of a flow from its first call on."""
-        if self.has_steps and self.bars:  # Its last attempt is only that of the last process.
-            began = min(entry.began_ms for entry in self.entries)
-            took = max(self.ended_ms - min(began, self.began_ms), sum(bar.took_ms for bar in self.bars))
-            return duration(took)
+        """The time that its attempts took together; "" without one."""
         ran = sum(bar.took_ms if bar.function_ms is None else bar.function_ms for bar in self.bars)
-        return duration(sum(bar.took_ms for bar in self.bars), ran) if self.bars else ""
+        return duration(sum(self.times_ms), None if self.has_steps else ran) if self.bars else ""
 
     @property
     def is_map(self) -> bool:

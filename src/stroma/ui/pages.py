@@ -16,10 +16,11 @@ from starlette.responses import RedirectResponse, Response
 from stroma._utils.svg import Box
 from stroma._utils.text import clean, format_duration, format_usd, pluralize
 from stroma.checkpoint.durable.states import AsyncStates
-from stroma.checkpoint.history import FAILED, is_at_work, status_of
+from stroma.checkpoint.history import FAILED, bar_of, is_at_work, status_of
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
+from stroma.trace.outline import OutlineEntry, outline
 from stroma.trace.result import RunStatus
 from stroma.ui.components import Column, sparkline, tone_of
 from stroma.ui.formatting import cause_text, parse_search, quoted, to_address
@@ -44,9 +45,8 @@ class Figures:
 
     Attributes:
         calls: number of places with an attempt, in all runs.
-        p50, p95: percentiles of its attempts in seconds.
+        p50, p95: percentiles of its attempts in seconds; of a flow of its calls, in all processes and waits.
         seconds, cost_usd: sums over its attempts.
-        inside: True for a child of a group or a step.
     """
 
     node_id: str
@@ -57,7 +57,6 @@ class Figures:
     p95: float
     seconds: float
     cost_usd: float
-    inside: bool = False
 
     @property
     def failure_rate(self) -> float:
@@ -102,34 +101,36 @@ def figures_of(store: AsyncStates, pipeline: str) -> tuple[int, list[Figures]]:
     if not store.exists():
         return 0, []
     runs = store.run_page(RunQuery(pipeline=pipeline), limit=RUNS).runs
-    places: dict[str, tuple[int, str]] = {}
-    took: dict[str, list[float]] = {}
-    failed: dict[str, int] = {}
-    calls: dict[str, set[tuple[str, int, str]]] = {}
-    cost: dict[str, float] = {}
+    known: dict[str, list[OutlineEntry]] = {}
     for run in runs:
-        for one in store.attempt_page(run.run_id, limit=_ATTEMPTS).attempts:
-            took.setdefault(one.node_id, []).append(one.duration_ms / 1000)
-            calls.setdefault(one.node_id, set()).add((run.run_id, one.position, one.branch))
-            cost[one.node_id] = cost.get(one.node_id, 0.0) + one.cost_usd
-            failed[one.node_id] = failed.get(one.node_id, 0) + (one.failure_class is not None)
-            place = (one.position, one.branch)
-            places[one.node_id] = min(place, places.get(one.node_id, place))
-    figures = [
-        Figures(
-            node,
-            len(calls[node]),
-            len(took[node]),
-            failed[node],
-            _quantile(took[node], 0.5),
-            _quantile(took[node], 0.95),
-            sum(took[node]),
-            cost[node],
-            bool(places[node][1]),
-        )
-        for node in sorted(places, key=lambda node: places[node])
-    ]
-    return len(runs), figures
+        attempts = store.attempt_page(run.run_id, limit=_ATTEMPTS).attempts
+        first_ns = min((one.started_ns for one in attempts), default=0)
+        for top in outline(bar_of(one, first_ns) for one in attempts):
+            for _, call in top.walk():
+                if call.bars:
+                    known.setdefault(call.label, []).append(call)
+    by_place = sorted(known.items(), key=lambda node: min(map(_place_of, node[1])))
+    return len(runs), [_figures(node_id, calls) for node_id, calls in by_place]
+
+
+def _place_of(call: OutlineEntry) -> tuple[int, str]:
+    position, _, branch = call.at.partition(".")
+    return int(position), branch
+
+
+def _figures(node_id: str, calls: Sequence[OutlineEntry]) -> Figures:
+    bars = [bar for call in calls for bar in call.bars]
+    took = [ms / 1000 for call in calls for ms in call.times_ms]
+    return Figures(
+        node_id,
+        len(calls),
+        len(bars),
+        sum(bar.failure_class is not None for bar in bars),
+        _quantile(took, 0.5),
+        _quantile(took, 0.95),
+        sum(bar.took_ms for bar in bars) / 1000,
+        sum(bar.cost_usd for bar in bars),
+    )
 
 
 def _quantile(values: Sequence[float], part: float) -> float:
