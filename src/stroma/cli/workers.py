@@ -29,17 +29,14 @@ from stroma.runner.runner import StromaRunner
 from stroma.runner.worker import WorkerHealth
 from stroma.trace.result import ExecutionResult
 
-HEALTH_HELP: Final = "Answer GET /healthz there, on 127.0.0.1 by default."
-
 _READ_SECONDS: Final = 5.0
-_MAX_LINES: Final = 100  # of the head of a request
 
 
 @contextlib.asynccontextmanager
 async def serve_health(
     address: tuple[str, int] | None, read: Callable[[], tuple[bool, dict[str, Any]]]
 ) -> AsyncIterator[str | None]:
-    """Answer requests while the context is open; yield the address, which has the real port for port 0.
+    """Answer requests, of any path, while the context is open; yield the address with the real port for 0.
 
     ``read`` returns True for 200 or False for 503, and the JSON to answer. Raises Problem for an address in
     use.
@@ -51,7 +48,9 @@ async def serve_health(
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(_READ_SECONDS):
-                status, body = _answer(await _read_head(reader), read)
+                await reader.readuntil(b"\r\n\r\n")
+                is_ok, body = read()
+                status = "200 OK" if is_ok else "503 Service Unavailable"
                 data = json.dumps(body).encode() + b"\n"
                 head = (
                     f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
@@ -59,8 +58,8 @@ async def serve_health(
                 )
                 writer.write(head.encode() + data)
                 await writer.drain()
-        except (OSError, ValueError, TimeoutError):
-            pass  # The client left, or does not speak HTTP.
+        except (OSError, EOFError, asyncio.LimitOverrunError):
+            pass  # The client left, is slow, or does not speak HTTP.
         finally:
             writer.close()
 
@@ -78,25 +77,6 @@ async def serve_health(
         yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}/healthz"
     finally:
         server.close()
-
-
-async def _read_head(reader: asyncio.StreamReader) -> str:
-    """Return the first line of a request, and skip its headers. Raises ValueError for a longer head."""
-    first = await reader.readline()
-    for _ in range(_MAX_LINES):
-        if (await reader.readline()).strip() == b"":
-            return first.decode("latin-1")
-    raise ValueError("too many headers")
-
-
-def _answer(request: str, read: Callable[[], tuple[bool, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
-    method, path, *_ = [*request.split(), "", ""]
-    if path.partition("?")[0] != "/healthz":
-        return "404 Not Found", {"error": "GET /healthz"}
-    if method not in ("GET", "HEAD"):
-        return "405 Method Not Allowed", {"error": "GET /healthz"}
-    is_ok, body = read()
-    return "200 OK" if is_ok else "503 Service Unavailable", body
 
 
 #: Seconds between two status lines.

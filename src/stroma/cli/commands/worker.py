@@ -12,7 +12,7 @@ from stroma.cli.loading import load_pipeline, load_served, note_target, refuse_s
 from stroma.cli.progress import show_warnings
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, temporal_options
-from stroma.cli.workers import HEALTH_HELP, LocalWorker, TemporalWorker
+from stroma.cli.workers import LocalWorker, TemporalWorker
 from stroma.engine.config import RunConfig
 from stroma.hooks.sets import flatten
 from stroma.runner.pipeline import Pipeline
@@ -41,7 +41,12 @@ from stroma.runner.pipeline import Pipeline
     help="Seconds for steps in flight after SIGTERM or Ctrl-C.",
 )
 @click.option("--place", metavar="PLACE", help="Call nodes with this place, in place of driving runs.")
-@click.option("--health", type=ListenAddress(), metavar="[HOST:]PORT", help=HEALTH_HELP)
+@click.option(
+    "--health",
+    type=ListenAddress(),
+    metavar="[HOST:]PORT",
+    help="Answer GET /healthz there, on 127.0.0.1 by default.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
 @exporter_options
 @db_option
