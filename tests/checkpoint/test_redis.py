@@ -570,14 +570,27 @@ class TestOwners:
             await commit(session, 0, State())
 
     async def test_a_session_of_a_deleted_run(self, store: RedisStore, server: RedisServer) -> None:
-        """A deleted run leaves no key, and its session writes nothing more."""
+        """A deleted run leaves no key of its own, and its session writes nothing more."""
         session = await begin(store)
         await store.delete("run")
         with pytest.raises(CheckpointLost, match="was deleted"):
             await commit(session, 0, State())
         with pytest.raises(CheckpointLost, match="was deleted"):
             await finish(session)
-        assert keys(server) == set()
+        assert keys(server) == {"stroma:format"}
+
+    async def test_another_format_is_refused(self, store: RedisStore, server: RedisServer) -> None:
+        """Data of another release is neither read nor written, and the message says so."""
+        await begin(store)
+        server.execute("SET", "stroma:format", "99")
+        before = {key: server.execute("DUMP", key) for key in keys(server)}
+        for call in (lambda other: other.list_runs(), lambda other: begin(other, "other")):
+            with RedisStore(server.url) as other:
+                for _ in range(2):
+                    with pytest.raises(StoreError, match="has format 99, and this release has") as refused:
+                        await settled(call(other))
+                assert not refused.value.transient
+        assert {key: server.execute("DUMP", key) for key in keys(server)} == before
 
     def test_a_forked_child_connects_anew(self, server: RedisServer) -> None:
         """After a fork both processes write and read, each on connections of its own."""
@@ -865,7 +878,8 @@ class TestServer:
         """Ids are encoded: whatever they hold, a run's keys share one hash tag that is its own."""
         for run_id in ("}:run", "a{b}c", "a:b", "é", "*"):
             await commit(await begin(store, run_id), 0, State())
-        result = keys(server) - {"stroma:runs", "stroma:ids", "stroma:due:pipeline", "stroma:live:pipeline"}
+        of_all = ("format", "runs", "ids", "due:pipeline", "live:pipeline")
+        result = keys(server) - {f"stroma:{name}" for name in of_all}
         assert len(result) == 5 * 5
         for key in result:
             assert key.isascii()

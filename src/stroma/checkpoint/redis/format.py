@@ -19,6 +19,9 @@ def annotations_key(kind: int) -> str:
     return "saved" if kind == Annotation.SAVED else f"annotations:{kind}"
 
 
+#: Format of the stored data, and the key that has its number. A release refuses any other format.
+FORMAT: Final = 3
+FORMAT_KEY: Final = "stroma:format"
 #: The keys of a run, after its prefix, except the states from save(), which expire by themselves.
 RUN_KEYS: Final = (
     "run",

@@ -16,6 +16,7 @@ from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
 from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally, not_a_mark
 from stroma.checkpoint.redis.format import (
+    FORMAT,
     NodeFacts,
     RedisRun,
     annotations_key,
@@ -35,7 +36,6 @@ _MAX_TALLIED: Final = 200  # runs whose attempts are summed up
 _MAX_EXAMINED: Final = 2000  # runs that the server examines in one step
 
 
-_FORMAT: Final = 3  # of the stored data
 _MAX_FAILED: Final = 20  # the server lists the last ones
 _PARENT: Final = annotations_key(Annotation.PARENT)
 #: Place of a run in the list of all runs: (start, id).
@@ -246,7 +246,7 @@ class RedisReader(ScannedRows):
     def facts(self) -> StoreFacts:
         settings = self._link.settings()
         system = f"Redis {settings.get('redis_version', '?')}"
-        return StoreFacts(system, _FORMAT, self.now_ms(), tuple(risks(settings)))
+        return StoreFacts(system, FORMAT, self.now_ms(), tuple(risks(settings)))
 
     def now_ms(self) -> int:
         ((seconds, micros),) = self._get(("TIME",))

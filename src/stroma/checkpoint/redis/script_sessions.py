@@ -54,6 +54,7 @@ function ops.begin(id, owner, execution, epoch, lease, tags, flow_version, token
   for _, name in ipairs(EXECUTION_KEYS) do redis.call('DEL', p .. name .. ':' .. execution) end
   redis.call('HSET', p .. 'inputs', execution, input)
   redis.call('ZADD', RUNS, us, id)
+  note_format()
   list_open(id, execution, ms + lease)
   sweep(10)
   return writes

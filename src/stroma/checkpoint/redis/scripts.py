@@ -23,6 +23,7 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
 
 Of all runs:
 
+    stroma:format              number of the format, from the first run on
     stroma:runs, stroma:ids    zset: id by start; id, for prefixes
     stroma:ended               zset: id by when its keys expire. A run without keys that is in the first but
                                not in this one has lost them
@@ -46,7 +47,13 @@ from collections.abc import Iterable
 from typing import Final
 
 from stroma.checkpoint.durable.rows import Annotation
-from stroma.checkpoint.redis.format import EXECUTION_KEYS, RUN_KEYS, annotations_key
+from stroma.checkpoint.redis.format import (
+    EXECUTION_KEYS,
+    FORMAT,
+    FORMAT_KEY,
+    RUN_KEYS,
+    annotations_key,
+)
 from stroma.checkpoint.redis.script_records import RECORDS
 from stroma.checkpoint.redis.script_sessions import SESSIONS
 
@@ -61,6 +68,7 @@ def _lua_list(texts: Iterable[str]) -> str:
 # Made from the lists in Python, so that a new kind of record expires and is deleted like all others.
 _NAMES: Final = f"""
 local RUN_KEYS, EXECUTION_KEYS = {_lua_list(RUN_KEYS)}, {_lua_list(EXECUTION_KEYS)}
+local function note_format() redis.call('SETNX', '{FORMAT_KEY}', {FORMAT}) end
 local SAVED = '{annotations_key(Annotation.SAVED)}'
 """
 

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.redis.format import as_hash, as_text, info_lines
+from stroma.checkpoint.redis.format import FORMAT, FORMAT_KEY, as_hash, as_text, info_lines
 from stroma.checkpoint.redis.scripts import SCRIPT, SHA
 
 T = TypeVar("T")
@@ -241,6 +241,7 @@ class RedisLink:
 
     def _send(self, commands: Sequence[tuple[Any, ...]], atomic: bool) -> list[Any]:
         if not self.server.has_checked_settings:
+            self._check_format()
             self.server.check_settings(self.settings())
         replies = self._send_once(commands, atomic)
         if any(isinstance(reply, self.server.no_script) for reply in replies):
@@ -252,6 +253,18 @@ class RedisLink:
             if isinstance(reply, Exception) and self.server.is_temporary(reply):
                 raise reply
         return replies
+
+    def _check_format(self) -> None:
+        """Raise StoreError if another release has written the data. Raises the driver's error."""
+        reply = self._execute("GET", FORMAT_KEY)
+        if isinstance(reply, Exception):
+            raise reply
+        version = None if reply is None else as_text(reply)
+        if version not in (None, str(FORMAT)):
+            raise permanent_error(
+                f"{self.server.name} has format {version}, and this release has format {FORMAT}; use the "
+                "release that wrote it, or another database number"
+            )
 
     def settings(self) -> dict[str, str]:
         """Return the settings of the server that this user may read, and its version."""
