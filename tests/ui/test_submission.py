@@ -74,8 +74,8 @@ def test_open_runs_have_no_part_in_the_success_rate(store: SQLiteStore, site: Si
     make_runs(store, ("good", GOOD), ("bad", BAD))
     submit(store, "one")
     submit(store, "two")
-    rate = "50.0% success rate of completed and failed ones, 1 failed"
-    assert f"Last 4 runs {rate}" in text_of(site.get("/").text)
+    rate = "50.0% of completed and 1 failed runs"
+    assert f"Success rate, last 4 runs {rate}" in text_of(site.get("/").text)
     assert "Success rate 50.0% of completed and failed runs" in text_of(site.get("/overview").text)
 
 
