@@ -67,9 +67,10 @@ async def test_a_flow_is_forked_at_a_call(store: Any) -> None:
 
 
 async def test_a_flow_in_a_pipeline_is_forked_at_a_call(store: Any) -> None:
-    """What comes before the flow is restored, and what comes after it is called again."""
+    """What comes before the flow is restored, and what comes after it is called again. The place of the call
+    is given as `show` prints it."""
     world = World()
-    first, add, last = (world.step(name) for name in ("first", "add", "last"))
+    first, add, last = (world.step(name) for name in ("first", "mail.add", "last"))
 
     @stroma_flow("f", input=Num, output=Num)
     async def f(flow: Flow, state: Num) -> Num:
@@ -80,8 +81,8 @@ async def test_a_flow_in_a_pipeline_is_forked_at_a_call(store: Any) -> None:
     runner = runner_on(store)
     assert (await runner.run(pipeline, Num())).status is RunStatus.COMPLETED
     world.calls.clear()
-    assert (await runner.fork("r", pipeline, at="add#2")).status is RunStatus.RESUMED
-    assert world.calls == ["add 8", "last 9"]
+    assert (await runner.fork("r", pipeline, at="mail.add#2")).status is RunStatus.RESUMED
+    assert world.calls == ["mail.add 8", "last 9"]
 
 
 async def test_mistakes(store: Any) -> None:

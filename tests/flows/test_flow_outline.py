@@ -338,15 +338,16 @@ def test_repeated_calls_have_one_key() -> None:
 
 
 def test_failures_inside_of_folded_calls_are_shown() -> None:
-    """Folded calls of a Pipeline, which have no attempts of their own, name those whose last node failed."""
+    """Folded calls of a Pipeline, which have no attempts of their own, name those whose last node failed.
+    Their places have the ids of nodes as they are."""
     bars = [
-        Bar(f"n{node}", f"0.run#{call}.{node}", 1, 2 * call + node, 1, "success")
+        Bar(f"n{node}", f"0.mail%2Erun#{call}.{node}", 1, 2 * call + node, 1, "success")
         for call in range(3)
         for node in range(2)
     ]
-    bars[3] = Bar("n1", "0.run#1.1", 1, 3, 1, "failure", "TERMINAL")
+    bars[3] = Bar("n1", "0.mail%2Erun#1.1", 1, 3, 1, "failure", "TERMINAL")
     cells = [line.cells() for line in lines_of(fold(outline(bars)))]
     (folded,) = [one for one in cells if "x3" in one["NODE"]]
     assert folded["OUTCOME"] == "1 failed"
     assert folded["MESSAGE"] == "3 calls: 1 failed"
-    assert [one["AT"] for one in cells if one.get("CLASS")] == ["0.run#1.1"]
+    assert [one["AT"] for one in cells if one.get("CLASS")] == ["0.mail.run#1.1"]

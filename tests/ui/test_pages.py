@@ -135,7 +135,7 @@ def test_a_failed_run(site: Site) -> None:
     assert re.search(
         r"Spent</b> \d+ tok, \$0\.000\d+, including 40 tok, \$0\.000\d+ on attempts without output", box
     )
-    assert "<code>stroma resume bad FILE.py:NAME</code>" in box
+    assert "<b>After a fix, resume with</b> <code>stroma resume bad FILE.py:NAME</code>" in box
     assert text.count('<rect class="b-') == text.count('<rect class="b-success') + 2 + 1
     (marked,) = re.findall(r'<a href="([^"]*)"><title>[^<]*</title><rect class="b-failure b-on"', text)
     assert "at=3" in marked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple
+from urllib.parse import unquote
 
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.entries import FAILED_ITEMS, OF_FLOW, StepCall
@@ -130,7 +131,7 @@ def cut_before(
     for branch, node_id, step in steps:
         if step is not None and step.number < OF_FLOW:
             numbers[branch] = OF_FLOW - step.number
-            if call in (node_id, branch):
+            if call in (node_id, branch, unquote(branch)):
                 wanted.append(numbers[branch])
     for key, data in notes.items():
         at, kind, rest = [*key.split(":", 2), "", ""][:3]
@@ -143,7 +144,7 @@ def cut_before(
         elif kind == "f":
             failure = decode_flow_note(run_id, key, kind, data)
             numbers[rest] = failure.event
-            if call in (failure.node, rest):
+            if call in (failure.node, rest, unquote(rest)):
                 wanted.append(failure.event)
     if not wanted:
         raise CheckpointNotFound(

@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize, visible
-from stroma.trace.outline import bar_title, select_bars
+from stroma.failures.classes import FailureClass
+from stroma.trace.outline import bar_title, select_bars, shown_place
 from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
 from stroma.trace.story import Bar, Story, fields_named
 from stroma.trace.timeline import HATCHES, Timeline, legend
@@ -183,13 +184,12 @@ def cause(story: Story) -> str:
     tokens, cost = story.wasted
     fields = "".join(f"<code>{as_xml(path)}</code> " for path in box.fields[:20])
     named = f"<p><b>Field</b> {fields}</p>" if fields else ""
-    resume = (
-        f"<p><b>Resume with</b> <code>{as_xml(box.resume_command)}</code></p>" if box.resume_command else ""
-    )
+    verb = "After a fix, resume with" if box.failure_class == FailureClass.TERMINAL else "Resume with"
+    resume = f"<p><b>{verb}</b> <code>{as_xml(box.resume_command)}</code></p>" if box.resume_command else ""
     return (
         f'<section class="cause" aria-label="cause"><p><b class="bad">{as_xml(box.why)}</b> at node <b>'
         f"{as_xml(clean(box.node_id, 200))}</b> "
-        f"(at {as_xml(box.at)}, attempt {box.attempt})</p><pre>"
+        f"(at {as_xml(shown_place(box.at))}, attempt {box.attempt})</p><pre>"
         f"{as_xml(visible(box.message[:_TEXT]))}</pre>{named}"
         f"<p><b>Spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}, including "
         f"{format_tokens(tokens)}, {format_usd(cost)} on attempts without output</p>{resume}</section>"

@@ -105,6 +105,11 @@ def parse_call(part: str) -> PlacedCall | None:
     return PlacedCall(kind, unquote(name[len(kind) :]), unquote(number.partition("@")[0]), scope)
 
 
+def shown_place(at: str) -> str:
+    """Return a place as people read it: ids of nodes have their own dots again."""
+    return clean(unquote(at), 200)
+
+
 def folded_part(part: str, label: str = "") -> str:
     """Return the last part of a place without the number of a call: the same for repeated calls of a node.
 

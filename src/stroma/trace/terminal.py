@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from stroma._utils.text import clean, pluralize
-from stroma.trace.outline import WAITS, OutlineEntry, cost_text, duration, tone_of
+from stroma.trace.outline import WAITS, OutlineEntry, cost_text, duration, shown_place, tone_of
 from stroma.trace.story import Bar
 
 _SHOWN_FAILED: Final = 5  # calls that failed, below the line that folds them
@@ -32,7 +32,7 @@ class RunLine:
         entry, bar = self.entry, self.bar
         if bar is not None:
             return cells_of(bar, message_length)
-        cells = {"AT": entry.at, "NODE": clean(entry.label, 60 if entry.kind in WAITS else 40)}
+        cells = {"AT": shown_place(entry.at), "NODE": clean(entry.label, 60 if entry.kind in WAITS else 40)}
         if entry.kind in WAITS:
             cells["OUTCOME"] = entry.bars[0].outcome
         if entry.kind == "fold":
@@ -59,7 +59,7 @@ def cells_of(bar: Bar, message_length: int = 120) -> dict[str, str]:
     damaged = ", damaged" if bar.is_damaged else ""
     stored = ", output stored" if bar.is_committed and bar.outcome != "success" else ""
     return {
-        "AT": bar.at,
+        "AT": shown_place(bar.at),
         "NODE": clean(bar.node_id, 40),
         "TRY": str(bar.attempt),
         "OUTCOME": f"{bar.outcome}{damaged or stored}",
