@@ -150,7 +150,10 @@ def test_several_nodes_that_wait(desk, inside, fails):
     done = inside("approve", "x", "desk.py:both", yes, "--question", "0.0:1")
     assert (done.code, "still waiting: node 'y' (at 0.1)" in done.err) == (0, True)
     assert inside("resume", "x", "desk.py:both", "-q").code == 7
-    assert inside("approve", "x", "desk.py:both", yes, "--question", "0.1:1").code == 0
+    assert inside("cancel", "x").code == 0
+    done = inside("approve", "x", "desk.py:both", yes, "--question", "0.1:1")
+    no_worker = "is answered; the run is CANCELLED; resume it: stroma resume x desk.py:both"
+    assert (done.code, no_worker in done.err) == (0, True)
     assert inside("resume", "x", "desk.py:both", "-q").code == 0
 
 

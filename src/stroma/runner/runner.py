@@ -824,11 +824,12 @@ class StromaRunner(Generic[DepsT]):
     async def cancel(self, run_id: str) -> bool:
         """End a run as CANCELLED, in any process. Raises CheckpointNotFound.
 
-        Returns False if the run had ended, or completed before its owner read the request. After True, which
-        takes up to a second, no attempt begins; those at work are cancelled. A last attempt that was just
-        ending may still complete the run: see its status. An owner that does not read the request within 10
-        seconds is not waited for, with a warning: its process is stopped, or it is plain code without
-        ``async with ctx:``. The request is stored, and holds when the run is opened again.
+        Returns False if the run had ended, or completed before its owner read the request; a PARTIAL run,
+        which could be resumed, is CANCELLED. After True, which takes up to a second, no attempt begins; those
+        at work are cancelled. A last attempt that was just ending may still complete the run: see its status.
+        An owner that does not read the request within 10 seconds is not waited for, with a warning: its
+        process is stopped, or it is plain code without ``async with ctx:``. The request is stored, and holds
+        when the run is opened again.
         """
         return await self._stored.request(run_id, "cancel")
 

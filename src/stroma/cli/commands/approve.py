@@ -14,7 +14,7 @@ from stroma.checkpoint.entries import NOT_DONE, Waiting
 from stroma.checkpoint.errors import RequestRefused
 from stroma.checkpoint.history import History, answer_type, node_text, unanswered
 from stroma.checkpoint.manager import CheckpointManager
-from stroma.checkpoint.records import RunRecord
+from stroma.checkpoint.records import FAILED, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.run import ResumedRun, compare_names, resume_run
 from stroma.cli.errors import Code, Problem
@@ -231,8 +231,10 @@ def _report(
     elif target is None:
         hint = _framework_hint(run_id)
     else:
-        resume = database.hint("resume", id_word(run_id), target)
-        hint = f"{WORKER_CONTINUES.removeprefix('then ')}: {resume}"
+        verb = WORKER_CONTINUES.removeprefix("then ")
+        if record.status in (*FAILED, "CANCELLED"):  # No worker continues it by itself.
+            verb = f"the run is {record.status}; resume it"
+        hint = f"{verb}: {database.hint('resume', id_word(run_id), target)}"
     already = "" if one.payload is None else " so already"
     err.line(f"{node_text(one)} of run {clean(run_id)} is answered{already}; {hint}")
     for other in remaining:
