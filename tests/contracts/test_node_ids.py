@@ -23,6 +23,7 @@ from stroma import (
     ReliabilityContext,
     RunConfig,
     RunStatus,
+    SharedBudget,
     StromaRunner,
     execute_step,
     map_over,
@@ -250,8 +251,27 @@ def extract_node(runner: StromaRunner) -> Any:
             "node_policies, node_timeouts and contract_retries name 'extrct'",
         ),
         ({"node_timeouts": {"EXTRACT": 10_000}}, "node_timeouts names 'EXTRACT'"),
+        ({"shared_budgets": SharedBudget("a", max_tokens=1, nodes=["extrct"])}, "budget 'a' names 'extrct'"),
+        (
+            {"shared_budgets": [SharedBudget("b", max_cost_usd=1, max_cost_usd_by_node={"extrct": 1})]},
+            "budget 'b' names 'extrct'",
+        ),
+        (
+            {"shared_budgets": SharedBudget("c", max_tokens=9, reserve_tokens={"extrct": 1})},
+            "budget 'c' names 'extrct'",
+        ),
     ],
-    ids=["node_policies", "node_timeouts", "contract_retries", "node_limits", "several", "case"],
+    ids=[
+        "node_policies",
+        "node_timeouts",
+        "contract_retries",
+        "node_limits",
+        "several",
+        "case",
+        "budget of nodes",
+        "budget with limits by node",
+        "budget with reservations",
+    ],
 )
 async def test_an_id_that_no_node_has_is_refused(options: dict[str, Any], says: str) -> None:
     """An id in a config of neither pipeline nor registry is a ValueError of run()."""
@@ -341,6 +361,13 @@ async def test_ids_of_other_pipelines_are_known(caplog: pytest.LogCaptureFixture
         assert (await runner.run(nodes, Note())).status is RunStatus.COMPLETED
     (text,) = warnings_in(caplog)
     assert text.startswith("node_timeouts names 'parallel(x, y)', which no node of a run of 'pipeline' has; ")
+
+
+async def test_a_budget_may_name_nodes_of_other_processes() -> None:
+    """One known node is enough for a shared budget that names several."""
+    budget = SharedBudget("d", max_tokens=9, nodes=["extract", "elsewhere"], reserve_tokens={"extract": 1})
+    runner = StromaRunner.quick(shared_budgets=budget)
+    assert (await runner.run([extract_node(runner)], Note())).status is RunStatus.COMPLETED
 
 
 async def test_limits_that_no_node_uses_are_refused() -> None:

@@ -99,6 +99,7 @@ async def test_an_unknown_model_counts_as_nothing_under_a_cost_limit_if_the_conf
 async def test_an_unknown_model_counts_as_nothing_where_no_cost_limit_is(config: dict[str, Any]) -> None:
     """Without a limit in US dollars on the node, a model without a known price counts as 0 USD."""
     runner = StromaRunner.quick(**config)
+    runner.node("another", input=Note, output=Note)(lambda state: state)
     result = await runner.run([ask_node(runner, [])], Note())
     assert (result.status, result.unpriced_models) == (RunStatus.COMPLETED, [UNKNOWN])
 

@@ -149,6 +149,8 @@ class SharedBudget(NamedArguments, Gate):
         if positive_number("lease_seconds", lease_seconds, "seconds") < _MIN_LEASE_SECONDS:
             raise ValueError(f"lease_seconds must be at least {_MIN_LEASE_SECONDS}, got {lease_seconds!r}")
         self._declared = _declared_estimates(reserve_usd, cost, reserve_tokens, tokens)
+        #: All node ids that the arguments name.
+        self.node_ids = frozenset().union(self.nodes or (), caps, *self._declared) - {""}
         #: Usage that could not be written to the store yet.
         self._unwritten: list[CallUsage] = []
         #: Calls in flight that were admitted while the store was unavailable.

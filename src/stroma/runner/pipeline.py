@@ -102,7 +102,7 @@ def check_places(nodes: Sequence[Node | Group], registry: ContractRegistry, call
 def refuse_unknown_ids(
     config: RunConfig, nodes: Sequence[Node | Group], registry: ContractRegistry, pipeline: str
 ) -> None:
-    """Raise ValueError for ids in a config that nobody knows, and for limits that no node has.
+    """Raise ValueError for ids in a config that nobody knows, and for limits and budgets that no node has.
 
     Known are the ids of the pipeline, of the registry, and of all nodes of this process: other pipelines may
     share the config. With a flow in it a pipeline may call any node, and groups have no id before they are
@@ -139,11 +139,11 @@ def warn_of_unknown_ids(
 def _names_ids(config: RunConfig) -> bool:
     # Not any() over _BY_NODE: two calls of it took 4 of the 48 us of a run of one node.
     by_node = config.node_policies or config.node_timeouts or config.contract_retries or config.node_limits
-    return bool(by_node or config.limits)
+    return bool(by_node or config.limits or config.shared_budgets)
 
 
 def _mistakes_in(config: RunConfig, known: set[str], where: str, but: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield a message for each unknown id in a config, and for limits that none of the known ids has.
+    """Yield a message for each unknown id in a config, and for limits and budgets without a known one.
 
     ``but``: beginnings of ids that are not looked at.
     """
@@ -152,12 +152,18 @@ def _mistakes_in(config: RunConfig, known: set[str], where: str, but: tuple[str,
         for node_id in getattr(config, field):
             if node_id not in known and not node_id.startswith(but):
                 named.setdefault(node_id, []).append(field)
-    in_process = {node.node_id for node in marked_nodes()} if named or config.limits else set[str]()
-    named = {node_id: fields for node_id, fields in named.items() if node_id not in in_process}
-    for node_id, fields in named.items():
+    budgets = [one for one in config.budgets if one.node_ids and one.node_ids.isdisjoint(known)]
+    looks_further = named or config.limits or budgets
+    in_process = {node.node_id for node in marked_nodes()} if looks_further else set[str]()
+    named = {node_id: places for node_id, places in named.items() if node_id not in in_process}
+    for budget in budgets:
+        # One known id is enough: a budget may name nodes of other processes.
+        for node_id in sorted(budget.node_ids) if budget.node_ids.isdisjoint(in_process) else ():
+            named.setdefault(node_id, []).append(budget.label)
+    for node_id, places in named.items():
         fix = did_you_mean(node_id, known) or "correct the id, or register the contract of that node"
-        names = " and ".join(filter(None, (", ".join(fields[:-1]), fields[-1])))
-        verb = "names" if len(fields) == 1 else "name"
+        names = " and ".join(filter(None, (", ".join(places[:-1]), places[-1])))
+        verb = "names" if len(places) == 1 else "name"
         yield f"{names} {verb} {node_id!r}, which no node of {where} has; {fix}"
     if config.limits and not any(map(config.limit_of, known | in_process)):
         limits = ", ".join(map(repr, config.limits))
