@@ -23,7 +23,6 @@ from pydantic import BaseModel, Field
 from stroma import (
     FailureClass,
     FailurePolicy,
-    NodeContract,
     NodeExecution,
     NodeHooks,
     StromaRunner,
@@ -85,7 +84,7 @@ def node(node_id: str, func: Any, input: type[BaseModel] = Num, output: type[Bas
     """Return a function as a node with a contract. Functions of this module are shared, and not marked."""
     if isinstance(func, FunctionType) and func.__module__ == __name__ and func.__closure__ is None:
         func = FunctionType(func.__code__, func.__globals__, func.__name__)
-    return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=input, output_schema=output))(func)
+    return stroma_node(node_id, input=input, output=output)(func)
 
 
 def bare(node_id: str, func: Any) -> Any:

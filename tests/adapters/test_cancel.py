@@ -184,7 +184,7 @@ async def test_a_run_of_somebody_else_is_theirs_to_end() -> None:
     """The guard of a context leaves it to the run that the context is of."""
     from tests.store_suite.journal import State
 
-    from stroma import NodeContract, ReliabilityContext, stroma_node
+    from stroma import ReliabilityContext, stroma_node
 
     seen: list[Any] = []
 
@@ -199,7 +199,6 @@ async def test_a_run_of_somebody_else_is_theirs_to_end() -> None:
         seen.append(run.session.on_control == before)
         return state
 
-    contract: Any = NodeContract(node_id="n", input_schema=State, output_schema=State)
-    result = await StromaRunner.quick().run([stroma_node("n", contract)(func)], State())
+    result = await StromaRunner.quick().run([stroma_node("n", input=State, output=State)(func)], State())
     assert result.status is RunStatus.COMPLETED, result.failure
     assert seen == [True]

@@ -23,7 +23,6 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     InMemoryStore,
-    NodeContract,
     RunStatus,
     StromaRunner,
     Suspend,
@@ -181,7 +180,7 @@ async def test_steps_of_a_guard_in_the_nodes_of_a_pipeline(kind: str) -> None:
                 raise ValueError("no")
             return {"text": text + step(2)}
 
-        return stroma_node(name, NodeContract(node_id=name, input_schema=Note, output_schema=Note))(call)
+        return stroma_node(name, input=Note, output=Note)(call)
 
     never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
     with store_of(kind) as store:
@@ -205,7 +204,7 @@ async def test_a_group_that_is_tried_again_calls_guarded_steps_again() -> None:
             raise ValueError("no")
         return {"text": match}
 
-    child = stroma_node("part", NodeContract(node_id="part", input_schema=Note, output_schema=Note))(part)
+    child = stroma_node("part", input=Note, output=Note)(part)
     never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
     again = {"parallel(part)": {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0)}}
     runner = StromaRunner.quick(policy_map=never, node_policies=again)
@@ -253,7 +252,7 @@ async def test_a_step_in_a_thread_that_knows_nothing_of_its_node() -> None:
     never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
     runner = StromaRunner.quick(run_id="r", resume=True, policy_map=never)
     nodes = [
-        stroma_node(name, NodeContract(node_id=name, input_schema=Note, output_schema=Note))(func)
+        stroma_node(name, input=Note, output=Note)(func)
         for name, func in (("first", first), ("second", second))
     ]
     assert (await runner.run(nodes, Note())).status is RunStatus.PARTIAL

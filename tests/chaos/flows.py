@@ -24,7 +24,6 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     Flow,
-    NodeContract,
     RunStatus,
     StepFailed,
     StoreError,
@@ -59,11 +58,7 @@ def make_flow(note: Callable[[str], None], draw: random.Random) -> Any:
     """Return the flow of a round, whose steps note their calls and take a random time."""
 
     def step(name: str, change: Callable[[int], int]) -> Any:
-        contract: NodeContract[Any, Any] = NodeContract(
-            node_id=name, input_schema=Number, output_schema=Number
-        )
-
-        @stroma_node(name, contract)
+        @stroma_node(name, input=Number, output=Number)
         async def func(state: Number) -> Any:
             here = current_node()
             note(f"call {here.branch} {here.idempotency_key}")

@@ -38,7 +38,6 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     Fenced,
-    NodeContract,
     NodeHooks,
     RunBusy,
     RunFailed,
@@ -216,11 +215,7 @@ def pipeline(diary: Diary, fuse: Fuse, draw: random.Random, pause: float) -> lis
     def node(
         node_id: str, input_model: type[BaseModel], output_model: type[BaseModel]
     ) -> Callable[[Any], Any]:
-        contract: NodeContract[Any, Any] = NodeContract(
-            node_id=node_id, input_schema=input_model, output_schema=output_model
-        )
-
-        @stroma_node(node_id, contract)
+        @stroma_node(node_id, input=input_model, output=output_model)
         async def call(state: Any) -> Any:
             here = current_node()
             token = os.urandom(6).hex()

@@ -24,7 +24,6 @@ from tests.shared_stores import opened
 from stroma import (
     ExecutionResult,
     FailureClass,
-    NodeContract,
     NodeHooks,
     Pipeline,
     SharedBudget,
@@ -50,7 +49,7 @@ def pipeline(wish: dict[str, Any]) -> Pipeline:
     """One node, whose call takes 100 tokens."""
     calls: list[int] = []
 
-    @stroma_node("pay", NodeContract(node_id="pay", input_schema=State, output_schema=State))
+    @stroma_node("pay", input=State, output=State)
     async def pay(state: State) -> Any:
         calls.append(1)
         with open(wish["calls"], "a") as file:

@@ -10,7 +10,7 @@ from typing import Any
 from tests.kit import Num
 from tests.store_suite.journal import row, settled
 
-from stroma import NodeContract, RunStatus, SQLiteStore, StromaRunner, stroma_node
+from stroma import RunStatus, SQLiteStore, StromaRunner, stroma_node
 from stroma.checkpoint import RunQuery, RunRequest, open_store
 from stroma.checkpoint.durable.integrity import seal
 from stroma.checkpoint.durable.rows import Step
@@ -264,10 +264,7 @@ def long_nodes(nodes: int, calls: list[int]) -> list[Any]:
                 raise ValueError("the last one")
             return {"n": state.n + 1}
 
-        contract: NodeContract[Any, Any] = NodeContract(
-            node_id=f"n{number}", input_schema=Num, output_schema=Num
-        )
-        return stroma_node(f"n{number}", contract)(func)
+        return stroma_node(f"n{number}", input=Num, output=Num)(func)
 
     return [make(number) for number in range(nodes)]
 

@@ -16,7 +16,6 @@ from pydantic import BaseModel
 from tests.shared_stores import opened
 
 from stroma import RunBusy, StromaRunner, stroma_node
-from stroma.contracts import NodeContract
 
 
 class Count(BaseModel):
@@ -24,11 +23,7 @@ class Count(BaseModel):
 
 
 def make(number: int, side: int, waits: dict[str, float]) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=f"n{number}", input_schema=Count, output_schema=Count
-    )
-
-    @stroma_node(f"n{number}", contract)
+    @stroma_node(f"n{number}", input=Count, output=Count)
     async def step(state: Count) -> Any:
         os.write(side, f"{os.getpid()} n{number}\n".encode())
         print(f"in n{number}", flush=True)

@@ -12,7 +12,6 @@ from tests.kit import Num, ended, start_python
 from tests.shared_stores import SHARED, opened, store_of
 
 from stroma import (
-    NodeContract,
     SharedBudget,
     StromaRunner,
     current_node,
@@ -97,7 +96,7 @@ def test_another_store(dying: Dying, journal: tuple[str, str], tmp_path: Path) -
 
 
 def node(node_id: str, tokens: int) -> Any:
-    @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=Num, output_schema=Num))
+    @stroma_node(node_id, input=Num, output=Num)
     async def call(state: Num) -> Any:
         current_node().report_usage(input_tokens=tokens)
         return {"n": tokens}
@@ -125,7 +124,7 @@ async def test_a_damaged_budget_costs_no_output(kind: str) -> None:
     with store_of(kind) as store:
         budget = SharedBudget("team", max_tokens=1000, store=store, reserve_tokens=10)
 
-        @stroma_node("breaks", NodeContract(node_id="breaks", input_schema=Num, output_schema=Num))
+        @stroma_node("breaks", input=Num, output=Num)
         async def breaks(state: Num) -> Any:
             await store.change_cell(budget.cell, lambda data, now: (b"{", None))
             return {"n": 5}

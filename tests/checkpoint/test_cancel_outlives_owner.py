@@ -17,7 +17,6 @@ from tests.shared_stores import opened
 
 from stroma import (
     ExecutionResult,
-    NodeContract,
     Pipeline,
     ReliabilityContext,
     SQLiteStore,
@@ -301,9 +300,7 @@ class Paid:
         return state
 
     def node(self) -> Any:
-        contract = NodeContract(node_id=self.step_id, input_schema=State, output_schema=State)
-
-        @stroma_node(self.step_id, contract)
+        @stroma_node(self.step_id, input=State, output=State)
         async def node(state: State) -> State:
             return await self(state)
 

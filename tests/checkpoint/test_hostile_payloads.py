@@ -16,7 +16,6 @@ from tests.checkpoint.damage import loose, reseal
 
 from stroma import (
     CorruptCheckpoint,
-    NodeContract,
     PipelineChanged,
     RunStatus,
     SQLiteStore,
@@ -40,10 +39,7 @@ def _nodes(calls: list[str]) -> list[Any]:
                 raise ValueError
             return {"n": state.n + 1}
 
-        contract: NodeContract[Any, Any] = NodeContract(
-            node_id=node_id, input_schema=Anything, output_schema=Anything
-        )
-        return stroma_node(node_id, contract)(func)
+        return stroma_node(node_id, input=Anything, output=Anything)(func)
 
     return [make("a"), make("b")]
 
@@ -199,10 +195,7 @@ async def test_a_hostile_answer_is_not_used(tmp_path: Path, answer: bytes) -> No
     async def ask(state: Anything) -> Any:
         return current_node().wait_for(Anything, reason="well?")
 
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id="ask", input_schema=Anything, output_schema=Anything
-    )
-    nodes = [stroma_node("ask", contract)(ask)]
+    nodes = [stroma_node("ask", input=Anything, output=Anything)(ask)]
     async with SQLiteStore(tmp_path / "runs.db") as store:
         await _runner(store).run(nodes, Anything())
         (waiting,) = store.waiting("r")

@@ -11,7 +11,7 @@ from tests.checkpoint.damage import Moment, lose
 from tests.shared_stores import SHARED, opened, place
 from tests.store_suite.journal import State, begin, commit, fail, finish, restored, settled
 
-from stroma import FailurePolicy, NodeContract, StromaRunner, stroma_node
+from stroma import FailurePolicy, StromaRunner, stroma_node
 from stroma.checkpoint import CheckpointLost, Fenced
 from stroma.failures import FailureClass
 
@@ -135,17 +135,17 @@ async def test_two_histories_are_never_mixed(at: tuple[str, str]) -> None:
     calls: list[str] = []
     fails = [True]
 
-    @stroma_node("order", NodeContract(node_id="order", input_schema=Order, output_schema=Order))
+    @stroma_node("order", input=Order, output=Order)
     async def order(state: Order) -> Order:
         calls.append("order")
         return state.model_copy(update={"order": f"order-{len(calls)}"})
 
-    @stroma_node("charge", NodeContract(node_id="charge", input_schema=Order, output_schema=Order))
+    @stroma_node("charge", input=Order, output=Order)
     async def charge(state: Order) -> Order:
         calls.append("charge")
         return state.model_copy(update={"charged": state.order})
 
-    @stroma_node("mail", NodeContract(node_id="mail", input_schema=Order, output_schema=Order))
+    @stroma_node("mail", input=Order, output=Order)
     async def mail(state: Order) -> Order:
         calls.append("mail")
         if fails[0]:

@@ -9,11 +9,11 @@ import pytest
 from tests.kit import Num
 from tests.shared_stores import STORES, store_of
 
-from stroma import NodeContract, NodeHooks, StromaRunner, parallel, stroma_node
+from stroma import NodeHooks, StromaRunner, parallel, stroma_node
 
 
 def node(node_id: str, calls: list[str]) -> Any:
-    @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=Num, output_schema=Num))
+    @stroma_node(node_id, input=Num, output=Num)
     async def call(state: Num) -> Any:
         calls.append(node_id)
         return {"n": state.n + 1}, 10

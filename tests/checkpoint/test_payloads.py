@@ -18,7 +18,6 @@ from tests.store_suite.journal import JournalStoreTests
 
 from stroma import (
     CorruptCheckpoint,
-    NodeContract,
     NotSerialisable,
     PipelineChanged,
     ReliabilityContext,
@@ -68,10 +67,7 @@ class Login(BaseModel):
 def node(
     node_id: str, func: Any, input_model: type[BaseModel] = Note, output_model: type[BaseModel] = Note
 ) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=input_model, output_schema=output_model
-    )
-    return stroma_node(node_id, contract)(func)
+    return stroma_node(node_id, input=input_model, output=output_model)(func)
 
 
 def runner(store: Any, **config: Any) -> StromaRunner:

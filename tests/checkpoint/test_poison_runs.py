@@ -18,7 +18,6 @@ from tests.shared_stores import SHARED, opened, place
 from stroma import (
     FailureClass,
     FailurePolicy,
-    NodeContract,
     NodeHooks,
     RunFailed,
     SQLiteStore,
@@ -153,9 +152,7 @@ async def test_retries_and_repairs_count_apart_across_a_crash(
             raise TimeoutError
         return {"stars": 4 if answer == "o" else 9}
 
-    nodes = [
-        stroma_node("rate", NodeContract(node_id="rate", input_schema=State, output_schema=Rating))(rate)
-    ]
+    nodes = [stroma_node("rate", input=State, output=Rating)(rate)]
     policies = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
     policies[FailureClass.TERMINAL] = FailurePolicy(max_retries=0)
     options: Any = {"policy_map": policies, "contract_retries": {"rate": 2}}
@@ -186,9 +183,7 @@ async def test_the_failure_of_a_process_that_died_is_the_last_one(tmp_path: Path
     async def retried(*_: Any) -> None:
         failed.set()
 
-    node = stroma_node("pay", NodeContract(node_id="pay", input_schema=State, output_schema=State))(
-        failing_with(ConnectionError, "no")
-    )
+    node = stroma_node("pay", input=State, output=State)(failing_with(ConnectionError, "no"))
     patient = {cls: FailurePolicy(max_retries=1, backoff_seconds=60, jitter=False) for cls in FailureClass}
     hooks = NodeHooks(on_node_retry=retried)
     with SQLiteStore(tmp_path / "runs.db") as store:

@@ -11,11 +11,11 @@ import pytest
 from tests.kit import Num, ended, start_python
 from tests.shared_stores import SHARED, opened, place
 
-from stroma import NodeContract, NodeHooks, Pipeline, RunStatus, StromaRunner, stroma_node
+from stroma import NodeHooks, Pipeline, RunStatus, StromaRunner, stroma_node
 
 
 def one_node(waits: float) -> Pipeline:
-    @stroma_node("a", NodeContract(node_id="a", input_schema=Num, output_schema=Num))
+    @stroma_node("a", input=Num, output=Num)
     async def a(state: Num) -> Any:
         await asyncio.sleep(waits)
         return Num(n=1)

@@ -20,7 +20,6 @@ from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     Fenced,
-    NodeContract,
     PipelineChanged,
     RunBusy,
     RunExists,
@@ -266,8 +265,7 @@ def _nodes(calls: list[str], gate: asyncio.Event | None = None, fails: bool = Fa
                 raise ValueError("b is broken")
             return {"n": state.n + 1}, 10
 
-        contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=Num, output_schema=Num)
-        return stroma_node(node_id, contract)(func)
+        return stroma_node(node_id, input=Num, output=Num)(func)
 
     return [make("a"), make("b"), make("c")]
 
@@ -414,8 +412,7 @@ async def test_a_finished_run_is_returned(store: Any) -> None:
 
 
 def _more(node_id: str) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=Num, output_schema=Num)
-    return stroma_node(node_id, contract)(returning({"n": 0}))
+    return stroma_node(node_id, input=Num, output=Num)(returning({"n": 0}))
 
 
 async def test_an_existing_run_can_be_refused(store: Any) -> None:

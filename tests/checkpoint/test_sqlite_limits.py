@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from tests.kit import Item
 
-from stroma import NodeContract, SQLiteStore, StromaRunner, stroma_node
+from stroma import SQLiteStore, StromaRunner, stroma_node
 from stroma.checkpoint.durable.rows import Annotation
 
 
@@ -16,7 +16,7 @@ class Items(BaseModel):
     numbers: list[int]
 
 
-@stroma_node("square", NodeContract(node_id="square", input_schema=Item, output_schema=Item))
+@stroma_node("square", input=Item, output=Item)
 async def square(state: Item) -> tuple[dict[str, int], int, int, str]:
     return {"n": state.n**2}, 3, 1, "gpt-4o-mini"
 
@@ -27,7 +27,7 @@ async def test_what_stands_beside_a_run_is_at_no_position_of_it(tmp_path: Path) 
     outputs: list[str] = []
 
     def step(name: str) -> Any:
-        @stroma_node(name, NodeContract(node_id=name, input_schema=Item, output_schema=Item))
+        @stroma_node(name, input=Item, output=Item)
         async def add(state: Item) -> dict[str, int]:
             outputs.append(name)
             return {"n": state.n + 1}

@@ -18,7 +18,6 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     MapProgress,
-    NodeContract,
     StromaRunner,
     current_node,
     map_over,
@@ -50,8 +49,7 @@ class Items(BaseModel):
 
 
 def _node(node_id, func, input=Item, output=Item):
-    contract = NodeContract(node_id=node_id, input_schema=input, output_schema=output)
-    return stroma_node(node_id, contract)(func)
+    return stroma_node(node_id, input=input, output=output)(func)
 
 
 def _run(progress, nodes, state, **config):

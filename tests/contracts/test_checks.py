@@ -71,14 +71,10 @@ def node(
     output_model: type[BaseModel] = Anything,
     returned: Any = None,
 ) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=input_model, output_schema=output_model
-    )
-
     async def func(state: Any) -> Any:
         return returned
 
-    return stroma_node(node_id, contract)(func)
+    return stroma_node(node_id, input=input_model, output=output_model)(func)
 
 
 def bare(node_id: str, returned: Any = None) -> Any:

@@ -10,7 +10,7 @@ from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
 from tests.contracts.generated_schemas import Made, pairs
 
-from stroma import Finding, NodeContract, StromaRunner, stroma_node
+from stroma import Finding, StromaRunner, stroma_node
 from stroma.contracts.schema import schema_of
 
 PAIRS = 600
@@ -21,13 +21,10 @@ seen: Counter[str] = Counter()
 def checked(first: Made, second: Made) -> list[Finding]:
     nodes = []
     for node_id, consumed, produced in (("first", first, first), ("second", second, second)):
-        contract: NodeContract[Any, Any] = NodeContract(
-            node_id=node_id, input_schema=consumed.model, output_schema=produced.model
-        )
 
         async def func(state: Any) -> Any: ...
 
-        nodes.append(stroma_node(node_id, contract)(func))
+        nodes.append(stroma_node(node_id, input=consumed.model, output=produced.model)(func))
     return StromaRunner.quick().check(nodes)
 
 

@@ -62,10 +62,7 @@ def start(one: Any) -> Any:
 
 
 def node(node_id: str, func: Any, input_model: Any, output_model: Any) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=input_model, output_schema=output_model
-    )
-    return stroma_node(node_id, contract)(func)
+    return stroma_node(node_id, input=input_model, output=output_model)(func)
 
 
 def plain(state: BaseModel) -> Any:

@@ -56,7 +56,7 @@ def two_of_one_id(runner: StromaRunner, *, marked: bool = False) -> tuple[Any, A
 
     old: Any = runner.node("a", input=Note, output=Note)
     if marked:
-        old = stroma_node("a", NodeContract(node_id="a", input_schema=Note, output_schema=Note))
+        old = stroma_node("a", input=Note, output=Note)
     return define(old), define(runner.node("a", input=Note, output=Num))
 
 
@@ -200,7 +200,7 @@ async def test_a_contract_that_is_registered_by_hand_still_wins() -> None:
     assert (await runner.run([node], Note())).final_state == Num(n=1)
     registry = ContractRegistry()
     registry.register(NodeContract(node_id="a", input_schema=Note, output_schema=Num))
-    marked = stroma_node("a", NodeContract(node_id="a", input_schema=Note, output_schema=Note))(give_number)
+    marked = stroma_node("a", input=Note, output=Note)(give_number)
     other = StromaRunner(registry, runner.checkpoint_manager)
     assert (await other.run([marked], Note())).final_state == Num(n=1)
 
@@ -351,10 +351,7 @@ async def test_ids_of_other_pipelines_are_known(caplog: pytest.LogCaptureFixture
     config: dict[str, Any] = {
         "node_timeouts": {"extract": 10_000, "elsewhere": 10_000, "parallel(x, y)": 10_000}
     }
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id="elsewhere", input_schema=Note, output_schema=Note
-    )
-    elsewhere = stroma_node("elsewhere", contract)(give_text)
+    elsewhere = stroma_node("elsewhere", input=Note, output=Note)(give_text)
     runner = StromaRunner.quick(**config)
     extract = extract_node(runner)
     for nodes in ([extract], [elsewhere], [extract]):
@@ -390,11 +387,9 @@ async def test_limits_that_no_node_uses_are_refused() -> None:
 
 
 def flow_of(runner: StromaRunner) -> Any:
-    marked = stroma_node("marked", NodeContract(node_id="marked", input_schema=Note, output_schema=Note))
+    marked = stroma_node("marked", input=Note, output=Note)
     step = marked(give_text)
-    later = stroma_node("later", NodeContract(node_id="later", input_schema=Note, output_schema=Note))(
-        give_text
-    )
+    later = stroma_node("later", input=Note, output=Note)(give_text)
 
     @runner.flow("flow", input=Note, output=Note)
     async def flow(flow: Flow, state: Note) -> Note:

@@ -20,7 +20,6 @@ from tests.kit import (
 
 from stroma import (
     ContractViolation,
-    NodeContract,
     NodeHooks,
     RunStatus,
     current_node,
@@ -229,16 +228,15 @@ async def test_a_validator_that_raises_no_validation_error_is_a_violation(
             return value
 
     argument, promised = (Refusing, Num) if at == "input" else (Num, Refusing)
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id="a", input_schema=argument, output_schema=promised
-    )
     seen: list[str] = []
 
     async def end(*_: Any) -> None:
         seen.append("run end")
 
     runner = quick(hooks=record_node_hooks(seen, on_run_end=end))
-    result = await runner.run([stroma_node("a", contract)(returning({"n": 5}))], Num(n=5))
+    result = await runner.run(
+        [stroma_node("a", input=argument, output=promised)(returning({"n": 5}))], Num(n=5)
+    )
     assert result.status is RunStatus.FAILED
     assert result.failure.message.startswith(f"Contract violation for 'a' ({at})")
     assert seen == [*(["start"] if at == "output" else []), "failure", "run end"]

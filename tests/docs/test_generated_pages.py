@@ -269,7 +269,7 @@ class Items(BaseModel):
 
 
 def a_node(name: str, returned: Any, schema: type[BaseModel] = Note) -> Any:
-    @stroma_node(name, NodeContract(node_id=name, input_schema=Note, output_schema=schema))
+    @stroma_node(name, input=Note, output=schema)
     async def func(state: Note) -> Any:
         return returned
 
@@ -376,7 +376,7 @@ async def failed_elsewhere(path: Path) -> Any:
     store = SQLiteStore(path / "x.db")
     other: list[asyncio.Task[Any]] = []
 
-    @stroma_node("read", NodeContract(node_id="read", input_schema=Note, output_schema=Note))
+    @stroma_node("read", input=Note, output=Note)
     async def read(state: Note) -> Any:
         if not other:
             other.append(asyncio.create_task(run([read], store=store, if_running="attach")))
@@ -408,7 +408,7 @@ async def hook_slow(path: Path) -> Any:
 
 
 async def timeout(path: Path) -> Any:
-    @stroma_node("slow", NodeContract(node_id="slow", input_schema=Note, output_schema=Note))
+    @stroma_node("slow", input=Note, output=Note)
     async def slow(state: Note) -> dict[str, Any]:
         await asyncio.sleep(5)
         return {}
@@ -448,9 +448,7 @@ async def no_contract(path: Path) -> Any:
 
 
 async def cannot_work(path: Path) -> Any:
-    needs = stroma_node("needs", NodeContract(node_id="needs", input_schema=Strict, output_schema=Note))(
-        a_function
-    )
+    needs = stroma_node("needs", input=Strict, output=Note)(a_function)
     await run([a_node("read", {}), needs], check=True)
 
 

@@ -16,7 +16,6 @@ from pydantic import BaseModel
 from tests.shared_stores import opened
 
 from stroma import (
-    NodeContract,
     ReliabilityContext,
     StromaRunner,
     current_node,
@@ -56,7 +55,7 @@ async def main(kind: str, where: str, side_file: str, way: str, life: int) -> No
     async def all_of(ctx: ReliabilityContext) -> str:
         return " ".join(await asyncio.gather(*(branch(name, ctx) for name in "012")))
 
-    @stroma_node("answer", NodeContract(node_id="answer", input_schema=Text, output_schema=Text))
+    @stroma_node("answer", input=Text, output=Text)
     async def answer(state: Text) -> Text:
         ctx = current_run()
         assert ctx is not None

@@ -18,7 +18,6 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     Journal,
-    NodeContract,
     NodeHooks,
     PipelineChanged,
     ReliabilityContext,
@@ -60,9 +59,7 @@ def store(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def node(node_id: str, func: Callable[..., Any], input_model: Any = Note, output_model: Any = Note) -> Any:
-    return stroma_node(
-        node_id, NodeContract(node_id=node_id, input_schema=input_model, output_schema=output_model)
-    )(func)
+    return stroma_node(node_id, input=input_model, output=output_model)(func)
 
 
 def runner_on(store: Any, **config: Any) -> StromaRunner:

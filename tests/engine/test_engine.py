@@ -1239,10 +1239,8 @@ async def test_a_decorator_on_top_of_a_node_is_called() -> None:
         order.append("body")
         return {"n": state.n + 1}
 
-    contract: NodeContract[Num, Num] = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
-    other: NodeContract[Num, Num] = NodeContract(node_id="b", input_schema=Num, output_schema=Num)
-    first = logged(stroma_node("a", contract)(body))
-    second = logged(stroma_node("b", other)(body))  # Serves as "a" already, so it is wrapped.
+    first = logged(stroma_node("a", input=Num, output=Num)(body))
+    second = logged(stroma_node("b", input=Num, output=Num)(body))  # Serves as "a" already, so it is wrapped.
     result = await StromaRunner.quick().run([first, second, first], Num(n=0))
     assert result.final_state == Num(n=3), result.failure
     assert order == ["before", "body"] * 3
@@ -1250,13 +1248,12 @@ async def test_a_decorator_on_top_of_a_node_is_called() -> None:
 
 async def test_a_method_that_was_marked_in_its_class() -> None:
     """A node decorated in a class is, as a bound method, called with its object and the state."""
-    contract: NodeContract[Num, Num] = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
 
     class Steps:
         def __init__(self, by: int) -> None:
             self.by = by
 
-        @stroma_node("a", contract)
+        @stroma_node("a", input=Num, output=Num)
         async def add(self, state: Num) -> dict[str, Any]:
             return {"n": state.n + self.by}
 

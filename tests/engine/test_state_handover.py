@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, RootModel
 from tests.kit import NEVER, ONCE
 
-from stroma import AsyncInMemoryStore, NodeContract, NodeHooks, StromaRunner, map_over, parallel, stroma_node
+from stroma import AsyncInMemoryStore, NodeHooks, StromaRunner, map_over, parallel, stroma_node
 
 
 class Flat(BaseModel):
@@ -115,10 +115,7 @@ class Scribblers:
             self.snapshots += [state, out]
             return out
 
-        contract: NodeContract[Any, Any] = NodeContract(
-            node_id=node_id or letter, input_schema=self.kind, output_schema=self.kind
-        )
-        return stroma_node(node_id or letter, contract)(func)
+        return stroma_node(node_id or letter, input=self.kind, output=self.kind)(func)
 
 
 def hooks() -> NodeHooks:
@@ -169,8 +166,10 @@ async def test_an_id_that_stands_twice(kind: type[BaseModel], returns: str) -> N
     async def begin(state: Word) -> Any:
         return kind()
 
-    first: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Word, output_schema=kind)
-    nodes = [stroma_node("a", first)(begin), *(desk.node(letter, node_id="a") for letter in "bcd")]
+    nodes = [
+        stroma_node("a", input=Word, output=kind)(begin),
+        *(desk.node(letter, node_id="a") for letter in "bcd"),
+    ]
     result = await StromaRunner.quick().run(nodes, Word(text="w"))
     assert result.failure is None
     assert desk.received == [[], ["b"], ["b", "c"]]
@@ -218,9 +217,7 @@ async def test_an_id_whose_contracts_have_nothing_in_common(
         return {"more": state.more + "!"}
 
     def node(func: Any, input_model: type[BaseModel], output_model: type[BaseModel]) -> Any:
-        return stroma_node(
-            "a", NodeContract(node_id="a", input_schema=input_model, output_schema=output_model)
-        )(func)
+        return stroma_node("a", input=input_model, output=output_model)(func)
 
     nodes = [node(pair, Start, kind), node(end, End, End), node(end, End, End)]
     store = AsyncInMemoryStore()

@@ -1257,8 +1257,7 @@ async def test_log_lines_hold_nothing_that_is_redacted(caplog: pytest.LogCapture
     async def greet(state: Any) -> Any:
         raise ValueError(f"no letter for {state.name}")
 
-    contract: Any = Contract(node_id="greet", input_schema=Person, output_schema=Person)
-    greets = stroma_node("greet", contract)(greet)
+    greets = stroma_node("greet", input=Person, output=Person)(greet)
     caplog.set_level(logging.DEBUG, "stroma")
     runner = quick(redact=redact)
     await runner.run([greets], Person(name="Augusta King"))

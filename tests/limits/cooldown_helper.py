@@ -18,7 +18,7 @@ from typing import Any
 from tests.limits.budget_helper import State
 from tests.shared_stores import opened
 
-from stroma import FailureClass, FailurePolicy, Limit, NodeContract, NodeHooks, StromaRunner, stroma_node
+from stroma import FailureClass, FailurePolicy, Limit, NodeHooks, StromaRunner, stroma_node
 from stroma.limits import rate_limit
 from stroma.limits.rate_state import CallReport
 
@@ -41,7 +41,7 @@ async def work(store: Any, port: int, runs: int) -> dict[str, Any]:
         await asyncio.open_connection("127.0.0.1", port) for _ in range(WORKERS)
     ]
 
-    @stroma_node("call", NodeContract(node_id="call", input_schema=State, output_schema=State))
+    @stroma_node("call", input=State, output=State)
     async def call(state: State) -> Any:
         begin = time.monotonic()
         link = links.pop()
@@ -76,7 +76,7 @@ async def work(store: Any, port: int, runs: int) -> dict[str, Any]:
 
 
 async def probe(store: Any) -> None:
-    @stroma_node("call", NodeContract(node_id="call", input_schema=State, output_schema=State))
+    @stroma_node("call", input=State, output=State)
     async def call(state: State) -> Any:
         print("calling", flush=True)
         await asyncio.sleep(3600)

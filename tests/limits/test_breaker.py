@@ -28,7 +28,6 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     Limit,
-    NodeContract,
     NodeHooks,
     RunConfig,
     RunStatus,
@@ -250,7 +249,7 @@ async def client() -> Any:
 
 
 def asking(server: Server, client: httpx.AsyncClient, node_id: str = "call") -> Any:
-    @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=State, output_schema=State))
+    @stroma_node(node_id, input=State, output=State)
     async def ask(state: State) -> Any:
         (await client.get(server.url)).raise_for_status()
         return {"n": state.n + 1}
@@ -366,7 +365,7 @@ async def test_a_provider_that_cannot_be_reached(client: httpx.AsyncClient) -> N
 async def test_failures_without_a_host_count_for_the_limit() -> None:
     """Where no exception tells a host, one limit is one circuit; a node without a limit has none."""
 
-    @stroma_node("call", NodeContract(node_id="call", input_schema=State, output_schema=State))
+    @stroma_node("call", input=State, output=State)
     async def fail(state: State) -> Any:
         raise ConnectionError("no")
 
@@ -410,7 +409,7 @@ async def test_a_probe_that_is_cancelled(server: Server, client: httpx.AsyncClie
     clock.now += 30
     started = asyncio.Event()
 
-    @stroma_node("call", NodeContract(node_id="call", input_schema=State, output_schema=State))
+    @stroma_node("call", input=State, output=State)
     async def hang(state: State) -> Any:
         started.set()
         await asyncio.sleep(3600)

@@ -21,7 +21,6 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     Limit,
-    NodeContract,
     NodeHooks,
     RunStatus,
     StromaRunner,
@@ -58,7 +57,7 @@ class Refused(Exception):
 
 
 def node_of(function: Callable[[int], Any], node_id: str = "call") -> Any:
-    @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=State, output_schema=State))
+    @stroma_node(node_id, input=State, output=State)
     async def call(state: State) -> Any:
         await function(state.n)
         return {"n": state.n}

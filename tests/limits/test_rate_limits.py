@@ -27,7 +27,6 @@ from stroma import (
     FailureClass,
     Limit,
     LimitError,
-    NodeContract,
     NodeHooks,
     RunConfig,
     RunStatus,
@@ -52,7 +51,7 @@ def node(
 ) -> tuple[Any, list[int]]:
     calls: list[int] = []
 
-    @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=State, output_schema=State))
+    @stroma_node(node_id, input=State, output=State)
     async def call(state: State) -> Any:
         calls.append(state.n)
         if during is not None:

@@ -27,7 +27,6 @@ from tests.shared_stores import IN_PROCESS, SHARED, STORES, opened, place, store
 from stroma import (
     AsyncInMemoryStore,
     FailureClass,
-    NodeContract,
     NodeHooks,
     ReliabilityContext,
     RunConfig,
@@ -68,7 +67,7 @@ def node(
     """A node whose call costs so many cents, and its calls. ``before`` may raise, or return an awaitable."""
     calls: list[int] = []
 
-    @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=State, output_schema=State))
+    @stroma_node(node_id, input=State, output=State)
     async def call(state: State) -> Any:
         calls.append(cents)
         current_node().report_usage(input_tokens=cents, model="cents")
@@ -445,7 +444,7 @@ async def test_children_of_groups(store: Any) -> None:
     result = await runner.run([parallel(call, other)], State())
     assert result.status is RunStatus.COMPLETED
 
-    @stroma_node("item", NodeContract(node_id="item", input_schema=State, output_schema=State))
+    @stroma_node("item", input=State, output=State)
     async def item(state: State) -> Any:
         calls.append(10)
         return {"n": state.n}, 10, "cents"

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma import NodeContract, SQLiteStore, StromaRunner, map_over, stroma_node
+from stroma import SQLiteStore, StromaRunner, map_over, stroma_node
 
 DEADLY = 17
 
@@ -27,11 +27,7 @@ class Tickets(BaseModel):
 
 
 def make(node_id: str, path: str) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=Ticket, output_schema=Ticket
-    )
-
-    @stroma_node(node_id, contract)
+    @stroma_node(node_id, input=Ticket, output=Ticket)
     async def func(ticket: Ticket) -> Ticket:
         with open(path, "a+") as side:
             side.seek(0)

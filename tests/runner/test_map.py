@@ -32,7 +32,6 @@ from stroma import (
     Journal,
     JsonLines,
     MapProgress,
-    NodeContract,
     NodeHooks,
     PipelineChanged,
     ReliabilityContext,
@@ -72,11 +71,8 @@ class Doubler:
         self.failing: set[int] = set()
         self.error: Callable[[], Exception] = lambda: ValueError("no")
         self.running = self.most = 0
-        contract: NodeContract[Any, Any] = NodeContract(
-            node_id="double", input_schema=Num, output_schema=Made
-        )
 
-        @stroma_node("double", contract)
+        @stroma_node("double", input=Num, output=Made)
         async def double(state: Num) -> Any:
             self.calls[state.n] += 1
             self.running += 1
@@ -253,7 +249,7 @@ async def test_groups_as_items(store: Any, tmp_path: Path, doubler: Doubler) -> 
     class Seen(BaseModel):
         seen: int
 
-    other = stroma_node("other", NodeContract(node_id="other", input_schema=Num, output_schema=Seen))(fragile)
+    other = stroma_node("other", input=Num, output=Seen)(fragile)
     source, out = write(tmp_path / "in", range(6)), tmp_path / "out"
     work = map_over(JsonLines(source), parallel(doubler.node, other), into=JsonLines(out), max_concurrency=1)
     runner = quick(store)
@@ -276,9 +272,7 @@ async def test_a_map_beside_a_node(store: Any, tmp_path: Path, doubler: Doubler)
     class Other(BaseModel):
         other: str
 
-    node = stroma_node("beside", NodeContract(node_id="beside", input_schema=State, output_schema=Other))(
-        beside
-    )
+    node = stroma_node("beside", input=State, output=Other)(beside)
     doubler.failing = {7}
     source, out = write(tmp_path / "in", range(10)), tmp_path / "out"
     work = parallel(map_over(JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=1), node)
@@ -301,11 +295,8 @@ async def test_nothing_to_do(store: Any, tmp_path: Path, doubler: Doubler) -> No
 
 async def test_lines_of_all_kinds(tmp_path: Path) -> None:
     """A byte order mark, CRLF, a last line without an end and values of any kind are read."""
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id="same", input_schema=RootModel[Any], output_schema=RootModel[Any]
-    )
 
-    @stroma_node("same", contract)
+    @stroma_node("same", input=RootModel[Any], output=RootModel[Any])
     async def same(state: Any) -> Any:
         return state
 
@@ -523,9 +514,7 @@ async def test_restored_items_are_told(store: Any, tmp_path: Path, doubler: Doub
 async def test_a_finished_map_is_not_run_again(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """Once the map itself is committed neither its source nor its file is looked at again."""
 
-    last = stroma_node("last", NodeContract(node_id="last", input_schema=State, output_schema=State))(
-        failing_with(ValueError, "later")
-    )
+    last = stroma_node("last", input=State, output=State)(failing_with(ValueError, "later"))
     source, out = write(tmp_path / "in", range(10)), tmp_path / "out"
     nodes = [map_over(JsonLines(source), doubler.node, into=JsonLines(out)), last]
     runner = quick(store)
@@ -587,9 +576,8 @@ async def test_another_attempt_of_the_map(store: Any, tmp_path: Path, doubler: D
 async def test_a_person_is_asked_once(store: Any, tmp_path: Path) -> None:
     """An item that waits for a person suspends the run; the others are done meanwhile."""
     calls: Counter[int] = Counter()
-    contract: NodeContract[Any, Any] = NodeContract(node_id="ask", input_schema=Num, output_schema=Made)
 
-    @stroma_node("ask", contract)
+    @stroma_node("ask", input=Num, output=Made)
     async def ask(state: Num) -> Any:
         calls[state.n] += 1
         here = current_node()
@@ -615,9 +603,8 @@ async def test_a_timeout_bounds_the_whole_map(tmp_path: Path, into: str) -> None
     """node_timeouts under the id of a map ends all of its items; what was committed is not run again."""
     calls: Counter[int] = Counter()
     hangs = [True]
-    contract: NodeContract[Any, Any] = NodeContract(node_id="hang", input_schema=Num, output_schema=Made)
 
-    @stroma_node("hang", contract)
+    @stroma_node("hang", input=Num, output=Made)
     async def hang(state: Num) -> Any:
         calls[state.n] += 1
         if state.n == 20 and hangs:
@@ -1117,9 +1104,8 @@ def test_rows_that_are_left_out_are_summed() -> None:
 @pytest.mark.slow
 async def test_memory_is_flat(tmp_path: Path) -> None:
     """Ten times the items take no more memory, on a durable store with a file for outputs: also resumed."""
-    contract: NodeContract[Any, Any] = NodeContract(node_id="same", input_schema=Num, output_schema=Num)
 
-    @stroma_node("same", contract)
+    @stroma_node("same", input=Num, output=Num)
     async def same(state: Num) -> Any:
         return {"n": state.n}
 
@@ -1187,8 +1173,8 @@ def test_what_the_checker_says(doubler: Doubler) -> None:
     async def same(state: Any) -> Any:
         return state
 
-    after = stroma_node("after", NodeContract(node_id="after", input_schema=State, output_schema=State))(same)
-    first = stroma_node("first", NodeContract(node_id="first", input_schema=State, output_schema=State))(same)
+    after = stroma_node("after", input=State, output=State)(same)
+    first = stroma_node("first", input=State, output=State)(same)
     runner = StromaRunner.quick()
     for work in (
         map_over(JsonLines("in"), doubler.node, into=JsonLines("out")),
@@ -1203,5 +1189,5 @@ def test_what_the_checker_says(doubler: Doubler) -> None:
         made: list[Made]
         made_failures: list[ItemFailure]
 
-    wants = stroma_node("wants", NodeContract(node_id="wants", input_schema=Wants, output_schema=State))(same)
+    wants = stroma_node("wants", input=Wants, output=State)(same)
     assert runner.check([first, collected, wants]) == []

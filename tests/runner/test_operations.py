@@ -50,8 +50,7 @@ class Work:
                 await self.gate.wait()
             return {"n": state.n + 1}, 10
 
-        contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=Num, output_schema=Num)
-        return stroma_node(node_id, contract)(func)
+        return stroma_node(node_id, input=Num, output=Num)(func)
 
 
 def quick(store: Any, **config: Any) -> StromaRunner:
@@ -64,10 +63,9 @@ async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
     async def bad(state: Num) -> Any:
         raise LookupError("nothing there")
 
-    contract: NodeContract[Any, Any] = NodeContract(node_id="bad", input_schema=Num, output_schema=Num)
     policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
     runner = StromaRunner.quick(store=store, policy_map=policies)
-    await runner.run([stroma_node("bad", contract)(bad)], Num(), run_id="r")
+    await runner.run([stroma_node("bad", input=Num, output=Num)(bad)], Num(), run_id="r")
     trouble = store.failure_site_of("r", 0)
     frame = trouble.own[-1]
     assert (trouble.attempt, frame.file, frame.name) == (2, __file__, "bad")
@@ -226,10 +224,13 @@ async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -
 
     loose._stroma_node_id = "loose"
     loose._stroma_contract = None
-    contract: NodeContract[Any, Any] = NodeContract(node_id="last", input_schema=Free, output_schema=Free)
     work = Work()
     work.gate.set()
-    nodes = [parallel(work.nodes[0], work.nodes[1]), loose, stroma_node("last", contract)(last)]
+    nodes = [
+        parallel(work.nodes[0], work.nodes[1]),
+        loose,
+        stroma_node("last", input=Free, output=Free)(last),
+    ]
     result = await quick(store).run(nodes, Num(), run_id="r")
     assert result.final_state == Free(n=20, more="made"), result.failure
     forked = await quick(store).fork("r", nodes, at="last", state=Free(n=7, more="edited"), input_schema=Num)
@@ -278,8 +279,7 @@ async def test_many_runs(store: Any) -> None:
             raise ValueError("three")
         return {"n": state.n * 10}
 
-    contract: NodeContract[Any, Any] = NodeContract(node_id="x", input_schema=Num, output_schema=Num)
-    nodes = [stroma_node("x", contract)(func)]
+    nodes = [stroma_node("x", input=Num, output=Num)(func)]
     events: list[int] = []
     outcomes = await quick(store).run_many(
         nodes,
@@ -588,9 +588,10 @@ async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_a
         except BaseException as error:
             raise ConnectionError("lost") from error
 
-    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
     runner = StromaRunner.quick(store=store, policy_map=THRICE)
-    task = asyncio.create_task(runner.run([stroma_node("a", contract)(wrapping)], Num(), run_id="r"))
+    task = asyncio.create_task(
+        runner.run([stroma_node("a", input=Num, output=Num)(wrapping)], Num(), run_id="r")
+    )
     await inside.wait()
     await runner.cancel("r")
     result = await task

@@ -20,7 +20,6 @@ import stroma
 from stroma import (
     AsyncInMemoryStore,
     ExecutionBudget,
-    NodeContract,
     NodeHooks,
     Pipeline,
     RunBusy,
@@ -41,12 +40,10 @@ class State(BaseModel):
 
 
 def node(name: str, func: Any = None, *, gives: Any = None) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(node_id=name, input_schema=Num, output_schema=Num)
-
     async def plain(state: Num) -> Any:
         return {"n": state.n + 1}, 5
 
-    return stroma_node(name, contract)(func or plain)
+    return stroma_node(name, input=Num, output=Num)(func or plain)
 
 
 quick = partial(StromaRunner.quick, policy_map=ONCE)

@@ -28,7 +28,6 @@ from stroma import (
     ContractViolation,
     FailureClass,
     FailurePolicy,
-    NodeContract,
     NodeHooks,
     Pipeline,
     RunBusy,
@@ -212,11 +211,7 @@ class World:
         draw = self.draw
 
         def node(node_id: str, input_model: type[BaseModel], output_model: type[BaseModel], work: Any) -> Any:
-            contract: NodeContract[Any, Any] = NodeContract(
-                node_id=node_id, input_schema=input_model, output_schema=output_model
-            )
-
-            @stroma_node(node_id, contract)
+            @stroma_node(node_id, input=input_model, output=output_model)
             async def call(state: Any) -> Any:
                 here = current_node()
                 self.tokens += 1
@@ -240,7 +235,7 @@ class World:
         def step(state: State, token: str) -> State:
             return State(made=[*state.made, token])
 
-        @stroma_node("ask", NodeContract(node_id="ask", input_schema=State, output_schema=State))
+        @stroma_node("ask", input=State, output=State)
         async def ask(state: State) -> State:
             here = current_node()
             answer = here.wait_for(Answer, reason="go on?")

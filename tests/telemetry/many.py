@@ -199,9 +199,7 @@ class Programs:
                 return state, Usage(model="dall-e-3", cost_usd=0.04)
             return state, 5, 5, MODELS[0]
 
-        return stroma_node(
-            "limited", NodeContract(node_id="limited", input_schema=State, output_schema=State)
-        )(call)
+        return stroma_node("limited", input=State, output=State)(call)
 
     def a_list(self) -> Any:
         a, b, c, d = (self.node(name, State) for name in "abcd")

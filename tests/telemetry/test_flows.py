@@ -29,7 +29,6 @@ from stroma import (
     stroma_flow,
     stroma_node,
 )
-from stroma.contracts.contract import NodeContract
 from stroma.engine.current import running_agent
 from stroma.telemetry import log_hooks, prometheus_hooks, sentry_hooks
 
@@ -44,7 +43,7 @@ def step(name: str, *, failures: int = 0) -> Any:
             raise ConnectionError("no")
         return state, 10, 5, "gpt-4o-mini"
 
-    return stroma_node(name, NodeContract(node_id=name, input_schema=Num, output_schema=Num))(call)
+    return stroma_node(name, input=Num, output=Num)(call)
 
 
 first, flaky, bad = step("first"), step("flaky", failures=1), step("bad", failures=9)
@@ -139,7 +138,7 @@ async def test_spans_of_a_users_own_in_a_step() -> None:
                 await asyncio.sleep(0.001)
             return state
 
-        return stroma_node(name, NodeContract(node_id=name, input_schema=Num, output_schema=Num))(call)
+        return stroma_node(name, input=Num, output=Num)(call)
 
     nodes = [own(name) for name in "abc"]
 

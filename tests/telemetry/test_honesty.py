@@ -25,7 +25,6 @@ from stroma import (
     CheckpointManager,
     ContractRegistry,
     Limit,
-    NodeContract,
     NodeHooks,
     Pipeline,
     ReliabilityContext,
@@ -42,9 +41,7 @@ pytest_plugins = ["tests.receivers.fixtures"]
 
 
 def own_pipeline(hooks: Any, name: str = "own") -> Pipeline:
-    contract: Any = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
-
-    @stroma_node("a", contract)
+    @stroma_node("a", input=Num, output=Num)
     async def a(state: Num) -> Num:
         return state
 

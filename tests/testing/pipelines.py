@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma import FailurePolicy, NodeContract, StromaRunner, stroma_node
+from stroma import FailurePolicy, StromaRunner, stroma_node
 
 
 class Number(BaseModel):
@@ -22,9 +22,7 @@ def make(
     async def step(state: Any) -> Any:
         return await func(state)
 
-    return stroma_node(
-        node_id, NodeContract(node_id=node_id, input_schema=input_model, output_schema=output_model)
-    )(step)
+    return stroma_node(node_id, input=input_model, output=output_model)(step)
 
 
 async def add_one(state: Number) -> dict[str, int]:

@@ -16,7 +16,6 @@ from stroma import (
     Breaker,
     ExecutionBudget,
     Limit,
-    NodeContract,
     NodeHooks,
     RunStatus,
     SQLiteStore,
@@ -198,7 +197,7 @@ async def test_a_thread_at_work_is_waited_for():
     """A sync node at work is not cut off by its timeout, however much the clock could jump meanwhile."""
     release = threading.Event()
 
-    @stroma_node("sync", NodeContract(node_id="sync", input_schema=Number, output_schema=Number))
+    @stroma_node("sync", input=Number, output=Number)
     def sync(state):
         release.wait(60)
         return state

@@ -33,7 +33,7 @@ from tests.testing.pipelines import Number, make
 from tests.tiers import examples
 from typing_extensions import TypedDict
 
-from stroma import NodeContract, StromaRunner, parallel, stroma_node
+from stroma import StromaRunner, parallel, stroma_node
 from stroma.testing import assert_contract_holds
 from stroma.testing.contracts import inputs_of
 
@@ -268,7 +268,7 @@ async def test_it_works_where_an_event_loop_is_running():
 def test_sync_nodes_and_nodes_of_a_runner():
     """A plain def holds a contract, too, and the contract of the runner is the one that counts."""
 
-    @stroma_node("sync", NodeContract(node_id="sync", input_schema=Number, output_schema=Number))
+    @stroma_node("sync", input=Number, output=Number)
     def sync(state):
         return state
 

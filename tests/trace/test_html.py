@@ -19,7 +19,7 @@ from pydantic import BaseModel, SecretStr, field_validator
 from tests.tiers import examples
 from tests.trace.standalone_pages import check_page
 
-from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
+from stroma import FailurePolicy, StromaRunner, current_node, parallel, stroma_node
 from stroma._utils.hiding import without
 from stroma.trace.html import document, fragment, tree
 from stroma.trace.redaction import forms_to_hide
@@ -39,8 +39,7 @@ class Total(BaseModel):
 
 
 def node(node_id: str, func: Any, output: type[BaseModel] = State) -> Any:
-    contract: Any = NodeContract(node_id=node_id, input_schema=State, output_schema=output)
-    return stroma_node(node_id, contract)(func)
+    return stroma_node(node_id, input=State, output=output)(func)
 
 
 async def flaky(state: Any) -> Any:
@@ -110,8 +109,9 @@ async def test_secrets_and_redaction() -> None:
     async def keep(state: Any) -> Any:
         return state
 
-    contract: Any = NodeContract(node_id="keep", input_schema=Private, output_schema=Private)
-    result = await StromaRunner.quick().run([stroma_node("keep", contract)(keep)], Private())
+    result = await StromaRunner.quick().run(
+        [stroma_node("keep", input=Private, output=Private)(keep)], Private()
+    )
     assert "Ada Lovelace" in result.to_html()
     assert "hunter2" not in result.to_html()
     assert "Ada" not in result.to_html(redact=lambda state: {**state, "name": "***"})
@@ -127,8 +127,9 @@ async def test_secrets_and_redaction() -> None:
         def _no_names(cls, value: str) -> str:
             raise ValueError(f"{value} is a person")
 
-    broken: Any = NodeContract(node_id="quotes", input_schema=Private, output_schema=Quoting)
-    failed = await StromaRunner.quick().run([stroma_node("quotes", broken)(quotes)], Private(name="x"))
+    failed = await StromaRunner.quick().run(
+        [stroma_node("quotes", input=Private, output=Quoting)(quotes)], Private(name="x")
+    )
     assert "Ada" in failed.to_html()
     hidden = failed.to_html(redact=lambda state: {})
     assert "Ada" not in hidden
@@ -147,8 +148,9 @@ async def test_messages_are_redacted(tmp_path: Path) -> None:
     async def bills(state: Any) -> Any:
         raise ValueError(f"cannot bill {state.name[:25]}... or {json.dumps(state.name)} at {state.age}")
 
-    contract: Any = NodeContract(node_id="bills", input_schema=Private, output_schema=Private)
-    result = await StromaRunner.quick().run([stroma_node("bills", contract)(bills)], Private())
+    result = await StromaRunner.quick().run(
+        [stroma_node("bills", input=Private, output=Private)(bills)], Private()
+    )
 
     def redact(state: dict[str, Any]) -> dict[str, Any]:
         return {**state, "name": "***"} if "name" in state else state

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, RootModel
 from tests.kit import Num, quick, record_node_hooks, returning
 
-from stroma import NodeContract, NodeHooks, RunStatus, StromaRunner, stroma_node
+from stroma import NodeHooks, RunStatus, StromaRunner, stroma_node
 
 
 @pytest.mark.core
@@ -27,12 +27,8 @@ async def test_what_the_end_of_a_run_shows_is_redacted() -> None:
         name: str
 
     nodes = [
-        stroma_node("first", NodeContract(node_id="first", input_schema=Secretive, output_schema=Secretive))(
-            returning({"name": "secret too"})
-        ),
-        stroma_node("second", NodeContract(node_id="second", input_schema=Secretive, output_schema=Strict))(
-            returning({"name": 5, "why": "secret again"})
-        ),
+        stroma_node("first", input=Secretive, output=Secretive)(returning({"name": "secret too"})),
+        stroma_node("second", input=Secretive, output=Strict)(returning({"name": 5, "why": "secret again"})),
     ]
     hooks = NodeHooks(on_run_end=end)
     runner = StromaRunner.quick(hooks=[hooks, hooks], redact=lambda state: dict.fromkeys(state, "***"))
@@ -91,9 +87,10 @@ async def test_whatever_redact_makes_every_hook_is_called(redact: Any, root: boo
 
     kind: type[BaseModel] = Pair if root else Num
     state = Pair([7]) if root else Num(n=7)
-    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=kind, output_schema=kind)
     hooks = record_node_hooks(seen, on_run_start=start, on_run_end=end)
-    result = await quick(hooks=hooks, redact=redact).run([stroma_node("a", contract)(same)], state)
+    result = await quick(hooks=hooks, redact=redact).run(
+        [stroma_node("a", input=kind, output=kind)(same)], state
+    )
     assert (result.status, result.final_state, result.hook_errors) == (RunStatus.COMPLETED, state, [])
     assert seen == ["run start", "start", "success", "run end"]
     assert type(shown[0]) is kind
@@ -113,7 +110,6 @@ async def test_redact_of_a_root_model(instance: dict[str, Any], root: Any) -> No
     async def same(state: Any) -> Any:
         return state
 
-    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Pair, output_schema=Pair)
     runner = quick(hooks=NodeHooks(on_run_end=end), redact=lambda _: instance)
-    await runner.run([stroma_node("a", contract)(same)], Pair([7]))
+    await runner.run([stroma_node("a", input=Pair, output=Pair)(same)], Pair([7]))
     assert shown == [root]

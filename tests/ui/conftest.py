@@ -21,7 +21,6 @@ from tests.ui.page_tools import missing
 
 from stroma import (
     FailurePolicy,
-    NodeContract,
     Pipeline,
     SQLiteStore,
     StromaRunner,
@@ -151,8 +150,7 @@ class Total(BaseModel):
 
 
 def node(node_id: str, func: Any, output: type[BaseModel] = State) -> Any:
-    contract: Any = NodeContract(node_id=node_id, input_schema=State, output_schema=output)
-    return stroma_node(node_id, contract)(func)
+    return stroma_node(node_id, input=State, output=output)(func)
 
 
 async def first(state: Any) -> Any:

@@ -18,7 +18,6 @@ from stroma import (
     ExecutionBudget,
     FailurePolicy,
     Flow,
-    NodeContract,
     Pipeline,
     RunConfig,
     SQLiteStore,
@@ -91,8 +90,7 @@ class Approval(BaseModel):
 
 
 def _node(node_id: str, func: Any, input_model: type[BaseModel], output_model: type[BaseModel]) -> Any:
-    contract: Any = NodeContract(node_id=node_id, input_schema=input_model, output_schema=output_model)
-    return stroma_node(node_id, contract)(func)
+    return stroma_node(node_id, input=input_model, output=output_model)(func)
 
 
 def invoices(dice: random.Random, *, breaks: bool = False, asks: bool = False, hangs: Any = None) -> Pipeline:

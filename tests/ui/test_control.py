@@ -19,7 +19,6 @@ from tests.ui.test_security import keys
 from stroma import (
     CheckpointNotFound,
     ExecutionBudget,
-    NodeContract,
     Pipeline,
     RequestRefused,
     SQLiteStore,
@@ -59,7 +58,6 @@ def test_a_limit_behind_another_failure(store: SQLiteStore, serve: Any) -> None:
 def living(store: SQLiteStore) -> Any:
     """A run in another thread whose first node waits until it is let go; yields (let go, result of the
     run)."""
-    contract: Any = NodeContract(node_id="n", input_schema=State, output_schema=State)
     go, reached = threading.Event(), threading.Event()
     results: list[Any] = []
 
@@ -69,7 +67,7 @@ def living(store: SQLiteStore) -> Any:
         current_node().report_usage(input_tokens=10)
         return state
 
-    node: Any = stroma_node("n", contract)(work)
+    node: Any = stroma_node("n", input=State, output=State)(work)
     runner = StromaRunner.quick(store=store, budget=ExecutionBudget(max_tokens_total=5))
 
     def run() -> None:

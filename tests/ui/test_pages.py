@@ -31,7 +31,6 @@ from tests.ui.test_security import attempts_of
 
 from stroma import (
     FailurePolicy,
-    NodeContract,
     Pipeline,
     SQLiteStore,
     StromaRunner,
@@ -220,9 +219,13 @@ def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:
     async def strict(state: Any) -> Any:
         return state
 
-    one: Any = NodeContract(node_id="loose", input_schema=Loose, output_schema=Loose)
-    two: Any = NodeContract(node_id="strict", input_schema=Strict, output_schema=Strict)
-    pipeline = Pipeline("p", [stroma_node("loose", one)(loose), stroma_node("strict", two)(strict)])
+    pipeline = Pipeline(
+        "p",
+        [
+            stroma_node("loose", input=Loose, output=Loose)(loose),
+            stroma_node("strict", input=Strict, output=Strict)(strict),
+        ],
+    )
     asyncio.run(StromaRunner.quick(store=store).run(pipeline, Loose(), run_id="x"))
     site = serve(store)
     page = site.ask("GET", attempts_of(site, "x")[-1]).text
@@ -242,8 +245,7 @@ def test_a_rejected_output_is_shown(store: SQLiteStore, serve: Any) -> None:
     async def rate(state: Any) -> Any:
         return {"stars": "<b>five", "notes": [1]}
 
-    one: Any = NodeContract(node_id="rate", input_schema=State, output_schema=Strict)
-    pipeline = Pipeline("p", [stroma_node("rate", one)(rate)])
+    pipeline = Pipeline("p", [stroma_node("rate", input=State, output=Strict)(rate)])
     asyncio.run(StromaRunner.quick(store=store).run(pipeline, State(), run_id="x"))
     site = serve(store)
     address = attempts_of(site, "x")[0]
@@ -468,7 +470,7 @@ def test_the_gap_before_a_resume_is_named(dies_in: str, tmp_path: Path, serve: A
 
     def run(*, dies: bool) -> Any:
         def step(id: str) -> Any:
-            @stroma_node(id, NodeContract(node_id=id, input_schema=State, output_schema=State))
+            @stroma_node(id, input=State, output=State)
             async def call(state: State) -> State:
                 if dies and id == dies_in:
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -21,7 +21,7 @@ from tests.checkpoint import large_stores
 from tests.trace.standalone_pages import Page
 from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 
-from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, Suspend, stroma_node
+from stroma import Pipeline, SQLiteStore, StromaRunner, Suspend, stroma_node
 from stroma.ui.events import Events
 
 PAGES = ("/", "/overview", "/run?id=bad", "/pipeline")
@@ -419,14 +419,11 @@ def test_fifty_megabytes(store: SQLiteStore, serve: Any) -> None:
     async def grow(state: Any) -> Any:
         return {"text": "x" * 50_000_000}
 
-    contract: Any = NodeContract(node_id="grow", input_schema=Big, output_schema=Big)
     pipeline = Pipeline(
         "big",
         [
-            stroma_node("grow", contract)(grow),
-            stroma_node("again", NodeContract(node_id="again", input_schema=Big, output_schema=Big))(
-                lambda state: state
-            ),
+            stroma_node("grow", input=Big, output=Big)(grow),
+            stroma_node("again", input=Big, output=Big)(lambda state: state),
         ],
     )
     asyncio.run(StromaRunner.quick(store=store).run(pipeline, Big(), run_id="big"))
