@@ -76,7 +76,7 @@ def test_open_runs_have_no_part_in_the_success_rate(store: SQLiteStore, site: Si
     submit(store, "two")
     rate = "50.0% of completed and 1 failed runs"
     assert f"Success rate, last 4 runs {rate}" in text_of(site.get("/").text)
-    assert "Success rate 50.0% of completed and failed runs" in text_of(site.get("/overview").text)
+    assert "Success rate 50.0% of ended runs" in text_of(site.get("/overview").text)
 
 
 def test_a_queued_run(store: SQLiteStore, site: Site) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl, urlencode
 
 from anyio import to_thread
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -22,22 +23,15 @@ from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.contracts.contract import ContractRegistry
-from stroma.runner.stored_runs import StoredRuns, limits_of
-from stroma.runner.stored_runs import request as make_request
-
-if TYPE_CHECKING:
-    from stroma.ui.security import Keys
-    from stroma.ui.settings import Settings
-from typing import TYPE_CHECKING
-
-from pydantic import BaseModel, ValidationError
-
 from stroma.contracts.examples import NoExampleError, example_for
 from stroma.runner.pipeline import SubmitOptions
+from stroma.runner.stored_runs import StoredRuns, limits_of
+from stroma.runner.stored_runs import request as make_request
 from stroma.ui.rendering import Renderer
 
 if TYPE_CHECKING:
-    from stroma.ui.settings import Submission
+    from stroma.ui.security import Keys
+    from stroma.ui.settings import Settings, Submission
 
 _MAX_FORM_BYTES: Final = 100_000
 _FORM_SECONDS: Final = 10.0  # for a form to arrive

@@ -62,7 +62,7 @@ _MAX_ANSWERED: Final = 20  # answered questions
 
 
 #: Facts beside the name of a run, and icons of those that are notes below it.
-_FACTS: Final = ("owner", "deaths", "version", "execution")
+_FACTS: Final = ("due", "owner", "deaths", "version", "execution")
 _NOTES: Final = {
     "blocked": "alert",
     "answered": "check",
@@ -71,7 +71,6 @@ _NOTES: Final = {
     "unknown": "ask",
     "stated": "check",
     "paused": "pause",
-    "due": "hand",
     "waits": "hand",
     "error": "alert",
 }

@@ -82,16 +82,12 @@ def facts_of(
             yield "answered" if one.is_answered else "closed", describe_answer(one)
         elif is_open:
             yield "waits", f"{node_text(one)}: {clean(one.text, 1000)} (asks for {answer_type(one)})"
-    # The reason of an answered run is its question, unless it sleeps or waits for a message.
-    is_over = record.wait_text != record.error and bool(waiting) and record.waits_for is None
     if record.waits_for == "resume":
         yield "paused", "no attempt begins until somebody resumes it"
-    elif record.is_due_at_once and record.wait_text is not None:
-        yield "due", clean(record.wait_text, 1000)
     elif record.wait_text is None:
         if record.error:
             yield "error", clean(record.error, 2000)
-    elif not unanswered(waiting) and not is_over:
+    elif record.is_due_at_once or not unanswered(waiting):
         yield "waits", clean(record.wait_text, 1000)
     yield from _effects(record, facts.effects, waiting)
 
