@@ -6,13 +6,8 @@ provides its clock; the change itself is a function of the caller.
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
-
-from stroma.contracts.contract import check_id
 
 T = TypeVar("T")
 
@@ -43,52 +38,3 @@ class CellStore(Protocol):
         Blocking. Does not create the store. Raises ValueError for an illegal name, StoreError.
         """
         ...
-
-
-# One lock for all stores in memory: it is held for microseconds.
-_lock = threading.RLock()
-
-
-def memory_lock() -> threading.RLock:
-    """Return the lock under which stores in memory change: their runs may be shared by threads."""
-    return _lock
-
-
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()  # The parent may have held it.
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-class MemoryCells:
-    """Cells in the memory of this process. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._cells: dict[str, bytes] = {}
-
-    async def change_cell(self, name: str, change: Change[T]) -> T:
-        """See CellStore. Does not suspend."""
-        return self._change(name, change)
-
-    def post_cell(self, name: str, change: Change[Any]) -> None:
-        """See CellStore."""
-        self._change(name, change)
-
-    def read_cell(self, name: str) -> tuple[bytes | None, int]:
-        """See CellStore."""
-        return self._cells.get(check_id(name, "cell name")), time.time_ns() // 1_000_000
-
-    def forget(self) -> None:
-        """Delete all cells."""
-        self._cells = {}
-
-    def _change(self, name: str, change: Change[T]) -> T:
-        check_id(name, "cell name")
-        with memory_lock():
-            data, answer = change(self._cells.get(name), time.time_ns() // 1_000_000)
-            if data is not None:
-                self._cells[name] = data
-        return answer

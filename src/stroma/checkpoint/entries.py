@@ -51,7 +51,7 @@ class RunRequest(NamedTuple):
         max_recoveries: end a run as FAILED once its process died so often; None: never.
         force: continue it in spite of that, and count deaths from 0.
         due_ms: raise RunExists for a run that is not due at this time, see
-            :func:`stroma.checkpoint.decisions.is_due`.
+            :func:`stroma.checkpoint.durable.session_open.is_due`.
         claim: token of the claim of the worker that opens it; see
             :class:`stroma.checkpoint.queue.ClaimRequest`.
         any_input: continue the run even if its input differs: the caller's own checkpoint has the first

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
 from stroma._utils.logs import get_logger
-from stroma.checkpoint.cells import CellStore, Change, MemoryCells
+from stroma.checkpoint.cells import CellStore, Change
 from stroma.checkpoint.errors import StoreError
 from stroma.contracts.contract import check_id
 from stroma.cost.budget import LARGEST
@@ -123,7 +123,7 @@ class Gate(ABC):
     @property
     def lease_ms(self) -> int | None:
         """Lease of a reservation in milliseconds; None for a store in memory, which ends with its process."""
-        return None if isinstance(self.store, (MemoryCells, ProcessCells)) else int(self.lease_seconds * 1000)
+        return None if getattr(self.store, "address", None) == "" else int(self.lease_seconds * 1000)
 
     @property
     def line(self) -> WaitQueue:

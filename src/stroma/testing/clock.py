@@ -12,7 +12,6 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self
 
-from stroma.checkpoint import cells
 from stroma.checkpoint.durable import worker as _worker
 from stroma.checkpoint.memory import rows as _memory_rows
 from stroma.checkpoint.sqlite import connection as _sqlite_rows
@@ -145,7 +144,7 @@ class FakeClock:
 
     def _put_in_place(self) -> None:
         shim = _Time(self)
-        for module in (cells, _memory_rows, classifiers, breaker, reservations):
+        for module in (_memory_rows, classifiers, breaker, reservations):
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
         of_runs = (_attempt, _deadlines, _effects, _engine, _admission, _journal, _map)

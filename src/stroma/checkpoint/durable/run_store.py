@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import timedelta
@@ -12,6 +13,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.cells import Change
 from stroma.checkpoint.decisions import (
     COMPLETE,
     ENDED,
@@ -36,7 +38,7 @@ from stroma.checkpoint.durable.conversion import open_step_input, to_committed
 from stroma.checkpoint.durable.fork import fork_run
 from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.news import Listener
-from stroma.checkpoint.durable.operations import Transaction
+from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import Owner, new_owner
 from stroma.checkpoint.durable.reader import ReadableStore
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
@@ -98,8 +100,11 @@ class RunStore(ReadableStore):
         sealed = await self._payloads.seal(data, place)
         return Step(schema.fingerprint, schema_ref(schema.model), sealed, b"")
 
-    async def _opening(self, request: RunRequest, data: Stored, owner: Owner) -> Opening:
-        sealed = await self._payloads.seal(data, PayloadPlace(request.run_id, 1, "input"))
+    async def _seal_input(self, request: RunRequest, data: Stored) -> Stored:
+        sealed: Stored = await self._payloads.seal(data, PayloadPlace(request.run_id, 1, "input"))
+        return sealed
+
+    def _opening(self, request: RunRequest, sealed: Stored, owner: object) -> Opening:
         return Opening(
             run_id=request.run_id,
             pipeline=request.pipeline,
@@ -123,7 +128,8 @@ class RunStore(ReadableStore):
         """
         check_id(request.run_id, "run id")
         data = self._encode_input(request)
-        opening = await self._opening(request, data, new_owner(self, ends=False))
+        sealed = await self._seal_input(request, data)
+        opening = self._opening(request, sealed, new_owner(self, ends=False))
 
         def submit(rows: Rows) -> bool:
             return submit_run(rows, self._payloads, request, opening, data, entry)
@@ -437,6 +443,18 @@ class RunStore(ReadableStore):
         ]
         return sorted(items, key=itemgetter(0))
 
+    # ------------------------------------------------------------------ cells
+
+    def change_cell(self, name: str, change: Change[T]) -> Awaitable[T]:
+        """Change a cell as one transaction; see CellStore. Raises ValueError; awaited: StoreError."""
+        return self._submit(changing(name, change))
+
+    def read_cell(self, name: str) -> tuple[bytes | None, int]:
+        """Return the data of a cell, or None, and the clock in milliseconds. Blocking. Raises StoreError."""
+        check_id(name, "cell name")
+        nothing: tuple[bytes | None, int] = (None, time.time_ns() // 1_000_000)
+        return self.read(lambda rows: rows.read_cell(name), nothing) if self.exists() else nothing
+
     # ------------------------------------------------------------------ retention
 
     async def gc(
@@ -482,6 +500,11 @@ def _takes(stored: Waiting, answer: Waiting) -> bool:
     if stored.payload is None or answer.payload is None:
         return stored.payload is None
     return is_same_data(stored.payload, answer.payload)
+
+
+def changing(name: str, change: Change[Any]) -> CellChange:
+    """Return the change of a cell as an operation. Raises ValueError for an illegal name."""
+    return CellChange(check_id(name, "cell name"), change)
 
 
 def _records_end(run: RunRow) -> bool:

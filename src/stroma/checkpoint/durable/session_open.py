@@ -5,17 +5,17 @@ All of it is one transaction: a request that is refused changes nothing and fenc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+from stroma._utils.text import pluralize
 from stroma.checkpoint.decisions import (
     COMPLETE,
     ENDED,
+    GIVEN_UP,
     MESSAGE_SENT,
     UNFINISHED,
-    LastExecution,
-    PriorWork,
-    decide,
     expired_error,
     has_expired,
 )
@@ -62,7 +62,7 @@ from stroma.checkpoint.entries import (
     RunRequest,
     Tried,
 )
-from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.checkpoint.payloads import PayloadPlace, Payloads, Stored, UnencodedState
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import PICO, AttemptRecord
@@ -76,6 +76,115 @@ _MAX_TIMED: Final = 10_000  # attempts of a dead process whose times are read
 _MAX_FAILED: Final = 1000  # failed attempts that are counted for those that follow the death of a process
 #: Returns the annotations of a kind. Raises CorruptCheckpoint for a damaged one.
 _Reader: TypeAlias = Callable[[Annotation], list[StepRow]]
+
+
+class PriorWork(NamedTuple):
+    """Records of a run that a new execution discards, and effects that it may call again.
+
+    Attributes:
+        nodes: number of committed nodes.
+        questions, answers: number of questions without and with an answer.
+        effects: ids of the nodes whose effect was called, in any execution.
+    """
+
+    nodes: int
+    questions: int
+    answers: int
+    effects: tuple[str, ...]
+
+    def refusal(self, run_id: str, status: str) -> RunExists:
+        """Return the error for a run that starts again only on request."""
+        counts = (
+            (self.nodes, "committed node"),
+            (self.questions, "open question"),
+            (self.answers, "answered question"),
+        )
+        has_ended = status in GIVEN_UP
+        lost = [] if has_ended else [pluralize(number, noun) for number, noun in counts if number]
+        harm = [f"would discard {', '.join(lost)}"] if lost else []
+        if self.effects:
+            harm.append(f"may call the effect of {', '.join(map(repr, self.effects))} again")
+        why = f"; a new execution {' and '.join(harm)}" if harm else ""
+        return RunExists(
+            f"run {run_id!r} {'has a recorded effect' if has_ended else 'has not ended'} ({status}){why}; "
+            'pass resume=True to continue it, or if_exists="restart" to run it from the start'
+        )
+
+
+def is_due(run: RunRow, now_ms: int) -> bool:
+    """Return True if a worker may continue a run: its owner is gone, or it stopped and its time has come."""
+    if run.status == "RUNNING":
+        return run.holder is None
+    return run.status in UNFINISHED and run.wake_ms is not None and run.wake_ms <= now_ms
+
+
+def decide(
+    request: RunRequest, last: RunRow, same_input: bool, prior_work: Callable[[], PriorWork]
+) -> Literal["begin", "continue", "return"]:
+    """Return what to do with the last execution. Raises RunBusy, RunExists, PipelineChanged.
+
+    Args:
+        prior_work: called for a request that begins a new execution only if nothing is lost.
+    """
+    holder = last.holder
+    if holder is not None and request.if_running != "take_over":
+        what = "" if same_input else " with another input"
+        left = max(last.left_seconds, 0.0)
+        lease = f" (lease expires in {left:.1f} s)" if math.isfinite(left) else ""
+        error = RunBusy(
+            f"run {request.run_id!r} is already running{what} in {holder.place}{lease}; "
+            'pass if_running="attach" to wait for its result, or use another run id'
+        )
+        error.holder, error.left_seconds, error.same_input = holder.place, last.left_seconds, same_input
+        raise error
+    if request.claim is not None and request.claim != last.claim:
+        raise RunExists(
+            f"run {request.run_id!r} is no longer claimed by this worker; another one may continue it"
+        )
+    if request.due_ms is not None and not is_due(last, request.due_ms):
+        raise RunExists(f"run {request.run_id!r} is not due, its status is {last.status}; resume it instead")
+    if request.if_exists == "read":
+        if last.status in ("RUNNING", "INTERRUPTED", QUEUED):
+            raise RunExists(
+                f"run {request.run_id!r} has neither ended nor been suspended, its status is "
+                f"{last.status}; wait for it"
+            )
+        return "return"
+    if request.if_exists == "error":
+        raise RunExists(
+            f"run {request.run_id!r} already exists (execution {last.execution}, {last.status}); use another "
+            'run id, or pass if_exists="resume", "return" or "restart"'
+        )
+    if request.if_exists == "new":
+        lost = prior_work()
+        if last.status not in GIVEN_UP or lost.effects:
+            raise lost.refusal(request.run_id, last.status)
+        return "begin"
+    if request.if_exists == "restart":
+        return "begin"
+    if request.discard_from is None and not (same_input or request.any_input):
+        raise PipelineChanged(
+            f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} has "
+            "changed); pass the same input, or use another run id"
+        )
+    finished = last.status in COMPLETE
+    if request.if_exists == "attach":  # An owner that died is continued.
+        finished = last.status != "RUNNING"
+    if finished and request.if_exists in ("return", "attach"):
+        return "return"
+    if request.versions is not None and last.version not in ("", *request.versions):
+        raise _other_version(request, last)
+    return "continue"
+
+
+def _other_version(request: RunRequest, last: RunRow) -> PipelineChanged:
+    """Return the error for a run whose version the code cannot continue."""
+    served = " and ".join(map(repr, request.versions or ())) or "no version"
+    return PipelineChanged(
+        f"run {request.run_id!r} started with version {last.version!r} of pipeline {last.pipeline!r}, and "
+        f"this code serves {served}; resume it with code of that version, or pass "
+        f"accepts=({last.version!r},) and keep its steps"
+    )
 
 
 class RunOpener:
@@ -112,7 +221,7 @@ class RunOpener:
             )
             action = decide(
                 request,
-                _last_execution(run),
+                run,
                 same_input,
                 lambda: _prior_work(RunRecords.of(rows, run, self._payloads), run),
             )
@@ -423,17 +532,3 @@ def _prior_work(records: RunRecords, run: RunRow) -> PriorWork:
     is_answered = [bool(row.step.output) for row in annotations if row.position == Annotation.WAITING]
     effects = sorted(row.branch for row in annotations if row.position == Annotation.EFFECT)
     return PriorWork(run.nodes, is_answered.count(False), is_answered.count(True), tuple(effects))
-
-
-def _last_execution(run: RunRow) -> LastExecution:
-    holder = run.holder
-    return LastExecution(
-        execution=run.execution,
-        status=run.status,
-        holder=None if holder is None else holder.place,
-        left_seconds=run.left_seconds,
-        wake_ms=run.wake_ms,
-        claim=run.claim,
-        pipeline=run.pipeline,
-        version=run.version,
-    )

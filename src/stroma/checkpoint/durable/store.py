@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-import time
 import weakref
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable
@@ -14,10 +13,10 @@ from typing import Any, Final, Self, TypeVar
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.durable.operations import CellChange, Transaction
+from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.rows import Fence, Rows, lease_clock
-from stroma.checkpoint.durable.run_store import RunStore
+from stroma.checkpoint.durable.run_store import RunStore, changing
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.entries import RunRequest
@@ -200,7 +199,8 @@ class DurableStore(RunStore):
 
     async def _open(self, request: RunRequest, data: Stored) -> DurableSession:
         session = DurableSession(request.run_id, self._submit, self._payloads, self.address)
-        opening = await self._opening(request, data, new_owner(session, ends=request.ends))
+        sealed = await self._seal_input(request, data)
+        opening = self._opening(request, sealed, new_owner(session, ends=request.ends))
         open_session = partial(session.open, request, opening, data)
         asked_at = lease_clock()
         continues = request.claim is not None
@@ -233,19 +233,9 @@ class DurableStore(RunStore):
 
     # ------------------------------------------------------------------ cells
 
-    def change_cell(self, name: str, change: Change[T]) -> Awaitable[T]:
-        """Change a cell as one transaction; see CellStore. Raises ValueError; awaited: StoreError."""
-        return self._submit(_changing(name, change))
-
     def post_cell(self, name: str, change: Change[Any]) -> None:
         """Change a cell without waiting. May be called from any thread."""
-        self.post(_changing(name, change))
-
-    def read_cell(self, name: str) -> tuple[bytes | None, int]:
-        """Return the data of a cell, or None, and the clock in milliseconds. Blocking. Raises StoreError."""
-        check_id(name, "cell name")
-        nothing: tuple[bytes | None, int] = (None, time.time_ns() // 1_000_000)
-        return self.read(lambda rows: rows.read_cell(name), nothing) if self.exists() else nothing
+        self.post(changing(name, change))
 
     # ------------------------------------------------------------------ closing
 
@@ -284,7 +274,3 @@ async def _see_through(pending: asyncio.Future[Any]) -> asyncio.CancelledError |
         except asyncio.CancelledError as came:
             cancelled = cancelled or came.with_traceback(None)
     return cancelled
-
-
-def _changing(name: str, change: Change[Any]) -> CellChange:
-    return CellChange(check_id(name, "cell name"), change)

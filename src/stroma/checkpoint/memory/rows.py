@@ -241,9 +241,9 @@ def _with_input(
 class MemoryRows(ScannedRows):
     """See :class:`stroma.checkpoint.durable.rows.Rows`. The key of a run is its MemoryRun."""
 
-    def __init__(self, runs: dict[str, MemoryRun], cells: dict[str, bytes]) -> None:
+    def __init__(self, runs: dict[str, MemoryRun]) -> None:
         self._runs = runs
-        self._cells = cells
+        self._cells: dict[str, bytes] = {}
 
     # ------------------------------------------------------------------ runs
 

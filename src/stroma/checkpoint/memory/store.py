@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeVar
@@ -9,13 +11,13 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
-from stroma.checkpoint.cells import MemoryCells, memory_lock
+from stroma.checkpoint.cells import Change
 from stroma.checkpoint.durable.annotations import record_notes, record_rejected
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import memory_owner
 from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, Step
-from stroma.checkpoint.durable.run_store import RunStore
+from stroma.checkpoint.durable.run_store import RunStore, changing
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.entries import RunRequest, StepCall, Waiting
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
@@ -26,6 +28,23 @@ from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema, schema_of
 from stroma.trace.events import AttemptRow
+
+# One lock for all stores in memory: it is held for microseconds.
+_lock = threading.RLock()
+
+
+def memory_lock() -> threading.RLock:
+    """Return the lock under which stores in memory change: their runs may be shared by threads."""
+    return _lock
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # The parent may have held it.
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class DoneNow(NamedTuple):
@@ -157,18 +176,19 @@ T = TypeVar("T")
 logger = get_logger()
 
 
-class _MemoryStore(MemoryCells, RunStore):
+class _MemoryStore(RunStore):
     """Base class of the sync and the async store. All calls are atomic, also those of several threads."""
 
+    #: It ends with this process.
+    address = ""
     #: Nobody has asked for this store: guards delete what ended long ago, so that memory does not grow.
     is_default = False
     _has_warned = False
     _payloads = Payloads()
 
     def __init__(self) -> None:
-        super().__init__()
         self._runs: dict[str, MemoryRun] = {}
-        self._rows = MemoryRows(self._runs, self._cells)
+        self._rows = MemoryRows(self._runs)
 
     def _display_name(self) -> str:
         return "this process"
@@ -180,6 +200,15 @@ class _MemoryStore(MemoryCells, RunStore):
         with memory_lock():
             return DoneNow(operation(self._rows))
 
+    async def change_cell(self, name: str, change: Change[T]) -> T:
+        """See CellStore. Does not suspend."""
+        answer: T = self._submit(changing(name, change)).value
+        return answer
+
+    def post_cell(self, name: str, change: Change[Any]) -> None:
+        """See CellStore."""
+        _ = self._submit(changing(name, change))
+
     def _notify_owner(self, run_id: str) -> None:
         run = self._runs.get(run_id)
         session = None if run is None or run.session is None else run.session()
@@ -190,18 +219,7 @@ class _MemoryStore(MemoryCells, RunStore):
     def open_run(self, request: RunRequest) -> MemorySession:
         """Begin an execution of a run, or continue its last one; see DurableStore."""
         data = self._encode(request.schema, request.initial_state)
-        opening = Opening(
-            run_id=request.run_id,
-            pipeline=request.pipeline,
-            owner=memory_owner(ends=request.ends),
-            lease_seconds=request.lease_seconds,
-            contract=request.schema.fingerprint,
-            input=data,
-            sha256=data,
-            discard_from=request.discard_from,
-            tags=request.tags,
-            version=request.version,
-        )
+        opening = self._opening(request, data, memory_owner(ends=request.ends))
         session = MemorySession(request.run_id, self._rows, self._payloads, self.warn_of_loss)
         with memory_lock():
             return session.open(request, opening, data, self._rows)
