@@ -354,12 +354,16 @@ def test_what_breaks_off_a_run(stroma, fails):
 
 @pytest.mark.slow
 def test_colours_only_on_a_terminal(stroma):
-    """A terminal gets colours, unless NO_COLOR is set."""
+    """A terminal gets colours, unless it is dumb or NO_COLOR is set."""
     import pty
 
-    for no_color, coloured in (("", True), ("1", False)):
+    for no_color, term, coloured in (
+        ("", "xterm-256color", True),
+        ("1", "xterm-256color", False),
+        ("", "dumb", False),
+    ):
         ours, theirs = pty.openpty()
-        env = {"NO_COLOR": no_color, "TERM": "xterm-256color"}
+        env = {"NO_COLOR": no_color, "TERM": term}
         process = stroma.popen("run", "sums.py:pipeline", GOOD, stdout=theirs, stderr=theirs, env=env)
         os.close(theirs)
         seen = b""

@@ -102,14 +102,14 @@ class Stream:
         return min(_MAX_COLUMNS, (self.width or _MAX_COLUMNS + 1) - 1)
 
     def render(self, *parts: Part) -> str:
-        """Return one line with its line end, coloured on a terminal."""
-        if not self.is_terminal or os.environ.get("NO_COLOR"):
+        """Return one line with its line end, coloured on a terminal that is not dumb."""
+        if not self.is_live or os.environ.get("NO_COLOR"):
             return "".join(part if isinstance(part, str) else part[0] for part in parts).rstrip(" ") + "\n"
         return "".join(part if isinstance(part, str) else _styled(*part) for part in parts) + "\n"
 
     @property
     def is_live(self) -> bool:
-        """Return True if a line can be overwritten."""
+        """Return True if a line can be coloured, and overwritten."""
         return self.is_terminal and os.environ.get("TERM") != "dumb"
 
     def write(self, text: str) -> None:
