@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import wrapt
 from pydantic import BaseModel
+from tests.kit import Text as Seen
 
 from stroma.adapters import Guard
 from stroma.adapters._delegation import guard_methods, wrap_method
@@ -37,10 +38,6 @@ class Typed(BaseModel):
 
     def call(self, text: str) -> str:
         return f"{self.name} {text}"
-
-
-class Seen(BaseModel):
-    text: str
 
 
 def nodes(run: Any) -> list[str]:

@@ -8,15 +8,11 @@ import logging
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from tests.kit import Text as Query
 
 from stroma import ContractViolation, RunStatus, Usage
 from stroma.adapters import Guard
 from stroma.adapters._step import GuardedStep
-
-
-class Query(BaseModel):
-    text: str
 
 
 class Unseen(Exception):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field, SecretStr
+from tests.kit import Note as Inner
 from tests.kit import ended, start_python
 from tests.shared_stores import SHARED, opened, place
 
@@ -42,10 +43,6 @@ class Packed(BaseModel):
     n: int = 0
     lines: list[str] = []
     by_name: dict[str, float] = {"nan": float("inf")}
-
-
-class Inner(BaseModel):
-    text: str = ""
 
 
 class Nested(BaseModel):

@@ -45,10 +45,6 @@ from stroma.contracts.schema import schema_of
 SRC = str(pathlib.Path(stroma.__file__).parents[1])
 
 
-class Other(BaseModel):
-    n: int
-
-
 class Holds(BaseModel):
     model_config = {"arbitrary_types_allowed": True}
     thing: Any = None

@@ -22,6 +22,7 @@ from pydantic import (
     field_serializer,
     model_validator,
 )
+from tests.kit import Item as Base
 from tests.kit import Num, Text, node, returning
 
 from stroma import (
@@ -342,10 +343,6 @@ async def test_model_validators_run_on_returned_dicts() -> None:
 
     result = await quick().run([node("a", returning("plain"), Num, Upper)], Num())
     assert result.final_state == Upper(text="plain")
-
-
-class Base(BaseModel):
-    n: int
 
 
 class Wider(Base):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.kit import ONCE, Item, SimpleStore
+from tests.kit import Item as Made
 
 from stroma import (
     FailureClass,
@@ -34,10 +35,6 @@ from stroma import (
 class State(BaseModel):
     n: int = 0
     items: list[int] = [1, 2]
-
-
-class Made(BaseModel):
-    n: int
 
 
 Told = tuple[str, str, str, int, bool, Any]

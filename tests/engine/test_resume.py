@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from tests.checkpoint.damage import reseal
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, node, returning
+from tests.kit import Text as Wrong
 from tests.shared_stores import LOCAL
 
 from stroma import (
@@ -42,10 +43,6 @@ R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOU
 class Other(BaseModel):
     n: int = 0
     text: str = ""
-
-
-class Wrong(BaseModel):
-    text: str
 
 
 class Items(BaseModel):

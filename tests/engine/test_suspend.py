@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, THRICE, Num, SimpleStore, failing_with, node
+from tests.kit import Many as Items
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -26,11 +27,6 @@ from stroma import (
     map_over,
     parallel,
 )
-
-
-class Items(BaseModel):
-    items: list[Num]
-
 
 ITEMS = Items(items=[Num(n=1), Num(n=2), Num(n=3)])
 

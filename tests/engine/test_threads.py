@@ -8,7 +8,8 @@ import threading
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from tests.kit import Many as States
 from tests.kit import Num
 
 from stroma import (
@@ -27,10 +28,6 @@ from stroma import (
 )
 
 NEVER = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=0)}
-
-
-class States(BaseModel):
-    items: list[Num]
 
 
 class Gate:

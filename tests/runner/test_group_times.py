@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import Note as Item
 from tests.shared_stores import STORES, store_of
 
 from stroma import (
@@ -21,10 +22,6 @@ from stroma import (
 from stroma.testing import FakeClock
 
 WAIT, WORK = 0.3, 0.05
-
-
-class Item(BaseModel):
-    text: str = ""
 
 
 class Batch(BaseModel):

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import Item as Count
+from tests.kit import Text as Part
 from tests.shared_stores import STORES, store_of
 
 from stroma import JsonLines, RunStatus, StromaRunner, map_over, parallel
@@ -26,14 +28,6 @@ class Item(BaseModel):
 class Batch(BaseModel):
     items: list[Item]
     note: str = "for all"
-
-
-class Count(BaseModel):
-    n: int
-
-
-class Part(BaseModel):
-    text: str
 
 
 @pytest.fixture(params=STORES)

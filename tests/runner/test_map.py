@@ -16,6 +16,7 @@ import pytest
 from pydantic import BaseModel, RootModel
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, ONCE, TWICE, SimpleStore, failing_with
+from tests.kit import Item as Num
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -47,10 +48,6 @@ from stroma import (
     parallel,
     stroma_node,
 )
-
-
-class Num(BaseModel):
-    n: int
 
 
 class Made(BaseModel):

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
-from pydantic import BaseModel
+from tests.kit import Num as Number
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import FailureClass, NodeHooks, Pipeline, RunConfig, StromaRunner
@@ -24,10 +24,6 @@ from stroma.hooks.sets import HookSets
 from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
-
-
-class Number(BaseModel):
-    n: int = 0
 
 
 class Statsd:

@@ -16,8 +16,8 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
-from pydantic import BaseModel
 from tests.kit import Num, retry_policies
+from tests.kit import Num as State
 from tests.receivers.datadog import DatadogAgent
 from tests.receivers.sentry import RecordedSentry
 
@@ -236,10 +236,6 @@ def first(path: pathlib.Path) -> None:
             await runner.run([node, second], Num(), run_id="r")
 
     asyncio.run(go())
-
-
-class State(BaseModel):
-    n: int = 0
 
 
 def run_flow(

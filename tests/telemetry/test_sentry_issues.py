@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import sentry_sdk
-from pydantic import BaseModel
 from sentry_sdk.integrations.logging import LoggingIntegration
+from tests.kit import Item as Out
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_sentry import QuotaError, State, node, quick
 
@@ -25,10 +25,6 @@ from stroma import (
 from stroma.telemetry import log_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
-
-
-class Out(BaseModel):
-    n: int
 
 
 def violating(runner: StromaRunner) -> Any:

@@ -7,11 +7,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 from tests.fixtures import store_fixture
 from tests.flows.program_world import runner_of
 from tests.flows.programs import Life, Program, flow_of, program_of
 from tests.flows.test_flow_programs import disturbed, seeds
+from tests.kit import Num
 
 from stroma import (
     CheckpointManager,
@@ -28,10 +28,6 @@ from stroma.runner.rehearsal import Rehearsal
 from stroma.testing import FakeClock, RecordedRun, crash_at, replay
 
 store = store_fixture("memory", "sqlite")
-
-
-class Num(BaseModel):
-    n: int = 0
 
 
 class Refused(Exception):

@@ -8,7 +8,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from tests.kit import One as Given
+from tests.kit import Two as Made
+from tests.kit import Words as Deep
 from tests.trace.rows import USED, WHEN, event, failed, failed_event, row, trace
 
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus
@@ -17,19 +19,6 @@ from stroma.failures import ItemFailure
 from stroma.failures.failure import diagnose
 from stroma.trace import AttemptUsage, TraceMark
 from stroma.trace.events import BoundedRows, Failed, LeftOut, contract_of
-
-
-class Given(BaseModel):
-    a: int = 0
-
-
-class Made(BaseModel):
-    b: int = 0
-
-
-class Deep(BaseModel):
-    words: list[str]
-
 
 # ---------------------------------------------------------------- defaults
 

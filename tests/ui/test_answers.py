@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field, RootModel, field_validator
+from tests.kit import Item as Inner
 from tests.ui.conftest import GOOD, Site, make_runs, node
 from tests.ui.test_actions import answered, form_of, json_form_of
 
@@ -20,10 +21,6 @@ from stroma.ui.answer_fields import PREFIX, example_text, fields_of, parse_field
 class Colour(Enum):
     red = "red"
     blue = "blue"
-
-
-class Inner(BaseModel):
-    n: int
 
 
 class Review(BaseModel):

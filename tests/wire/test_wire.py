@@ -13,6 +13,7 @@ from ag_ui.core import Event
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
+from tests.kit import Note as Reply
 from tests.wire.scenes import REQUEST, SCENES, Scene, chunks_of, mapped, random_scene
 
 from stroma import (
@@ -197,10 +198,6 @@ async def test_the_rest_of_a_run_is_not_read_after_its_end() -> None:
     chunks = await chunks_of("ag_ui", Scene(story, []))
     assert chunks[-1]["outcome"]["type"] == "interrupt"
     assert REQUEST["messages"] == [{"id": "u1", "role": "user", "content": "Hello?"}]
-
-
-class Reply(BaseModel):
-    text: str = ""
 
 
 class Approval(BaseModel):
