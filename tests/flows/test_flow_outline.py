@@ -17,7 +17,7 @@ from stroma import Flow, Pipeline, RunStatus, StepFailed, parallel, stroma_flow
 from stroma.checkpoint.history import History
 from stroma.checkpoint.identity import StepCalls
 from stroma.trace.outline import OutlineEntry, fold, folded_part, outline, parse_call
-from stroma.trace.story import Bar
+from stroma.trace.story import Bar, Story
 from stroma.trace.terminal import lines_of
 from stroma.trace.timeline import Timeline
 
@@ -123,7 +123,7 @@ async def test_waits_for_messages_are_shown(store: Any) -> None:
     )
     entries = outline([], waits)
     assert [entry.kind for top in entries for entry in top.entries] == ["message"] * 3
-    assert "none in time" in Timeline([], waits, link=None).draw()
+    assert "none in time" in Timeline(Story("r", "", "RUNNING", [], 0, 0.0, waits=waits), link=None).draw()
 
 
 @pytest.mark.asyncio
@@ -294,7 +294,7 @@ def test_failures_of_repeated_calls_are_counted() -> None:
         Bar("judge", "0.judge#0", 2, 6, 5, "success"),
         Bar("judge", "0.judge#1", 1, 12, 5, "failure", "TERMINAL"),
     ]
-    drawn = Timeline(bars, [], None).draw()
+    drawn = Timeline(Story("r", "", "COMPLETED", bars, 0, 0.0), None).draw()
     assert 'class="name fold bad" title="judge x2"' in drawn
     assert '<span class="bad">1 failed</span>' in drawn
 

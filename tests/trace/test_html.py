@@ -310,8 +310,9 @@ def test_groups_fold() -> None:
         Bar("child", "0.0", 1, 0, 10, "failure"),
         Bar("child", "0.1", 1, 0, 10, "success"),
     ]
-    assert "<details><summary" in Timeline(bars, [], None).draw()
-    assert "<details open><summary" in Timeline(bars, [], None, selected=bars[1]).draw()
+    story = Story("r", "p", "FAILED", bars, 0, 0.0)
+    assert "<details><summary" in Timeline(story, None).draw()
+    assert "<details open><summary" in Timeline(story, None, selected=bars[1]).draw()
 
 
 @pytest.mark.core
@@ -324,9 +325,10 @@ def test_idle_time_folds() -> None:
         Bar("c", "2", 1, 4_000_000.0, 1000.0, "success"),
     ]
     assert idle_ms(bars) == 60_000 + 3_938_000
+    story = Story("r", "p", "COMPLETED", bars, 0, 0.0)
 
     def drawn(**how: bool) -> list[tuple[float, float]]:
-        text = Timeline(bars, [], None, **how).draw()
+        text = Timeline(story, None, **how).draw()
         result = re.findall(r'<rect class="b-(?!wait)[^"]*" x="([\d.]+)%" y="5" width="([\d.]+)%"', text)
         return [(float(x), float(width)) for x, width in result]
 
@@ -338,7 +340,7 @@ def test_idle_time_folds() -> None:
     assert gap == pytest.approx(last[0] - (third[0] + third[1]), abs=0.03)
     assert 0 < gap < 4
     assert last[0] + last[1] == pytest.approx(100, abs=0.03)
-    assert "waited 60.0 s" in Timeline(bars, [], None, fold_idle=True).draw()
+    assert "waited 60.0 s" in Timeline(story, None, fold_idle=True).draw()
     assert idle_ms(bars[1:3]) == 61_000
     assert idle_ms([]) == 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,15 +14,16 @@ from tests.ui.conftest import GOOD, Site, make_runs, node
 from tests.ui.test_pages import rows
 
 from stroma import FailurePolicy, Pipeline, SQLiteStore, Suspend, current_node
-from stroma.trace.story import Bar, InProgress
+from stroma.trace.story import Bar, InProgress, Story
 from stroma.trace.timeline import Timeline, axis_of
 from stroma.ui.components import Column, columns_chart
 
 
-def draw(bars: list[Bar], **settings: Any) -> str:
-    return str(
-        Timeline(bars, settings.pop("waits", []), link=lambda bar: f"/attempt?at={bar.at}", **settings).draw()
-    )
+def draw(
+    bars: list[Bar], waits: Sequence[Bar] = (), resumes: Any = (), first_ns: int = 0, **settings: Any
+) -> str:
+    story = Story("r", "", "RUNNING", bars, 0, 0.0, waits=waits, resumes=resumes, first_ns=first_ns)
+    return str(Timeline(story, link=lambda bar: f"/attempt?at={bar.at}", **settings).draw())
 
 
 def test_a_wait_in_which_the_run_was_continued() -> None:
@@ -180,7 +182,7 @@ def test_what_runs_now_grows() -> None:
     """A run that goes on has a growing bar since what was recorded last, a line for now, and room to its
     right."""
     bars = [Bar("a", "0", 1, 0, 100, "success")]
-    text = draw(bars, now_ms=1100.0, began_ms=5000, progress=InProgress("1", "next", 100.0))
+    text = draw(bars, now_ms=1100.0, first_ns=5_000_000_000, progress=InProgress("1", "next", 100.0))
     span = re.findall(r'data-began="5000" data-span="(\d+)"', text)
     assert float(span[0]) > 1200
     assert re.search(r'<span class="name run" title="next"><span class="dim mono">1</span> next</span>', text)

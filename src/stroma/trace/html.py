@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -202,15 +203,7 @@ def _body(story: Story, *, states: bool) -> str:
     details = "".join(_attempt(bar) for bar in shown) if states else ""
     link = (lambda bar: f"#{bar.key}") if states else None
     selected = None if story.box is None else failed
-    timeline = Timeline(
-        shown,
-        story.waits,
-        link,
-        selected=selected,
-        open_waits=story.open_waits,
-        resumes=story.resumes,
-        pipeline=story.pipeline,
-    ).draw()
+    timeline = Timeline(replace(story, bars=shown), link, selected=selected).draw()
     left_out = len(story.bars) - len(shown)
     more = f'<p class="dim">and {pluralize(left_out, "attempt")} more</p>' if left_out else ""
     attempts = f'<h2>Attempts</h2><div class="box">{details}</div>' if details else ""

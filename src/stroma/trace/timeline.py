@@ -9,8 +9,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote
 
@@ -30,7 +30,7 @@ from stroma.trace.outline import (
     outline,
     parse_call,
 )
-from stroma.trace.story import FAILED, Bar, InProgress, waits
+from stroma.trace.story import FAILED, Bar, InProgress, Story, waits
 
 #: Patterns of waits, which a page must have once.
 HATCHES: Final = (
@@ -81,34 +81,23 @@ class Timeline:
     """The contents and the settings of a timeline.
 
     Attributes:
-        bars: the attempts, with times from the first one on.
-        waits: those of flows.
         link: address of an attempt; None if its bars lead nowhere.
         attempt_prefix: address of the attempts of the run, without the place.
         selected: the attempt that stopped the run; None without one.
         fold_idle: stretches in which nothing ran are drawn as short ones.
         window: the part of the time to show, in milliseconds; None for all.
         now_ms: the time of this drawing, of a run that goes on; None for others.
-        began_ms: start of the first attempt, since the epoch.
         progress: what runs now; None if nothing does.
-        resumes: (from, to, cause) of each stretch after which the run was continued, in milliseconds.
-        open_waits: what attempts at a place wait for, by place.
-        pipeline: its name, by which a flow is called that is the whole pipeline and has not ended.
     """
 
-    bars: Sequence[Bar]
-    waits: Sequence[Bar]
+    story: Story
     link: Callable[[Bar], str] | None
     attempt_prefix: str = ""
     selected: Bar | None = None
     fold_idle: bool = False
     window: tuple[float, float] | None = None
     now_ms: float | None = None
-    began_ms: int = 0
     progress: InProgress | None = None
-    open_waits: Mapping[str, str] = field(default_factory=dict)
-    resumes: Sequence[tuple[float, float, str]] = ()
-    pipeline: str = ""
 
     def draw(self) -> str:
         """Return the timeline as HTML, for a page with ``static/design.css`` and :data:`HATCHES`."""
@@ -155,15 +144,15 @@ def _tick(ms: float, step: float) -> str:
 class _Drawing:
     def __init__(self, it: Timeline) -> None:
         self.it = it
-        shown = it.bars
+        shown = it.story.bars
         self.place: Callable[[float], float] = (
             places((bar.began_ms, bar.took_ms) for bar in shown) if it.fold_idle else float
         )
         end = max((self.place(bar.began_ms + bar.took_ms) for bar in shown), default=0.0)
-        latest = max((self.place(bar.began_ms + bar.took_ms) for bar in it.waits), default=0.0)
-        end = max([end, *(self.place(bar.began_ms) for bar in it.waits)])
+        latest = max((self.place(bar.began_ms + bar.took_ms) for bar in it.story.waits), default=0.0)
+        end = max([end, *(self.place(bar.began_ms) for bar in it.story.waits)])
         end = max(end, min(latest, end * _ROOM))
-        if it.open_waits:
+        if it.story.open_waits:
             end *= _ROOM
         if it.now_ms is not None:
             end = max(end, self.place(it.now_ms) * _ROOM)
@@ -178,14 +167,14 @@ class _Drawing:
         for bar, began, took in waits(shown):
             failed = before.get((bar.at, bar.attempt - 1))
             text = _why_waited(took, failed)
-            if any(a < began + took and began < b for a, b, _ in it.resumes):
+            if any(a < began + took and began < b for a, b, _ in it.story.resumes):
                 text = f"{_took(took)} until attempt {bar.attempt}; the run was continued in between"
             self.pauses.setdefault(bar.at, []).append((began, began + took, text))
         self.rows = 0
 
     def draw(self) -> str:
         it = self.it
-        entries = fold(outline(it.bars, it.waits, it.pipeline))
+        entries = fold(outline(it.story.bars, it.story.waits, it.story.pipeline))
         drawn = self.resumes_row() + "".join(map(self.entry, entries))
         progress = it.progress
         if progress is not None and not any(entry.at == progress.at for entry in entries):
@@ -195,7 +184,7 @@ class _Drawing:
         live = ""
         now = ""
         if it.now_ms is not None and not it.fold_idle and it.window is None:
-            live = f' data-began="{it.began_ms + self.start:.0f}" data-span="{self.span:.0f}"'
+            live = f' data-began="{it.story.first_ns / 1e6 + self.start:.0f}" data-span="{self.span:.0f}"'
             at = self.x(it.now_ms)
             now = (
                 '<div class="now" aria-hidden="true"><div class="row"><span></span><svg class="lane">'
@@ -276,7 +265,7 @@ class _Drawing:
 
     def resumes_row(self) -> str:
         """Return the row of the stretches after which the run was continued; "" without any."""
-        resumes = self.it.resumes
+        resumes = self.it.story.resumes
         if not resumes:
             return ""
         self.rows += 1
@@ -316,7 +305,7 @@ class _Drawing:
 
     def ticking(self, progress: InProgress) -> str:
         assert self.it.now_ms is not None
-        since = self.it.began_ms + progress.since_ms
+        since = self.it.story.first_ns / 1e6 + progress.since_ms
         return (
             f'<span class="fig run"><span data-since="{since:.0f}">'
             f"{format_duration((self.it.now_ms - progress.since_ms) / 1000)}"
@@ -338,7 +327,7 @@ class _Drawing:
                     parts.append(self.rect("b-wait", began, ended, 9, 10, why))
             for bar in drawn_bars:
                 parts.append(self.bar(bar, is_wait, is_link))
-        text = it.open_waits.get(entry.at)
+        text = it.story.open_waits.get(entry.at)
         if text and drawn_bars and not is_wait:
             ended = max(bar.began_ms + bar.took_ms for bar in drawn_bars)
             parts.append(self.rect("b-open", ended, None, 9, 10, text))

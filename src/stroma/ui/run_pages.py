@@ -221,19 +221,14 @@ class RunPages:
         lineage = self._settings.served(record).lineage
         names = [] if lineage is None else lineage.top_level
         return Timeline(
-            story.bars,
-            story.waits,
+            story,
             link=lambda bar: attempt_address(record, addresses[id(bar)]),
             attempt_prefix=to_address("/attempt", id=record.run_id),
             selected=selected,
             fold_idle=request.query_params.get("idle") == "folded",
             window=window_of(request.query_params),
             now_ms=time.time() * 1000 - story.first_ns / 1e6 if at_work else None,
-            began_ms=story.first_ns // 1_000_000,
-            resumes=story.resumes,
             progress=find_progress(record, attempts, story.first_ns, names) if at_work else None,
-            pipeline=record.pipeline,
-            open_waits=story.open_waits,
         )
 
     def _resume_command(self, record: RunRecord, attempts: list[AttemptRecord]) -> str:
