@@ -57,7 +57,7 @@ async def test_a_suspended_run_is_due_from_its_time_on(store: Any) -> None:
 
 
 async def test_the_end_of_a_stale_owner_leaves_a_changed_budget(store: Any) -> None:
-    """A run whose budget was changed is due when it stops for its budget, also if an earlier owner ended."""
+    """A run whose budget was changed is due when it stops for its budget, even if an owner ended it."""
     stale = await _open(store)
     owner = await _open(store, if_running="take_over")
     assert await _done(store.set_budget("r", {"max_tokens_total": 5}))

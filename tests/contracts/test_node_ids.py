@@ -274,7 +274,7 @@ def extract_node(runner: StromaRunner) -> Any:
     ],
 )
 async def test_an_id_that_no_node_has_is_refused(options: dict[str, Any], says: str) -> None:
-    """An id in a config of neither pipeline nor registry is a ValueError of run()."""
+    """An id in a config of neither pipeline nor registry is a ValueError of run() with the nearest one."""
     called: list[str] = []
     runner = StromaRunner.quick(**options, hooks=NodeHooks(on_run_start=starts(called)))
     extract = extract_node(runner)

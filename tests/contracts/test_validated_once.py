@@ -1,4 +1,4 @@
-"""Values that were validated once in groups, by whom they are trusted, and in other classes."""
+"""Values that were validated once: in groups, by whom they are trusted, and in other classes."""
 
 import enum
 import warnings

@@ -48,7 +48,7 @@ def place_of(queue: str) -> str:
 
 
 def placed_pipeline(queue: str, diary: str = "", *, effect: bool = False) -> Pipeline:
-    """Return a pipeline of a node at a place; its calls are lines of a file and wait for DIARY.go."""
+    """Return a pipeline of a node at a place: each call writes a line to a file and awaits DIARY.go."""
 
     async def call(state: Num) -> Num:
         with open(diary, "a") as file:

@@ -645,7 +645,7 @@ async def cancelled_while_a_failure_is_kept(diary: Diary) -> None:
 
 @scenario
 async def cancelled_and_not_kept(diary: Diary) -> None:
-    """A store interrupted while it keeps a cancelled attempt tells the hook; the interrupt comes out."""
+    """The hook of a cancelled attempt is called though its store is interrupted, which then comes out."""
     started = asyncio.Event()
     stops = raising(KeyboardInterrupt("now"))
     diary.store = Journal(lambda session: Between(session, record=stops))

@@ -430,7 +430,7 @@ def _grow(tree: Any, name: str, width: int | None) -> Any:
 @examples(120)
 @given(tree=groups, width=st.sampled_from([None, 1, 2]))
 def test_outputs_merge_in_argument_order(tree: Any, width: int | None) -> None:
-    """Outputs merge like dict.update in argument order, however they are typed, nested whenever they end."""
+    """Outputs merge like dict.update in argument order, however typed and nested, whenever they end."""
     assume(not isinstance(tree, tuple))
     group = _grow(tree, "g", width)
     result = StromaRunner.quick().run_sync([group], Num())

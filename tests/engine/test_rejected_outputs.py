@@ -202,7 +202,7 @@ async def test_a_text_that_names_what_redact_hides_is_hidden(
 
 
 async def test_a_redact_that_raises_hides_the_output(tmp_path: Path) -> None:
-    """Where redact raises, or returns no dict, a word replaces the output; the attempt fails as it does."""
+    """Where redact raises, or returns no dict, a word replaces it; the attempt fails by its contract."""
 
     def broken(state: dict[str, Any]) -> Any:
         raise KeyError("name")

@@ -55,7 +55,7 @@ async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:
 
 @pytest.mark.core
 async def test_a_failed_attempt_that_cannot_be_kept_ends_the_run() -> None:
-    """A store that refuses to keep a failed attempt stops the run as PARTIAL : usage would be lost."""
+    """A store that refuses to keep a failed attempt stops the run as PARTIAL: usage would be lost."""
 
     def refuse(*_: Any) -> None:
         raise StoreError("full")

@@ -125,7 +125,7 @@ async def test_any_json_will_do_where_no_schema_was_asked_for(store: Any) -> Non
 
 
 async def test_nothing_waits(store: Any) -> None:
-    """An answer to an unknown run, or to one without an open question, is an error; it may be sent twice."""
+    """An answer to an unknown run, or to one without a question, is an error; the same one twice is not."""
     desk = Desk()
     await runner(store).run(desk.nodes, Num())
     with pytest.raises(CheckpointNotFound, match="there is no run 'unknown' in the store"):

@@ -234,7 +234,7 @@ async def test_the_delay_is_at_least_what_the_server_says(
 async def test_a_server_that_asks_for_too_long_stops_the_run(
     sdk: str, inside: str, provider: Server, delays: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G3: A Retry-After beyond `max_retry_after_seconds` ends the run as PARTIAL, with the next time."""
+    """G3: A Retry-After beyond `max_retry_after_seconds` ends the run as PARTIAL, with the time to resume."""
     caplog.set_level(logging.INFO, logger="stroma")
     runner, node = runner_of()
     url = provider.url(Answer(429, {"error": {"type": "rate_limit_error"}}, {"retry-after": "3600"}))

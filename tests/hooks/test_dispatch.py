@@ -791,7 +791,7 @@ def test_a_hook_is_driven_no_faster_than_it_goes(sets: int) -> None:
 
 @pytest.mark.parametrize("closes", [True, False])
 def test_the_hooks_after_one_that_is_closed_can_still_be_called(closes: bool) -> None:
-    """GeneratorExit comes of a hook that waits at once, whoever raises it; later hooks are called."""
+    """GeneratorExit comes out of a waiting hook at once, whoever raises it; later hooks are called."""
     called: list[str] = []
     entries: list[Any] = []
 

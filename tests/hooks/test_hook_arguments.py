@@ -72,7 +72,7 @@ WRONG: dict[str, Any] = {
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_hook_of_other_arguments_is_refused_at_construction(event: str, kind: str) -> None:
-    """A hook that cannot be called with its event's arguments is a TypeError that names all three."""
+    """A hook that cannot be called with its event's arguments is a TypeError that names them."""
     with pytest.raises(TypeError, match=rf"{event} is called with \(run_id, ") as raised:
         NodeHooks(**{event: WRONG[kind]})
     assert repr(WRONG[kind]) in str(raised.value)

@@ -168,7 +168,7 @@ async def cancelled_after(task: "asyncio.Task[Any]", event: asyncio.Event) -> No
 
 
 async def test_start_sees_validated_input(seen: Recorder) -> None:
-    """on_node_start fires before the function runs and after input validation, with that dict."""
+    """on_node_start fires before the function runs and after input validation, with the valid dict."""
 
     class Raw(BaseModel):
         value: str

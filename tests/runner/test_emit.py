@@ -323,7 +323,7 @@ def _keep(emits: list[Callable[[], None]]) -> Any:
 
 @pytest.mark.core
 async def test_a_dead_attempt_emits_nothing() -> None:
-    """What outlives its attempt, in a thread or a task, emits nothing, for the next attempt either."""
+    """What outlives its attempt, in a thread or a task, emits nothing more, nor for the next attempt."""
     emits: list[Callable[[], None]] = []
 
     async def after(*_: Any) -> None:

@@ -744,7 +744,7 @@ def test_items_fit_the_first_node_and_outputs_are_of_the_last(world: World) -> N
 
 
 def test_lineage_goes_from_node_to_node(world: World) -> None:
-    """The lineage links each node of a sequence with the one before it, in JSON Mermaid and as an image."""
+    """The lineage links each node of a sequence with the one before it, in JSON, Mermaid and as an image."""
     work = map_over("tickets", world.nodes, into="answers")
     lineage = lineage_of("pipe", [find_node(work)], ContractRegistry())
     data = lineage.data()

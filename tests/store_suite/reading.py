@@ -205,7 +205,7 @@ class ReadingTests:
         assert store.get_run("run").tags == ()
 
     async def test_the_cause_of_a_group_is_its_child(self, store: Any) -> None:
-        """The cause of a failure is the child whose failure became its own at any depth, not a sibling."""
+        """The cause of a group's failure is the child whose failure it became, at any depth; no sibling."""
         session = await begin(store)
         outer, inner = (
             row(1, "outer", ms=90, failure=FailureClass.TERMINAL, message="why"),

@@ -291,7 +291,7 @@ async def test_an_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     ],
 )
 async def test_each_kind_of_logger_of_structlog(wrapper: Any) -> None:
-    """Generic, stdlib and filtering loggers of structlog with values bound, write the same lines."""
+    """Generic, stdlib and filtering loggers of structlog, with values bound, write the same lines."""
     lines: list[Any] = []
 
     def keep(_logger: Any, level: str, fields: Any) -> Any:

@@ -177,7 +177,7 @@ async def test_any_text_can_be_a_label() -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_no_gauge_raised(tmp_path: pathlib.Path) -> None:
-    """Where processes share their metrics runs in progress are those of living ones."""
+    """Where processes share their metrics, runs in progress are those of living processes."""
     program = """
 import asyncio, os, sys
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess

@@ -287,7 +287,7 @@ class Both(tuple[str, ...]):
 
 @pytest.mark.parametrize("kind", ["run", "run_sync"])
 def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Sub-agents without it, with ``usage=ctx.usage`` or without, judges, parallel calls: to the token."""
+    """Sub-agents without the capability, with our usage or not, judges, parallel calls: to the token."""
     ledger, guard = Ledger(), guard_of()
     assert ask(realistic(ledger, StromaCapability(guard)), kind) == "done"
     result = result_of(guard)
