@@ -243,10 +243,7 @@ def _of_items(crossing: Crossing, node: Group) -> Iterator[Finding]:
             return
     type_name, kind = str(side), side.unwrapped()
     fix = f"declare it as a list in the output of {source}"
-    without_default = side.resolved()
-    while without_default.kind == "default":
-        without_default = without_default.part("schema").resolved()
-    if without_default.kind == "nullable":
+    if side.without_default().kind == "nullable":
         yield finding("optional", type_name, "it may be None", f"promise a list in the output of {source}")
     if kind.kind == "any" and not state.loose:
         yield finding("unknown", type_name, "nothing is known of what it holds", fix)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, Final, cast
 
 from pydantic import BaseModel
-from pydantic_core import SchemaValidator, ValidationError
+from pydantic_core import SchemaValidator
 
 from stroma.contracts.checks.leaves import choices_of, fit_leaf, fit_lengths, is_odd_enum
 from stroma.contracts.checks.records import (
@@ -27,7 +27,7 @@ from stroma.contracts.checks.records import (
     record_of,
     wanted_of,
 )
-from stroma.contracts.checks.sources import alternatives_of, is_alike, is_harmless, tags_of
+from stroma.contracts.checks.sources import alternatives_of, has_tag, is_alike, is_harmless
 from stroma.contracts.checks.types import (
     FITS,
     LEAVES,
@@ -369,26 +369,11 @@ class Fitter:
         return maybe("undecidable" if is_undecided else "union", what, source, target)
 
     def _tagged(self, source: Side, target: Side) -> Fit:
-        tags = tags_of(source, target.node["discriminator"]) if source.is_record else None
-        if tags is None:
-            fit = self._any_of(source, target)
-            if verdict_of(fit) is Verdict.NEVER:
-                return fit
-            return undecided("its tag is not known before the run", source, target)
-        # As pydantic itself chooses: a member of an enum may be its value, or may not.
-        choices = target.node["choices"]
-        choose = SchemaValidator({"type": "literal", "expected": list(choices)}).validate_python
-        fits: list[Fit] = []
-        strange: list[Any] = []
-        for tag in tags:
-            try:
-                fits.append(self.match(source, target.to(choices[choose(tag)])))
-            except ValidationError:
-                strange.append(tag)
-        if not strange:
-            return _all_of(fits) if len(set(fits)) == 1 else at_most_maybe(_all_of(fits))
-        what = f"its tag may be {_shown(strange)}, which none of the types has"
-        return (maybe if fits else never)("choices", what, source, target)
+        """Return the fit for a union with a discriminator: a known tag fits one of its types only."""
+        fit = self._any_of(source, target)
+        if verdict_of(fit) is Verdict.NEVER or has_tag(source, target.node["discriminator"]):
+            return fit
+        return undecided("its tag is not known before the run", source, target)
 
     # ------------------------------------------------------------------ lists and dicts
 

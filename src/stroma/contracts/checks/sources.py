@@ -128,13 +128,12 @@ def _is_same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def tags_of(source: Side, discriminator: Any) -> list[Any] | None:
-    """Return the possible values of a record's discriminator; None if they are not known."""
+def has_tag(source: Side, discriminator: Any) -> bool:
+    """Return True if a type is a record with a discriminator of a few known values."""
+    if not (source.is_record and isinstance(discriminator, str)):
+        return False
     record = record_of(source)
-    field = record.fields.get(discriminator) if isinstance(discriminator, str) else None
+    field = record.fields.get(discriminator)
     if field is None or discriminator in record.optional:
-        return None
-    field = field.resolved()
-    while field.kind == "default":
-        field = field.part("schema").resolved()
-    return choices_of(field.node)
+        return False
+    return choices_of(field.without_default().node) is not None

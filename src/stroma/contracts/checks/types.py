@@ -147,6 +147,13 @@ class Side:
             else:
                 return side
 
+    def without_default(self) -> Side:
+        """Return the side without defaults."""
+        side = self.resolved()
+        while side.kind == "default":
+            side = side.part("schema").resolved()
+        return side
+
     def unwrapped(self) -> Side:
         """Return the side without defaults and None."""
         side = self.resolved()
