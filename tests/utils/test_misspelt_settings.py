@@ -1,9 +1,7 @@
-"""Misspelt fields and arguments of settings."""
+"""Misspelt fields of settings."""
 
 from __future__ import annotations
 
-import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -11,15 +9,10 @@ from pydantic import Field, ValidationError
 from tests.kit import Num
 
 from stroma import (
-    Breaker,
     ExecutionBudget,
     FailurePolicy,
-    FallbackPolicy,
-    Limit,
     NodeContract,
-    NodeHooks,
     RunConfig,
-    SharedBudget,
     StromaRunner,
 )
 
@@ -58,24 +51,6 @@ def test_a_misspelt_field_names_the_nearest_one(make: Any, field: str, hint: str
     assert error["msg"] == f"Extra inputs are not permitted; {hint}"
 
 
-@pytest.mark.parametrize(
-    ("make", "hint"),
-    [
-        (lambda: NodeHooks(on_start=None), "on_start.*'on_run_start' or 'on_node_start'"),
-        (lambda: Limit(request_per_minute=1), "request_per_minute.*'requests_per_minute'"),
-        (lambda: SharedBudget("a", max_cost=1), "max_cost.*'max_cost_usd'"),
-        (lambda: Breaker(failures_rate=1), "failures_rate.*'failure_rate'"),
-        (lambda: FallbackPolicy("a", "b", at_budget=1), "at_budget.*'at_budget_pct'"),
-        (lambda: Breaker(zzz=1), "zzz.*the fields are failure_rate, .*max_wait_seconds$"),
-    ],
-)
-def test_a_misspelt_argument_names_the_nearest_one(make: Any, hint: str) -> None:
-    """An argument that a set of hooks, a limit or a breaker does not have is a TypeError that names the
-    nearest one."""
-    with pytest.raises(TypeError, match=hint):
-        make()
-
-
 def test_an_unknown_field_without_a_near_one_is_named_alone() -> None:
     """A name like none of a config's many fields is named without a guess."""
     with pytest.raises(ValidationError) as caught:
@@ -85,27 +60,12 @@ def test_an_unknown_field_without_a_near_one_is_named_alone() -> None:
     ]
 
 
-def test_subclasses_keep_their_own_fields_and_arguments() -> None:
-    """Fields, aliases and arguments that a subclass adds are known."""
+def test_subclasses_keep_their_own_fields() -> None:
+    """Fields and aliases that a subclass adds are known."""
 
     class Ours(RunConfig):
         team: str = Field("core", alias="squad")
 
-    class Hooks(NodeHooks):
-        def __init__(self, file: str, **others: Any) -> None:
-            super().__init__(**others)
-            self.file = file
-
     assert Ours(squad="x").team == "x"
     with pytest.raises(ValidationError, match="Extra inputs"):
         Ours(tem="x")
-    assert Hooks(file="x").file == "x"
-    with pytest.raises(TypeError, match="on_strt"):
-        Hooks("x", on_strt=None)
-
-
-def test_settings_are_copied_and_pickled_as_before() -> None:
-    """The check of names concerns calls alone."""
-    for one in (Limit(concurrent=1), NodeHooks(), FallbackPolicy("a", "b")):
-        assert copy.copy(one) == one
-        assert pickle.loads(pickle.dumps(one)) == one

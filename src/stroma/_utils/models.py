@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from inspect import CO_VARKEYWORDS
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -65,29 +64,6 @@ def _unknown_fields(model: type[BaseModel], value: dict[Any, Any], unknown: set[
             )
             errors.append({"type": error, "loc": (str(name),), "input": value[name]})
     return ValidationError.from_exception_data(model.__name__, errors)
-
-
-class NamedArguments:
-    """Base of classes whose constructor names the nearest argument in its TypeError for an unknown one."""
-
-    __slots__ = ()
-
-    if not TYPE_CHECKING:  # Checkers have the signature of ``__init__``.
-
-        def __new__(cls, *args: Any, **named: Any) -> Self:
-            code = getattr(cls.__init__, "__code__", None) if named else None
-            if code is not None and not code.co_flags & CO_VARKEYWORDS:
-                known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-                for name in named:
-                    if name not in known:
-                        raise _unknown_argument(cls, name, known)
-            return super().__new__(cls)
-
-
-def _unknown_argument(cls: type[object], name: str, known: tuple[str, ...]) -> TypeError:
-    public = [one for one in known if not one.startswith("_")]
-    hint = did_you_mean(name, public, 2) or _all_of(public)
-    return TypeError(f"{cls.__name__} has no argument {name!r}{hint and f'; {hint}'}")
 
 
 def _all_of(names: Any) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stroma._utils.models import NamedArguments
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.tracker import CostTracker
 
@@ -22,7 +21,7 @@ class ModelHint:
 
 
 @dataclass
-class FallbackPolicy(NamedArguments):
+class FallbackPolicy:
     """Use ``fallback_model`` for ``preferred_model`` once ``at_budget_pct`` of ``max_cost_usd`` is spent.
 
     Attributes:

@@ -9,7 +9,6 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, ClassVar, Final
 
-from stroma._utils.models import NamedArguments
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import ExecutionResult
 
@@ -40,7 +39,7 @@ class MapProgress:
 
 
 @dataclass
-class NodeHooks(NamedArguments):
+class NodeHooks:
     """Async callbacks at the boundaries of runs and nodes; each is optional and costs nothing when unset.
 
     Raises TypeError for a hook that does not take the arguments below. A hook whose result cannot be awaited

@@ -12,7 +12,6 @@ from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from stroma._utils.access import safe_get
-from stroma._utils.models import NamedArguments
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
@@ -66,7 +65,7 @@ def _now() -> float:
     return time.monotonic()
 
 
-class Breaker(NamedArguments):
+class Breaker:
     """A circuit breaker for each provider, shared by all runs of this process that use this object.
 
     The name of a circuit is the provider's host, taken from the exception of the last failed call of the

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from stroma._utils.models import NamedArguments
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.errors import StoreError
 from stroma.contracts.contract import check_id
@@ -48,7 +47,7 @@ _COOLDOWNS: Final = "cooldowns"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limit(NamedArguments):
+class Limit:
     """Rate limit of the nodes under one name; attempts wait for their turn.
 
     The name is the limit's key in ``RunConfig.limits``. Runs of this process share it by that name; with a

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from stroma._utils.logs import get_logger
-from stroma._utils.models import NamedArguments
 from stroma.checkpoint.cells import CellStore, Change
 from stroma.checkpoint.errors import StoreError
 from stroma.contracts.contract import check_id
@@ -76,7 +75,7 @@ class BudgetState:
     by_node: Mapping[str, tuple[float, int]]
 
 
-class SharedBudget(NamedArguments, Gate):
+class SharedBudget(Gate):
     """A budget that runs share by its name: in this process or, with a ``store``, in all that use it.
 
     Before each attempt it reserves the usage that the call may have, and afterwards it counts the actual
