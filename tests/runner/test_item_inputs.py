@@ -103,7 +103,7 @@ async def test_an_item_has_its_own_input_in_every_store(shape: str, store: Any) 
                 value = whole["items"][int(wanted[5:])]
             held = history.input_of("r", match[branch])
             assert (held.value, held.problem) == (value, None)
-            record = history.run("r")
+            record = history.store.get_run("r")
             assert record is not None
             at = f"0.{branch}"
             assert [bar.input_state for bar in history.story(record).bars if bar.at == at] == [value]
@@ -180,7 +180,7 @@ async def test_exports_of_maps_grow_linearly(tmp_path: Path) -> None:
 
             def export(run_id: str = run_id) -> str:
                 history = History(store)
-                record = history.run(run_id)
+                record = history.store.get_run(run_id)
                 assert record is not None
                 return document(history.story(record))
 

@@ -807,8 +807,8 @@ async def test_messages_hide_what_earlier_nodes_made(world: World, tmp_path: Pat
         assert result.status is RunStatus.PARTIAL
         history = History(store, redact)
         attempts, _ = history.attempts("run", 100)
-        single = [one for at in ("", "0", "0.1") for one in history.attempts_at("run", 0, at)]
-        record = history.run("run")
+        single = [one for at in ("", "0", "0.1") for one in history.store.attempts_at("run", 0, at)]
+        record = history.store.get_run("run")
     messages = [one.message for one in (*attempts, *single) if one.message] + [
         record.error,
         record.cause.message,

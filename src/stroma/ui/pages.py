@@ -256,7 +256,7 @@ class Pages:
             ids = [] if text == "last" else self._store.find_run(text, limit=10)
         except ValueError:  # Not a valid id.
             return []
-        return [record for run_id in ids if (record := self._history.run(run_id)) is not None]
+        return [record for run_id in ids if (record := self._history.store.get_run(run_id)) is not None]
 
     def _row(self, record: RunRecord) -> dict[str, Any]:
         return {

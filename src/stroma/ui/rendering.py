@@ -156,7 +156,7 @@ class Renderer:
     def find_record(self, request: Request, name: str = "id") -> RunRecord:
         run_id = request.query_params.get(name, "")
         try:
-            record = self.history.run(run_id) if self.store.exists() else None
+            record = self.history.store.get_run(run_id) if self.store.exists() else None
         except ValueError:
             record = None
         if record is None:

@@ -102,7 +102,7 @@ class RunPages:
             listed = in_order([*listed, cause_attempt])
             rest = [one for one in rest if attempt_key(one) != attempt_key(cause_attempt)]
         attempts = [*listed, *rest]
-        questions = self._history.waiting(record.run_id)
+        questions = self._history.store.waiting(record.run_id)
         waiting = [one for one in questions if one.payload is None]
         limits = read_limits(self._settings, record)
         run_id, command = record.run_id, self._resume_command(record, attempts)
@@ -177,7 +177,7 @@ class RunPages:
     def _attempts(self, record: RunRecord, after: str | None) -> tuple[AttemptPage, list[AttemptRecord]]:
         """Return the attempts to list, and further ones for the timeline. Reads the store once."""
         try:
-            page = self._history.attempt_page(record.run_id, _MAX_DRAWN, after)
+            page = self._history.store.attempt_page(record.run_id, limit=_MAX_DRAWN, after=after)
         except ValueError as error:
             raise HTTPException(400, "unknown page") from error
         if page.next is None and len(page.attempts) <= _MAX_LISTED:
@@ -201,7 +201,9 @@ class RunPages:
             ]
             return max(failed, key=lambda one: one.started_ns, default=None)
 
-        return newest(attempts) or newest(self._history.attempts_at(record.run_id, why.position, why.branch))
+        return newest(attempts) or newest(
+            self._history.store.attempts_at(record.run_id, why.position, why.branch)
+        )
 
     def _timeline(
         self,
@@ -299,7 +301,7 @@ class RunPages:
         position, _, branch = params.get("at", "").partition(".")
         if not (position.isdecimal() and position.isascii() and len(position) < 10):
             raise HTTPException(404, "this run has no such attempt; it may have been run again since")
-        attempts = self._history.attempts_at(record.run_id, int(position), branch)
+        attempts = self._history.store.attempts_at(record.run_id, int(position), branch)
         attempts.sort(key=lambda one: one.started_ns)
         began = params.get("began")
         this = next((one for one in reversed(attempts) if began in (None, str(one.started_ns))), None)
@@ -333,7 +335,7 @@ class RunPages:
             raise HTTPException(404, "format must be html")
         record = self._renderer.find_record(request)
         with self._large:
-            first = self._history.attempt_page(record.run_id, 1, None).attempts
+            first = self._history.store.attempt_page(record.run_id, limit=1).attempts
             command = self._resume_command(record, first)
             story = self._history.story(record, max_attempts=_MAX_LISTED, resume_command=command)
             text = document(story).encode("utf-8", "replace")

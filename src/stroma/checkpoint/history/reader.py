@@ -35,7 +35,6 @@ from stroma.checkpoint.identity import is_called, place_before
 from stroma.checkpoint.records import (
     FAILED,
     FINISHED,
-    AttemptPage,
     AttemptRecord,
     RunPage,
     RunQuery,
@@ -75,10 +74,6 @@ class History:
 
     # ------------------------------------------------------------------ runs
 
-    def run(self, run_id: str) -> RunRecord | None:
-        """Return the last execution of a run, or None. Raises ValueError for an illegal id."""
-        return self.store.get_run(run_id)
-
     def page(self, query: RunQuery, limit: int, after: str | None = None) -> RunPage:
         """Return a page of the runs that match a query; its statuses are those of :func:`status_of`.
 
@@ -101,10 +96,6 @@ class History:
             if after is None:
                 break
         return runs
-
-    def waiting(self, run_id: str) -> list[Waiting]:
-        """Return the approvals that nodes of the last execution wait for, or waited for; [] if unknown."""
-        return self.store.waiting(run_id)
 
     def answer_of(self, one: Waiting, max_bytes: int | None = None) -> Payload:
         """Return the answer to a question; of the call of an effect, its stated output or "not done"."""
@@ -134,11 +125,11 @@ class History:
     ) -> list[Bar]:
         """Return the waits of a run's flows as bars beside those of its attempts.
 
-        ``waiting``: what :meth:`waiting` returned, if it was read before. ``first_ns``: start of the drawing;
+        ``waiting``: the questions of the run, if they were read before. ``first_ns``: start of the drawing;
         the first attempt by default.
         """
         if waiting is None:
-            waiting = self.waiting(record.run_id)
+            waiting = self.store.waiting(record.run_id)
         branches = [*(one.branch for one in attempts), *(one.branch for one in waiting)]
         if attempts and not any(map(is_called, branches)):
             return []  # Without a flow, a store need not be asked for more.
@@ -148,25 +139,18 @@ class History:
 
     # ------------------------------------------------------------------ attempts
 
-    def attempt_page(self, run_id: str, limit: int, after: str | None = None) -> AttemptPage:
-        """Return a page of the attempts of the last execution; see the method of the store."""
-        return self.store.attempt_page(run_id, limit=limit, after=after)
-
     def attempts(self, run_id: str, limit: int) -> tuple[list[AttemptRecord], bool]:
         """Return the first attempts of the last execution, without outputs, and True if there are more."""
         attempts: list[AttemptRecord] = []
         after = None
         while len(attempts) < limit:
-            page = self.attempt_page(run_id, min(limit - len(attempts), _ATTEMPT_PAGE_SIZE), after)
+            most = min(limit - len(attempts), _ATTEMPT_PAGE_SIZE)
+            page = self.store.attempt_page(run_id, limit=most, after=after)
             attempts += page.attempts
             after = page.next
             if after is None:
                 break
         return in_order(attempts), after is not None
-
-    def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
-        """Return each attempt of the last execution at one place, without outputs; [] if unknown."""
-        return self.store.attempts_at(run_id, position, branch)
 
     def run_graph(self, pipeline: str, max_runs: int | None = None) -> RunGraph:
         """Return the graph of the recorded runs of a pipeline, or of the newest ``max_runs``."""
@@ -255,7 +239,7 @@ class History:
     def facts(self, record: RunRecord) -> list[tuple[str, str]]:
         """Return (label, text) of each fact about a run beside its attempts."""
         run_id = record.run_id
-        questions = self.waiting(run_id)
+        questions = self.store.waiting(run_id)
         return list(facts_of(record, self.store.facts_of(run_id), questions, self.describe_answer))
 
     def outline(
@@ -269,10 +253,10 @@ class History:
     ) -> Story:
         """Return what every drawing of a run shows, without the states of its attempts.
 
-        ``waiting``: what :meth:`waiting` returned, if it was read before. ``is_whole``: the attempts begin
+        ``waiting``: the questions of the run, if they were read before. ``is_whole``: the attempts begin
             with the first one; without it, waits and resumes are left out.
         """
-        waiting = self.waiting(record.run_id) if waiting is None else waiting
+        waiting = self.store.waiting(record.run_id) if waiting is None else waiting
         facts = self.store.facts_of(record.run_id)
         first_ns = first_start_ns(record, attempts, has_deaths=is_whole and facts.deaths > 0)
         waits = self.flow_waits(record, attempts, waiting, first_ns) if is_whole else []

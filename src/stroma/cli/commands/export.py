@@ -67,7 +67,7 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
         )
         return document(history.story(record, max_attempts=_DRAWN, states=states, resume_command=hint))
     attempts, _ = history.attempts(record.run_id, _ALL)
-    waiting = history.waiting(record.run_id)
+    waiting = history.store.waiting(record.run_id)
     data = {
         "schema": "stroma.export/1",
         "run": run_data(record),

@@ -82,7 +82,7 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     record = database.find(run_)
     history = History(database.reader, load_redact(redact))
     attempts = in_order(database.reader.attempts(record.run_id))
-    waiting = history.waiting(record.run_id)
+    waiting = history.store.waiting(record.run_id)
     selected = [one for one in attempts if view.selects(one.node_id, one.attempt)]
     if not selected and not view.selects_all:
         raise _no_such_attempt(attempts, record, view)
