@@ -9,15 +9,15 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from enum import Enum, IntEnum, StrEnum
 from typing import Annotated, Any, Literal
 from uuid import UUID
-from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, RootModel, create_model
+from tests.contracts.values import Colour, Level, Word, anything, same, texts
+from tests.contracts.values import datetimes as moments
 from tests.fixtures import store_fixture
 from tests.kit import ONCE, Num, bare, node
 from tests.shared_stores import LOCAL
@@ -838,19 +838,6 @@ def test_hooks_are_ordered_nested_and_paired(
 # ---------------------------------------------------------------------- stores
 
 
-class Colour(Enum):
-    RED = "red"
-    PAIR = (1, 2)
-
-
-class Level(IntEnum):
-    LOW = 1
-
-
-class Word(StrEnum):
-    YES = "yes"
-
-
 class Leaf(BaseModel):
     when: dt.datetime
     ratio: float
@@ -902,37 +889,8 @@ class Small(BaseModel):
     real: float = 0.0
 
 
-ZONES = ["UTC", "Europe/Berlin", "America/New_York", "Asia/Kathmandu", "Australia/Lord_Howe"]
-moments = st.datetimes(
-    timezones=st.none()
-    | st.sampled_from(ZONES).map(ZoneInfo)
-    | st.integers(-1439, 1439).map(lambda m: dt.timezone(dt.timedelta(minutes=m)))
-)
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
-    ["\0", "é", "é", "🙂‍↔️", "\u202e", "line\nline", "$c", "\ufeff"]
-)
 wholes = st.integers() | st.sampled_from([2**63, -(2**63) - 1, 10**400])
 reals = st.floats() | st.sampled_from([math.nan, math.inf, -math.inf, -0.0, 5e-324])
-anything: st.SearchStrategy[Any] = st.recursive(
-    st.none()
-    | st.booleans()
-    | wholes
-    | reals
-    | texts
-    | st.binary(max_size=5)
-    | st.decimals(allow_nan=False)
-    | st.uuids()
-    | moments
-    | st.dates()
-    | st.timedeltas(),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.lists(inner, max_size=2).map(tuple)
-        | st.dictionaries(texts | st.integers() | st.sampled_from(["$f", "$d"]), inner, max_size=3)
-        | st.frozensets(st.integers() | texts, max_size=2)
-    ),
-    max_leaves=6,
-)
 leaf_models = st.builds(Leaf, when=moments, ratio=reals)
 alias_models = st.builds(
     lambda a, b, x: Aliased.model_validate({"First-Name": a, "b": b, "extra": x}), texts, wholes, anything
@@ -963,30 +921,6 @@ models: st.SearchStrategy[BaseModel] = st.one_of(
     st.builds(Small, text=texts, whole=wholes, real=reals),
     alias_models,
 )
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equality that tells types, signs of zero and zones apart, and takes NaN for NaN."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, float):
-        return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
-    if isinstance(a, Decimal):
-        return a.as_tuple() == b.as_tuple()
-    if isinstance(a, dt.datetime):
-        return bool(
-            a.replace(tzinfo=None) == b.replace(tzinfo=None)
-            and a.fold == b.fold
-            and a.utcoffset() == b.utcoffset()
-            and getattr(a.tzinfo, "key", None) == getattr(b.tzinfo, "key", None)
-        )
-    if isinstance(a, BaseModel):
-        return same(dict(vars(a)), dict(vars(b))) and same(a.__pydantic_extra__, b.__pydantic_extra__)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(k, m) and same(a[k], b[m]) for k, m in zip(a, b, strict=True))
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
 
 
 store = store_fixture(*LOCAL, "sqlite")
