@@ -324,6 +324,10 @@ class Always(BaseModel):
     word: str = Field(alias="Word")
 
 
+class UserId(RootModel[str]):
+    pass
+
+
 SUBS: dict[str, tuple[Any, Any]] = {
     "plain": (Base, Sub(n=1, more="x")),
     "optional": (Base | None, Sub(n=1, more="x")),
@@ -335,6 +339,8 @@ SUBS: dict[str, tuple[Any, Any]] = {
     "recursive": (Knot, Knot(item=Base(n=1), next=LongKnot(item=Sub(n=2, more="x")))),
     "dataclass": (Point, Spot(1.0, "a", 3)),
     "strict": (Frozen, Frozen(item=Sub(n=1, more="x"))),
+    "root": (str | UserId, UserId("u-1")),
+    "roots": (dict[str, UserId | str], {"a": UserId("u-1"), "b": "u-2"}),
 }
 
 

@@ -133,8 +133,13 @@ def has_ambiguous_choices(node: dict[str, Any], defs: Mapping[str, dict[str, Any
     if node["type"] != "union":
         return False
     choices = [choice[0] if isinstance(choice, tuple) else choice for choice in node["choices"]]
-    kinds = [reachable(choice, defs)[0] for choice in choices]
-    return sum(not k <= FLAT_LEAVES | {"nullable"} for k in kinds) > 1 and any(k & MODELS for k in kinds)
+    reached = [reachable(choice, defs) for choice in choices]
+    open_choices = [kinds for kinds, _ in reached if not kinds <= FLAT_LEAVES | {"nullable"}]
+    # The value of a root model can be a choice of its own: str | UserId.
+    has_root = any(
+        getattr(cls, "__pydantic_root_model__", False) for _, classes in reached for cls in classes
+    )
+    return (len(open_choices) > 1 or has_root) and any(kinds & MODELS for kinds in open_choices)
 
 
 def is_never_dict(core: Any) -> bool:
