@@ -69,7 +69,8 @@ class OperationResult(BaseModel):
 class ToolResult(BaseModel):
     """Result of a tool, as the framework encodes it. ``kind``: "tool_return", or another request."""
 
-    model_config = ConfigDict(extra="allow")
+    # A person who states that the call happened needs the result.
+    model_config = ConfigDict(extra="allow", json_schema_extra={"required": ["result"]})
 
     kind: str = "tool_return"
     result: JsonValue = None

@@ -37,7 +37,7 @@ try:
     from langgraph.prebuilt import ToolNode
 except ImportError:  # Releases of it need a newer LangGraph than they say. With those nobody has such a node.
     ToolNode = ()
-from pydantic import BaseModel, JsonValue, RootModel, field_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, RootModel, field_validator, model_validator
 
 from stroma.adapters._durable_steps import WorkStep, check_options
 from stroma.adapters._langchain import counting, result_of, update
@@ -372,14 +372,33 @@ class _ToolInput(BaseModel):
     answers: list[JsonValue] = []
 
 
-class _CallOutput(BaseModel):
-    """Output of a step: the end of the call, ``parts`` of the custom stream, and ``writes`` to the state."""
+def _of_statement(schema: dict[str, Any]) -> None:
+    """Reduce a JSON schema to what a person states; forms and examples of answers are made of it."""
+    schema.update(properties={"result": schema["properties"]["result"]}, required=["result"])
 
+
+class CallOutput(BaseModel):
+    """Output of a step: the end of the call, ``parts`` of the custom stream, and ``writes`` to the state.
+
+    A person who states that an effect happened passes its ``result`` alone: what ``reconcile`` returns.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_of_statement)
+
+    kind: Literal["call", "statement"] = "statement"
+    result: JsonValue = None
     update: JsonValue = None
     questions: list[JsonValue] = []
     refused: str | None = None
     parts: list[JsonValue] = []
     writes: list[JsonValue] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_result(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("kind") != "call" and "result" not in raw:
+            raise ValueError('the statement needs "result", which the tool or node returned')
+        return raw
 
 
 class _NodeStep:
@@ -394,7 +413,7 @@ class _NodeStep:
         self._contract = contract_for(step_id, (options.get("input"), options.get("output")))
         self._step = WorkStep(
             step_id,
-            (_ToolInput if messages_key else _NodeInput, _CallOutput),
+            (_ToolInput if messages_key else _NodeInput, CallOutput),
             role="tool" if messages_key else None,
             effect=options.get("effect", False),
             reconciles="reconcile" in options,
@@ -423,7 +442,10 @@ class _NodeStep:
             for part in parts:
                 config["configurable"][CONFIG_KEY_RUNTIME].stream_writer(part)
             config["configurable"][CONFIG_KEY_SEND](writes)
-            return _CallEnd(decode(output.update, self._classes), output.questions, output.refused)
+            update = decode(output.update, self._classes)
+            if output.kind == "statement":
+                update = self._update_of(call_input, decode(output.result, self._classes))
+            return _CallEnd(update, output.questions, output.refused)
 
         return await _until_answered(call)
 
@@ -444,6 +466,7 @@ class _NodeStep:
         has_update = not end.questions and end.refused is None
         own = [write for write in writes if not write[0].startswith("__")]  # The others are of interrupt().
         return {
+            "kind": "call",
             "update": self._returned(end.update) if has_update else None,
             "questions": self.stored(list(end.questions), "asks"),
             "refused": end.refused,
@@ -475,12 +498,16 @@ class _NodeStep:
             answer = await answer
         if isinstance(answer, (NotDone, Unknown)):
             return answer
-        if isinstance(call, _ToolInput):
-            if not isinstance(answer, ToolMessage):
-                text = answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False)
-                answer = ToolMessage(text, name=call.tool, tool_call_id=call.call_id)
-            answer = {self._messages_key: [answer]}
-        return {"update": self._returned(answer)}
+        return {"kind": "call", "update": self._returned(self._update_of(call, answer))}
+
+    def _update_of(self, call: _NodeInput | _ToolInput, result: Any) -> Any:
+        """Return the update for the result of a call that was stated: of a tool, with its message."""
+        if not isinstance(call, _ToolInput):
+            return result
+        if not isinstance(result, ToolMessage):
+            text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+            result = ToolMessage(text, name=call.tool, tool_call_id=call.call_id)
+        return {self._messages_key: [result]}
 
 
 # ---------------------------------------------------------------------- calls of nodes

@@ -35,6 +35,7 @@ from stroma import (
 )
 from stroma.adapters import UnknownNode
 from stroma.adapters.langgraph import InterruptAnswer, durable
+from stroma.contracts.examples import example_of
 from stroma.runner.flows.flow import current_flow
 from stroma.testing import assert_resumable
 
@@ -757,6 +758,30 @@ async def test_a_tool_that_is_an_effect_is_asked_about() -> None:
     value = await run(flow_of(graph, {"messages": [("user", "hi")]}))
     assert value["messages"][-1] == "done ['4', '99']"
     assert shop.asked == [{"item": "tea"}]
+
+
+@pytest.mark.parametrize("effect", ["charge", "tools.price"])
+async def test_a_person_states_the_result_of_an_effect(effect: str) -> None:
+    """G13: Without ``reconcile``, a person states what the node or tool returned, and nothing else: an
+    accepted statement stays, so an empty one would end the run."""
+    shop = Shop()
+    shop.is_dying, options = True, {effect: {"effect": True}}
+
+    async def charge(state: State) -> Any:
+        raise ConnectionResetError("connection reset by peer")
+
+    is_tool = effect != "charge"
+    graph = shop.graph(options) if is_tool else durable(graph_of(charge), options)
+    flow = flow_of(graph, {"messages": [("user", "hi")]} if is_tool else {"n": 1, "log": []})
+    runner = StromaRunner.quick(store=InMemoryStore(), policy_map=NEVER)
+    (question,) = (await runner.run(flow, Num(), run_id="r")).questions
+    assert example_of(question.schema) == {"result": None}
+    with pytest.raises(ValueError, match='the statement needs "result"'):
+        await runner.signal("r", {}, question=question.id)
+    result: Any = 99 if is_tool else {"log": ["stated"]}
+    await runner.signal("r", {"result": result}, question=question.id)
+    value = (await runner.resume(flow, "r")).output.value
+    assert value["messages"][-1] == "done ['4', '99']" if is_tool else value["log"] == ["stated"]
 
 
 @pytest.mark.parametrize("node", ["tools", "tools.price"])
