@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from stroma.checkpoint.decoding import decode_json, decode_number
+from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.durable.annotations import RunRecords, find_rejected, name_of, read_notes, read_waiting
 from stroma.checkpoint.durable.control import read_control
 from stroma.checkpoint.durable.conversion import open_events, open_message, open_output, open_step_input
@@ -362,15 +362,7 @@ class ReadableStore(ABC):
 
         Raises StoreError.
         """
-
-        def query(records: RunRecords) -> dict[str, bytes]:
-            intact: dict[str, bytes] = {}
-            for row in filter(is_intact, records.rows.annotations(records.run, Annotation.NOTE)):
-                with contextlib.suppress(CorruptCheckpoint):
-                    intact.update(read_notes(records, [row], None))
-            return intact
-
-        return self._read_records(run_id, query, {})
+        return self._read_records(run_id, _intact_notes, {})
 
     def call_input_of(self, run_id: str, position: int, branch: str) -> bytes | None:
         """Return the input of a committed call of a flow in stored form; None if there is none.
@@ -404,15 +396,25 @@ class ReadableStore(ABC):
         )
 
 
+def _intact_notes(records: RunRecords) -> dict[str, bytes]:
+    """Return the notes of an execution by key, without damaged ones."""
+    notes: dict[str, bytes] = {}
+    for row in filter(is_intact, records.rows.annotations(records.run, Annotation.NOTE)):
+        with contextlib.suppress(CorruptCheckpoint):
+            notes.update(read_notes(records, [row], None))
+    return notes
+
+
 def _effect_calls(records: RunRecords) -> dict[tuple[int, str], Intent]:
     """Return the last calls of the effects of an execution, without damaged records."""
     calls: dict[tuple[int, str], Intent] = {}
-    for row in records.rows.annotations(records.run, Annotation.NOTE):
-        if is_effect_note(str(row.branch)) and is_intact(row):
+    for key, data in _intact_notes(records).items():
+        if is_effect_note(key):
+            position, _, branch = key.split(":", 2)
             with contextlib.suppress(CorruptCheckpoint):
-                for key, data in read_notes(records, [row], None).items():
-                    position, _, branch = key.split(":", 2)
-                    calls[int(position), branch] = decode_json(data, Intent, name_of(row, records.run_id))
+                calls[int(position), branch] = decode_json(
+                    data, Intent, RecordName(records.run_id, "note", key)
+                )
     return calls
 
 

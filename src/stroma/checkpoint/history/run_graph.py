@@ -192,8 +192,6 @@ class RunGraph:
 
     def svg(self) -> str:
         """Return the graph as a self-contained SVG image."""
-        from stroma.checkpoint.history.run_graph import ArcBox, arc_diagram  # Few commands draw a graph.
-
         title = self._title()
         boxes = [ArcBox(START, title, "")]
         names: dict[Path, str] = {(START,): START}

@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes
 
@@ -53,7 +54,7 @@ class RedisReader(ScannedRows):
     ) -> tuple[list[RunRow], str | None]:
         matching: list[tuple[_ListPlace, RunRow]] = []
         place, examined = None if after is None else _parse_mark(after), 0
-        size = _MAX_EXAMINED if _has_condition(query) else limit + 1
+        size = _MAX_EXAMINED if replace(query, since_ms=None) != RunQuery() else limit + 1
         while True:
             place, page = self._newest(place, query, size)
             matching += self._matching(page, query)
@@ -89,8 +90,6 @@ class RedisReader(ScannedRows):
     def _matching(self, page: list[list[Any]], query: RunQuery) -> list[tuple[_ListPlace, RunRow]]:
         """Return those of these runs that match a query."""
         runs = [((int(start), run_id), read_run_row(row, as_text(run_id))) for run_id, start, row in page]
-        if not _has_condition(query):
-            return runs
         runs = [one for one in runs if matches(query, one[1], one[1].run.tags)]
         if (query.failure_class, query.node) == (None, None):
             return runs
@@ -295,16 +294,6 @@ def _parse_mark(mark: str) -> _ListPlace:
     if not (start.isdecimal() and start.isascii() and len(start) < 20 and run_id):
         raise not_a_mark(mark)
     return int(start), unquote_to_bytes(run_id)
-
-
-def _has_condition(query: RunQuery) -> bool:
-    return bool(
-        query.statuses
-        or query.blocked
-        or query.needs_scan
-        or query.pipeline is not None
-        or query.tag is not None
-    )
 
 
 def _key(value: bytes) -> str | None:
