@@ -84,6 +84,21 @@ def test_blocked_runs(tmp_path, inside):
     assert "blocked: some code could not continue it: the flow makes step 'audit'" in planned
 
 
+def test_a_dry_run_counts_the_time_of_calls_once(tmp_path, inside):
+    """The calls of a flow in progress save their time; that of a group includes its children's."""
+
+    async def write(store):
+        session = await begin(store, "r")
+        for branch, ms in (("step#0", 250), ("group#1.0", 400), ("group#1", 500)):
+            await commit(session, 0, State(), branch=branch, ms=ms)
+        await finish(session, "INTERRUPTED")
+
+    with SQLiteStore(tmp_path / "stroma.db") as store:
+        asyncio.run(write(store))
+    planned = inside("resume", "r", "--dry-run", "--json", "--db", str(tmp_path / "stroma.db"))
+    assert json.loads(planned.out)["saves"]["seconds"] == 0.75
+
+
 def test_runs_name_the_owner(tmp_path, inside, monkeypatch):
     """`runs` names the process and host of a run in progress, for how long it runs, and its last record."""
     with SQLiteStore(tmp_path / "stroma.db") as store, asyncio.Runner() as loop:

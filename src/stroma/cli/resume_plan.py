@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from stroma.checkpoint import CheckpointManager, Committed, InMemoryStore, Pipel
 from stroma.checkpoint.decisions import COMPLETE
 from stroma.checkpoint.entries import Intent, is_of_pipeline
 from stroma.checkpoint.history import History, place_of, status_of
-from stroma.checkpoint.identity import child_indexes, is_called
+from stroma.checkpoint.identity import child_indexes, is_called, with_outer
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
@@ -176,9 +176,20 @@ def print_plan(
 
 def _savings(restored: list[AttemptRecord]) -> tuple[int, float, float]:
     """Return the tokens, US dollars and seconds of restored outputs."""
-    # A group's time includes that of its children.
-    seconds = sum(one.duration_ms for one in restored if not one.branch) / 1000
-    return sum(one.tokens for one in restored), sum(one.cost_usd for one in restored), seconds
+    # The time of a group that has ended includes that of its children.
+    places = {(one.position, one.branch) for one in restored}
+    ms = sum(
+        one.duration_ms
+        for one in restored
+        if not one.branch or places.isdisjoint((one.position, outer) for outer in _around(one.branch))
+    )
+    return sum(one.tokens for one in restored), sum(one.cost_usd for one in restored), ms / 1000
+
+
+def _around(branch: str) -> Iterator[str]:
+    """Yield the branches around a branch, and that of its position."""
+    yield from list(with_outer(branch))[1:]
+    yield ""
 
 
 def _print_plan(
