@@ -138,7 +138,7 @@ def test_the_class_of_an_error_is_the_status(
     make_runs(store, ("held", ASKS))
     site: Site = serve(store, find_schema=lambda one: Answer)
     key, form = keys(site, "held")["cancel"], json_form_of(site.get("/run", id="held").text)
-    monkeypatch.setattr("stroma.ui.actions.make_request", fail)
+    monkeypatch.setattr("stroma.runner.stored_runs.request", fail)
     monkeypatch.setattr(store, "signal", fail)
     assert site.post("/cancel", {"id": "held", "key": key}).status == status
     assert site.post("/approve", {**form, "answer": '{"approved": true, "note": "yes"}'}).status == status

@@ -26,7 +26,6 @@ from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.examples import NoExampleError, example_for
 from stroma.runner.pipeline import SubmitOptions
 from stroma.runner.stored_runs import StoredRuns, limits_of
-from stroma.runner.stored_runs import request as make_request
 from stroma.ui.rendering import Renderer
 
 if TYPE_CHECKING:
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from stroma.ui.settings import Settings, Submission
 
 _MAX_FORM_BYTES: Final = 100_000
+#: Actions that are requests about a run, and the methods of stores that make them.
+CONTROLS: Final = {"pause": "pause", "unpause": "unpause", "cancel": "cancel", "budget": "set_budget"}
 _FORM_SECONDS: Final = 10.0  # for a form to arrive
 
 
@@ -78,6 +79,7 @@ class Actions:
     def __init__(self, settings: Settings, keys: Keys) -> None:
         self._settings = settings
         self._keys = keys
+        self.stored = StoredRuns(ContractRegistry(), CheckpointManager(settings.store))
 
     async def resume(self, request: Request) -> Response:
         record, form = await self.read_form("resume", request)
@@ -107,23 +109,11 @@ class Actions:
         await to_thread.run_sync(resume, new_run_id)
         return to_run(new_run_id, is_started=True)
 
-    async def pause(self, request: Request) -> Response:
-        return await self._control("pause", "pause", request)
-
-    async def unpause(self, request: Request) -> Response:
-        return await self._control("unpause", "unpause", request)
-
-    async def cancel(self, request: Request) -> Response:
-        return await self._control("cancel", "cancel", request)
-
-    async def set_budget(self, request: Request) -> Response:
-        return await self._control("budget", "set_budget", request)
-
-    async def _control(self, action: str, method: str, request: Request) -> Response:
+    async def control(self, action: str, request: Request) -> Response:
         """Make a request about a run, and show its page once the owner of the run has read it."""
         record, form = await self.read_form(action, request)
         arguments = (_read_limits(form),) if action == "budget" else ()
-        if not await make_request(self._settings.store, record.run_id, method, *arguments):
+        if not await self.stored.request(record.run_id, CONTROLS[action], *arguments):
             raise HTTPException(
                 409, "nothing was changed: the run has ended, or is not paused; reload its page"
             )
@@ -133,9 +123,9 @@ class Actions:
         """Store a message to a run: one message, however often the form is sent."""
         record, form = await self.read_form("send", request)
         message, topic = read_json(form.get("message", ""), "message"), form.get("topic", "")
-        store = StoredRuns(ContractRegistry(), CheckpointManager(self._settings.store))
+        message_id = self._keys.id_of(form["key"], identity_of(form))
         try:
-            await store.send(record.run_id, message, topic, self._keys.id_of(form["key"], identity_of(form)))
+            await self.stored.send(record.run_id, message, topic, message_id)
         except (TypeError, ValueError, RecursionError) as error:
             raise HTTPException(422, f"the message cannot be sent: {clean(str(error), 300)}") from error
         return to_run(record.run_id)

@@ -15,7 +15,6 @@ from stroma._utils.text import clean
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.records import RunRecord
 from stroma.contracts.contract import NotDone
-from stroma.runner.stored_runs import match_answer
 from stroma.ui.actions import Actions, can_resume, identity_of, to_run
 from stroma.ui.answer_fields import AnswerField, FieldError, example_text, fields_of, parse_fields
 from stroma.ui.rendering import Renderer
@@ -99,7 +98,7 @@ class Answers:
         return form.get("resume") == "yes" and can_resume(self._settings, record)
 
     async def _approve(self, record: RunRecord, form: dict[str, str]) -> None:
-        questions = await self._read_questions(record)
+        questions = await to_thread.run_sync(self._settings.store.waiting, record.run_id)
         question = self._find(questions, form)
         answer: Any
         if form.get("happened") == "no":
@@ -114,15 +113,10 @@ class Answers:
             except (ValueError, RecursionError) as error:
                 why = f"not JSON: {clean(str(error), 300)}; a text needs quotes"
                 raise _Refused(question, [FieldError("", why)]) from error
-        await self._signal(record, questions, question, answer)
+        await self._signal(record, question, answer)
         resume = self._settings.served(record).resume
         if resume is not None and self._is_to_resume(record, form):
             await to_thread.run_sync(resume, record.run_id)
-
-    async def _read_questions(self, record: RunRecord) -> list[Waiting]:
-        store: Any = self._settings.store
-        questions: list[Waiting] = await to_thread.run_sync(store.waiting, record.run_id)
-        return questions
 
     def _find(self, questions: list[Waiting], form: dict[str, str]) -> Waiting:
         """Return the question of a form. Raises HTTPException if it is not open."""
@@ -131,14 +125,11 @@ class Answers:
             raise HTTPException(409, "the question is not open any more; reload the page of the run")
         return named
 
-    async def _signal(
-        self, record: RunRecord, questions: list[Waiting], question: Waiting, answer: Any
-    ) -> None:
+    async def _signal(self, record: RunRecord, question: Waiting, answer: Any) -> None:
         """Store an answer. Raises _Refused if it does not fit, RequestRefused if the question is not open."""
         schema: type[BaseModel] | None = self._settings.find_schema(question) if question.schema_ref else None
         try:
-            stated = match_answer(questions, record.run_id, answer, question=question.id, schema=schema)
-            await self._settings.store.signal(record.run_id, stated)
+            await self._actions.stored.answer(record.run_id, answer, question.id, schema)
         except ValidationError as error:
             errors = error.errors(include_url=False, include_context=False, include_input=False)
             raise _Refused(question, [_field_error(one) for one in errors[:_MAX_ERRORS]]) from error

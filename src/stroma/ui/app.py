@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 from stroma._utils.text import clean
 from stroma.checkpoint.errors import CheckpointNotFound, RequestRefused, StoreError
 from stroma.checkpoint.history import History
-from stroma.ui.actions import Actions, SubmitForm
+from stroma.ui.actions import CONTROLS, Actions, SubmitForm
 from stroma.ui.answers import Answers
 from stroma.ui.events import Events
 from stroma.ui.pages import Pages
@@ -64,10 +65,7 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/approve", answers.approve, methods=["POST"]),
         Route("/delete", actions.delete, methods=["POST"]),
         Route("/send", actions.send, methods=["POST"]),
-        Route("/pause", actions.pause, methods=["POST"]),
-        Route("/unpause", actions.unpause, methods=["POST"]),
-        Route("/cancel", actions.cancel, methods=["POST"]),
-        Route("/budget", actions.set_budget, methods=["POST"]),
+        *(Route(f"/{one}", partial(actions.control, one), methods=["POST"]) for one in CONTROLS),
         Route("/events", events.stream),
         Mount("/static", StaticFiles(directory=_HERE / "static", packages=[("stroma.trace", "static")])),
     ]

@@ -284,8 +284,9 @@ def _describe_progress(
     if not is_at_work(record):
         return
     started = _started_nodes(store, record)
-    effects = [text for label, text in story.facts if label == "in flight"]
-    yield from (text for at, text in started.items() if not any(f" (at {at})" in one for one in effects))
+    calls = store.facts_of(record.run_id).effects
+    effects = {place_text(*place) for place, call in calls.items() if call.is_unknown}
+    yield from (text for at, text in started.items() if at not in effects)
     if not started and not effects:  # Without stored events, only the next node of a list is known.
         progress = find_progress(record, attempts, story.first_ns, ())
         if progress is not None:
