@@ -95,7 +95,7 @@ class RunPages:
         after = request.query_params.get("after")
         page, rest = self._attempts(record, after)
         listed = in_order(page.attempts)
-        cause_attempt = self._cause_attempt(record, [*listed, *rest])
+        cause_attempt = self._cause_attempt(record)
         known = {attempt_key(attempt) for attempt in page.attempts}
         if cause_attempt is not None and attempt_key(cause_attempt) not in known:
             # The attempt that stopped the run is always on the page.
@@ -188,22 +188,14 @@ class RunPages:
         drawn = [one for at, one in enumerate(rest) if one.branch or at < rows]
         return AttemptPage(listed, str(end_of_page(listed[-1]))), drawn
 
-    def _cause_attempt(self, record: RunRecord, attempts: list[AttemptRecord]) -> AttemptRecord | None:
-        """Return the attempt that stopped a run, or None. ``attempts``: those that were read already."""
+    def _cause_attempt(self, record: RunRecord) -> AttemptRecord | None:
+        """Return the attempt that stopped a run, or None."""
         why = record.cause
         if why is None or record.status not in FAILED:
             return None
-        at = why.position, why.branch, why.attempt
-
-        def newest(among: list[AttemptRecord]) -> AttemptRecord | None:
-            failed = [
-                one for one in among if (one.position, one.branch, one.attempt) == at and one.failure_class
-            ]
-            return max(failed, key=lambda one: one.started_ns, default=None)
-
-        return newest(attempts) or newest(
-            self._history.store.attempts_at(record.run_id, why.position, why.branch)
-        )
+        there = self._store.attempts_at(record.run_id, why.position, why.branch)
+        failed = [one for one in there if one.attempt == why.attempt and one.failure_class]
+        return max(failed, key=lambda one: one.started_ns, default=None)
 
     def _timeline(
         self,
