@@ -150,6 +150,10 @@ async def test_a_secret_that_redact_takes_out_is_in_no_message(caplog: pytest.Lo
         ("HTTPPassword", True),
         ("db_password", True),
         ("x-api-key", True),
+        ("openai.api.key", True),
+        ("http.request.header.Authorization", True),
+        ("api key ", True),
+        ("config/openai.api_key", True),
         *(
             (name, True)
             for name in (

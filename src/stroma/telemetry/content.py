@@ -75,8 +75,8 @@ DENY_KEYS: Final = (
     "webhook_url",
 )
 _MOST_NAMES: Final = 10_000  # that are remembered
-#: Between the words of a name in camel case.
-_WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+#: Between the words of a name, in camel case too.
+_WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|\W+")
 #: A name in a text of JSON, also where that stands in another text: the end of a quoted text, and what
 #: follows it.
 _NAME_IN_TEXT: Final = re.compile(r"""([\w$-]{1,100})\\*["']\s*[:,]""")
@@ -89,9 +89,7 @@ class DeniedNames:
     __slots__ = ("_known", "_longest", "_patterns", "_tails")
 
     def __init__(self, keys: Collection[str]) -> None:
-        self._tails = frozenset(
-            key.replace("-", "").replace("_", "").casefold() for key in keys if "*" not in key
-        )
+        self._tails = frozenset(_snake(key).replace("_", "") for key in keys if "*" not in key)
         self._longest = max(map(len, self._tails), default=0)
         patterns = [_pattern(key) for key in keys if "*" in key]
         self._patterns = re.compile("|".join(patterns)) if patterns else None
@@ -126,7 +124,7 @@ class DeniedNames:
 
 
 def _snake(name: str) -> str:
-    return _WORD_ENDS.sub("_", name).casefold().replace("-", "_")
+    return _WORD_ENDS.sub("_", name).casefold()
 
 
 def _pattern(key: str) -> str:
