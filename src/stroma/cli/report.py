@@ -30,8 +30,6 @@ from stroma.trace.events import place_text
 from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult, RunStatus, Total
 
-_COMPLETE = (RunStatus.COMPLETED, RunStatus.RESUMED)
-
 
 def plain_state(state: BaseModel | None) -> Any:
     """Return a state as JSON data with field names."""
@@ -61,7 +59,7 @@ class RunReport:
 
     @property
     def is_complete(self) -> bool:
-        return self.result.status in _COMPLETE
+        return self.result.ok
 
     @property
     def code(self) -> Code:

@@ -16,7 +16,7 @@ from stroma.checkpoint import CheckpointNotFound, Session
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.entries import Finished
 from stroma.checkpoint.events import EventPage, EventPlace
-from stroma.checkpoint.records import Cause, RunRecord
+from stroma.checkpoint.records import FAILED, Cause, RunRecord
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.engine.config import RunConfig
 from stroma.engine.execution import RunningNode, current_run
@@ -138,7 +138,6 @@ def _encode(event: StreamEvent, number: int) -> bytes:
 
 #: Batches that are read at once: at most 2,500 events.
 _PAGE_SIZE: Final = 5
-_FAILED: Final = ("FAILED", "PARTIAL")
 #: Between two looks for new events, in seconds: at first, at most while the run is running, and at most.
 _POLL_SECONDS: Final = (0.1, 0.2, 1.0)
 #: For how long a page stays for followers that are a little behind.
@@ -210,7 +209,7 @@ async def _describe_end(stored: StoredRuns, record: RunRecord, redact: Redact | 
         "suspended": [],
         "questions": [],
     }
-    if record.status in _FAILED:
+    if record.status in FAILED:
         reason = Finished(record.status, record.error).reason
         cause = record.cause
         if reason is not None or cause is None:

@@ -14,7 +14,7 @@ from stroma.checkpoint.entries import NOT_DONE, Waiting
 from stroma.checkpoint.errors import RequestRefused
 from stroma.checkpoint.history import History, answer_type, node_text, unanswered
 from stroma.checkpoint.manager import CheckpointManager
-from stroma.checkpoint.records import FAILED, RunRecord
+from stroma.checkpoint.records import FAILED, FINISHED, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.run import ResumedRun, compare_names, resume_run
 from stroma.cli.errors import Code, Problem
@@ -34,8 +34,6 @@ from stroma.contracts.codec import is_same_data
 from stroma.contracts.contract import ContractRegistry, NotDone
 from stroma.runner.runner import StromaRunner
 from stroma.runner.stored_runs import match_answer
-
-_COMPLETE = ("COMPLETED", "RESUMED")
 
 
 @click.command()
@@ -226,7 +224,7 @@ def _report(
             resume=None if target is None else database.command("resume", id_word(run_id), target),
         )
         return
-    if record.status in _COMPLETE:
+    if record.status in FINISHED:
         hint = f"the run is {record.status}"
     elif target is None:
         hint = _framework_hint(run_id)
@@ -243,7 +241,7 @@ def _report(
 
 def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], request: _Approval) -> Waiting:
     """Return the question to answer. Raises Problem if there is none, or several."""
-    waiting = [] if record.status in _COMPLETE else unanswered(every)
+    waiting = [] if record.status in FINISHED else unanswered(every)
     # An answered question may be named, or be the only one: the same answer again is fine.
     known = every if request.question is not None or not waiting else waiting
     matching = [one for one in known if request.question in (None, one.id)]

@@ -14,6 +14,7 @@ from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Statement, Waiting
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.history import (
+    FINISHED,
     History,
     Inputs,
     Payload,
@@ -48,7 +49,6 @@ from stroma.trace.story import Bar, Story, waits
 from stroma.trace.terminal import RunLine, lines_of
 
 _EVENT_PAGE_SIZE: Final = 100  # batches
-_FINISHED_WELL: Final = ("COMPLETED", "RESUMED")
 
 
 @click.command()
@@ -112,7 +112,7 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
         if one.damaged:
             output = f"the output of node {clean(one.node_id, 100)!r} at {place_of(one)}"
             err.line(("stroma: ", "bold red"), f"{output} is damaged; resume from there to recompute it")
-    if record.status not in _FINISHED_WELL:
+    if record.status not in FINISHED:
         is_plain_code = any(one.identity for one in attempts)
         _print_next_steps(database, record, unanswered(waiting), is_plain_code=is_plain_code)
     return code
