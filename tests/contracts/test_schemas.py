@@ -404,6 +404,16 @@ def test_a_subclass_is_refused_by_stores_and_comes_back_from_memory(name: str) -
     assert not shared(restored, schema.restore(snapshot))
 
 
+def test_a_field_of_any_model_crosses_in_memory() -> None:
+    """A field of the type BaseModel takes any model at a boundary; a store refuses it with the reason."""
+    model = holder(BaseModel)(value=Base(n=1))
+    schema = schema_of(type(model))
+    assert same(schema.accept_output(model)[0], model)
+    assert same(schema.restore(schema.snapshot(model)), model)
+    with pytest.raises(NotSerialisable, match="BaseModel itself describes no state"):
+        schema.encode(model)
+
+
 @pytest.mark.core
 def test_a_subclass_defined_later_is_seen() -> None:
     """What is stored is decided by the classes that exist when it is stored, not by earlier ones."""

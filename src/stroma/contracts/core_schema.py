@@ -253,7 +253,10 @@ def is_renewable(node: dict[str, Any]) -> bool:
     if node["type"] == "model":
         cls = node["cls"]
         open_to_more = cls.model_config.get("extra") == "allow"
-        return not (cls.__private_attributes__ or node.get("root_model") or open_to_more)
+        # BaseModel itself, as the class of a field, has no private attributes to ask for.
+        return cls is not BaseModel and not (
+            cls.__private_attributes__ or node.get("root_model") or open_to_more
+        )
     return bool(node["type"] != "dataclass")
 
 
