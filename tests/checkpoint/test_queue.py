@@ -264,12 +264,14 @@ async def test_runs_that_stopped_are_picked_as_queued_ones(store: Any, how: str)
     await submit(store, "last", pipeline="q")
     await claim(store, p=RunLimits(), q=RunLimits())
     lease_seconds = 0.1 if how == "lost" else 30.0
-    sessions = [await open_claimed(store, run_id, lease_seconds=lease_seconds) for run_id, _, _ in runs]
-    sessions.append(await open_claimed(store, "last", pipeline="q", lease_seconds=lease_seconds))
-    for due_ms, session in enumerate(sessions, NOW - len(sessions)):
+    sessions = []
+    for run_id, pipeline in [*((run_id, "p") for run_id, _, _ in runs), ("last", "q")]:
+        session = await open_claimed(store, run_id, pipeline=pipeline, lease_seconds=lease_seconds)
         if how == "lost":
-            session.abandon()
-            continue
+            session.abandon()  # Before its lease is renewed: the leases end in the order of the runs.
+        else:
+            sessions.append(session)
+    for due_ms, session in enumerate(sessions, NOW - len(sessions)):
         await settled(session.end("SUSPENDED", None, due_ms))
         if how == "blocked":
             await store.block(session.run_id, "changed", "code", None, due_ms)
