@@ -111,7 +111,7 @@ async def test_waits_for_messages_are_shown(store: Any) -> None:
     assert result.suspended == ["waiting for a message on 'y'"]
     labels = ["message", "message on '<x>'", "message on 'y'"]
     history = History(store)
-    record = await asyncio.to_thread(history.run, "r")
+    record = await asyncio.to_thread(store.get_run, "r")
     assert record is not None
     waits = await asyncio.to_thread(history.flow_waits, record, [])
     waits.sort(key=lambda bar: bar.at)
@@ -134,7 +134,7 @@ async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> No
     result = await runner.run(triage, Num())
     assert result.status is RunStatus.SUSPENDED
     history = History(store)
-    record = await asyncio.to_thread(history.run, "r")
+    record = await asyncio.to_thread(store.get_run, "r")
     assert record is not None
     story = await asyncio.to_thread(history.story, record)
     waiting = ["  sleep until T", "  question: Send it?"]
@@ -158,7 +158,7 @@ async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> No
 
     await runner.signal("r", Text(text="yes"))
     assert (await runner.resume(triage, "r")).output == Num(n=3)
-    record = await asyncio.to_thread(history.run, "r")
+    record = await asyncio.to_thread(store.get_run, "r")
     assert record is not None
     story = await asyncio.to_thread(history.story, record)
     assert lines(fold(outline(story.bars, story.waits))) == [
@@ -183,7 +183,7 @@ async def test_a_question_without_an_answer_in_time(store: Any) -> None:
 
     assert (await runner_on(store).run(asks, Num())).output == Num(n=1)
     history = History(store)
-    record = await asyncio.to_thread(history.run, "r")
+    record = await asyncio.to_thread(store.get_run, "r")
     assert record is not None
     attempts = await asyncio.to_thread(history.attempts, "r", 10)
     (bar,) = await asyncio.to_thread(history.flow_waits, record, attempts[0])
@@ -204,7 +204,7 @@ async def test_a_sleep_before_the_first_step_is_shown_since_its_begin(store: Any
     for _ in range(2):
         await runner_on(store).run(sleeps, Num(), run_id="r", resume=True)
         history = History(store)
-        record = await asyncio.to_thread(history.run, "r")
+        record = await asyncio.to_thread(store.get_run, "r")
         assert record is not None
         (bar,) = await asyncio.to_thread(history.flow_waits, record, ())
         assert bar.outcome == "sleeping"
@@ -265,7 +265,7 @@ async def test_waits_and_steps_come_in_the_order_of_their_starts(store: Any) -> 
 
     trace = (await runner_on(store).run(f, Num())).trace
     history = History(store)
-    record = await asyncio.to_thread(history.run, "r")
+    record = await asyncio.to_thread(store.get_run, "r")
     assert record is not None
     for story in (await asyncio.to_thread(history.story, record), trace._story()):
         (top,) = outline(story.bars, story.waits)
