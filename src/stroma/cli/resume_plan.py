@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -181,15 +181,9 @@ def _savings(restored: list[AttemptRecord]) -> tuple[int, float, float]:
     ms = sum(
         one.duration_ms
         for one in restored
-        if not one.branch or places.isdisjoint((one.position, outer) for outer in _around(one.branch))
+        if places.isdisjoint((one.position, outer) for outer in [*with_outer(one.branch), ""][1:])
     )
     return sum(one.tokens for one in restored), sum(one.cost_usd for one in restored), ms / 1000
-
-
-def _around(branch: str) -> Iterator[str]:
-    """Yield the branches around a branch, and that of its position."""
-    yield from list(with_outer(branch))[1:]
-    yield ""
 
 
 def _print_plan(
