@@ -256,10 +256,18 @@ class _Run:
             self.problems.append(f"the map has {done}, its items are others")
 
     def one_answer(self) -> None:
-        """Of two answers one is taken, and it is the one that the node gets."""
-        taken = {more[0] for _, _, what, _, *more in self.events if what == "answer taken"}
-        if len(taken) > 1:
-            self.problems.append(f"contradictory answers were taken: {sorted(taken)}")
+        """Of two answers one is taken, and the node gets it. A restored store lacks those of later."""
+        taken, copied = set[str](), set[str]()
+        for _, _, what, _, *more in self.events:
+            if what == "copied":
+                copied = set(taken)
+            elif what == "restored":
+                taken = copied
+            elif what == "answer taken":
+                taken.add(more[0])
+            if len(taken) > 1:
+                self.problems.append(f"contradictory answers were taken: {sorted(taken)}")
+                break
         answered = self.outputs.get("1:") if self.world.kind == "asks" else None
         if taken and answered is not None and answered["made"][-1] not in taken:
             self.problems.append(f"the answer of {taken} was taken, the node got {answered['made'][-1]}")

@@ -425,7 +425,7 @@ class World:
         random.seed(self.seed)
         bits = random.Random(~self.seed)
         with self.clock as clock:
-            shim = sys.modules["stroma.checkpoint.cells"].time
+            shim = sys.modules["stroma.checkpoint.memory.rows"].time
             patches: list[tuple[Any, str, Any]] = [
                 (_sqlite_rows, "_clock_ms", clock.milliseconds),
                 (_renewals, "time", shim),
