@@ -304,7 +304,7 @@ def test_groups_and_items(stroma, inside):
     assert re.search(r"    second\[10\] +ok ", done.err)
     assert "node 'add' (at 2.0) in parallel(add, also): TERMINAL (contract)" in " ".join(done.err.split())
     shown = inside("show", "last", "--unfold")
-    places = [line.split()[0] for line in shown.out.splitlines()[10:]]
+    places = [line.split()[0] for line in shown.out.splitlines()[9:]]
     assert places == ["AT", "0", "1", *(f"1.{i}" for i in range(11)), "2", "2.0", "2.1"]
     assert re.search(r"\n1\.10 +  second +1 +success", shown.out)
     resumed = inside("resume", "last", "fan.py:pipeline")

@@ -316,8 +316,6 @@ _FACT_STYLES: Final = {"blocked": "yellow", "error": "red", "unknown": "yellow"}
 
 def _print_head(record: RunRecord, story: Story) -> None:
     """Print what is known of a run, a line for each fact."""
-    wasted_tokens, wasted_cost = story.wasted
-    wasted = f"{format_tokens(wasted_tokens)}, {format_usd(wasted_cost)} on attempts without output"
     head: dict[str, Part] = {
         "run": (clean(record.run_id, 4000), "bold"),
         "pipeline": clean(record.pipeline),
@@ -326,8 +324,10 @@ def _print_head(record: RunRecord, story: Story) -> None:
         "duration": format_duration(story.seconds),
         "nodes": f"{done_text(record)}, {pluralize(len(story.bars), 'attempt')}",
         "spent": f"{format_tokens(record.tokens)}, {format_usd(record.cost_usd)}",
-        "wasted": wasted,
     }
+    tokens, cost = story.wasted
+    if tokens or cost:
+        head["wasted"] = f"{format_tokens(tokens)}, {format_usd(cost)} on attempts without output"
     for label, part in head.items():
         _print_fact(label, part)
     for label, text in story.facts:
