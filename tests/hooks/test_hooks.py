@@ -920,8 +920,9 @@ async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest
     task = asyncio.create_task(quick(wrong, seen).run([waits], State()))
     await cancelled_after(task, started)
     seen.assert_paired()
-    assert "on_node_cancelled" in caplog.text
-    assert "is not async" in caplog.text
+    log = [record.getMessage() for record in caplog.records]
+    for hook in ("on_node_cancelled of node 'waiting'", "on_run_end"):
+        assert any(f"hook {hook} is not async: " in line for line in log)
 
 
 @pytest.mark.core
