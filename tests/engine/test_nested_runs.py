@@ -9,6 +9,7 @@ from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     BudgetExceeded,
+    ContractViolation,
     CorruptCheckpoint,
     ExecutionBudget,
     FailureClass,
@@ -111,4 +112,17 @@ async def test_errors_of_a_run_within_a_node_are_failures_like_any_other(
     calls.clear()
     recover_at[0] = 99
     result = await runner.with_classifiers([lambda exc, _: T]).run(nodes, Num())
+    assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
+
+
+@pytest.mark.core
+async def test_a_violation_inside_a_node_is_not_repaired() -> None:
+    """contract_retries is about a node's own output, not about a violation in a run that the node made."""
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        raise ContractViolation("inside", "output", {}, [])
+
+    result = await quick(contract_retries={"a": 3}).run([node("a", func)], Num())
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)

@@ -823,3 +823,55 @@ def test_groups_are_registered_nowhere() -> None:
     with pytest.raises(KeyError):
         registry.get("a")
     assert RunConfig().node_policies == {}
+
+
+@pytest.mark.core
+async def test_a_timeout_under_the_groups_id_bounds_it_all() -> None:
+    """A node timeout under the group's id bounds the whole group, cancels its children and names it."""
+    ended: list[str] = []
+
+    async def hangs(state: Num) -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("hangs")
+
+    group = parallel(bare("hangs", hangs), bare("good", giving({"g": 1})))
+    result = await quick(node_timeouts={group.node_id: 30}).run([group], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert isinstance(result.failure.exception, TimeoutError)
+    assert "'parallel(hangs, good)'" in result.failure.message
+    assert "30 ms" in result.failure.message
+    assert result.failure.failure_class is R
+    assert ended == ["hangs"]
+    (event,) = result.trace
+    assert {(c.node_id, c.outcome) for c in event.children} == {("hangs", "cancelled"), ("good", "success")}
+
+
+async def test_a_childs_own_timeout_is_its_own() -> None:
+    """node_timeouts under a child's id bound that child in each of its attempts."""
+
+    async def hangs(state: Num) -> Any:
+        await asyncio.Event().wait()
+
+    result = await quick(node_timeouts={"hangs": 10}).run([parallel(bare("hangs", hangs))], Num())
+    assert "'hangs'" in result.failure.message
+    (event,) = result.trace
+    assert [(c.attempt, c.failure) for c in event.children] == [(1, R), (2, R)]
+
+
+@pytest.mark.core
+async def test_latency_of_a_group_is_its_own_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group's latency is its own wall time, not the sum of its children's."""
+
+    async def sleeps(state: Num) -> Any:
+        await asyncio.sleep(0.06)
+        return {"n": 1}
+
+    group = parallel(*[bare(f"c{i}", sleeps) for i in range(10)])
+    runner = quick(budget=ExecutionBudget(max_latency_ms=300))
+    result = await runner.run([group], Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    (event,) = result.trace
+    assert 50 <= event.duration_ms < 300
+    assert all(child.duration_ms >= 50 for child in event.children)
