@@ -223,7 +223,7 @@ class World:
                 )
                 await asyncio.sleep(draw.choice((0.001, 0.01, draw.uniform(0, 0.5))))
                 if not self.calm and draw.random() < 0.1:
-                    here.report_usage(tokens=CALL_TOKENS)
+                    here.report_usage(output_tokens=CALL_TOKENS)
                     raise Flaky(token)
                 if self.kind == "repairs" and not self.calm and draw.random() < 0.4:
                     self.note(process, "bad", here.run_id, fence.epoch, place, token)
