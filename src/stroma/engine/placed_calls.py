@@ -37,7 +37,7 @@ class OpenCall(NamedTuple):
 def place_error(caller: Any, contract: NodeContract[Any, Any]) -> PlaceError | None:
     """Return why a node with a place cannot be called in this process; None if it can.
 
-    ``caller``: the :class:`stroma.drivers.temporal.caller.TemporalCaller` of the process; None without one.
+    ``caller``: the :class:`stroma.drivers.temporal.place.TemporalCaller` of the process; None without one.
     """
     node_id, place = contract.node_id, contract.place
     if caller is None:
@@ -45,7 +45,7 @@ def place_error(caller: Any, contract: NodeContract[Any, Any]) -> PlaceError | N
             f"node {node_id!r} has place={place!r}, and this process has no Temporal client to call it "
             "with; start "
             f"`stroma worker FILE:NAME --temporal HOST:PORT --place {place}` and a worker without --place, "
-            "then submit the run with `stroma run FILE:NAME --temporal HOST:PORT`"
+            "then submit the run with `stroma submit FILE:NAME --temporal HOST:PORT`"
         )
     if place == caller.own_place:
         return PlaceError(
