@@ -21,7 +21,7 @@ from stroma.trace import AttemptUsage
 from stroma.trace.events import Failed
 
 #: Tables and keys that hold no record of a run: versions, and what runs share.
-OF_NO_RUN = ("meta", "cells", "cell")
+OF_NO_RUN = ("meta", "cells", "cell", "format")
 #: Columns that hold numbers, ids or checksums only, and what only a submitted run has.
 PLAIN = (
     "run_id",

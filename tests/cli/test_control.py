@@ -36,7 +36,7 @@ def test_a_living_run_is_paused(stroma, inside, fails):
     assert "continue a paused run: stroma resume x" in err
     assert stroma.calls() == ["first", "second"]
     shown = inside("show", "x")
-    assert "SUSPENDED, paused" in shown.out
+    assert "paused    no attempt begins until somebody resumes it\n" in shown.out
     assert "continue a paused run: stroma resume x" in shown.err
     assert "or continue it here: stroma resume x sums.py:pipeline" in shown.err
     listed = inside("runs")

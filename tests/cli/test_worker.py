@@ -106,7 +106,7 @@ def test_a_worker_process(shell: Any) -> None:
         (shell.home / "go").touch()
         _, err = worker.communicate(timeout=30)
         assert worker.returncode == 0, err
-        assert re.search(r"worker drained: after SIGTERM; in \S+ s: 3 RESUMED, 1 SUSPENDED\n", err)
+        assert re.search(r"worker drained: after SIGTERM; in \S+ s: 3 RESUMED, 1 SUSPENDED\b", err)
         assert "Traceback" not in err
     finally:
         worker.kill()

@@ -44,6 +44,7 @@ from stroma import (
     NodeUsage,
     NotSerialisable,
     PipelineChanged,
+    RequestRefused,
     RunBusy,
     RunExists,
     RunFailed,
@@ -240,7 +241,6 @@ WITHOUT_MEND = {
     "cannot store the data": "what the database says of the value",
     "the store could not record node": "the store's own error says it",
     "{path}: {error}": "what SQLite says that nobody has met yet",
-    "cannot be used: {error}, then": "what is wrong with the row ends with it: delete the run",
     "node {node_id}: {error}": "what is wrong with a response, said for a node",
     "hook calls raised; the first": "the hook's own exception says it",
 }
@@ -509,6 +509,12 @@ async def ended_from_elsewhere(path: Path) -> Any:
         await guard.wrap("read", read)()
 
 
+async def message_to_an_ended_run(path: Path) -> Any:
+    store = AsyncInMemoryStore()
+    await run([a_node("read", {})], store=store, run_id="run-7")
+    await StromaRunner.quick(store=store).send("run-7", "hello")
+
+
 async def zero_timeout(path: Path) -> Any:
     StromaRunner.quick(node_timeouts={"read": 0})
 
@@ -578,6 +584,7 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (no_store, ValueError, ["mongodb://"], "use "),
     (no_such_tool, UnknownNode, ["'serach'", "tool"], "known: 'search'"),
     (ended_from_elsewhere, RunCancelled, ["'r1'", "'read'"], "call it in another run"),
+    (message_to_an_ended_run, RequestRefused, ["'run-7'", "COMPLETED"], "send it to another run"),
     (zero_timeout, ValueError, ["'read'", "got 0"], "must be a positive number of milliseconds"),
 ]
 

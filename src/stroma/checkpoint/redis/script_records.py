@@ -32,7 +32,6 @@ function ops.save(node, value, ttl)
   if redis.call('EXISTS', run) == 1 then order = redis.call('HINCRBY', run, 'order', 1) end
   if ttl ~= '' then expires = string.format('%.0f', math.floor(us / 1000) + ttl) end
   redis.call('HSET', saved, node, string.format('%.0f ', order) .. expires .. '\n' .. value)
-  note_format()
   if ttl == '' then redis.call('PERSIST', saved)
   elseif remaining == -2 or (remaining >= 0 and remaining < tonumber(ttl)) then redis.call('PEXPIRE', saved,
       ttl) end

@@ -23,7 +23,7 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
 
 Of all runs:
 
-    stroma:format              number of the format, from the first run on
+    stroma:format              number of the format, from the first run on; states from save() have none
     stroma:runs, stroma:ids    zset: id by start; id, for prefixes
     stroma:ended               zset: id by when its keys expire. A run without keys that is in the first but
                                not in this one has lost them
