@@ -201,6 +201,7 @@ class RunWorker:
             watching.cancel()
             self._batch.drain()
             await self._live.interrupt(set(self._active.values()))
+            await asyncio.wait([watching])  # A worker that has ended shows no figures.
 
     def _next_poll_seconds(self) -> float:
         """Return a random delay, so that workers that were started together do not ask together."""
