@@ -1,13 +1,15 @@
 """What Stroma costs may not rise: ratios to the bare work, held against those that are written down.
 
     ./dev bench --gate            # exit code 1 if a ratio is more than 15 % above the one in gate.json
+    ./dev bench --gate --slack 50 # 50 % in place of 15, where others share the caches of the processor
     ./dev bench --gate --write    # measure thoroughly, and write the ratios of this Python down
     ./dev bench --gate --slower 25    # see that it notices: all of ours takes 25 % longer
 
 A ratio is the least CPU time of ours divided by the least of the bare work beside it, in samples that take
 turns. What else goes on on the machine can only add to a sample, so both come down to their true values as
 samples are taken; a ratio that stands too high is measured on until it has had every chance. No privileges
-and no counters are needed.
+and no counters are needed. What shares the caches of the processor, as on hosts of CI, costs ours more than
+the bare work: up to a third for minutes (2 cores of a Xeon, 1 December 2026). Hence --slack.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 from benchmarks import work
 from benchmarks.work import Run
 
-SLACK = 1.15
+SLACK = 15.0  # percent
 _KEPT = Path(__file__).with_name("gate.json")
 _SAMPLE_SECONDS = 0.01
 _LEAST, _MOST = 8, 100  # rounds
@@ -92,12 +94,12 @@ def print_table() -> None:
         print(f"| {case.name.partition(': ')[2]} | {case.ratio:.2g} |")
 
 
-def above(found: float, kept: float) -> bool:
-    """Whether a ratio is higher than the slack allows."""
-    return found > kept * SLACK
+def above(found: float, kept: float, slack: float = SLACK) -> bool:
+    """Return True if a ratio is higher than the slack allows, in percent."""
+    return found > kept * (1 + slack / 100)
 
 
-def main(*, write: bool, slower: float) -> int:
+def main(*, write: bool, slower: float, slack: float = SLACK) -> int:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     known: dict[str, dict[str, float]] = json.loads(_KEPT.read_text())
     kept = {} if write else known.get(python, {})
@@ -106,11 +108,11 @@ def main(*, write: bool, slower: float) -> int:
         return 0
     failed, found = [], {}
     for case in cases():
-        limit = None if write else kept[case.name] * SLACK
+        limit = None if write else kept[case.name] * (1 + slack / 100)
         asyncio.run(_measure(case, limit, slower))
         found[case.name] = round(case.ratio, 3)
         said = "" if write else f"at most {limit:.2f}"
-        wrong = not write and above(case.ratio, kept[case.name])
+        wrong = not write and above(case.ratio, kept[case.name], slack)
         failed += [case.name] if wrong else []
         print(
             f"{'FAIL' if wrong else 'ok':4} {case.name:50} {case.ratio:6.2f}  {said}  ({len(case.costs[0])} rounds)",
