@@ -75,7 +75,8 @@ def not_waiting(run_id: str, question_id: str, stored: Waiting | None) -> Reques
         if not stored.is_answered:
             why = "the run no longer waits for its answer"
         return RequestRefused(
-            f"question {question_id!r} of run {run_id!r} is not open: {why}; see its questions with `stroma show`"
+            f"question {question_id!r} of run {run_id!r} is not open: {why}; see its questions with "
+            "`stroma show`"
         )
     if stored is not None and number.isdecimal() and int(number) < stored.number:
         return RequestRefused(
