@@ -243,9 +243,6 @@ def undone_command() -> Iterator[None]:
         sys.path[:] = paths
 
 
-# ---------------------------------------------------------------------- processes
-
-
 def environment() -> dict[str, str]:
     """Return the environment of a process that imports the package from its source, and the tests."""
     root = pathlib.Path(__file__).parents[1]

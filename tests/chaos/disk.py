@@ -27,8 +27,6 @@ import apsw
 SECTOR: Final = 512
 _NAME: Final = "stroma-recorded"
 
-# ---------------------------------------------------------------------- the record
-
 
 @dataclass(frozen=True, slots=True)
 class Write:
@@ -203,9 +201,6 @@ class _RecordingFile(apsw.VFSFile):
         self.syncs_directory = self.dirty = False
 
 
-# ---------------------------------------------------------------------- what survives
-
-
 class _File:
     def __init__(self) -> None:
         self.synced = bytearray()  # what is on the disk for sure
@@ -299,9 +294,6 @@ def survives(
         if isinstance(event, (Sync, Name)) and event.directory:
             for name, numbers in names.items():
                 names[name] = numbers[-1:]
-
-
-# ---------------------------------------------------------------------- apsw in the clothes of sqlite3
 
 
 class _Rows:

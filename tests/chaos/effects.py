@@ -85,9 +85,6 @@ class HttpError(Exception):
         self.status_code = status
 
 
-# ---------------------------------------------------------------------- the provider
-
-
 def provide(listening: socket.socket, seed: str) -> None:
     """Serve until this process is killed."""
     draw = random.Random(seed)
@@ -169,9 +166,6 @@ def provider(instance: Processes, seed: str) -> Iterator[int]:
         _, status = os.waitpid(pid, 0)
         if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
             instance.broken.append(f"I5: the provider ended before the round: {status}")
-
-
-# ---------------------------------------------------------------------- a process
 
 
 def programs(
@@ -282,9 +276,6 @@ async def work(
                 ended[run_id] = result.final_state.model_dump()
         stuck.cancel()
         return {"ended": ended, "decided": decided, "charges": await ask(port, "GET", "all")}
-
-
-# ---------------------------------------------------------------------- the fault
 
 
 def effect(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:

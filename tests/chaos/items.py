@@ -170,8 +170,6 @@ def _check(url: str, folder: Path, items: int, failed: int, figures: Figures, se
     figures.repeated += repeated
 
 
-# ---------------------------------------------------------------------- as one of the faults
-
 FAULTS = ("items",)
 ITEMS = 100_000
 SECONDS = 4.0

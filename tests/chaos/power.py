@@ -89,9 +89,6 @@ def read_database(db: Any) -> tuple[str, frozenset[int]]:
     return whole.hexdigest() if len(rows) else "", frozenset(entries)
 
 
-# ---------------------------------------------------------------------- a history
-
-
 async def history(store: SQLiteStore, draw: random.Random, batches: int, *, delete: bool = True) -> None:
     """Runs that begin, commit, fail, end, restart, side by side or alone. Ends if the store gives up."""
     from tests.store_suite.journal import begin, commit, fail, finish
@@ -135,9 +132,6 @@ def recorded(folder: Path, draw: random.Random, synchronous: Any, pragmas: tuple
     with disk:
         asyncio.run(write())
     return disk
-
-
-# ---------------------------------------------------------------------- what is left of it
 
 
 class Left:

@@ -80,9 +80,6 @@ class Job(NamedTuple):
         return f"{self.diary}-{run_id}"
 
 
-# ---------------------------------------------------------------------- processes
-
-
 def programs(
     job: Job, runner: StromaRunner, diary: Diary, fuse: Fuse, draw: random.Random
 ) -> dict[str, Pipeline]:
@@ -273,9 +270,6 @@ async def attend(job: Job, report: Path, seconds: float) -> None:
         await client.attend()
         stuck.cancel()
         report.write_text(json.dumps(client.data))
-
-
-# ---------------------------------------------------------------------- the faults
 
 
 class Fleet:

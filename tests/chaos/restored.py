@@ -145,9 +145,6 @@ def _goes_on(instance: Processes, pid: int, before: set[str], after: set[str]) -
     return figures
 
 
-# ---------------------------------------------------------------------- copies
-
-
 def _way(place: Place, url: str) -> tuple[Callable[[Path], None], Callable[[Path], None]]:
     """Return what takes a copy of a store, and what brings it back."""
     if url.startswith("sqlite"):

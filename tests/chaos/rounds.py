@@ -208,9 +208,6 @@ def judged(cluster_processes: Processes, runs: list[str], budget: worker.Budget 
     return figures
 
 
-# ---------------------------------------------------------------------- the faults
-
-
 class Pace:
     """How long a process of this fault usually lasts: instants are drawn from that."""
 

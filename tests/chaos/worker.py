@@ -149,9 +149,6 @@ def prepare() -> None:
     assert find_pricer(MODEL) is not None
 
 
-# ---------------------------------------------------------------------- places to be killed at
-
-
 class Fuse:
     """Kills this process when a point is passed for the nth time."""
 
@@ -208,9 +205,6 @@ class Fuse:
             Permit.leave = leaving
 
 
-# ---------------------------------------------------------------------- the pipeline
-
-
 def pipeline(diary: Diary, fuse: Fuse, draw: random.Random, pause: float) -> list[Any]:
     def node(
         node_id: str, input_model: type[BaseModel], output_model: type[BaseModel]
@@ -263,9 +257,6 @@ def hooks(diary: Diary, fuse: Fuse) -> NodeHooks:
             diary.write("noted", run_id, place(), str(error), str(os.getpid()))
 
     return NodeHooks(on_node_start=start, on_node_success=success, on_node_failure=failure)
-
-
-# ---------------------------------------------------------------------- the process
 
 
 class Budget(NamedTuple):

@@ -24,9 +24,6 @@ def run_name(number: int) -> str:
     return f"run-{number:06d}"
 
 
-# ---------------------------------------------------------------------- filling
-
-
 def fill(url: str, runs: int, attempts: int, *, vacuum: bool = True) -> None:
     """A thousand pipelines take turns; one run in 1,000 failed. ``vacuum``: PostgreSQL has its statistics."""
     kind = url.partition(":")[0]
@@ -192,9 +189,6 @@ def _sha() -> bytes:
 def _sha_of(j: int) -> bytes:
     """Return the checksum of the commit of attempt j."""
     return seal(j, "", f"n{j}", Step(SCHEMA.fingerprint, "", OUTPUT, b"")).sha256
-
-
-# ---------------------------------------------------------------------- what is measured
 
 
 async def nothing_expired(store: Any, runs: int) -> Any:

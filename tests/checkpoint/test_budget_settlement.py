@@ -11,13 +11,7 @@ import pytest
 from tests.kit import Num, ended, start_python
 from tests.shared_stores import SHARED, opened, store_of
 
-from stroma import (
-    SharedBudget,
-    StromaRunner,
-    current_node,
-    parallel,
-    stroma_node,
-)
+from stroma import SharedBudget, StromaRunner, current_node, parallel, stroma_node
 from stroma.limits.shared_budget import read_budget
 
 Dying = Callable[..., list[str]]

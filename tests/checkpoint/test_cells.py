@@ -131,9 +131,6 @@ async def test_a_cell_outlives_its_store(kind: str) -> None:
             assert store.read_cell("a")[0] == b"kept"
 
 
-# ---------------------------------------------------------------------- any history
-
-
 def _machine(base: type[Any], kind: str, count: int) -> Any:
     class Machine(base):
         def make_store(self) -> Any:

@@ -18,8 +18,6 @@ from tests.store_suite.journal import State, begin, commit, finish  # noqa: E402
 
 from stroma.checkpoint import PostgresStore, SQLiteStore, StoreError  # noqa: E402
 
-# ---------------------------------------------------------------------- PostgreSQL
-
 
 @pytest.fixture
 def server() -> Iterator[PostgresServer]:
@@ -157,9 +155,6 @@ async def test_who_may_share_a_schema(server: PostgresServer) -> None:
     await _use(server, "victim", "made")
     await _use(server, "victim", "lent")
     server.execute("REVOKE crew FROM victim")
-
-
-# ---------------------------------------------------------------------- SQLite
 
 
 def _change(path: Path, *statements: str) -> None:

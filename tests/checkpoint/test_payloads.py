@@ -91,9 +91,6 @@ def _nodes(calls: list[str], *, fails: bool = False) -> list[Any]:
     return [node("first", first), node("second", second)]
 
 
-# ---------------------------------------------------------------------- codecs
-
-
 class TestEncryptedStore(JournalStoreTests):
     """An encrypted store does all that a journal store must."""
 
@@ -215,9 +212,6 @@ def test_what_is_no_codec(tmp_path: Path, codec: Any) -> None:
     """Something without encode and decode is refused when the store is made."""
     with pytest.raises(TypeError, match="codec must be an object"):
         SQLiteStore(tmp_path / "runs.db", codec=codec)
-
-
-# ---------------------------------------------------------------------- blobs
 
 
 @pytest.fixture(params=["directory", "fsspec"])
@@ -360,9 +354,6 @@ async def test_blobs_are_private(tmp_path: Path) -> None:
     assert blobs.path.stat().st_mode & 0o077 == 0
     assert blobs.get("ab" * 32) == b"secret"
     assert blobs.get("cd" * 32) is None
-
-
-# ---------------------------------------------------------------------- retention
 
 
 async def _age(store: SQLiteStore, *run_ids: str) -> None:

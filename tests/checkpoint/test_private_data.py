@@ -13,14 +13,7 @@ from typing import Any
 
 import pytest
 import redis
-from tests.checkpoint.every_record import (
-    OF_NO_RUN,
-    PLAIN,
-    annotate_all,
-    contents,
-    key_kind,
-    write_every_kind,
-)
+from tests.checkpoint.every_record import OF_NO_RUN, PLAIN, annotate_all, contents, key_kind, write_every_kind
 from tests.shared_stores import SHARED, opened, place, store_of
 from tests.store_suite.journal import State, begin, commit, finish, row, settled
 

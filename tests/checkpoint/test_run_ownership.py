@@ -115,9 +115,6 @@ async def any_machine(journal: tuple[str, str], tmp_path: Path) -> AsyncIterator
     await instance.end()
 
 
-# ---------------------------------------------------------------------- between processes
-
-
 @pytest.mark.slow
 async def test_a_run_has_one_owner(machine: Machine) -> None:
     """G10: A second process that resumes a run gets RunBusy with the name of the owner, and calls nothing."""
@@ -250,9 +247,6 @@ async def test_moved_clocks_change_nothing(machine: Machine, hours: int) -> None
             patch.setattr(time, "time_ns", lambda: real() + hours * 3_600_000_000_000)
             with pytest.raises(RunBusy):
                 await _runner(store).run(_nodes([]), Num())
-
-
-# ---------------------------------------------------------------------- between tasks
 
 
 def _nodes(calls: list[str], gate: asyncio.Event | None = None, fails: bool = False) -> list[Any]:
@@ -438,9 +432,6 @@ async def test_an_owner_that_is_taken_over_from_stops(store: Any) -> None:
     assert stopped.status is RunStatus.PARTIAL
     assert isinstance(stopped.failure.exception, Fenced)
     assert calls == ["a", "b", "b", "c"]
-
-
-# ---------------------------------------------------------------------- who is gone
 
 
 def test_owners_are_read_back() -> None:

@@ -53,9 +53,6 @@ def kill(path: Path, session: Any) -> None:
     session.abandon()
 
 
-# ---------------------------------------------------------------------- deaths of its process
-
-
 async def test_a_run_whose_process_died_too_often(store: SQLiteStore, path: Path) -> None:
     """Its next session ends it as poison, and so does each one after that until one is forced."""
     error = (
@@ -115,9 +112,6 @@ async def test_what_a_process_that_died_had_tried(store: SQLiteStore, path: Path
         (3, "1"): (1, 0, "group", "RECOVERABLE", "group"),
     }
     assert isinstance(tried[1, ""], Tried)
-
-
-# ---------------------------------------------------------------------- what it refuses
 
 
 @pytest.mark.parametrize(
@@ -219,9 +213,6 @@ async def test_a_failure_site_is_of_its_attempt(store: SQLiteStore) -> None:
         await settled(session.record(attempt, None, None))
     site = store.failure_site_of("run", 1, "0")
     assert site.started_ns == failed.started_ns
-
-
-# ---------------------------------------------------------------------- through a codec
 
 
 class Counting:

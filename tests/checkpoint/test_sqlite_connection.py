@@ -133,9 +133,6 @@ def in_transaction(bench: Bench) -> list[str]:
     return [one for one in bench.statements if not one.endswith(" one")]
 
 
-# ---------------------------------------------------------------------- together
-
-
 def test_operations_go_in_one_transaction(bench: Bench) -> None:
     """Those that come meanwhile, too; each is told what it gave, once all of it is on the disk."""
     bench.ready()
@@ -189,9 +186,6 @@ def test_the_connection_is_closed(bench: Bench) -> None:
     assert bench.connection.handle() is None
 
 
-# ---------------------------------------------------------------------- one that fails
-
-
 def test_an_operation_that_fails_harms_no_other_one(bench: Bench) -> None:
     """It alone is undone, and told why, in words that name the store; trying it again helps no one."""
     bench.ready()
@@ -238,9 +232,6 @@ def test_an_error_that_undoes_everything(bench: Bench) -> None:
     jobs, _ = bench.apply(put("c"))
     assert outcomes_of(jobs) == ["put c"]
     assert bench.cells() == ["c"]
-
-
-# ---------------------------------------------------------------------- all of them fail
 
 
 @pytest.mark.parametrize(
@@ -359,9 +350,6 @@ def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, 
     assert bench.cells() == []
 
 
-# ---------------------------------------------------------------------- commits
-
-
 def attempt(number: int) -> AttemptRecord:
     return AttemptRecord(number, number, "", 1, "n", 1, "success", tokens=1, output_tokens=1, cost_pico=1)
 
@@ -400,9 +388,6 @@ def test_commits_share_a_transaction(bench: Bench, fence: Fence) -> None:
     assert seen == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
     assert positions(bench) == list(range(7))
     assert in_transaction(bench) == ["BEGIN IMMEDIATE", "COMMIT"]
-
-
-# ---------------------------------------------------------------------- forks
 
 
 @pytest.mark.slow

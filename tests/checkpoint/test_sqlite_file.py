@@ -53,8 +53,6 @@ def read(file: DatabaseFile) -> bool:
         return db is not None
 
 
-# ---------------------------------------------------------------------- errors in words
-
 FOREIGN = "{} is an SQLite database of another program, not a stroma store; use another path"
 
 
@@ -140,9 +138,6 @@ def test_after_which_errors_nothing_may_be_written(code: int | None, fatal: bool
     assert is_fatal(error_of(code)) is fatal
 
 
-# ---------------------------------------------------------------------- waiting
-
-
 class Time:
     """``now``: read by monotonic(); each sleep takes one second of it."""
 
@@ -195,9 +190,6 @@ def test_nothing_but_a_lock_is_waited_for(
         database(tmp_path / "runs.db", patience=5.0).retry_while_locked(call)
     assert caught.value is error
     assert clock.slept == []
-
-
-# ---------------------------------------------------------------------- how it is opened
 
 
 @pytest.mark.parametrize(("synchronous", "number", "fullfsync"), [("full", 2, 1), ("normal", 1, 0)])
@@ -260,9 +252,6 @@ def test_what_the_system_refuses_has_its_cause(tmp_path: Path) -> None:
         error = fails(call)
         assert str(error) == f"{file.path}: [Errno 24] Too many open files"
         assert isinstance(error.__cause__, OSError)
-
-
-# ---------------------------------------------------------------------- files that are refused
 
 
 def other_program(db: sqlite3.Connection) -> None:
@@ -346,9 +335,6 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
         assert isinstance(error.__cause__, sqlite3.DatabaseError)
 
 
-# ---------------------------------------------------------------------- others, at the same time
-
-
 class Meanwhile(sqlite3.Connection):
     """A connection before which something happens, once, when it begins a transaction."""
 
@@ -390,9 +376,6 @@ def test_a_file_that_is_up_to_date_is_opened_while_somebody_writes(tmp_path: Pat
     assert read(file)
     writer.execute("ROLLBACK")
     writer.close()
-
-
-# ---------------------------------------------------------------------- after somebody died
 
 
 class HalfDone(sqlite3.Connection):
@@ -437,9 +420,6 @@ def test_a_reader_has_a_file_put_right_whose_writer_died(
     else:
         assert isinstance(fails(lambda: read(file)).__cause__, sqlite3.OperationalError)
         assert requests == ["ro"]
-
-
-# ---------------------------------------------------------------------- the store
 
 
 @pytest.mark.parametrize("name", ["", ":memory:", "a\0b", b""])

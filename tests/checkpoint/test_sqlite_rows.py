@@ -116,9 +116,6 @@ def test_the_fence(rows: SqliteRows, clock: Clock, change: dict[str, Any]) -> No
     assert table(rows, "steps") == []
 
 
-# ---------------------------------------------------------------------- leases
-
-
 def test_the_end_gives_up_the_lease(rows: SqliteRows) -> None:
     """A run that has ended has no lease, also after a late renewal."""
     fence = rows.begin(None, opening())
@@ -208,9 +205,6 @@ def test_a_run_is_deleted_from_all_tables(rows: SqliteRows) -> None:
     assert len(table(rows, "steps")) == 2
     rows.delete("nobody")
     assert rows.begin(None, opening("s")).run == 3
-
-
-# ---------------------------------------------------------------------- retention
 
 
 def test_the_payloads_that_stand_in_blobs(rows: SqliteRows) -> None:

@@ -246,9 +246,6 @@ def test_no_stdin(stroma):
     assert done.stderr.startswith("stroma: cannot read the input from stdin")
 
 
-# ---------------------------------------------------------------------- the store
-
-
 def test_files_that_are_no_store(stroma, inside, fails):
     """A text file, another program's database, a damaged store, a directory: told apart and unchanged."""
     text = stroma.file("text.db", "x" * 5000)

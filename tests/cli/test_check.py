@@ -104,9 +104,6 @@ def test_effects_in_a_flow_are_checked(stroma, inside):
         assert f"{name}: 1 node, 0 errors, 1 warning" in done.err
 
 
-# ---------------------------------------------------------------------- graph
-
-
 def test_graph_draws_a_file(flows, inside, fails):
     """By default the graph is an SVG file, named after the pipeline, or by -o; a file that cannot be written
     is a problem."""

@@ -93,11 +93,7 @@ def test_an_effect_that_happened(shop, inside, fails):
     assert line in inside("show", "x").out
     waits = json.loads(inside("show", "x", "--json").out)["suspended"]
     assert waits[0]["reason"] == "effect"
-    assert waits[0]["effect"] == {
-        "key": KEY,
-        "number": 1,
-        "cause": "TimeoutError: no answer",
-    }
+    assert waits[0]["effect"] == {"key": KEY, "number": 1, "cause": "TimeoutError: no answer"}
     words = shlex.split(first)
     assert words[:4] == ["approve", "x", "shop.py:pipeline", "--question"]
     done = inside(*words[:-1], '{"number": 5}', "--resume")
@@ -264,11 +260,7 @@ def test_what_a_person_stated_is_shown(any_url, shop, inside, ran):
     shown = inside("show", "x", *db).out
     assert "stated    charge (at 0): call 1 did not happen, as a person stated\n" in shown
     (effect,) = json.loads(inside("show", "x", "--json", *db).out)["effects"]
-    assert (effect["call"], effect["state"], effect["idempotency_key"]) == (
-        2,
-        "happened",
-        KEY,
-    )
+    assert (effect["call"], effect["state"], effect["idempotency_key"]) == (2, "happened", KEY)
 
 
 class Bill(BaseModel):

@@ -40,9 +40,6 @@ def at_work(stroma, env, *words, file="sums.py"):
         process.communicate(timeout=30)
 
 
-# ---------------------------------------------------------------------- somebody else is at work
-
-
 @pytest.mark.slow
 def test_a_run_of_somebody_else(stroma, inside, fails):
     """A run that is at work elsewhere is 3, with its holder and ways out; runs and show name it."""
@@ -166,9 +163,6 @@ def test_what_cannot_be_meant(inside, fails):
         fails(inside("resume", "x", "sums.py:pipeline", *words), 2, report)
 
 
-# ---------------------------------------------------------------------- cancel
-
-
 @pytest.mark.slow
 def test_cancel(stroma, inside, fails):
     """The holder is asked and ends within about a second; a run without one is cancelled at once."""
@@ -202,9 +196,6 @@ def test_cancel_says_who_was_asked(stroma, inside):
     """In words, too."""
     with at_work(stroma, HANG) as process:
         assert inside("cancel", "x").err.startswith(f"process {process.pid} on ")
-
-
-# ---------------------------------------------------------------------- fork
 
 
 def test_fork(stroma, inside, fails):

@@ -65,10 +65,7 @@ class HasOther(BaseModel): ...
 def test_a_contract_that_differs_from_the_annotation_is_refused(func: Any, says: str) -> None:
     """A model in the contract against the function's annotation is a TypeError at decoration, with both."""
     runner = StromaRunner.quick()
-    for decorate in (
-        runner.node("a", input=A, output=A),
-        stroma_node("a", input=A, output=A),
-    ):
+    for decorate in (runner.node("a", input=A, output=A), stroma_node("a", input=A, output=A)):
         with pytest.raises(TypeError, match=f"^node 'a' has {says}; let them agree$"):
             decorate(func)
     assert runner.registry.ids == set()

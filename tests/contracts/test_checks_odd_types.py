@@ -32,15 +32,7 @@ from tests.contracts.test_checks import Anything, node
 from tests.kit import NEVER, Item, Text
 from typing_extensions import TypedDict
 
-from stroma import (
-    ContractRegistry,
-    Finding,
-    RunStatus,
-    StromaRunner,
-    map_over,
-    parallel,
-    stroma_node,
-)
+from stroma import ContractRegistry, Finding, RunStatus, StromaRunner, map_over, parallel, stroma_node
 from stroma.contracts.checks.lineage import lineage_of
 from stroma.contracts.node import find_node
 
@@ -247,9 +239,6 @@ async def test_uuids_have_versions() -> None:
     assert not await works(model_of(UUID4), model_of(UUID1), {"x": uuid.uuid4()})
 
 
-# ---------------------------------------------------------------------- the same class on both sides
-
-
 @pytest.mark.core
 async def test_a_default_that_its_own_class_refuses_is_told() -> None:
     """A default is not validated, so the same class on both sides may refuse it."""
@@ -296,9 +285,6 @@ async def test_an_extra_field_never_takes_the_place_of_a_field() -> None:
     open_ = create_model("Open", __config__=ConfigDict(extra="allow"), n=(int, Field(alias="number")))
     assert severities(open_, open_) == set()
     assert await works(open_, open_, {"number": 1, "n": "other"})
-
-
-# ---------------------------------------------------------------------- groups
 
 
 def bare(node_id: str, returned: Any) -> Any:
@@ -365,9 +351,6 @@ async def test_groups_over_what_has_no_named_fields(
     assert {finding.severity for finding in findings} == outcome, findings
     result = await StromaRunner.quick(policy_map=NEVER).run(nodes, Anything())
     assert (result.status is RunStatus.COMPLETED) is passes, result.failure
-
-
-# ---------------------------------------------------------------------- bad input
 
 
 def broken() -> type[BaseModel]:

@@ -25,9 +25,6 @@ def unmarked(name: str, func: Any) -> Any:
     return func
 
 
-# ---------------------------------------------------------------------- configurations
-
-
 def test_a_config_that_says_nothing_is_what_validation_makes() -> None:
     """RunConfig() has the values, the types and the order of one that was validated."""
     plain, validated = RunConfig(), RunConfig.model_validate({})
@@ -57,9 +54,6 @@ def test_a_config_for_another_run_keeps_the_rest() -> None:
     other = config.with_run_id("mine")
     assert (other.run_id, other.tags, other.policy_map) == ("mine", ("a",), config.policy_map)
     assert (other.model_fields_set, config.model_fields_set) == ({"tags", "run_id"}, {"tags"})
-
-
-# ---------------------------------------------------------------------- copies
 
 
 def test_a_stamped_copy_is_the_model_and_apart_from_it() -> None:

@@ -213,8 +213,6 @@ async def test_one_function_under_two_ids_and_two_contracts_is_fine() -> None:
     assert (await runner.run([a, b], Note())).status is RunStatus.COMPLETED
 
 
-# ---------------------------------------------------------------------- ids that nothing has
-
 POLICY: Any = {"AMBIGUOUS": FailurePolicy(max_retries=0)}
 
 
@@ -382,7 +380,6 @@ async def test_limits_that_no_node_uses_are_refused() -> None:
     assert (await runner.run([extract], Note())).status is RunStatus.COMPLETED
 
 
-# ---------------------------------------------------------------------- ids that are known when they are
 # called
 
 

@@ -77,9 +77,6 @@ def prompt_of(schema: type[BaseModel], raw: Any, **options: Any) -> str:
     return violation_of(schema, raw).as_prompt(**options)
 
 
-# ---------------------------------------------------------------------- what it says
-
-
 def test_it_says_what_is_wrong_what_came_and_what_is_expected() -> None:
     """Each field with its fault, what came, and the compact schema of the fields concerned alone."""
     raw = {"kind": "bill", "date": 5, "lines": [{"what": "x", "amount": -1}, {"what": "y"}], "number": "1"}
@@ -366,8 +363,6 @@ class Tree(BaseModel):
     inner: list[Tree]
 
 
-# ---------------------------------------------------------------------- secrets
-
 Token = NewType("Token", SecretStr)
 Alias = TypeAliasType("Alias", SecretStr)
 
@@ -553,9 +548,6 @@ def test_what_looks_like_no_secret_stays() -> None:
     """Short secrets do not tear holes into every word, and other fields are shown."""
     text = prompt_of(schema_with(SecretStr), {"hidden": "a", "n": "banana"})
     assert 'This came: "banana"' in text
-
-
-# ---------------------------------------------------------------------- in a run
 
 
 @pytest.mark.core

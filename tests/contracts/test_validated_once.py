@@ -79,9 +79,6 @@ async def resumed(runner: StromaRunner, nodes: list[Any], state: BaseModel | Non
     return first.final_state, (await runner.run(nodes, state, run_id="r", resume=True)).final_state
 
 
-# ---------------------------------------------------------------------- groups
-
-
 @pytest.mark.core
 @pytest.mark.parametrize("durable", [False, True], ids=["memory", "sqlite"])
 async def test_outputs_merge_without_another_validation(durable: bool, tmp_path: Path) -> None:
@@ -255,9 +252,6 @@ async def test_a_class_that_is_not_fully_defined_is_a_result() -> None:
     assert "Thing" in result.failure.message
     result = await quick().run([parallel(first, second)], Num())
     assert result.status is RunStatus.FAILED
-
-
-# ---------------------------------------------------------------------- trust
 
 
 class Positive(BaseModel):

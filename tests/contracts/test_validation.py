@@ -18,15 +18,7 @@ from tests.kit import (
     returning,
 )
 
-from stroma import (
-    ContractViolation,
-    NodeHooks,
-    RunStatus,
-    current_node,
-    map_over,
-    parallel,
-    stroma_node,
-)
+from stroma import ContractViolation, NodeHooks, RunStatus, current_node, map_over, parallel, stroma_node
 
 
 @pytest.mark.core

@@ -121,8 +121,6 @@ class ControlMachine(RuleBasedStateMachine):
         while any(run_id not in self.opened and not task.done() for run_id, task in self.live.items()):
             await asyncio.sleep(0.001)
 
-    # ------------------------------------------------------------------ helpers
-
     def _do(self, work: Any) -> Any:
         return self.loop.run_until_complete(asyncio.wait_for(work, 60))
 
@@ -146,8 +144,6 @@ class ControlMachine(RuleBasedStateMachine):
                 self.held.add(run_id)
 
         await asyncio.gather(*map(one, run_ids))
-
-    # ------------------------------------------------------------------ rules
 
     @initialize(seed=st.integers(0, 1 << 16))
     def start(self, seed: int) -> None:

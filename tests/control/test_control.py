@@ -365,9 +365,6 @@ async def test_a_cancel_of_a_run_that_completes_first(
     assert await cancelling is False
 
 
-# ---------------------------------------------------------------------- budgets
-
-
 async def test_a_raise_applies_before_the_next_attempt(store: Any) -> None:
     """A budget that is raised while a node is at work is the one that its output and the next node meet."""
     gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=10))
@@ -584,9 +581,6 @@ async def test_a_raise_while_the_run_stops_is_not_lost(store: Any) -> None:
     assert await due_runs(store_, 1 << 60, "late") == ["r"]
     assert (await gate.runner.resume(nodes, "r")).status == "RESUMED"
     assert gate.calls == ["a", "b"]
-
-
-# ---------------------------------------------------------------------- between stores
 
 
 @pytest.mark.parametrize("kind", DURABLE)

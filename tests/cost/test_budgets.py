@@ -22,9 +22,6 @@ def spent(cost: float = 0.0, tokens: int = 0, ms: float = 0.0) -> CostTracker:
     return tracker
 
 
-# ---------------------------------------------------------------- budgets
-
-
 @pytest.mark.parametrize(
     ("dimension", "limit", "actual", "text"),
     [
@@ -180,9 +177,6 @@ def test_the_first_limit_that_is_crossed_is_told() -> None:
     assert error.dimension == "latency"
 
 
-# ---------------------------------------------------------------- the tracker
-
-
 def test_a_fresh_tracker_has_spent_nothing() -> None:
     """Neither itself nor before."""
     tracker = CostTracker()
@@ -316,9 +310,6 @@ def test_costs_are_summed_exactly(figures: list[float]) -> None:
     assert tracker.used("cost") == round(math.fsum(figures), 9)
     assert tracker.total_tokens == len(figures)
     assert tracker.summary() == {}
-
-
-# ---------------------------------------------------------------- fallbacks
 
 
 def test_the_records_have_their_defaults() -> None:

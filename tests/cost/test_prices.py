@@ -67,9 +67,6 @@ def price(model: str, usage: Usage) -> float:
     return pricer(usage.input_tokens, usage.output_tokens)
 
 
-# ---------------------------------------------------------------------- against genai-prices
-
-
 @given(st.sampled_from(MODELS), st.data(), st.sampled_from([None, *CONTEXTS]))
 def test_a_price_is_what_genai_prices_makes_of_it(
     listed: tuple[Provider, ModelInfo], data: st.DataObject, tier: str | None
@@ -130,9 +127,6 @@ def test_a_name_that_tells_no_provider_is_looked_up_with_those_who_make_models()
     """text-embedding-3-small does not say whose it is; it is OpenAI's price, not a reseller's."""
     shown = prices_of("text-embedding-3-small")
     assert shown.listed_as == ("openai", "text-embedding-3-small")
-
-
-# ---------------------------------------------------------------------- KNOWN_MODELS
 
 
 @pytest.mark.core
@@ -213,8 +207,6 @@ async def test_an_entry_that_makes_no_sense_is_said(
     assert next(iter(result.trace)).output_state == {"text": "kept"}
 
 
-# ---------------------------------------------------------------------- properties
-
 RATE = st.floats(0, 1000, allow_nan=False)
 
 
@@ -287,9 +279,6 @@ def test_every_price_of_the_data_is_finite_and_not_negative(listed: Any, usage: 
     """For every model of genai-prices."""
     assert 0 <= price(listed[1].id, usage) < 1e6
     assert price(listed[1].id, usage) >= price(listed[1].id, Usage()) - 1e-15
-
-
-# ---------------------------------------------------------------------- time and refreshing
 
 
 @pytest.mark.core

@@ -39,9 +39,6 @@ def last(reply: Reply, provider: Server) -> Any:
     return response[-1] if isinstance(response, list) else response
 
 
-# ---------------------------------------------------------------------- responses
-
-
 @pytest.mark.core
 @pytest.mark.parametrize("reply", REPLIES, ids=str)
 def test_the_usage_of_an_sdks_response(reply: Reply, provider: Server) -> None:
@@ -287,9 +284,6 @@ async def test_a_response_that_will_not_be_looked_at_is_bad_usage(kind: str) -> 
     result = await runner.run([ask], Note())
     assert (result.status, result.failure and result.failure.reason) == (RunStatus.FAILED, "usage")
     assert next(iter(result.trace)).output_state == {"text": "kept"}
-
-
-# ---------------------------------------------------------------------- in a node
 
 
 def node_of(returned: Any, **config: Any) -> tuple[StromaRunner, Any]:

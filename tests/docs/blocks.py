@@ -114,8 +114,6 @@ def run_python(text: str, name: str) -> Iterator[tuple[int, str, list[str]]]:
         del sys.modules[module.__name__]
 
 
-# ---------------------------------------------------------------------- what differs from run to run
-
 _NORMAL = [
     (re.compile(r"\b\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)?"), "<moment>"),
     (re.compile(r"\b\d\d:\d\d:\d\d(\.\d+)?"), "<clock>"),
@@ -147,9 +145,6 @@ def same(printed: Sequence[str], expected: Sequence[str]) -> bool:
         if line
     )
     return re.fullmatch(pattern, "".join(normal(line) + "\n" for line in printed if line)) is not None
-
-
-# ---------------------------------------------------------------------- files and shell lines
 
 
 class Shell:
@@ -243,9 +238,6 @@ def reader_env() -> dict[str, str]:
     # What it depends on, and what it is built with, are found in this environment.
     env["PYTHONPATH"] = sysconfig.get_path("purelib")
     return env | {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
-
-
-# ---------------------------------------------------------------------- writing what is printed
 
 
 def filled(text: str, name: str, shell: Shell) -> str:

@@ -77,9 +77,6 @@ def generate() -> Any:
     return module
 
 
-# ---------------------------------------------------------------------- what is generated
-
-
 def test_generated_pages_are_up_to_date(generate: Any) -> None:
     """What docs/generate.py writes is what is there, and nothing else is under docs/reference."""
     # In a process of its own: Python 3.11 parses wrongly while another thread does.
@@ -254,9 +251,6 @@ def test_messages_name_the_fix(generate: Any) -> None:
     mended = {text for text in texts if re.search(r"; (or )?[a-z`{]+\b| must (be|return) ", text)}
     assert texts - mended - listed == set(), "name the fix after a semicolon"
     assert [part for part in WITHOUT_MEND if not any(part in text for text in texts)] == [], "no longer there"
-
-
-# ---------------------------------------------------------------------- what each says, as users meet it
 
 
 class Secret(BaseModel):

@@ -323,9 +323,6 @@ def test_the_code_about_redis(tmp_path: Path) -> None:
     assert run_alone(SERVERS[1], tmp_path, {}, ("redis://localhost:6379/0", server.url)) == 1
 
 
-# ---------------------------------------------------------------------- links and places
-
-
 def loaded(name: str) -> Any:
     """A script of docs/, which is no package."""
     spec = importlib.util.spec_from_file_location(f"stroma_docs_{name}", DOCS / f"{name}.py")
@@ -461,9 +458,6 @@ def test_links_in_the_site_lead_to_pages_of_the_site(build: Any, tmp_path: Path)
                 ), (name, target)
                 seen += 1
     assert seen > 400
-
-
-# ---------------------------------------------------------------------- what pages say
 
 
 def test_the_landing_page_shows_a_failure_handled_in_twenty_lines() -> None:

@@ -209,9 +209,6 @@ async def test_two_calls_with_the_same_input_are_two_effects(store: Any) -> None
     assert till.asked == []
 
 
-# ---------------------------------------------------------------------- another input at the same place
-
-
 async def retry_with_another_input(till: SlowTill) -> Any:
     """Run a node whose attempt cuts its effect off and fails; the next one calls the effect with another
     input."""

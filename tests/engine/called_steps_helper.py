@@ -15,14 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from tests.shared_stores import opened
 
-from stroma import (
-    ReliabilityContext,
-    StromaRunner,
-    current_node,
-    current_run,
-    execute_step,
-    stroma_node,
-)
+from stroma import ReliabilityContext, StromaRunner, current_node, current_run, execute_step, stroma_node
 
 ORDER = {0: "120", 1: "210", 2: "021"}
 

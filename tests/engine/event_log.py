@@ -126,8 +126,6 @@ class Diary(logging.Handler):
         assert record.run_id == "r", "each line says of which run it is"
         self.lines.append(f"log {record.levelname}: {_short(record.getMessage())}")
 
-    # ------------------------------------------------------------------ hooks
-
     def hooks(self, label: str = "", **own: Any) -> NodeHooks:
         """A set that notes every event; ``own``: what is called, by the event, once it is noted."""
         names = [field.name for field in dataclasses.fields(NodeHooks)]
@@ -167,8 +165,6 @@ class Diary(logging.Handler):
     def _check(self, started_ns: int, duration_ns: float) -> None:
         assert self._begin_wall - _SLACK_NS <= started_ns <= time_ns() + _SLACK_NS, "it began in the test"
         assert 0 <= duration_ns <= perf_counter_ns() - self._begin, "it is not longer than the test"
-
-    # ------------------------------------------------------------------ afterwards
 
     def result(self, result: ExecutionResult) -> None:
         """What a run came to, and its trace if that is not what the hook of its end was shown."""
@@ -217,8 +213,6 @@ class Diary(logging.Handler):
             if entry.tokens or entry.cost_usd:
                 report += f" {entry.tokens} tokens {entry.cost_usd:g} USD"
             self.lines.append(report)
-
-    # ------------------------------------------------------------------ runs
 
     def config(self, **config: Any) -> dict[str, Any]:
         """A run "r" that is watched in every way; ``config`` wins over the variation."""

@@ -30,8 +30,6 @@ from stroma import (
 )
 from stroma.engine.context import INTERCEPTORS, Interceptor
 
-# ---------------------------------------------------------------- cancellations
-
 
 @pytest.mark.parametrize("grouped", [False, True])
 async def test_a_cancellation_that_an_attempt_swallowed_is_not_the_next_ones(grouped: bool) -> None:
@@ -136,9 +134,6 @@ async def test_a_cancellation_while_usage_is_priced_comes_out_once_the_attempt_i
     assert "run_end CANCELLED latency ran" in diary.lines
 
 
-# ---------------------------------------------------------------- contracts
-
-
 @pytest.mark.parametrize("side", ["input", "output"])
 async def test_a_class_that_is_rebuilt_is_validated_anew(side: str) -> None:
     """model_rebuild() gives a class other rules; the next run goes by them, with the same node."""
@@ -182,8 +177,6 @@ async def test_a_broken_contract_says_whose_it_is() -> None:
 class _Root(RootModel[list[int]]):
     pass
 
-
-# ---------------------------------------------------------------- repairs
 
 BAD = {"n": "none"}
 
@@ -241,9 +234,6 @@ async def test_a_violation_that_a_classifier_lets_retry_is_retried_by_policy() -
     assert (result.status, len(called)) == (RunStatus.PARTIAL, 2)
 
 
-# ---------------------------------------------------------------- questions
-
-
 async def test_what_is_kept_of_a_question() -> None:
     """Where it is asked, by which node, why, and what the answer must be; of a group around it nothing."""
     store = AsyncInMemoryStore()
@@ -273,9 +263,6 @@ async def test_the_step_that_asks_is_no_failure() -> None:
         ["may I?"],
         Num(n=2),
     )
-
-
-# ---------------------------------------------------------------- calling
 
 
 @pytest.mark.parametrize("timed", [False, True])
@@ -344,9 +331,6 @@ async def test_the_signal_of_a_fallback_reaches_every_kind_of_node(timed: bool, 
     assert seen == [None, "small", "small"]
 
 
-# ---------------------------------------------------------------- probes
-
-
 class Noting(Interceptor):
     """Notes what stands around a call; changes what it is told to."""
 
@@ -407,9 +391,6 @@ async def test_probes_stand_around_groups_and_their_children(probes: list[Interc
         "1 a AMBIGUOUS",
         "1 after",
     ]
-
-
-# ---------------------------------------------------------------- ends that are delivered
 
 
 async def test_every_end_is_marked_as_delivered_once() -> None:
@@ -492,9 +473,6 @@ async def test_a_hook_that_raises_is_listed_by_its_name_and_node() -> None:
         ("on_node_skipped", "a"),
         ("on_node_skipped", "parallel(b)"),
     ]
-
-
-# ---------------------------------------------------------------- what leaves the process
 
 
 async def test_a_deadline_is_a_budget_error_elsewhere() -> None:

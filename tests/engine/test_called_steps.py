@@ -121,9 +121,6 @@ class World:
         return None
 
 
-# ---------------------------------------------------------------------- in nodes of a pipeline
-
-
 @pytest.mark.parametrize("next_id", ["second", "draft"])
 @pytest.mark.parametrize("times", [1, 3])
 async def test_steps_in_a_node_take_no_position_of_the_pipeline(store: Any, next_id: str, times: int) -> None:
@@ -324,9 +321,6 @@ async def test_a_step_outside_of_the_nodes_of_a_pipeline_is_refused() -> None:
     ]
 
 
-# ---------------------------------------------------------------------- in plain code
-
-
 async def test_racing_steps_of_plain_code_keep_their_keys(store: Any) -> None:
     """Steps of plain code that were in flight when the process died have the same keys, in any order."""
     world = World()
@@ -465,9 +459,6 @@ async def test_the_history_tells_the_keys(store: Any) -> None:
     events = {a.idempotency_key("r", 1) for a in store.attempts("r")}
     assert events == set.union(*world.keys.values())
     assert len(events) == 4
-
-
-# ---------------------------------------------------------------------- processes that are killed
 
 
 @pytest.mark.slow

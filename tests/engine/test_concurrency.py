@@ -360,9 +360,6 @@ def test_threads_that_share_a_run_in_memory(hasty: None) -> None:
         assert sum(map(len, in_threads(4, lambda i, store=store: claim_it(store, i)))) == 1
 
 
-# ---------------------------------------------------------------------- nested runs
-
-
 async def test_nested_runs(store: Any) -> None:
     """A node may run a pipeline of the same runner, at any depth, in groups: no run shows in another."""
     runs: list[Any] = []
@@ -442,9 +439,6 @@ def test_nested_run_sync_in_a_thread(store: Any) -> None:
     assert result.status is RunStatus.COMPLETED, result.failure
     assert result.final_state.model_dump()["items"] == [{"n": 3}, {"n": 7}]
     assert result.total_tokens == 12
-
-
-# ---------------------------------------------------------------------- processes
 
 
 async def _count(state: Num) -> Any:
@@ -538,9 +532,6 @@ def test_a_fork_in_the_middle_of_a_run(tmp_path: Path) -> None:
         "child": "COMPLETED",
     }
     store.close()
-
-
-# ---------------------------------------------------------------------- loops
 
 
 def test_a_running_loop_as_in_a_notebook() -> None:

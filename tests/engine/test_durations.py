@@ -287,8 +287,6 @@ async def test_when_attempts_began(clock: FakeClock) -> None:
     assert [ns / 1e9 - first.timestamp() for ns in began] == pytest.approx([5.0, 10.2], abs=0.001)
 
 
-# ---------------------------------------------------------------- deadlines
-
 LIMIT = ExecutionBudget(max_latency_ms=1000)
 
 
@@ -495,9 +493,6 @@ async def test_a_classifier_may_end_the_run_for_a_deadline(clock: FakeClock) -> 
     messages = [lambda error, _: FailureClass.TERMINAL]
     result = await run(Watch(clock), [forever("x")], budget=LIMIT, classifiers=messages, policy_map=ONCE)
     assert (result.status, len(result.trace)) == (RunStatus.FAILED, 1)
-
-
-# ---------------------------------------------------------------- waits
 
 
 async def test_waits_between_attempts(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:

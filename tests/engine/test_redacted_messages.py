@@ -433,9 +433,6 @@ async def test_a_redact_may_change_its_argument(store: SQLiteStore, runner: Stro
     assert SSN not in plain.to_html(redact=hide)
 
 
-# ---------------------------------------------------------------- what is hidden
-
-
 def shown(text: str, state: dict[str, Any]) -> str:
     def redact(state: dict[str, Any]) -> dict[str, Any]:
         return {k: v if k in ("message", "shown") else "***" for k, v in state.items()}

@@ -25,9 +25,6 @@ from stroma import (
 BAD = {"n": "none"}
 
 
-# ---------------------------------------------------------------- refusals
-
-
 async def test_a_shared_budget_whose_store_is_down_ends_the_run_for_later() -> None:
     """Nothing is called; the run is PARTIAL with the store's error, whatever a classifier says."""
 

@@ -147,9 +147,6 @@ async def test_no_stores_nothing(tmp_path: Path) -> None:
         RunConfig(keep_rejected="yes")
 
 
-# ---------------------------------------------------------------------- redaction
-
-
 def drop_name(state: dict[str, Any]) -> dict[str, Any]:
     state.pop("name", None)
     return state
@@ -242,9 +239,6 @@ async def test_secrets_are_masked(tmp_path: Path) -> None:
         assert secret.encode() not in (tmp_path / "one.db").read_bytes()
     one = await stored(tmp_path, 'key: "sesame-open')
     assert one.value == "**********"
-
-
-# ---------------------------------------------------------------------- hostile outputs
 
 
 class Hostile:
@@ -413,9 +407,6 @@ def test_other_data_is_no_rejected_output() -> None:
         assert read_rejected(data) is None
 
 
-# ---------------------------------------------------------------------- where it is seen
-
-
 async def test_results_and_traces_for_hooks_have_no_rejected_output(tmp_path: Path) -> None:
     """A rejected output is not in the result that hooks get, not in a pickled trace or its events."""
     seen: list[Any] = []
@@ -468,9 +459,6 @@ async def test_a_notebook_shows_it_field_by_field() -> None:
     hidden = result.to_html(redact=lambda state: dict.fromkeys(state, "hidden"))
     assert "five" not in hidden
     assert "<td><code>&quot;hidden&quot;</code></td>" in hidden
-
-
-# ---------------------------------------------------------------------- stores
 
 
 class Rot13:

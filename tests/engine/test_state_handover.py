@@ -296,9 +296,6 @@ async def test_items_are_copies_too() -> None:
     assert desk.received == [["1"], ["2"]]
 
 
-# ---------------------------------------------------------------- without a contract
-
-
 def bare(node_id: str, func: Any) -> Any:
     func._stroma_node_id = node_id
     return func

@@ -58,9 +58,6 @@ class Provider(Exception):
         self.response = Response(status, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
-# ---------------------------------------------------------------- classes
-
-
 def test_the_classes_of_failures() -> None:
     """They are text, written to stores; each finds the same in a dict as its text."""
     assert [(one.name, str(one)) for one in FailureClass] == [
@@ -197,9 +194,6 @@ def test_a_classifier_does_not_swallow_an_interrupt(stop: type[BaseException]) -
         diagnose(ValueError(), CONTEXT, [stops])
 
 
-# ---------------------------------------------------------------- messages
-
-
 class Speaks(Exception):
     def __init__(self, says: Any) -> None:
         self.says = says
@@ -302,9 +296,6 @@ def test_the_records_of_failures_have_their_defaults() -> None:
     assert astuple(CONTEXT) == ("node", 4, "run")
 
 
-# ---------------------------------------------------------------- suspensions
-
-
 class Values(RootModel[list[int]]):
     pass
 
@@ -350,9 +341,6 @@ def test_a_suspension_that_asks_for_no_model_says_so(wrong: Any, shown: str) -> 
         str(caught.value)
         == f"the schema of Suspend must be a pydantic model, got {shown}; pass a RootModel for plain values"
     )
-
-
-# ---------------------------------------------------------------- policies
 
 
 def test_the_policies_that_hold_where_nobody_gave_any() -> None:
@@ -429,9 +417,6 @@ def test_retries_are_counted_by_run_and_node() -> None:
     assert budget.exhausted("run", "other", policy) is False
     assert budget.increment("run", "node") == 3
     assert budget.exhausted("run", "node", policy) is True
-
-
-# ---------------------------------------------------------------- the decision
 
 
 def failed(kind: FailureClass = RECOVERABLE, attempt: int = 1, wait: float | None = None) -> Failure:

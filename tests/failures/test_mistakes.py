@@ -29,9 +29,6 @@ async def fail(func: Any, **config: Any) -> tuple[Any, list[int]]:
     return result.failure, [event.attempt for event in result.trace]
 
 
-# ---------------------------------------------------------------------- keys of the context
-
-
 async def of_context(state: Any, ctx: dict[str, Any]) -> Any:
     return ctx["client"]
 
@@ -102,9 +99,6 @@ async def test_a_context_of_another_class_is_named() -> None:
     assert failure.message == f"{wrong}none; {PASS_IT}"
     failure, _ = await fail(attribute, context={"client": 1})
     assert failure.message == f"{wrong}'client'; {PASS_IT}"
-
-
-# ---------------------------------------------------------------------- bugs
 
 
 async def on_none(state: Any) -> Any:

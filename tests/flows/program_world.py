@@ -133,8 +133,6 @@ class ProgramWorld:
         assert result.failure.node_id == "bad", result.failure
         return "bad"
 
-    # ------------------------------------------------------------------ nodes
-
     def _note(self, state: Value) -> Any:
         here = current_node()
         assert here.branch not in self.committed, here.branch
@@ -205,8 +203,6 @@ class ProgramWorld:
 
     def _receipt(self, state: Value) -> Value:
         return Value(n=mixed(state.n, f"paid {state.at}"), at=state.at)
-
-    # ------------------------------------------------------------------ lives
 
     async def live_on(self, store: Any, program: Program, kills: Kills | None = None) -> Any:
         """Run the program, and answer its questions, until it has ended. Return its result, or raise the

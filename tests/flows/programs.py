@@ -160,8 +160,6 @@ class _Body:
     def call(self, name: str, n: int, at: str, **options: Any) -> Coroutine[Any, Any, Value]:
         return self.flow.step(self.nodes[name], Value(n=n, at=at), **options)
 
-    # ------------------------------------------------------------------ steps
-
     async def step(self, n: int, at: str, count: int) -> int:
         return (await self.call("add", n, at)).n
 
@@ -190,8 +188,6 @@ class _Body:
         seen = (self.flow.now(), self.flow.random(), self.flow.uuid())[count - 1]
         return (await self.flow.step(self.nodes["add"], Value(n=n, at=at, seen=str(seen)))).n
 
-    # ------------------------------------------------------------------ waits
-
     async def sleep(self, n: int, at: str, count: int) -> int:
         await self.flow.sleep(0.001 * count)
         return n
@@ -209,8 +205,6 @@ class _Body:
         with contextlib.suppress(TimeoutError):
             await self.flow.wait_for(Answer, reason=f"ignore {at}", key=at, timeout=0.001 * count)
         return n
-
-    # ------------------------------------------------------------------ effects
 
     async def pay(self, n: int, at: str, count: int) -> int:
         return await self.done("pay", n, at)
@@ -253,8 +247,6 @@ class _Body:
         """Leave an effect behind, which the end of the flow, or of what is around it, cuts off."""
         self.left.append(asyncio.create_task(self.done("pay" if count == 1 else "wire", n, at)))
         return n
-
-    # ------------------------------------------------------------------ messages
 
     async def next(self, topic: str, **options: Any) -> str:
         text = (await self.flow.receive(Note, topic=topic, **options)).text
@@ -311,8 +303,6 @@ class _Body:
             self.life.received[at].append("0")
             return mixed(n, error.failure.message + await self.next(at))
         raise AssertionError(at)
-
-    # ------------------------------------------------------------------ tasks
 
     async def loop(self, n: int, at: str, count: int, *blocks: Program) -> int:
         for index in range(count):
@@ -432,8 +422,6 @@ class _Body:
         inside = flow_of(blocks[0], self.nodes, self.life, "inside")
         parts: list[Any] = [self.nodes["first"], inside, self.nodes["add"]][: count + 1]
         return int((await self.flow.run(Pipeline("p", parts), Value(n=n, at=at))).n)
-
-    # ------------------------------------------------------------------ what tasks share
 
     async def event(self, n: int, at: str, count: int, *blocks: Program) -> int:
         event, found = asyncio.Event(), [0] * len(blocks)

@@ -402,9 +402,6 @@ async def test_a_cleanup_may_be_finished_by_another_process(kind: str, way: str)
             assert result.status is RunStatus.RESUMED, result.failure
 
 
-# ---------------------------------------------------------------------- effects that the body gives up
-
-
 @pytest.mark.parametrize("way", ["timeout", "sibling", "map", "race", "not begun"])
 async def test_an_effect_that_a_body_gives_up_is_made_once(way: str) -> None:
     """G13: An effect that a timeout, a failed sibling, a map or a lost race cuts off runs to its end, and the

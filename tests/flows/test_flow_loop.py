@@ -30,9 +30,6 @@ def flow_with(body: Body) -> Any:
     return stroma_flow("f", input=Num, output=Num)(body)
 
 
-# ---------------------------------------------------------------------- asyncio and anyio
-
-
 async def queues(flow: Flow, state: Num) -> Num:
     queue: asyncio.Queue[int] = asyncio.PriorityQueue(1)
     async with asyncio.TaskGroup() as group:
@@ -225,9 +222,6 @@ async def test_an_exception_that_no_task_retrieves_is_reported() -> None:
     assert reported == ["nobody awaits this"]
 
 
-# ---------------------------------------------------------------------- what a body may not do
-
-
 async def thread(flow: Flow) -> None:
     await asyncio.to_thread(print)
 
@@ -281,9 +275,6 @@ async def test_a_body_that_waits_for_something_else_is_told_at_once(waits: Any, 
     assert said.replace("\\", "") in result.failure.message
 
 
-# ---------------------------------------------------------------------- the program's event loop
-
-
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
 @pytest.mark.parametrize("is_debugged", [False, True])
 def test_a_flow_runs_where_tasks_begin_at_once(is_debugged: bool, tmp_path: Any) -> None:
@@ -307,9 +298,6 @@ def test_a_flow_runs_where_tasks_begin_at_once(is_debugged: bool, tmp_path: Any)
 
     result = asyncio.run(main(), debug=is_debugged)
     assert (result.status, result.output) == (RunStatus.COMPLETED, Num(n=2)), result.failure
-
-
-# ---------------------------------------------------------------------- cancellation from outside
 
 
 async def _left_behind(run: Coroutine[Any, Any, Any], is_under_way: asyncio.Event) -> Any:

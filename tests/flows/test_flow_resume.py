@@ -465,10 +465,7 @@ async def test_a_cancelled_step_is_cancelled_again(store: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            "input",
-            "makes step 'b' (call 2) with other values of 'n'",
-        ),
+        ("input", "makes step 'b' (call 2) with other values of 'n'"),
         ("removed", "makes step 'c' (call 2) now, and step 'b' (call 2) is recorded"),
         ("last removed", "does not make step 'c' (call 3), which is recorded"),
         ("inserted", "makes step 'd' (call 2) now, and step 'b' (call 2) is recorded"),

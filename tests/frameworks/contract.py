@@ -198,8 +198,6 @@ class FrameworkContract:
         if "metered" in metafunc.fixturenames:
             metafunc.parametrize("metered", self.METERED or self.KINDS)
 
-    # ------------------------------------------------------------------ the sentences
-
     @holds("same answer")
     def test_the_answer_is_the_same_with_and_without_the_guard(self, kind: str) -> None:
         """The model gets the same, each part is a step of one completed run, and each token counts once."""

@@ -57,8 +57,6 @@ def double_on(runner: StromaRunner) -> Any:
     return double
 
 
-# ---------------------------------------------------------------------- Basic usage
-
 BASIC_USAGE = """
     import asyncio
     from pydantic import BaseModel
@@ -107,8 +105,6 @@ def test_basic_usage() -> None:
     ]
     assert page["events"] == [("start", "double", {"value": 5}), ("success", "double", {"result": 10}, 0)]
 
-
-# ---------------------------------------------------------------------- Tracking failures
 
 TRACKING_FAILURES = """
     from stroma import FailureClass, NodeHooks
@@ -166,8 +162,6 @@ async def test_tracking_failures(caplog: pytest.LogCaptureFixture) -> None:
     assert (run_id, node_id) == (result.run_id, "broken")
     assert isinstance(exc, ContractViolation)
 
-
-# ---------------------------------------------------------------------- Integrating with OpenTelemetry
 
 OPENTELEMETRY = """
     from opentelemetry import trace
@@ -255,9 +249,6 @@ async def test_opentelemetry_completed(exporter: InMemorySpanExporter) -> None:
     assert page["spans"] == {}
 
 
-# ---------------------------------------------------------------------- The three hooks
-
-
 async def test_tokens_used_are_those_of_this_attempt() -> None:
     """`tokens_used` counts this attempt: neither a failed attempt's tokens nor another node's are in it."""
     seen: list[tuple[str, int]] = []
@@ -284,9 +275,6 @@ async def test_tokens_used_are_those_of_this_attempt() -> None:
     result = await runner.run([ask, free], Input(value=5))
     assert seen == [("ask", 108), ("free", 0)]
     assert result.total_tokens == 208
-
-
-# ---------------------------------------------------------------------- Design notes
 
 
 async def test_no_overhead_when_unused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,9 +370,6 @@ async def test_hooks_fire_after_trace_recording_and_before_the_result() -> None:
         ("success", ["failure", "success"]),
         "result",
     ]
-
-
-# ---------------------------------------------------------------------- Recap
 
 
 @pytest.mark.parametrize("way", ["RunConfig(hooks=...)", "quick(hooks=...)", "with_hooks(...)"])

@@ -59,9 +59,6 @@ def call(breaker: Breaker, well: bool | None, key: str = "host") -> Any:
     return breaker.leave(key, well, probe=entry.probe)
 
 
-# ---------------------------------------------------------------------- the circuit
-
-
 @pytest.mark.core
 def test_it_opens_at_the_rate() -> None:
     """Of at least min_calls calls the share of failure_rate must have failed, the last one too."""
@@ -139,9 +136,6 @@ def test_calls_that_began_before_it_opened() -> None:
     assert broken.states() == {"host": "half_open"}
 
 
-# ---------------------------------------------------------------------- whose failure
-
-
 def _request() -> httpx.Request:
     return httpx.Request("GET", "https://API.example.com:8443/v1")
 
@@ -206,9 +200,6 @@ def test_a_host_that_makes_no_sense(url: Any) -> None:
     error.url = url
     assert host_of(error) is None
     assert host_of(Hostile()) is None
-
-
-# ---------------------------------------------------------------------- runs
 
 
 class Server:
@@ -438,9 +429,6 @@ async def test_who_may_not_wait_does_not_wait_for_a_probe_either(
     result = await runner.run([asking(server, client)], State())
     assert result.failure.reason == "circuit_open"
     assert (waits, server.seen) == ([], 4)
-
-
-# ---------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,6 @@ class Program:
         return asyncio.create_task(self.run(n))
 
 
-# ---------------------------------------------------------------------- what closes a limit
-
-
 @pytest.mark.parametrize(
     ("error", "waits"),
     [
@@ -141,9 +138,6 @@ async def test_a_date_counts_from_now() -> None:
         ((_, name, seconds),) = program.cooldowns
         assert name == program.name
         assert 88 <= seconds <= 90
-
-
-# ---------------------------------------------------------------------- in a process
 
 
 @pytest.mark.core
@@ -364,9 +358,6 @@ async def test_a_wait_for_the_end_of_a_cooldown_is_bounded() -> None:
         await hurried.run(0)
         result = await hurried.run(1)
     assert (result.status, result.failure.reason) == (RunStatus.PARTIAL, "budget")
-
-
-# ---------------------------------------------------------------------- the state, on a clock of its own
 
 
 class Clocked:

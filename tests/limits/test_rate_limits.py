@@ -67,9 +67,6 @@ def runner_of(limit: Limit, **options: Any) -> StromaRunner:
     return StromaRunner.quick(limits={name: limit}, node_limits={"call": name}, **options)
 
 
-# ---------------------------------------------------------------------- the minute that slides
-
-
 class Clocked:
     """A limit's cell at a time of our own."""
 
@@ -193,9 +190,6 @@ def test_a_clock_that_is_set_back(back: int) -> None:
         assert limit.ask() is None
     else:
         assert report is None
-
-
-# ---------------------------------------------------------------------- in a process
 
 
 @pytest.mark.core
@@ -476,9 +470,6 @@ async def test_a_limit_and_a_budget_do_not_wait_for_each_other() -> None:
     assert len(calls) == 30
 
 
-# ---------------------------------------------------------------------- between processes
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_processes_share_the_places(kind: str) -> None:
@@ -557,9 +548,6 @@ async def test_a_damaged_limit(data: bytes) -> None:
     assert (result.status, calls) == (RunStatus.PARTIAL, [])
     assert result.failure.reason == "store"
     assert f"limit '{name}'" in result.failure.message
-
-
-# ---------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

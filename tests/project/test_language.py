@@ -111,8 +111,6 @@ def test_no_two_classes_have_one_name() -> None:
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
-# ---------------------------------------------------------------------- prose of README and docs
-
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 #: Words and shapes of sentences that pages do not use, each with what to write.

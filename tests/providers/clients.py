@@ -45,9 +45,6 @@ def options(answer: Answer) -> dict[str, Any]:
     return {"stream": answer.stream, "timeout": seconds(answer)}
 
 
-# ---------------------------------------------------------------------- OpenAI, Anthropic
-
-
 @functools.cache
 def _openai() -> Any:
     import openai
@@ -94,9 +91,6 @@ async def ask_anthropic_async(url: str, answer: Answer = PLAIN) -> Any:
         return [part async for part in reply] if answer.stream else reply
 
 
-# ---------------------------------------------------------------------- Google
-
-
 @functools.cache
 def _google() -> Any:
     from google import genai
@@ -124,9 +118,6 @@ async def ask_google_async(url: str, answer: Answer = PLAIN) -> Any:
         if answer.stream:
             return [part async for part in await client.models.generate_content_stream(**call)]
         return await client.models.generate_content(**call)
-
-
-# ---------------------------------------------------------------------- Mistral, Cohere
 
 
 @functools.cache
@@ -186,9 +177,6 @@ async def ask_cohere_async(url: str, answer: Answer = PLAIN) -> Any:
         return await client.chat(**call)
 
 
-# ---------------------------------------------------------------------- AWS
-
-
 @functools.cache
 def _aws() -> Any:
     import botocore.session
@@ -224,9 +212,6 @@ def aws_event(kind: str, data: dict[str, Any] | None = None) -> bytes:
     prelude = struct.pack("!II", 16 + len(headers) + len(payload), len(headers))
     message = prelude + struct.pack("!I", zlib.crc32(prelude)) + headers + payload
     return message + struct.pack("!I", zlib.crc32(message))
-
-
-# ---------------------------------------------------------------------- HTTP clients
 
 
 def ask_requests(url: str, answer: Answer = PLAIN) -> Any:

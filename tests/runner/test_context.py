@@ -8,14 +8,7 @@ from typing import Any
 from pydantic import SecretStr
 from tests.kit import NEVER, Num
 
-from stroma import (
-    FallbackPolicy,
-    Pipeline,
-    StromaRunner,
-    Usage,
-    current_node,
-    stroma_node,
-)
+from stroma import FallbackPolicy, Pipeline, StromaRunner, Usage, current_node, stroma_node
 from stroma.testing import assert_resumable
 
 

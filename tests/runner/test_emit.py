@@ -50,9 +50,6 @@ def emitting(name: str, *data: Any) -> Any:
     return node(name, func)
 
 
-# ---------------------------------------------------------------------- the way to the reader
-
-
 @pytest.mark.core
 async def test_emitted_events_lie_between_the_start_and_the_end() -> None:
     """A node's events come in order between its start and its end, with place, attempt, name and data."""
@@ -142,9 +139,6 @@ async def test_without_a_reader_emit_does_nothing(caplog: pytest.LogCaptureFixtu
     result = await quick().run([emitting("a", object(), "x")], Num())
     assert result.status is RunStatus.COMPLETED
     assert caplog.records == []
-
-
-# ---------------------------------------------------------------------- slow readers
 
 
 @pytest.mark.core
@@ -244,9 +238,6 @@ async def test_one_that_stands_still_stops_no_other_reader() -> None:
     assert emitted(events) == list(range(3 * MAX_EMITTED))
     rest = [event async for event in still]
     assert emitted(rest) == list(range(2 * MAX_EMITTED, 3 * MAX_EMITTED))
-
-
-# ---------------------------------------------------------------------- attempts
 
 
 @pytest.mark.core
@@ -357,9 +348,6 @@ async def test_a_thread_that_was_given_up_emits_nothing() -> None:
     assert events[-1].details["status"] == "COMPLETED"
 
 
-# ---------------------------------------------------------------------- data
-
-
 class Progress(BaseModel):
     done: int
     secret: SecretStr = SecretStr("hunter2-hunter2")
@@ -452,9 +440,6 @@ async def test_nothing_of_an_event_is_recorded(tmp_path: Path) -> None:
     dump = "\n".join(sqlite3.connect(path).iterdump())
     assert "run" in dump
     assert "unmistakable" not in dump
-
-
-# ---------------------------------------------------------------------- ends
 
 
 @pytest.mark.core

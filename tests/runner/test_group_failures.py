@@ -24,8 +24,6 @@ from stroma import (
     parallel,
 )
 
-# ---------------------------------------------------------------- groups
-
 
 class Busy(Exception):
     status_code = 429
@@ -260,9 +258,6 @@ async def test_a_limit_of_a_run_inside_a_node_is_not_the_runs() -> None:
     assert (result.status, calls) == (RunStatus.PARTIAL, ["a", "a"])
 
 
-# ---------------------------------------------------------------- resumed
-
-
 async def test_a_group_that_goes_on_runs_what_is_left() -> None:
     """After a resume, and in its further attempts, the committed children are restored, at any depth."""
     calls: list[str] = []
@@ -304,9 +299,6 @@ async def test_where_a_restored_node_stands_is_told() -> None:
     runner = StromaRunner.quick(store=store, policy_map=NEVER, hooks=NodeHooks(on_node_skipped=skipped))
     await runner.run(nodes, Num(), run_id="r", resume=True)
     assert events == ["z {'n': 3} @ node 0 [] #0", "parallel(a) {'n': 1} @ group 1 [] #0"]
-
-
-# ---------------------------------------------------------------- groups of plain code
 
 
 async def test_groups_side_by_side_in_plain_code() -> None:

@@ -11,14 +11,7 @@ from pydantic import BaseModel
 from tests.kit import Note as Item
 from tests.shared_stores import STORES, store_of
 
-from stroma import (
-    FailurePolicy,
-    NodeHooks,
-    StromaRunner,
-    current_node,
-    map_over,
-    parallel,
-)
+from stroma import FailurePolicy, NodeHooks, StromaRunner, current_node, map_over, parallel
 from stroma.testing import FakeClock
 
 WAIT, WORK = 0.3, 0.05

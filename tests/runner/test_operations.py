@@ -72,9 +72,6 @@ async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
     assert frame.source == 'raise LookupError("nothing there")'
 
 
-# ---------------------------------------------------------------------- cancel
-
-
 @pytest.mark.core
 async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
     """runner.cancel() ends a run of another task or process; it is CANCELLED, and may be resumed."""
@@ -183,9 +180,6 @@ async def test_a_cancellation_of_the_task_itself_still_comes_out(store: Any) -> 
         await task
 
 
-# ---------------------------------------------------------------------- fork
-
-
 @pytest.mark.core
 async def test_a_fork_goes_on_from_a_node(store: Any) -> None:
     """fork() runs on from a committed node with an edited state, as a new run that names its parent."""
@@ -259,9 +253,6 @@ async def test_what_cannot_be_forked(store: Any) -> None:
     with pytest.raises(TypeError, match="must be a pydantic model"):
         await quick(store).fork("r", work.nodes, at="b", state={"n": 1}, new_run_id="stray")
     assert store.get_run("stray") is None
-
-
-# ---------------------------------------------------------------------- many
 
 
 @pytest.mark.core
@@ -430,9 +421,6 @@ async def test_the_first_start_of_all_recovers_nothing(tmp_path: Path) -> None:
         _, second = await quick(store).run_many(work.nodes, [Num(), Num()], **options)
         assert getattr(second, "status", second) is RunStatus.RESUMED
         assert work.calls == ["a", "b", "c"] * 2
-
-
-# ---------------------------------------------------------------------- shutdown
 
 
 @pytest.mark.core

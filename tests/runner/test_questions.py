@@ -121,9 +121,6 @@ def asking_flow(
     return f
 
 
-# ---------------------------------------------------------------------- announced
-
-
 async def test_each_question_of_a_flow_is_announced_once(store: Any) -> None:
     """Questions that a flow asks at once are each in the result, an event of the stream and one hook call."""
     heard = Heard()
@@ -165,9 +162,6 @@ async def test_the_schema_of_an_answer_is_stored(store: Any) -> None:
 
 async def _asks_for_anything(state: Num) -> Any:
     raise Suspend("what?")
-
-
-# ---------------------------------------------------------------------- identity
 
 
 @pytest.mark.core
@@ -224,9 +218,6 @@ async def test_a_later_question_at_the_same_place_is_another_one(store: Any) -> 
     assert [one.payload for one in store.waiting("r")] == [None]
 
 
-# ---------------------------------------------------------------------- answers that stay
-
-
 @pytest.mark.core
 async def test_an_answer_that_no_longer_fits_stays(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class that no longer accepts the stored answer is PipelineChanged until the class fits again."""
@@ -279,9 +270,6 @@ async def test_an_answer_wins_over_the_end_of_its_question(
     monkeypatch.setattr(FlowWaits, "withdraw", answered_before)
     result = await runner_on(store).run(asking_flow("", timeout=timedelta(seconds=0.05)), Num())
     assert (result.status, result.final_state) == (RunStatus.COMPLETED, Names(names=["Grace"]))
-
-
-# ---------------------------------------------------------------------- statements
 
 
 @pytest.mark.core

@@ -60,9 +60,6 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.001)
 
 
-# ---------------------------------------------------------------------- events
-
-
 async def test_events_in_order_and_the_result_at_the_end() -> None:
     """Every start, end, retry and skip is an event, in order and numbered; ends carry the trace's event; the
     result is last."""
@@ -184,9 +181,6 @@ async def test_events_as_json() -> None:
         assert lines[3:] == ["", ""]
 
 
-# ---------------------------------------------------------------------- slow readers
-
-
 @pytest.mark.core
 async def test_the_run_waits_for_a_slow_reader() -> None:
     """With more than ``buffer`` events before the reader the run waits, with no time limit; none is lost."""
@@ -266,9 +260,6 @@ async def test_reading_may_time_out_and_go_on() -> None:
         ("node_success", "a"),
         ("run_end", None),
     ]
-
-
-# ---------------------------------------------------------------------- leaving
 
 
 class Slow:
@@ -420,9 +411,6 @@ def test_a_stream_outlives_its_loop(tmp_path: Path) -> None:
         assert (record.status, record.holder, slow.ends) == ("CANCELLED", None, ["cancelled"])
 
 
-# ---------------------------------------------------------------------- what goes wrong
-
-
 @pytest.mark.core
 async def test_what_run_raises_comes_out() -> None:
     """What run() would raise comes out of the iterator, once everything before it was read."""
@@ -469,9 +457,6 @@ async def test_what_is_refused() -> None:
             quick().stream([node("a")], Num(), **options)
 
 
-# ---------------------------------------------------------------------- several readers
-
-
 async def test_two_readers() -> None:
     """Each reader has a stream of its own by tee(), with all events; the run ends when the last leaves."""
     slow = Slow()
@@ -502,9 +487,6 @@ async def test_two_that_read_one_stream() -> None:
             await anext(stream)
         slow.go.set()
         assert (await first).kind == "node_success"
-
-
-# ---------------------------------------------------------------------- run_sync
 
 
 def test_run_sync_gives_the_same_result() -> None:

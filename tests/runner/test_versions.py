@@ -53,9 +53,6 @@ def _stored(store: Any, run_id: str) -> Any:
     return figures, store.attempts(run_id), store.waiting(run_id)
 
 
-# ---------------------------------------------------------------------- versions
-
-
 async def test_a_run_keeps_the_version_that_it_began_with(store: Any, clock: Clock) -> None:
     """flow.version is the version with which the run began, also in later code that accepts it."""
     world = World()
@@ -190,9 +187,6 @@ def test_what_a_version_may_be() -> None:
     assert (pipeline.version, pipeline.versions) == ("2", ("2", "1"))
     other = pipeline.with_config(_runner(None).config)
     assert (other.versions, other.limits) == (pipeline.versions, pipeline.limits)
-
-
-# ---------------------------------------------------------------------- blocked runs
 
 
 async def test_a_worker_gives_a_run_back_that_its_code_does_not_fit(store: Any, clock: Clock) -> None:

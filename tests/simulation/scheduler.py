@@ -146,8 +146,6 @@ class Process(asyncio.AbstractEventLoop):
             events._set_running_loop(None)
             scheduler.current = before
 
-    # ------------------------------------------------------------------ as an event loop
-
     def time(self) -> float:
         return self.scheduler.now
 

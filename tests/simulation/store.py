@@ -295,8 +295,6 @@ class SimulatedStore(DurableStore):
     def _connect(self) -> Connection:
         raise NotImplementedError
 
-    # ------------------------------------------------------------------ calls
-
     def _submit(self, operation: Any) -> asyncio.Future[Any]:
         future = self.process.create_future()
         self._put(Job(operation, future))

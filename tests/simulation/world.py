@@ -138,8 +138,6 @@ class World:
         """Return which process is on which machine, for people."""
         return ", ".join(f"{process.name} ({pid}) on {process.place}" for pid, process in self.pids.items())
 
-    # ------------------------------------------------------------------ history and chance
-
     def note(self, process: Process | None, what: str, run: str, *more: Any) -> None:
         who = "-" if process is None else process.name
         self.history.append((round(self.scheduler.now, 4), who, what, run, *more))
@@ -161,8 +159,6 @@ class World:
             return self.draw.uniform(0.01, 0.2)
         self.faults["the store stops"] += 1
         return self.draw.uniform(0.5, 2 * LEASE_SECONDS)
-
-    # ------------------------------------------------------------------ processes
 
     def start(self, name: str, main: Callable[[Process], Any]) -> Process:
         pid = 100 + len(self.pids)
@@ -204,8 +200,6 @@ class World:
         if me is process:
             return owner.token not in LIVE_SESSIONS
         return me is not None and me.place == process.place and process.dead
-
-    # ------------------------------------------------------------------ the pipeline
 
     def pipeline(self, process: Process) -> Pipeline:
         draw = self.draw
@@ -338,8 +332,6 @@ class World:
     @staticmethod
     def _asks(store: Any, run_id: str) -> bool:
         return any(waiting.payload is None for waiting in store.waiting(run_id))
-
-    # ------------------------------------------------------------------ the course of it
 
     def storm(self) -> None:
         """Have processes work, die and start again."""

@@ -33,8 +33,6 @@ __all__ = ["ExecutionTests"]
 class ExecutionTests:
     """Tests of executions: commits, usage, restarts, plain steps, maps and forks."""
 
-    # ------------------------------------------------------------------ executions
-
     async def test_a_new_run(self, store: Any) -> None:
         """A new run id starts execution 1, without commits."""
         session = await begin(store)
@@ -177,8 +175,6 @@ class ExecutionTests:
         await settled(store.fork("run", "fork", 4))
         assert dict((await begin(store, "fork", if_exists="resume")).places) == {"1/a#0": 2, "b#0@77": 3}
         assert (await begin(store)).places == {}
-
-    # ------------------------------------------------------------------ many items
 
     async def test_items_are_read_a_few_at_a_time(self, store: Any) -> None:
         """Lazily loaded outputs are not restored at once; committed() returns them, also later ones."""

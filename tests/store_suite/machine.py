@@ -109,8 +109,6 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
             self._close()
             self.loop.close()
 
-    # ------------------------------------------------------------------ opening
-
     @rule(opening=_openings)
     def open(self, opening: OpenArguments) -> None:
         self._open(opening)
@@ -185,8 +183,6 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
             run.owner = SessionHandle(opening.run_id, session, run.open_count, is_owner=opening.ends)
             self.handles.append(run.owner)
         self._compare(opening.run_id)
-
-    # ------------------------------------------------------------------ writing
 
     def _pick_owner(self, index: int) -> SessionHandle:
         """Return a session that may write; open the run if there is none."""
@@ -294,8 +290,6 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
         owner.release()
         self._compare(owner.run_id)
 
-    # ------------------------------------------------------------------ the simple protocol
-
     @rule(run_id=_run_ids, node=st.sampled_from(NODES), n=st.integers(0, 9))
     def save(self, run_id: str, node: str, n: int) -> None:
         state = State(n=n, text="saved")
@@ -322,8 +316,6 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
         self._compare(run_id)
         self._compare_states(run_id)
 
-    # ------------------------------------------------------------------ the store object
-
     @precondition(lambda self: self.durable)
     @rule(abandon=st.booleans())
     def reopen(self, abandon: bool) -> None:
@@ -345,8 +337,6 @@ class JournalStoreMachine(StoreComparison, RuleBasedStateMachine):
         attempt = self._attempt(ModelPlace(0), RecordedUsage(7, 0.5, 3), State(n=-1))
         self._assert_raises(StoreError, self._write(handle, *attempt))
         self._compare(handle.run_id)
-
-    # ------------------------------------------------------------------ calls
 
     async def _write(self, handle: SessionHandle, attempt: AttemptRow, output: State | None) -> None:
         await settled(handle.session.record(attempt, None if output is None else SCHEMA, output))

@@ -130,8 +130,6 @@ class StoreComparison:
 
         return [record_of(entry) for entry in sorted(execution.attempts, key=sort_key)]
 
-    # ------------------------------------------------------------------ sessions
-
     def _assert_refused(
         self, opening: OpenArguments, expected: type[StoreError], work: Coroutine[Any, Any, Any]
     ) -> None:
@@ -159,8 +157,6 @@ class StoreComparison:
         nodes = {at: commit.node_id for at, commit in session.restored.items()}
         expected = {at: entry.row.node_id for at, entry in remaining.items()}
         self._assert_same("the nodes of restored", nodes, expected)
-
-    # ------------------------------------------------------------------ calls
 
     @staticmethod
     def _assert_same(subject: str, actual: Any, expected: Any) -> None:

@@ -32,8 +32,6 @@ __all__ = ["OwnershipTests"]
 class OwnershipTests:
     """Tests of ownership: leases, fencing, and concurrent clients."""
 
-    # ------------------------------------------------------------------ one owner
-
     async def test_a_run_has_one_owner(self, store: Any) -> None:
         """RunBusy names the owner of a run, and says if the input is the same."""
         session = await begin(store, state=State(n=1))
@@ -190,8 +188,6 @@ class OwnershipTests:
         attached = await begin(store, if_exists="attach")
         assert (attached.finished, attached.continued) == (None, True)
 
-    # ------------------------------------------------------------------ side by side
-
     async def test_runs_side_by_side(self, store: Any) -> None:
         """Concurrent runs neither mix nor lose commits."""
 
@@ -270,8 +266,6 @@ class OwnershipTests:
         again = await begin(store, if_exists="resume")
         assert restored(again) == {(p, ""): State(n=p) for p in range(20)}
         assert again.prior.tokens == 20
-
-    # ------------------------------------------------------------------ two clients at once
 
     async def test_one_of_two_owners_at_once(self, store: Any, other: Any) -> None:
         """Of two clients that open a run at the same moment one gets it, and its commits are stored."""

@@ -35,8 +35,6 @@ __all__ = ["ReadingTests"]
 class ReadingTests:
     """Tests of ids, listings, history pages and the simple protocol."""
 
-    # ------------------------------------------------------------------ ids and texts
-
     async def test_any_text_is_an_id(self, store: Any) -> None:
         """Any text is a valid run id and node id, and no two of them collide."""
         for i, run_id in enumerate(HARD_IDS):
@@ -83,8 +81,6 @@ class ReadingTests:
         assert (attempt.failure_class, attempt.outcome) == ("TERMINAL", "failure")
         assert "é" in attempt.message
         assert "é" in store.get_run("run").error
-
-    # ------------------------------------------------------------------ reading
 
     async def test_runs_are_listed(self, store: Any) -> None:
         """list_runs returns the newest runs first, by pipeline and status, up to the limit."""
@@ -379,8 +375,6 @@ class ReadingTests:
         assert schema_of(State).decode(store.input_of("run")) == State(text="é")
         with pytest.raises(CheckpointNotFound, match="no run 'other'"):
             store.input_of("other")
-
-    # ------------------------------------------------------------------ the simple protocol
 
     async def test_states_are_saved_and_loaded(self, store: Any) -> None:
         """save, load, load_typed and delete keep the last state of a node of a run."""

@@ -135,9 +135,6 @@ async def test_a_state_that_cannot_be_written_out() -> None:
     assert seen.span("stroma.node node").attributes["input.value"] == "[unreadable: ValueError]"
 
 
-# ---------------------------------------------------------------------- size
-
-
 SECRET_TEXTS = ("p@ss/w0rd+1=", "sk-context-222")
 
 
@@ -363,9 +360,6 @@ async def test_encoded_secrets_of_state_and_context_in_messages_and_hook_errors(
         for form in (secret, quote(secret, safe=""), secret.encode().hex(), secret.upper()):
             assert form not in sent, form
         assert base64.b64encode(secret.encode()).decode()[:-4] not in sent
-
-
-# ---------------------------------------------------------------------- names in texts and pairs
 
 
 class Loose(BaseModel):

@@ -48,9 +48,6 @@ def own_pipeline(hooks: Any, name: str = "own") -> Pipeline:
     return Pipeline(name, [a], config=RunConfig(hooks=hooks))
 
 
-# ---------------------------------------------------------------------- counts
-
-
 @pytest.mark.core
 async def test_returned_runs_have_a_counter_of_their_own(tmp_path: Path) -> None:
     """A caller that attached to a run, or got the result of a finished one, counts as returned, by status."""
@@ -106,9 +103,6 @@ async def test_exceptions_of_hooks_of_plain_steps_are_counted() -> None:
     assert total(registry, "stroma_hook_errors_total") == 3
 
 
-# ---------------------------------------------------------------------- flush
-
-
 async def test_flush_sends_what_a_pipelines_own_hooks_hold() -> None:
     """flush() covers the exporters of pipelines and runs with their own hooks, once per destination."""
     kept, other = InMemorySpanExporter(), InMemorySpanExporter()
@@ -122,9 +116,6 @@ async def test_flush_sends_what_a_pipelines_own_hooks_hold() -> None:
     assert len(runner._exporters) == 2
     assert await runner.aclose() is True
     assert (len(kept.get_finished_spans()), len(other.get_finished_spans())) == (6, 2)
-
-
-# ---------------------------------------------------------------------- traces
 
 
 @pytest.mark.core
@@ -195,9 +186,6 @@ async def test_the_runs_span_is_current_in_its_hooks_and_lines() -> None:
     }
     (point,) = points["gen_ai.invoke_agent.duration"]
     assert [one.trace_id for one in point.exemplars] == [root.context.trace_id]
-
-
-# ---------------------------------------------------------------------- spans
 
 
 @pytest.mark.core
@@ -283,9 +271,6 @@ async def test_waits_are_in_traces(sentry: RecordedSentry) -> None:
     assert float(str(seconds)) >= 0.04
     data = [span["data"] for span in sentry.transport.spans if "stroma.node.wait_s" in span["data"]]
     assert len(data) == 1
-
-
-# ---------------------------------------------------------------------- sets that would do nothing
 
 
 async def test_structlog_that_is_configured_later_is_used() -> None:

@@ -145,9 +145,6 @@ def test_a_model_that_lacks_a_value() -> None:
     assert jsonable(Two.model_construct(y=2)) == {"x": None, "y": 2}
 
 
-# ---------------------------------------------------------------- how deep
-
-
 def nested(value: Any, levels: int) -> Any:
     """In so many tuples: those can stand in a set."""
     for _ in range(levels):

@@ -14,8 +14,6 @@ from stroma.trace import AttemptUsage
 from stroma.trace.events import Failed
 from stroma.trace.story import Bar, StopCause, Story
 
-# ---------------------------------------------------------------- what tells two traces apart
-
 
 def test_equal_traces_differ_in_nothing() -> None:
     """Ids of runs, times, usage, places and reasons are not compared; nor is the order of children."""
@@ -131,9 +129,6 @@ def test_another_order_is_told_at_its_first_place() -> None:
         "Difference for c attempt 1: output_state {'b': 2} != {}",
         "Difference for order: b attempt 1 here, c attempt 1 in other trace",
     ]
-
-
-# ---------------------------------------------------------------- the picture of a trace
 
 
 def bar(node_id: str = "node", **changed: Any) -> Bar:
@@ -297,9 +292,6 @@ def test_redact_is_asked_of_states_and_messages_alone() -> None:
         "OSError: hidden",
     )
     assert [state for state in requests if state not in ({"a": "long enough"}, {"message": "it broke"})] == []
-
-
-# ---------------------------------------------------------------- the picture of a result
 
 
 def failure(message: str = "it broke", node_id: str = "elsewhere") -> Failure:

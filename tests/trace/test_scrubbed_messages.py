@@ -323,9 +323,6 @@ def test_the_command_line_names_the_type(tmp_path: Path, capsys: pytest.CaptureF
     assert "sk-live-abcdef" not in printed.err + printed.out
 
 
-# ---------------------------------------------------------------------- bounded work
-
-
 def _seconds(call: Any) -> float:
     begin = time.perf_counter()
     call()

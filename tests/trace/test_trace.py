@@ -20,8 +20,6 @@ from stroma.failures.failure import diagnose
 from stroma.trace import AttemptUsage, TraceMark
 from stroma.trace.events import BoundedRows, Failed, LeftOut, contract_of
 
-# ---------------------------------------------------------------- defaults
-
 
 @pytest.mark.parametrize(
     ("failure", "outcome", "then"),
@@ -48,9 +46,6 @@ def test_a_result_raises_the_very_exception() -> None:
     with pytest.raises(ValueError, match=r"^no$") as caught:
         result.raise_for_status()
     assert caught.value is error
-
-
-# ---------------------------------------------------------------- from rows to events
 
 
 def test_every_field_of_a_row_is_in_its_event() -> None:
@@ -217,9 +212,6 @@ def test_what_an_item_that_failed_is_filed_under() -> None:
     assert contract_of(row(group="g"), failure) == "failed item:g"
 
 
-# ---------------------------------------------------------------- copies
-
-
 def mark() -> TraceMark:
     return TraceMark("node", 1, 0, "", "wait", "limit", 1.5, WHEN)
 
@@ -259,9 +251,6 @@ def test_a_trace_that_was_pickled_goes_on() -> None:
     back.rows.append(row(given=(3,), made=(4,), schemas=(schema_of(Made), schema_of(Made), None)))
     assert list(back)[-1] == event(input_state={"b": 3}, output_state={"b": 4})
     assert len(held) == 5
-
-
-# ---------------------------------------------------------------- what is left out
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])

@@ -19,15 +19,7 @@ from pydantic import BaseModel
 from tests.ui.browser import Browser, find_chromium
 from tests.ui.page_tools import missing
 
-from stroma import (
-    FailurePolicy,
-    Pipeline,
-    SQLiteStore,
-    StromaRunner,
-    current_node,
-    parallel,
-    stroma_node,
-)
+from stroma import FailurePolicy, Pipeline, SQLiteStore, StromaRunner, current_node, parallel, stroma_node
 from stroma.ui import Settings, make_app
 from stroma.ui.app import make_config
 from stroma.ui.settings import Served

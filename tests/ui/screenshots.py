@@ -52,7 +52,7 @@ def main() -> None:
                         scenes.lineage(pipeline),
                         {"max_cost_usd": scenes.BUDGET},
                     )
-                },
+                }
             }
             servers = [_serve(store, listening, about), _serve(empty, bare, {})]
             try:

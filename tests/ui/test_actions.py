@@ -220,12 +220,7 @@ def test_any_number_is_an_answer_or_a_clear_refusal(store: SQLiteStore, serve: A
         result = asyncio.run(runner.run(ANYTHING, State(), run_id="x", resume=True))
         assert result.status == "RESUMED", result.failure
     for run_id in ("x", "effect"):
-        for path in [
-            "/",
-            "/overview",
-            f"/run?id={run_id}",
-            *attempts_of(site, run_id),
-        ]:
+        for path in ["/", "/overview", f"/run?id={run_id}", *attempts_of(site, run_id)]:
             assert site.ask("GET", path).status == 200, path
             assert site.ask("GET", path.replace("/attempt?", "/payload?side=output&")).status in (200, 404), (
                 path
@@ -279,9 +274,6 @@ def test_the_trace_in_the_backend(store: SQLiteStore, serve: Any) -> None:
     bare: Site = serve(store)
     assert "/trace" not in bare.get("/run", id="x").text
     assert bare.get("/trace", id="x").status == 404
-
-
-# ---------------------------------------------------------------------- in a browser, over two stores
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -124,8 +124,7 @@ def test_a_page_pauses_a_living_run(store: SQLiteStore, serve: Any, living: Any)
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
-    [(RequestRefused, 409), (CheckpointNotFound, 404), (StoreError, 503)],
+    ("error", "status"), [(RequestRefused, 409), (CheckpointNotFound, 404), (StoreError, 503)]
 )
 def test_the_class_of_an_error_is_the_status(
     error: type[StoreError], status: int, store: SQLiteStore, serve: Any, monkeypatch: pytest.MonkeyPatch

@@ -29,15 +29,7 @@ from tests.ui.conftest import BAD, GOOD, Site, State, make_runs, node
 from tests.ui.scenes import lineage, make_map
 from tests.ui.test_security import attempts_of
 
-from stroma import (
-    FailurePolicy,
-    Pipeline,
-    SQLiteStore,
-    StromaRunner,
-    Usage,
-    current_node,
-    stroma_node,
-)
+from stroma import FailurePolicy, Pipeline, SQLiteStore, StromaRunner, Usage, current_node, stroma_node
 from stroma.checkpoint import open_store
 from stroma.telemetry import otel_hooks
 from stroma.ui.formatting import to_address

@@ -45,9 +45,6 @@ def keys(site: Site, run_id: str = "bad") -> dict[str, str]:
     )
 
 
-# ---------------------------------------------------------------------- who may ask
-
-
 @pytest.mark.core
 def test_other_names_are_refused(site: Site) -> None:
     """A Host that is not ours is refused, whatever is asked: a name elsewhere may lead here (DNS
@@ -127,9 +124,6 @@ def test_pages_keep_to_the_policy(site: Site) -> None:
             if name in ("href", "src", "action"):
                 assert str(value).startswith(("/", "#")), value
                 assert not str(value).startswith("//"), value
-
-
-# ---------------------------------------------------------------------- the token
 
 
 TOKEN = "a secret of 20 chars"
@@ -339,9 +333,6 @@ def test_other_addresses_need_a_token(host: str, tmp_path: Path) -> None:
     assert "must have at least 16 characters" in done.stderr
 
 
-# ---------------------------------------------------------------------- what pages can do
-
-
 @pytest.mark.core
 def test_forms_carry_a_key(site: Site) -> None:
     """Deleting and resuming need the key that stands on the run's own page, for that very action and run."""
@@ -381,9 +372,6 @@ def test_only_what_can_be_resumed(store: SQLiteStore, serve: Any) -> None:
     from stroma.ui.security import Keys
 
     assert Keys(secret=b"1").form("resume", "x") != Keys(secret=b"2").form("resume", "x")
-
-
-# ---------------------------------------------------------------------- hostile stores
 
 
 def test_scripts_are_words(site: Site) -> None:

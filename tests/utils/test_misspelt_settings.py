@@ -8,13 +8,7 @@ import pytest
 from pydantic import Field, ValidationError
 from tests.kit import Num
 
-from stroma import (
-    ExecutionBudget,
-    FailurePolicy,
-    NodeContract,
-    RunConfig,
-    StromaRunner,
-)
+from stroma import ExecutionBudget, FailurePolicy, NodeContract, RunConfig, StromaRunner
 
 
 @pytest.mark.parametrize(

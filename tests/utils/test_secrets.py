@@ -306,9 +306,6 @@ def test_a_class_may_hold_the_secrets_of_the_classes_inside(inner: Any, may: boo
     assert may_hold_secrets(create_model("Outer", field=(kind, ...))) is may
 
 
-# ---------------------------------------------------------------------- exceptions
-
-
 def printed(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 

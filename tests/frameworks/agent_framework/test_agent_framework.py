@@ -212,9 +212,6 @@ def test_a_tool_that_needs_approval_is_asked_for_and_goes_on() -> None:
     assert events[0] == events[1] == (["delete", [], "done"], ["a"])
 
 
-# ---------------------------------------------------------------------- all spend of an agent
-
-
 class Provider(Script):
     """Calls its tools at once, then answers; writes each request into a ledger of tokens."""
 

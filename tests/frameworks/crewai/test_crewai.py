@@ -235,9 +235,6 @@ def test_routers_route(kind: str) -> None:
     assert lines_of(guard) == ["begin success", "decide success", "odd success"]
 
 
-# ---------------------------------------------------------------------- crews
-
-
 class Station(BaseTool):
     name: str = "weather"
     description: str = "The weather of a city."
@@ -293,9 +290,6 @@ def test_an_llm_of_its_own_for_tools_is_guarded() -> None:
 def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"unknown tool 'wether'; .* 'weather'"):
         attach(crew_of(Script.of()), guard_of(), {"wether": (City, Weather)})
-
-
-# ---------------------------------------------------------------------- all spend of a crew
 
 
 class Provider(Script):
@@ -465,9 +459,6 @@ def test_a_broken_contract_of_a_tool_ends_the_crew(contract: Any, direction: str
     assert lines_of(guard) == ["llm success 10", "weather failure"]
 
 
-# ---------------------------------------------------------------------- waiting, and going on
-
-
 class Later:
     """Asks a person who will answer in another process."""
 
@@ -542,9 +533,6 @@ def test_a_persisted_flow_goes_on_as_without_the_guard(kind: str, tmp_path: Any)
         second = flows[1].kickoff(inputs=inputs)
         seen.append((first, saved and saved["n"], second))
     assert seen[0] == seen[1] == (1, 1, 2)
-
-
-# ---------------------------------------------------------------------- the published names
 
 
 SPLIT = NodeContract(node_id="splitter", input_schema=Text, output_schema=Words)

@@ -273,9 +273,6 @@ def test_dspy_makes_its_second_tries_as_ever() -> None:
     assert events[0] == events[1] == ("fine", 3)
 
 
-# ---------------------------------------------------------------------- copies and threads
-
-
 @pytest.mark.parametrize("copying", [copy.deepcopy, dspy.Module.deepcopy, dspy.Module.reset_copy])
 def test_a_copy_is_guarded_and_calls_itself(copying: Any) -> None:
     """Copies rebind, as optimisers make them: a copy runs its own predictors, as steps of the same guard."""

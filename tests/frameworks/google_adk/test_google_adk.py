@@ -243,9 +243,6 @@ def test_tools_of_toolsets_are_steps() -> None:
         ask(agent, "run_async", guard)
 
 
-# ---------------------------------------------------------------------- all spend of an agent
-
-
 class Provider(Script):
     """Calls its tools at once, then answers; writes each request into a ledger of tokens."""
 
@@ -368,9 +365,6 @@ def test_what_is_added_later_is_guarded() -> None:
     agent.tools.append(weather)
     assert ask(agent, guard=guard) == "done"
     assert lines_of(guard) == ["model success 10", "weather success", "model success 10"]
-
-
-# ---------------------------------------------------------------------- the live mode
 
 
 class Connection(BaseLlmConnection):

@@ -289,9 +289,6 @@ def test_a_breakpoint_comes_out_as_it_is() -> None:
     assert lines_of(guard) == ["ask success"]
 
 
-# ---------------------------------------------------------------------- whole agents
-
-
 @component
 class Provider:
     """Calls each of its tools at once, then answers; writes each request into a ledger of tokens."""

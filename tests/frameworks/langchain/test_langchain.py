@@ -308,9 +308,6 @@ def test_interrupts_and_commands_of_tools_pass_untouched(kind: str) -> None:
     assert result_of(guard).status is RunStatus.COMPLETED
 
 
-# ---------------------------------------------------------------------- no unseen spend
-
-
 class Ledger:
     """What the fake provider has charged for, in all models that write to it."""
 
@@ -378,9 +375,6 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
         await asyncio.gather(*[one(n) for n in range(50)])
 
     asyncio.run(main())
-
-
-# ---------------------------------------------------------------------- waiting for a person
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -233,9 +233,6 @@ def _double(n: int) -> int:
     return 2 * n
 
 
-# ---------------------------------------------------------------------- no unseen spend
-
-
 class Ledger:
     """What the fake provider has charged for, in all models that write to it."""
 
@@ -403,9 +400,6 @@ def test_a_capability_twice_guards_once() -> None:
         "  weather success",
         "  model success 10",
     ]
-
-
-# ---------------------------------------------------------------------- waiting for a person
 
 
 @pytest.mark.parametrize("kind", ["run", "run_sync", "run_stream"])
