@@ -31,9 +31,9 @@ from tests.ui.test_security import attempts_of
 
 from stroma import FailurePolicy, Pipeline, SQLiteStore, StromaRunner, Usage, current_node, stroma_node
 from stroma.checkpoint import open_store
+from stroma.checkpoint.history.run_graph import StepNode
 from stroma.telemetry import otel_hooks
 from stroma.ui.formatting import to_address
-from stroma.ui.pages import _quantile
 
 
 def rows(text: str) -> list[list[str]]:
@@ -315,8 +315,8 @@ def test_the_pipeline(store: SQLiteStore, serve: Any) -> None:
     assert ("failing", "1") in boxes
     assert ("failing", "0") not in boxes
     assert "4 calls" not in text
-    assert "2 calls · 50.0% of attempts failed" in text
-    assert re.search(r"p50 \d\.\d\d s · p95 \d\.\d\d s · \$0\.\d{6} a call", text)
+    assert "2 calls, 50.0% of 4 attempts failed" in text
+    assert re.search(r"p50 \d\.\d\d s, p95 \d\.\d\d s, \$0\.\d{6} a call", text)
     # An edge tells of contracts alone: none is red because the node that it leads to fails.
     assert re.search(r'<path class="link ?" data-from="0" data-to="1"', text)
     assert "link failing" not in text
@@ -337,10 +337,14 @@ def test_the_pipeline(store: SQLiteStore, serve: Any) -> None:
 
 def test_quantiles() -> None:
     """Half of the attempts took p50 at most, nineteen of twenty p95."""
-    hundred = [float(n) for n in range(100, 0, -1)]
-    assert (_quantile(hundred, 0.5), _quantile(hundred, 0.95)) == (50.0, 95.0)
-    assert (_quantile([3.0], 0.5), _quantile([3.0], 0.95)) == (3.0, 3.0)
-    assert (_quantile([2.0, 1.0], 0.5), _quantile([2.0, 1.0], 0.95)) == (1.0, 2.0)
+
+    def quantiles(*seconds: float) -> tuple[float, float]:
+        figures = StepNode(("n",), "node", took_ms=[1000 * one for one in seconds])
+        return figures.quantile(0.5), figures.quantile(0.95)
+
+    assert quantiles(*range(100, 0, -1)) == (50.0, 95.0)
+    assert quantiles(3.0) == (3.0, 3.0)
+    assert quantiles(2.0, 1.0) == (1.0, 2.0)
 
 
 @pytest.mark.core

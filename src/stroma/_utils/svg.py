@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Final, Literal, NamedTuple
 from stroma._utils.text import visible
 
 Tone = Literal["", "warning", "error", "unknown"]
+Mood = Literal["", "failing", "hot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +26,11 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A box, or a frame around those whose ``parent`` it is.
+    """A box, or a frame around those whose ``parent`` it is; in a column, those are indented below it.
 
     Attributes:
         id: by which links and children name it.
-        kind: a word for what it is.
+        kind: a word for what it is; "" for a title alone.
         left, right: the lines that links end at, and those that they begin at.
         left_title, right_title: what stands above them.
         rates: figures about it, a line each; () for none.
@@ -46,7 +48,7 @@ class Box:
     right_title: str = ""
     rates: tuple[str, ...] = ()
     heat: float = 0.0
-    mood: Literal["", "failing", "hot"] = ""
+    mood: Mood = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,8 @@ _MARGIN: Final = 24
 _RATE: Final = 16  # a line of figures
 _LONGEST: Final = 34  # characters of a line; the rest is in its tooltip
 _LONGEST_TITLE: Final = 52
+_ROW_GAP: Final = 34  # between boxes in a column, for the counts
+_INDENT: Final = 26
 
 _STYLE: Final = """
 svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
@@ -106,11 +110,14 @@ svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-s
 .link{fill:none;stroke:#818cf8;stroke-width:1.4}.link.error{stroke:#dc2626;stroke-width:2}
 .link.warning{stroke:#d97706;stroke-width:2}.link.unknown{stroke:#94a3b8;stroke-dasharray:3 4}
 .mark.error{fill:#fee2e2}.mark.warning{fill:#fef3c7}
-.legend{font-size:11px;fill:#475569}
+.legend,.rate,.count{font-size:11px;fill:#475569}.tip{fill:#818cf8}
+.failing .box{stroke:#dc2626;stroke-width:2}
+.count{paint-order:stroke;stroke:#fff;stroke-width:3px}
 @media(prefers-color-scheme:dark){svg{background:#0f172a}.box{fill:#1e293b;stroke:#475569}.head{fill:#312e81}
 .input .head{fill:#064e3b}.bare .head{fill:#334155}.frame{fill:#172033;stroke:#64748b}
 .title,.line{fill:#f1f5f9}
-.kind,.note,.top,.legend{fill:#cbd5e1}.rule{stroke:#334155}.dot{fill:#1e293b}
+.kind,.note,.top,.legend,.rate,.count{fill:#cbd5e1}.count{stroke:#0f172a}.failing .box{stroke:#f87171}
+.rule{stroke:#334155}.dot{fill:#1e293b}
 .error .line,.error .note{fill:#fca5a5}.warning .line,.warning .note{fill:#fcd34d}
 .mark.error{fill:#450a0a}.mark.warning{fill:#422006}}
 """
@@ -151,24 +158,82 @@ def svg(
     width = max(x - _GAP + _MARGIN, 420)
     height = max(bottom, lowest) + _MARGIN + 26
     body = [_box(place, bool(children.get(place.box.id)), href) for place in places.values()]
+    frames = [part for part in body if part.startswith('<g class="group')]
+    others = [part for part in body if not part.startswith('<g class="group')]
+    heading = f'<text class="title" x="{_MARGIN}" y="{_MARGIN + 8}">{as_xml(title)}</text>'
+    return _document((width, height), title, [heading, *frames, *drawn, *others, _legend(height)], href)
+
+
+def steps_svg(boxes: Sequence[Box], links: Iterable[tuple[str, str, int]], *, title: str) -> str:
+    """Return an image of boxes in a column that stands by itself. A box goes before those whose parent it is.
+
+    ``links``: source, target and count, which is the width of an arc.
+    """
+    rows = {box.id: row for row, box in enumerate(boxes)}
+    links = [link for link in links if link[0] in rows and link[1] in rows]
+    most = max((count for _, _, count in links), default=1)
+    reach = _reach(max((abs(rows[target] - rows[source]) for source, target, _ in links), default=0))
+    box_width = max(_size(box, {})[0] for box in boxes)
+    depths: dict[str, int] = {}
+    places: dict[str, _Layout] = {}
+    y: float = _MARGIN
+    for row, box in enumerate(boxes):
+        depth = depths[box.id] = depths[box.parent] + 1 if box.parent in depths else 0
+        height = _size(box, {})[1]
+        places[box.id] = _Layout(box, _MARGIN + reach + depth * _INDENT, y, box_width, height, row)
+        y += height + _ROW_GAP
+    width = 2 * (_MARGIN + reach) + box_width + max(depths.values()) * _INDENT
+    arcs = [
+        _arc(places[source], places[target], count, 1 + 3 * math.sqrt(count / most))
+        for source, target, count in links
+    ]
+    drawn = [_box(place, False, None) for place in places.values()]
+    parts = [*(arc for arc, _ in arcs), *drawn, *(count for _, count in arcs)]
+    return _document((width, y - _ROW_GAP + _MARGIN), title, parts, None)
+
+
+def _document(
+    size: tuple[float, float], title: str, parts: Iterable[str], href: Callable[[Box], str] | None
+) -> str:
+    """Return an image of these parts; with ``href`` without a style, for a page that has it."""
+    width, height = size
     start = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
+    label = f'aria-label="{as_xml(title)}"'
+    head = [f'<svg class="lin" {start} role="group" {label}>']
     if href is None:
-        start = f'<svg xmlns="http://www.w3.org/2000/svg" {start} role="img" aria-label="{as_xml(title)}">'
-    else:
-        start = f'<svg class="lin" {start} role="group" aria-label="{as_xml(title)}">'
-    return "\n".join(
-        [
-            start,
-            f"<title>{as_xml(title)}</title>" if href is None else "",
-            f"<style>{_STYLE}</style>" if href is None else "",
-            f'<text class="title" x="{_MARGIN}" y="{_MARGIN + 8}">{as_xml(title)}</text>',
-            *[part for part in body if part.startswith('<g class="group')],
-            *drawn,
-            *[part for part in body if not part.startswith('<g class="group')],
-            _legend(height),
-            "</svg>",
-            "",
+        head = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" {start} role="img" {label}>',
+            f"<title>{as_xml(title)}</title>",
+            f"<style>{_STYLE}</style>",
         ]
+    return "\n".join([*head, *parts, "</svg>", ""])
+
+
+def _reach(rows: int) -> float:
+    """Return how far an arc over so many rows goes beside the boxes."""
+    return 30 + 16 * math.pow(rows, 0.75)
+
+
+def _arc(source: _Layout, target: _Layout, count: int, width: float) -> tuple[str, str]:
+    """Return an arc with its tip, and its count: on the right if it leads down, else on the left."""
+    span = target.column - source.column
+    if span == 1:
+        x, y1, y2 = max(source.x, target.x) + source.width / 4, source.y + source.height, target.y
+        path, tip = f"M{x:.1f} {y1:.1f}V{y2 - 6:.1f}", f"M{x - 5:.1f} {y2 - 7:.1f}h10l-5 7z"
+        at, anchor = (x + 8, (y1 + y2) / 2 + 4), "start"
+    else:
+        sign = 1 if span > 1 else -1
+        x1, x2 = ((place.x + place.width if sign > 0 else place.x) for place in (source, target))
+        y1, y2 = source.y + source.height * 0.7, target.y + target.height * 0.3
+        if span == 0:  # A call of the same node again.
+            y1, y2 = y2, y1
+        far = (max(x1, x2) if sign > 0 else min(x1, x2)) + sign * _reach(abs(span)) * 4 / 3
+        path = f"M{x1:.1f} {y1:.1f}C{far:.1f} {y1:.1f} {far:.1f} {y2:.1f} {x2 + sign * 6:.1f} {y2:.1f}"
+        tip = f"M{x2 + sign * 7:.1f} {y2 - 5:.1f}v10l{-sign * 7} -5z"
+        at, anchor = ((x1 + x2) / 8 + far * 3 / 4, (y1 + y2) / 2 + 4), "middle"
+    return (
+        f'<path class="link" d="{path}" style="stroke-width:{width:.1f}"/><path class="tip" d="{tip}"/>',
+        f'<text class="count" x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="{anchor}">{count:,}</text>',
     )
 
 
@@ -311,11 +376,14 @@ def _box(place: _Layout, is_frame: bool, href: Callable[[Box], str] | None) -> s
         f'<path class="head" d="M{x + 0.5:.1f} {y + _HEAD - 8:.1f}v-{_HEAD - 16}q0 -7.5 7.5 '
         f'-7.5h{width - 16:.1f}q7.5 0 7.5 7.5v{_HEAD - 16}z"/>',
         title,
-        f'<text class="at" x="{x + width - _PAD:.1f}" y="{y + 20:.1f}">{as_xml(box.id)}</text>',
-        f'<text class="kind" x="{x + _PAD:.1f}" y="{y + 31:.1f}">{as_xml(box.kind)}</text>',
     ]
+    if box.kind:
+        parts += [
+            f'<text class="at" x="{x + width - _PAD:.1f}" y="{y + 20:.1f}">{as_xml(box.id)}</text>',
+            f'<text class="kind" x="{x + _PAD:.1f}" y="{y + 31:.1f}">{as_xml(box.kind)}</text>',
+        ]
     top = y + _top(box)
-    if box.rates:
+    if box.heat:
         parts.append(
             f'<path class="heat" d="M{x + 1:.1f} '
             f'{y + _HEAD:.1f}h{max(2.0, box.heat * (width - 2)):.1f}v3H{x + 1:.1f}z"/>'
@@ -323,7 +391,7 @@ def _box(place: _Layout, is_frame: bool, href: Callable[[Box], str] | None) -> s
     for number, rate in enumerate(box.rates):
         kind = "rate f" if number == 0 else "rate"
         parts.append(
-            f'<text class="{kind}" x="{x + _PAD:.1f}" y="{y + _HEAD + 19 + number * _RATE:.1f}">'
+            f'<text class="{kind}" x="{x + _PAD:.1f}" y="{y + _HEAD + 15 + number * _RATE:.1f}">'
             f"{as_xml(rate)}</text>"
         )
     start = top + (_SECTION if box.left_title or box.right_title else 0)

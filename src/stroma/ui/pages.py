@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 from markupsafe import Markup
@@ -14,13 +13,14 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from stroma._utils.svg import Box
-from stroma._utils.text import clean, format_duration, format_usd, pluralize
+from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.history import FAILED, bar_of, is_at_work, status_of
+from stroma.checkpoint.history.run_graph import StepNode
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
-from stroma.trace.outline import OutlineEntry, outline
+from stroma.trace.outline import outline
 from stroma.trace.result import RunStatus
 from stroma.ui.components import Column, sparkline, tone_of
 from stroma.ui.formatting import cause_text, parse_search, quoted, to_address
@@ -33,59 +33,20 @@ from stroma.ui.settings import Served
 #: Maximum number of runs read, and of attempts read from each.
 RUNS: Final = 50
 _ATTEMPTS: Final = 1000
-#: Part of the attempts that failed, from which on a node is marked as failing; of the time or cost of all, as
-#: hot.
-_FAILING: Final = 0.1
+#: Part of the time or cost of all nodes, from which on a node is marked as hot.
 _HOT: Final = 0.4
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Figures about one node.
-
-    Attributes:
-        calls: number of places with an attempt, in all runs.
-        p50, p95: percentiles of its attempts in seconds; of a flow of its calls, in all processes and waits.
-        seconds, cost_usd: sums over its attempts.
-    """
-
-    node_id: str
-    calls: int
-    attempts: int
-    failed: int
-    p50: float
-    p95: float
-    seconds: float
-    cost_usd: float
-
-    @property
-    def failure_rate(self) -> float:
-        return self.failed / self.attempts
-
-    @property
-    def is_failing(self) -> bool:
-        return self.failure_rate > _FAILING
-
-    @property
-    def lines(self) -> tuple[str, str]:
-        """The figures as text."""
-        cost = f" · {format_usd(self.cost_usd / self.calls)} a call" if self.cost_usd else ""
-        return (
-            f"{pluralize(self.calls, 'call')} · {self.failure_rate:.1%} of attempts failed",
-            f"p50 {format_duration(self.p50)} · p95 {format_duration(self.p95)}{cost}",
-        )
-
-
-def rate_boxes(nodes: Sequence[Figures]) -> Callable[[Box], Box]:
+def rate_boxes(nodes: Sequence[StepNode]) -> Callable[[Box], Box]:
     """Return a function that adds figures to the box of a node, and marks failing and expensive ones."""
-    by_id = {one.node_id: one for one in nodes}
-    seconds, cost = sum(one.seconds for one in nodes), sum(one.cost_usd for one in nodes)
+    by_id = {one.path[-1]: one for one in nodes}
+    ms, cost = sum(one.busy_ms for one in nodes), sum(one.cost_usd for one in nodes)
 
     def rate(box: Box) -> Box:
         one = by_id.get(box.title)
         if one is None or box.kind in ("parallel", "map_over", "sequence"):
             return box
-        heat = max(one.seconds / seconds if seconds else 0.0, one.cost_usd / cost if cost else 0.0)
+        heat = max(one.busy_ms / ms if ms else 0.0, one.cost_usd / cost if cost else 0.0)
         return replace(
             box,
             rates=one.lines,
@@ -96,47 +57,24 @@ def rate_boxes(nodes: Sequence[Figures]) -> Callable[[Box], Box]:
     return rate
 
 
-def figures_of(store: AsyncStates, pipeline: str) -> tuple[int, list[Figures]]:
+def figures_of(store: AsyncStates, pipeline: str) -> tuple[int, list[StepNode]]:
     """Return the number of runs read, and the nodes in order of position. Raises StoreError."""
     if not store.exists():
         return 0, []
     runs = store.run_page(RunQuery(pipeline=pipeline), limit=RUNS).runs
-    known: dict[str, list[OutlineEntry]] = {}
+    known: dict[str, StepNode] = {}
+    places: dict[str, tuple[int, str]] = {}
     for run in runs:
         attempts = store.attempt_page(run.run_id, limit=_ATTEMPTS).attempts
         first_ns = min((one.started_ns for one in attempts), default=0)
         for top in outline(bar_of(one, first_ns) for one in attempts):
             for _, call in top.walk():
                 if call.bars:
-                    known.setdefault(call.label, []).append(call)
-    by_place = sorted(known.items(), key=lambda node: min(map(_place_of, node[1])))
-    return len(runs), [_figures(node_id, calls) for node_id, calls in by_place]
-
-
-def _place_of(call: OutlineEntry) -> tuple[int, str]:
-    position, _, branch = call.at.partition(".")
-    return int(position), branch
-
-
-def _figures(node_id: str, calls: Sequence[OutlineEntry]) -> Figures:
-    bars = [bar for call in calls for bar in call.bars]
-    took = [ms / 1000 for call in calls for ms in call.times_ms]
-    return Figures(
-        node_id,
-        len(calls),
-        len(bars),
-        sum(bar.failure_class is not None for bar in bars),
-        _quantile(took, 0.5),
-        _quantile(took, 0.95),
-        sum(bar.took_ms for bar in bars) / 1000,
-        sum(bar.cost_usd for bar in bars),
-    )
-
-
-def _quantile(values: Sequence[float], part: float) -> float:
-    """Return the smallest value that at least this fraction of the values does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(part * len(ordered)) - 1)]
+                    position, _, branch = call.at.partition(".")
+                    place = int(position), branch
+                    known.setdefault(call.label, StepNode((call.label,), "node")).add(call)
+                    places[call.label] = min(place, places.get(call.label, place))
+    return len(runs), sorted(known.values(), key=lambda node: places[node.path[-1]])
 
 
 _PAGE_SIZE: Final = 50
@@ -316,7 +254,7 @@ class Pages:
         name, served = self._served(request)
         looked_at, nodes = figures_of(self._store, name)
         has_steps = looked_at > 0 and self._history.run_graph(name, RUNS).has_calls
-        failed = {one.node_id for one in nodes if one.failed}
+        failed = {one.path[-1] for one in nodes if one.failed}
 
         def address(node_id: str) -> str:
             """Return the address of the runs in which a node failed; of all runs for a node that did not."""
@@ -336,7 +274,7 @@ class Pages:
             address=address,
             looked_at=looked_at,
             has_steps=has_steps,
-            slowest=max((one.p95 for one in nodes), default=0),
+            slowest=max((one.quantile(0.95) for one in nodes), default=0),
             dearest=max((one.cost_usd for one in nodes), default=0),
         )
 

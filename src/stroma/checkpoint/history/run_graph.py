@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from stroma._utils.svg import as_xml, cut
-from stroma._utils.text import as_mermaid, format_duration, format_usd
-from stroma.trace.outline import OutlineEntry, outline
+from stroma._utils.svg import Box, Mood, steps_svg
+from stroma._utils.text import as_mermaid, format_duration, format_usd, pluralize
+from stroma.trace.outline import WAITS, OutlineEntry, outline
 from stroma.trace.story import Bar
 
 Path = tuple[str, ...]
@@ -19,19 +19,21 @@ Path = tuple[str, ...]
 #: Edges begin and end here.
 START: Final = "start"
 
-_WARN_RATE: Final = 0.1
+#: Part of the attempts that failed, from which on a node is marked as failing.
+_FAILING: Final = 0.1
 
 
 @dataclass(slots=True)
 class StepNode:
-    """A node of the graph.
+    """Figures about a node of the graph, or about all calls of a node.
 
     Attributes:
         path: its label after those of the flows and maps around it.
         kind: "node", "map", "flow", "sleep", "question" or "message".
         calls: number of calls; of a node in a map of its items.
         attempts, failed: number of attempts, and of those that failed.
-        took_ms, cost_usd: durations of its attempts, and their cost.
+        took_ms: time of each attempt; of a flow of each call, in all processes and waits.
+        busy_ms, cost_usd: sums over its attempts.
     """
 
     path: Path
@@ -40,25 +42,47 @@ class StepNode:
     attempts: int = 0
     failed: int = 0
     took_ms: list[float] = field(default_factory=list)
+    busy_ms: float = 0.0
     cost_usd: float = 0.0
 
-    @property
-    def rates(self) -> str:
-        """The durations of its attempts and the cost of a call, as text; "" without an attempt."""
-        if not self.took_ms:
-            return ""
+    def add(self, call: OutlineEntry) -> None:
+        """Count one call."""
+        self.calls += 1
+        if call.kind in WAITS:
+            return
+        self.attempts += len(call.bars)
+        self.failed += sum(bar.outcome == "failure" for bar in call.bars)
+        self.took_ms += call.times_ms
+        self.busy_ms += sum(bar.took_ms for bar in call.bars)
+        self.cost_usd += sum(bar.cost_usd for bar in call.bars)
+
+    def quantile(self, part: float) -> float:
+        """Return the seconds that at least this fraction of the attempts does not exceed; 0 without any."""
         ordered = sorted(self.took_ms)
-        p50, p95 = (ordered[max(0, math.ceil(part * len(ordered)) - 1)] / 1000 for part in (0.5, 0.95))
-        cost = f", {format_usd(self.cost_usd / self.calls)}" if self.cost_usd else ""
-        return f"p50 {format_duration(p50)}, p95 {format_duration(p95)}{cost}"
+        return ordered[max(0, math.ceil(part * len(ordered)) - 1)] / 1000 if ordered else 0.0
+
+    @property
+    def failure_rate(self) -> float:
+        return self.failed / self.attempts if self.attempts else 0.0
+
+    @property
+    def is_failing(self) -> bool:
+        return self.failure_rate > _FAILING
 
     @property
     def figures(self) -> str:
-        """The figures as text."""
-        calls = "1 call" if self.calls == 1 else f"{self.calls:,} calls"
-        if not self.failed:
-            return calls
-        return f"{calls}, {self.failed / self.attempts:.1%} of {self.attempts:,} attempts failed"
+        """Its calls and failures as text."""
+        failed = f", {self.failure_rate:.1%} of {self.attempts:,} attempts failed" if self.failed else ""
+        return f"{pluralize(self.calls, 'call')}{failed}"
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """All figures as text: calls and failures, then durations and the cost of a call if it has any."""
+        if not self.took_ms:
+            return (self.figures,)
+        cost = f", {format_usd(self.cost_usd / self.calls)} a call" if self.cost_usd else ""
+        p50, p95 = (format_duration(self.quantile(part)) for part in (0.5, 0.95))
+        return self.figures, f"p50 {p50}, p95 {p95}{cost}"
 
 
 @dataclass(slots=True)
@@ -120,12 +144,7 @@ class RunGraph:
             node = self.nodes[path] = StepNode(path, kind)
         elif has_steps and node.kind == "node":
             node.kind = "flow"
-        node.calls += 1
-        if entry.kind in ("node", "map"):
-            node.attempts += len(entry.bars)
-            node.failed += sum(bar.outcome == "failure" for bar in entry.bars)
-            node.took_ms += [bar.took_ms for bar in entry.bars]
-            node.cost_usd += sum(bar.cost_usd for bar in entry.bars)
+        node.add(entry)
         if entry.kind == "map":
             for item in entry.entries:
                 self.edges[path, self._add(item, path)] += 1
@@ -174,7 +193,7 @@ class RunGraph:
                     lines.append(f"{indent}end")
                 else:
                     lines.append(f'{indent}{name}{opening}"{label}"{closing}')
-                if node.failed > _WARN_RATE * node.attempts:
+                if node.is_failing:
                     failing.append(name)
 
         write((), "    ")
@@ -188,26 +207,26 @@ class RunGraph:
         return "\n".join(lines) + "\n"
 
     def _title(self) -> str:
-        return f"{self.name}: {'1 run' if self.runs == 1 else f'{self.runs:,} runs'}"
+        return f"{self.name}: {pluralize(self.runs, 'run')}"
 
     def svg(self) -> str:
         """Return the graph as a self-contained SVG image."""
         title = self._title()
-        boxes = [ArcBox(START, title, "")]
-        names: dict[Path, str] = {(START,): START}
+        boxes = [Box(START, title, "")]
+        names: dict[Path, str] = {(): "", (START,): START}
         order = {path: number for number, path in enumerate(self.nodes)}
         # Each node before those inside it.
         paths = sorted(order, key=lambda path: [order[path[:size]] for size in range(1, len(path) + 1)])
-        for number, path in enumerate(paths):
+        for number, path in enumerate(paths, 1):
             node = self.nodes[path]
             names[path] = str(number)
-            is_failing = node.failed > _WARN_RATE * node.attempts
-            boxes.append(ArcBox(str(number), path[-1], node.figures, len(path) - 1, is_failing, node.rates))
+            mood: Mood = "failing" if node.is_failing else ""
+            boxes.append(Box(str(number), path[-1], node.kind, names[path[:-1]], rates=node.lines, mood=mood))
         links = [(names[source], names[target], count) for (source, target), count in self.edges.items()]
         for status in dict.fromkeys(status for _, status in self.ends):
-            boxes.append(ArcBox(f"end {status}", status, ""))
+            boxes.append(Box(f"end {status}", status, ""))
         links += [(names[path], f"end {status}", count) for (path, status), count in self.ends.items()]
-        return arc_diagram(boxes, links, title=title)
+        return steps_svg(boxes, links, title=title)
 
 
 _SHAPES: Final = {"sleep": ("([", "])"), "question": ("{{", "}}"), "message": ("{{", "}}")}
@@ -285,125 +304,3 @@ def _outer_scopes(scope: str) -> list[str]:
         scope = scope.rpartition("-")[0]
         scopes.append(scope)
     return scopes
-
-
-_BOX_WIDTH: Final = 420
-_BOX_HEIGHT: Final = 40
-_GAP: Final = 34
-_INDENT: Final = 26
-_MARGIN: Final = 24
-_LONGEST_TITLE: Final = 26
-_LONGEST_NOTE: Final = 52
-_STYLE: Final = """
-svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
-.box{fill:#eef2ff;stroke:#94a3b8}.failing .box{stroke:#dc2626;stroke-width:2}.end .box{fill:#f8fafc}
-.title{font-size:13px;font-weight:600;fill:#0f172a}.note{font-size:11px;fill:#475569}
-.link{fill:none;stroke:#6366f1}.tip{fill:#6366f1}
-.count{font-size:11px;fill:#334155;paint-order:stroke;stroke:#fff;stroke-width:3px}
-@media(prefers-color-scheme:dark){svg{background:#0f172a}.box{fill:#312e81;stroke:#64748b}
-.failing .box{stroke:#f87171}
-.end .box{fill:#1e293b}.title{fill:#f1f5f9}.note{fill:#cbd5e1}.link{stroke:#a5b4fc}.tip{fill:#a5b4fc}
-.count{fill:#e2e8f0;stroke:#0f172a}}
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class ArcBox:
-    """A box. ``depth``: of its indentation below its parent. ``rates``: figures at its right edge."""
-
-    id: str
-    title: str
-    note: str
-    depth: int = 0
-    is_failing: bool = False
-    rates: str = ""
-
-
-def arc_diagram(boxes: Sequence[ArcBox], links: Iterable[tuple[str, str, int]], *, title: str) -> str:
-    """Return an image of boxes in a column. ``links``: source, target and count, drawn as the width."""
-    rows = {box.id: number for number, box in enumerate(boxes)}
-    links = [link for link in links if link[0] in rows and link[1] in rows]
-    spans = [abs(rows[target] - rows[source]) for source, target, _ in links]
-    reach = 30 + 16 * max(spans, default=0) ** 0.75
-    left = _MARGIN + reach
-    depth = max((box.depth for box in boxes), default=0)
-    width = left + _BOX_WIDTH + depth * _INDENT + reach + _MARGIN
-    height = 2 * _MARGIN + len(boxes) * (_BOX_HEIGHT + _GAP) - _GAP
-    most = max((count for _, _, count in links), default=1)
-    ends = [_edges(box, rows[box.id], left) for box in boxes]
-    drawn = [
-        _arc(
-            ends[rows[source]],
-            ends[rows[target]],
-            rows[target] - rows[source],
-            count,
-            1 + 3 * math.sqrt(count / most),
-        )
-        for source, target, count in links
-    ]
-    return "\n".join(
-        [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-            f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{as_xml(title)}">',
-            f"<title>{as_xml(title)}</title>",
-            f"<style>{_STYLE}</style>",
-            *(arc for arc, _ in drawn),
-            *(_box(box, place) for box, place in zip(boxes, ends, strict=True)),
-            *(count for _, count in drawn),
-            "</svg>",
-            "",
-        ]
-    )
-
-
-#: Left and right edge, top and bottom.
-_Edges = tuple[float, float, float, float]
-
-
-def _edges(box: ArcBox, row: int, left: float) -> _Edges:
-    top = _MARGIN + row * (_BOX_HEIGHT + _GAP)
-    x = left + box.depth * _INDENT
-    return x, x + _BOX_WIDTH, top, top + _BOX_HEIGHT
-
-
-def _arc(source: _Edges, target: _Edges, span: int, count: int, width: float) -> tuple[str, str]:
-    """Return the path of a link with its tip, and its count."""
-    if span == 1:
-        x, y1, y2 = (max(source[0], target[0]) + _BOX_WIDTH / 4, source[3], target[2])
-        path, tip = f"M{x:.1f} {y1:.1f}V{y2 - 6:.1f}", f"M{x - 5:.1f} {y2 - 7:.1f}h10l-5 7z"
-        at, anchor = (x + 8, (y1 + y2) / 2 + 4), "start"
-    else:
-        side, sign = (1, 1) if span > 1 else (0, -1)
-        x1, x2 = source[side], target[side]
-        y1, y2 = source[2] + _BOX_HEIGHT * 0.7, target[2] + _BOX_HEIGHT * 0.3
-        if span == 0:  # A call of the same node again.
-            y1, y2 = y2, y1
-        far = (max(x1, x2) if sign > 0 else min(x1, x2)) + sign * (30 + 16 * abs(span) ** 0.75) * 4 / 3
-        path = f"M{x1:.1f} {y1:.1f}C{far:.1f} {y1:.1f} {far:.1f} {y2:.1f} {x2 + sign * 6:.1f} {y2:.1f}"
-        tip = f"M{x2 + sign * 7:.1f} {y2 - 5:.1f}v10l{-sign * 7} -5z"
-        at, anchor = ((x1 + x2) / 8 + far * 3 / 4, (y1 + y2) / 2 + 4), "middle"
-    return (
-        f'<path class="link" d="{path}" stroke-width="{width:.1f}"/><path class="tip" d="{tip}"/>',
-        f'<text class="count" x="{at[0]:.1f}" y="{at[1]:.1f}" text-anchor="{anchor}">{count:,}</text>',
-    )
-
-
-def _box(box: ArcBox, place: _Edges) -> str:
-    x, _, top, _ = place
-    kind = "failing" if box.is_failing else "step" if box.note else "end"
-    middle = top + (18 if box.note else 25)
-    note = (
-        f'<text class="note" x="{x + 14:.1f}" y="{top + 33:.1f}">'
-        f"{as_xml(cut(box.note, _LONGEST_NOTE))}</text>"
-    )
-    rates = ""
-    if box.rates:
-        at = f'x="{x + _BOX_WIDTH - 12:.1f}" y="{top + 18:.1f}" text-anchor="end"'
-        rates = f'<text class="note" {at}>{as_xml(box.rates)}</text>'
-    return (
-        f'<g class="{kind}"><rect class="box" x="{x:.1f}" y="{top:.1f}" width="{_BOX_WIDTH}" '
-        f'height="{_BOX_HEIGHT}" rx="8"/>'
-        f'<text class="title" x="{x + 14:.1f}" y="{middle:.1f}">'
-        f"{as_xml(cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>"
-        f"{note if box.note else ''}{rates}</g>"
-    )
