@@ -29,6 +29,7 @@ from stroma import (
     FailureClass,
     Limit,
     NodeHooks,
+    Pipeline,
     RunConfig,
     RunStatus,
     StromaRunner,
@@ -324,16 +325,19 @@ async def test_requests_that_are_refused_open_nothing(server: Server, client: ht
     assert (server.seen, broken.states()) == (10, {"127.0.0.1": "closed"})
 
 
-async def test_other_hosts_are_called_all_the_same(server: Server, client: httpx.AsyncClient) -> None:
-    """A node that calls a provider that is well is not held up by one that is not."""
+@pytest.mark.parametrize(("node_id", "pipeline"), [("other", "p"), ("call", "other")])
+async def test_other_hosts_are_called_all_the_same(
+    server: Server, client: httpx.AsyncClient, node_id: str, pipeline: str
+) -> None:
+    """A node that calls a healthy provider is not held up by another host, of a node or of its namesake."""
     broken, _ = breaker(max_wait_seconds=0)
     runner = StromaRunner.quick(breaker=broken, policy_map=NEVER)
     server.status = 500
     for _ in range(5):
-        await runner.run([asking(server, client)], State())
+        await runner.run(Pipeline("p", [asking(server, client)]), State())
     other = Server()
     other.url = other.url.replace("127.0.0.1", "localhost")
-    result = await runner.run([asking(other, client, "other")], State())
+    result = await runner.run(Pipeline(pipeline, [asking(other, client, node_id)]), State())
     other.server.shutdown()
     other.server.server_close()
     assert result.status is RunStatus.COMPLETED

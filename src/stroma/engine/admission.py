@@ -121,7 +121,7 @@ class Permit:
             self.needed.append(limit)
             label = limit.label
         if self.breaker is not None:
-            self.key = self.breaker.key_of(node_id, label)
+            self.key = self.breaker.key_of((ctx.pipeline, node_id), label)
 
     # ---- to pass the gates
 
@@ -279,7 +279,7 @@ class Permit:
         well = True if done else None if failure is None else breaker.verdict(failure)
         key = self.key
         if well is not None and failure is not None and not done:
-            key = breaker.learn(self.run.node_id, failure, key)
+            key = breaker.learn((self.ctx.pipeline, self.run.node_id), failure, key)
         if key != self.key:  # The call that was to probe the circuit went elsewhere.
             self._drop_probe()
         changed = breaker.leave(key, well, probe=self.probe)

@@ -365,22 +365,25 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     server and a proxy before it may have, the longest counts. None if there is no wish, or one that makes no
     sense.
     """
-    for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        text = headers.get(name, "").strip()
-        numbers = [_number(part) for part in text.split(",")]
-        waits = [wait / scale for wait in numbers if math.isfinite(wait) and wait >= 0]
-        if not waits and scale == 1.0:
-            waits = _moment(text)
-        if waits:
-            return max(waits)
-    return None
+    milliseconds = [wait / 1000 for part in _parts(headers, "retry-after-ms") for wait in _seconds(part)]
+    # The weekday of a date ends at a comma too. The rest is a date without it.
+    waits = milliseconds or [
+        wait for part in _parts(headers, "retry-after") for wait in _seconds(part) or _moment(part)
+    ]
+    return max(waits, default=None)
 
 
-def _number(text: str) -> float:
+def _parts(headers: Mapping[str, str], name: str) -> list[str]:
+    return [part.strip() for part in headers.get(name, "").split(",")]
+
+
+def _seconds(text: str) -> list[float]:
+    """Return the number that a text is; none for anything else, or a number that is not a time."""
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
-        return math.nan
+        return []
+    return [seconds] if math.isfinite(seconds) and seconds >= 0 else []
 
 
 def _moment(text: str) -> list[float]:

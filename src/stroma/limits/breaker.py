@@ -69,10 +69,11 @@ class Breaker:
     """A circuit breaker for each provider, shared by all runs of this process that use this object.
 
     The name of a circuit is the provider's host, taken from the exception of the last failed call of the
-    node; before that, it is the limit of the node (``limit 'llm'``). A circuit is closed until a share of
-    ``failure_rate`` of at least ``min_calls`` calls in the last ``window_seconds`` has failed: then it opens,
-    and no call is made for ``open_seconds``. After that one call probes the provider (half-open): the circuit
-    closes if it succeeds, and opens again otherwise. A node that calls several hosts has one circuit.
+    node in its pipeline; before that, it is the limit of the node (``limit 'llm'``). A circuit is closed until
+    a share of ``failure_rate`` of at least ``min_calls`` calls in the last ``window_seconds`` has failed: then
+    it opens, and no call is made for ``open_seconds``. After that one call probes the provider (half-open):
+    the circuit closes if it succeeds, and opens again otherwise. A node that calls several hosts has one
+    circuit.
 
     A provider that cannot be reached, times out, is overloaded or has an internal error (5xx) counts as a
     failure. A refused request (400, 401 ...) and a rate limit (429) count as successes, since the provider
@@ -108,8 +109,8 @@ class Breaker:
         self.max_wait_seconds = optional_seconds("max_wait_seconds", max_wait_seconds)
         self._clock = _clock or _now
         self._circuits: dict[str, _Circuit] = {}
-        #: The host of the last failed call of each node.
-        self._hosts: dict[str, str] = {}
+        #: The host of the last failed call, by pipeline and node.
+        self._hosts: dict[tuple[str, str], str] = {}
 
     def __copy__(self) -> Breaker:
         return self  # Runs share it, so copies of a config do too.
@@ -132,9 +133,9 @@ class Breaker:
         """Return the state of each circuit with a counted call, by host or limit."""
         return {key: circuit.state for key, circuit in list(self._circuits.items())}
 
-    def key_of(self, node_id: str, limit: str | None) -> str | None:
-        """Return the circuit of a call of a node; None while it is unknown."""
-        return self._hosts.get(node_id, limit)
+    def key_of(self, node: tuple[str, str], limit: str | None) -> str | None:
+        """Return the circuit of a call of a node (pipeline, node id); None while it is unknown."""
+        return self._hosts.get(node, limit)
 
     def enter(self, key: str) -> Entry:
         """Request to make a call. A caller that may make it reports its outcome with leave()."""
@@ -181,12 +182,12 @@ class Breaker:
             circuit.state, circuit.opened = "open", now
             return "open"
 
-    def learn(self, node_id: str, failure: Failure, key: str | None) -> str | None:
+    def learn(self, node: tuple[str, str], failure: Failure, key: str | None) -> str | None:
         """Return the circuit of a failed call: that of the host in the exception, else ``key``."""
         host = host_of(failure.exception)
         if host is None:
             return key
-        self._hosts[node_id] = host
+        self._hosts[node] = host
         return host
 
 
