@@ -200,7 +200,10 @@ _PLAIN: Final = frozenset({"pydantic", "pydantic_core", *sys.stdlib_module_names
 
 
 def build_validator_without(core: Any, is_dropped: Callable[[dict[str, Any]], bool]) -> SchemaValidator:
-    """Return a validator of the same schema without some of its nodes, but with those inside them."""
+    """Return a validator of the same schema without some of its nodes, but with those inside them.
+
+    It also takes the values of enum members where the schema is strict: ``use_enum_values`` keeps those.
+    """
     schema = _without(core, is_dropped)
     try:
         # The validators that nested classes have already hold those nodes.
@@ -270,6 +273,8 @@ def _without(item: Any, is_dropped: Callable[[dict[str, Any]], bool]) -> Any:
     while is_dropped(item):
         inner = item.get("schema", {"type": "any"})
         item = {**inner, "ref": item["ref"]} if "ref" in item else inner
+    if item["type"] == "enum":
+        item = {**item, "strict": False}
     return {
         k: v if k in _NO_SCHEMAS else _without(v, is_dropped) for k, v in item.items() if k != "custom_init"
     }

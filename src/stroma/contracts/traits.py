@@ -176,7 +176,8 @@ class Validators:
     """The validators of one model class. Each raises pydantic's ValidationError.
 
     A class that calls user code or decodes text may change or refuse its own output, so values that it has
-    seen are validated without its decoders (``decoded``, ``rebuild``) or without both (``reinstate``).
+    seen are validated without its decoders (``decoded``, ``rebuild``) or without both (``reinstate``). The same
+    holds for a strict class that keeps the values of enum members.
 
     Attributes:
         validate: for values of unknown origin.
@@ -195,7 +196,7 @@ class Validators:
             self.validate = self.decoded = self.rebuild = model.model_validate
             return
         run = decoded = model.__pydantic_validator__.validate_python
-        if traits.has_decoders:
+        if traits.has_decoders or (traits.is_strict and model.model_config.get("use_enum_values")):
             decoded = build_validator_without(core_schema_of(model), decodes_text).validate_python
         if traits.has_validation_aliases:
             self.validate = functools.partial(run, by_alias=True, by_name=True)
