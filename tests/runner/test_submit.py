@@ -144,6 +144,19 @@ async def test_giving_up_a_wait_changes_nothing(store: Any) -> None:
         assert (await waits[1]).status is RunStatus.COMPLETED
 
 
+async def test_a_wait_without_time_looks_once(store: Any) -> None:
+    """result(timeout=0) returns the result of a run that has ended, and raises TimeoutError for any other."""
+    pipeline = Pipeline("p", [World().step("a")])
+    handle = await _runner(store).submit(pipeline, Num())
+    with pytest.raises(TimeoutError, match=f"run '{handle.run_id}' has not ended within 0 s"):
+        await handle.result(timeout=0)
+    async with serving(store, pipeline):
+        await handle.result(timeout=20)
+    assert (await handle.result(timeout=0)).status is RunStatus.COMPLETED
+    with pytest.raises(CheckpointNotFound):
+        await _runner(store).handle("unknown", pipeline).result(timeout=0)
+
+
 async def test_a_wait_that_begins_while_the_store_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The failure of a query ends the waits that it was for. One that began meanwhile ends with its run."""
     store, failing, fail = AsyncInMemoryStore(), asyncio.Event(), threading.Event()

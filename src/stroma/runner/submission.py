@@ -10,7 +10,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from stroma.checkpoint import RunBusy, RunExists
-from stroma.checkpoint.decisions import UNFINISHED
+from stroma.checkpoint.decisions import GIVEN_UP, UNFINISHED
 from stroma.checkpoint.queue import QUEUED
 from stroma.runner.events import StreamEvent
 from stroma.runner.flows.suspension import now_ms
@@ -65,24 +65,30 @@ class RunHandle(Generic[Out]):
         """Wait for the end of the run, over suspensions, and return its result, whatever the end is.
 
         All waits of a runner share one query of the store, soon after a wait starts, and then twice a
-        second. Giving up a wait changes nothing. ``timeout``: seconds. Raises TimeoutError,
-        CheckpointNotFound, StoreError; PipelineChanged if this code does not fit the run.
+        second. Giving up a wait changes nothing. ``timeout``: seconds; after them the run is looked at once
+        more, so 0 asks if it has ended. Raises TimeoutError, CheckpointNotFound, StoreError; PipelineChanged
+        if this code does not fit the run.
         """
         scope = asyncio.timeout(timeout)
         try:
             async with scope:
                 while True:
                     await self._waits().until_ended(self.run_id)
-                    try:
-                        result = await self._calls.read(self.run_id)
-                    except (RunBusy, RunExists):  # Somebody has restarted it meanwhile.
-                        continue
-                    if result.status is not RunStatus.SUSPENDED:
+                    if (result := await self._end()) is not None:
                         return result
         except TimeoutError:
             if not scope.expired():
                 raise
-            raise TimeoutError(f"run {self.run_id!r} has not ended within {timeout:g} s") from None
+        if await self.status() in GIVEN_UP and (result := await self._end()) is not None:
+            return result
+        raise TimeoutError(f"run {self.run_id!r} has not ended within {timeout:g} s")
+
+    async def _end(self) -> ExecutionResult[Out] | None:
+        """Return the result of a run that had ended; None if somebody has continued it meanwhile."""
+        with contextlib.suppress(RunBusy, RunExists):
+            result = await self._calls.read(self.run_id)
+            return None if result.status is RunStatus.SUSPENDED else result
+        return None
 
     async def until_stopped(self) -> ExecutionResult[Out]:
         """Wait until the run has ended or is suspended, and return its result, as ``run()`` does.
