@@ -11,9 +11,9 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 from tests.flows.steps import Text, World
-from tests.kit import NEVER, Num, node, quick
+from tests.kit import NEVER, Num, node, quick, returning
 
 from stroma import (
     ContractViolation,
@@ -47,6 +47,25 @@ async def test_a_wrong_output_class() -> None:
     assert result.failure is not None
     assert isinstance(result.failure.exception, ContractViolation)
     assert "flow 'f' must return a Num, got Text" in result.failure.message
+
+
+class Both(BaseModel):
+    n: int
+    text: str
+
+
+async def test_the_output_of_a_group_is_an_output() -> None:
+    """A flow may return the output of parallel or map_over, whose fields its output model validates."""
+    group = parallel(add, node("say", returning({"text": "x"}), output=Text))
+
+    async def body(flow: Flow, state: Num) -> Any:
+        return await flow.step(group, state)
+
+    result = await quick().run(a_flow(body, Both), Num())
+    assert (result.status, result.output) == (RunStatus.COMPLETED, Both(n=1, text="x"))
+    missing = create_model("Missing", more=(int, ...))
+    result = await quick().run(a_flow(body, missing), Num())
+    assert result.failure.message == "Contract violation for 'f' (output): more: Field required"
 
 
 async def test_an_invalid_input() -> None:

@@ -176,8 +176,8 @@ class Validators:
     """The validators of one model class. Each raises pydantic's ValidationError.
 
     A class that calls user code or decodes text may change or refuse its own output, so values that it has
-    seen are validated without its decoders (``decoded``, ``rebuild``) or without both (``reinstate``). The same
-    holds for a strict class that keeps the values of enum members.
+    seen are validated without its decoders (``decoded``, ``rebuild``) or without both (``reinstate``). The
+    same holds for a strict class that keeps the values of enum members.
 
     Attributes:
         validate: for values of unknown origin.

@@ -73,13 +73,18 @@ def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseMode
             return create_model(name, __config__=config, __module__=__name__, **undescribed)
 
 
+def is_merged(state: BaseModel) -> bool:
+    """Return True for the output of a group, whose class nobody else has."""
+    return type(state).__module__ == __name__
+
+
 def spelled_out(state: BaseModel) -> BaseModel:
     """Return a group's output as a model whose class declares all fields, also of untyped children.
 
     It accepts what the class of the group accepts. Another state is returned unchanged, and so is one with
     names that no field can have.
     """
-    if type(state).__module__ != __name__ or not state.__pydantic_extra__:
+    if not is_merged(state) or not state.__pydantic_extra__:
         return state
     model = _spelled_out(type(state), tuple(state.__pydantic_extra__))
     if model is None:

@@ -69,11 +69,11 @@ class Breaker:
     """A circuit breaker for each provider, shared by all runs of this process that use this object.
 
     The name of a circuit is the provider's host, taken from the exception of the last failed call of the
-    node in its pipeline; before that, it is the limit of the node (``limit 'llm'``). A circuit is closed until
-    a share of ``failure_rate`` of at least ``min_calls`` calls in the last ``window_seconds`` has failed: then
-    it opens, and no call is made for ``open_seconds``. After that one call probes the provider (half-open):
-    the circuit closes if it succeeds, and opens again otherwise. A node that calls several hosts has one
-    circuit.
+    node in its pipeline; before that, it is the limit of the node (``limit 'llm'``). A circuit is closed
+    until a share of ``failure_rate`` of at least ``min_calls`` calls in the last ``window_seconds`` has
+    failed: then it opens, and no call is made for ``open_seconds``. After that one call probes the provider
+    (half-open): the circuit closes if it succeeds, and opens again otherwise. A node that calls several
+    hosts has one circuit.
 
     A provider that cannot be reached, times out, is overloaded or has an internal error (5xx) counts as a
     failure. A refused request (400, 401 ...) and a rate limit (429) count as successes, since the provider

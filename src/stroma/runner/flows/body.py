@@ -19,6 +19,7 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.loop import execute_in_turn
+from stroma.engine.merged_models import is_merged
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.restore import restore
 from stroma.engine.tasks import raise_if
@@ -40,7 +41,8 @@ async def commit_output(
     assert contract is not None  # A flow has one.
     source, schema = schema_of(contract.input_schema), schema_of(contract.output_schema)
     try:
-        if isinstance(returned, BaseModel) and not isinstance(returned, schema.model):
+        is_model = isinstance(returned, BaseModel) and not is_merged(returned)
+        if is_model and not isinstance(returned, schema.model):
             text = f"flow {node_id!r} must return a {schema.model.__name__}, got {type(returned).__name__}"
             problem = {"type": "model_type", "loc": (), "msg": text, "input": None}
             raise ContractViolation(node_id, "output", {}, [problem])
