@@ -219,6 +219,18 @@ async def test_the_order_of_claims(store: Any) -> None:
     assert await claim(store) == ["first", "second", "late", "some day"]
 
 
+async def test_stopped_runs_keep_their_order(store: Any) -> None:
+    """Runs that stopped and are due at the same time continue in the order of their submission."""
+    run_ids = ["c", "a", "b"]
+    for run_id in run_ids:
+        await submit(store, run_id)
+    await claim(store)
+    for session in [await open_claimed(store, run_id) for run_id in reversed(run_ids)]:
+        await settled(session.end("SUSPENDED", None, NOW))
+    assert await claim(store, 2) == ["c", "a"]
+    assert await claim(store) == ["b"]
+
+
 async def test_keys_share_the_workers(store: Any) -> None:
     """Runs of a key with few runs do not wait for those of a key with many; live runs of a key count."""
     for number in range(5):

@@ -129,7 +129,7 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
   -- Adds those of these runs that are due. Runs that are in the list no more are removed from it.
   local function add_due(list, ids, blocked)
     local due, taken = {}, {}
-    for at, id in ipairs(ids) do
+    for _, id in ipairs(ids) do
       local f = fields(prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline',
           'claim_until', 'priority', 'key', 'version', 'blocked_until_ms', 'blocked_codes', 'order')
       local status, wake, blocked_until = f.status, f.wake_ms, f.blocked_until_ms
@@ -141,13 +141,13 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
           and (not blocked or tonumber(blocked_until) <= now
             or not string.find(f.blocked_codes or '', code, 1, true)) then
         due[#due + 1] = {id = id, priority = tonumber(f.priority or 0) or 0, key = f.key,
-            order = blocked and f.order, due = stopped and tonumber(wake) or 0, at = at}
+            order = f.order or '0', due = stopped and tonumber(wake) or 0}
       end
     end
     table.sort(due, function(a, b)
       if a.priority ~= b.priority then return a.priority < b.priority end
       if a.due ~= b.due then return a.due < b.due end
-      return a.at < b.at
+      return tonumber(a.order) < tonumber(b.order)
     end)
     for _, one in ipairs(due) do
       local key = one.key or ''
