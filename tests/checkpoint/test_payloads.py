@@ -114,10 +114,8 @@ async def test_every_payload_goes_through_the_codec(tmp_path: Path) -> None:
         await runner(store).run(nodes, Note(text="canary in"))
         await runner(store).signal("r", "canary answer")
         result = await runner(store, resume=True).run(nodes, Note(text="canary in"))
-        assert (result.status, result.final_state) == (
-            RunStatus.RESUMED,
-            Note(text="canary canary in canary answer"),
-        )
+        assert result.status is RunStatus.RESUMED
+        assert result.final_state == Note(text="canary canary in canary answer")
         await store.save("r", "by hand", Note(text="canary by hand"))
         steps = StromaRunner.quick(store=store, run_id="steps", resume=True)
         for _ in range(2):

@@ -434,7 +434,5 @@ def test_a_budget_that_is_not_a_number(inside, ran):
     """A limit of a run must be finite, and the message names it in one line."""
     ran("x")
     done = inside("budget", "x", "--cost-usd", "nan", "--db", "runs.db")
-    assert (done.code, done.err.splitlines()[0]) == (
-        2,
-        "stroma: max_cost_usd: Input should be a finite number",
-    )
+    assert done.code == 2
+    assert done.err.splitlines()[0] == "stroma: max_cost_usd: Input should be a finite number"

@@ -137,12 +137,8 @@ def test_a_question(stroma, inside):
     inside("submit", "flows.py:ask", "{}", "--run-id", "q", *DB)
     done = inside("drive", "q", "flows.py:ask", "--json", *DB)
     data = json.loads(done.out)
-    assert (done.code, data["outcome"], data["until"], data["questions"]) == (
-        7,
-        "suspended",
-        None,
-        ["Go on?"],
-    )
+    assert (done.code, data["outcome"], data["until"]) == (7, "suspended", None)
+    assert data["questions"] == ["Go on?"]
 
 
 @pytest.mark.slow

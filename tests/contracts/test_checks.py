@@ -505,12 +505,8 @@ class StreetIn(BaseModel):
 def test_nested_models_are_compared_field_by_field() -> None:
     """A model of another class is taken apart, and compared inside; the path leads to the field."""
     finding = one(node("a", output_model=model_of(list[Street])), node("b", model_of(list[StreetIn])))
-    assert (finding.kind, finding.path, finding.source_type, finding.target_type) == (
-        "optional",
-        "x[].number",
-        "int | None",
-        "int",
-    )
+    assert (finding.kind, finding.path, finding.source_type) == ("optional", "x[].number", "int | None")
+    assert finding.target_type == "int"
     maybe("optional", Street, StreetIn, {"name": "a", "number": 1}, {"name": "a"})
     never("missing", Street, Item, {"name": "a"})
     fits(Street, Street, {"name": "a"})
@@ -850,12 +846,8 @@ def test_the_items_of_map_over_are_checked_against_the_node() -> None:
     assert check(node("a", output_model=model_of(list[Text])), work) == []
     assert check(node("a", output_model=model_of(list[str])), work) == []
     finding = one(node("a", output_model=model_of(list[int])), work)
-    assert (finding.severity, finding.path, finding.source, finding.target_at) == (
-        "error",
-        "x[].text",
-        "a",
-        "1.0",
-    )
+    assert (finding.severity, finding.path, finding.source) == ("error", "x[].text", "a")
+    assert finding.target_at == "1.0"
     finding = one(node("a", output_model=model_of(list[Item])), work)
     assert (finding.kind, finding.path) == ("missing", "x[].text")
     two = map_over("x", node("work", NameYear, Text), into="y")

@@ -180,18 +180,10 @@ def test_the_first_limit_that_is_crossed_is_told() -> None:
 def test_a_fresh_tracker_has_spent_nothing() -> None:
     """Neither itself nor before."""
     tracker = CostTracker()
-    assert (tracker.total_tokens, tracker.total_cost_usd, tracker.total_latency_ms, tracker.latency_ms) == (
-        0,
-        0,
-        0,
-        0,
-    )
-    assert (tracker.prior_tokens, tracker.prior_cost_usd, tracker.prior_latency_ms, tracker.latency_ns) == (
-        0,
-        0,
-        0,
-        0,
-    )
+    assert (tracker.total_tokens, tracker.total_cost_usd, tracker.total_latency_ms) == (0, 0, 0)
+    assert tracker.latency_ms == 0
+    assert (tracker.prior_tokens, tracker.prior_cost_usd, tracker.prior_latency_ms) == (0, 0, 0)
+    assert tracker.latency_ns == 0
     assert [tracker.used(dimension) for dimension in ("tokens", "cost", "latency")] == [0, 0, 0]
     assert tracker.summary() == {}
 

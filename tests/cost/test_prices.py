@@ -200,10 +200,8 @@ async def test_an_entry_that_makes_no_sense_is_said(
         return {"text": "kept"}, Usage(100, 10, cached, model="gpt-4o")
 
     result = await runner.run([ask], Text())
-    assert (result.failure.reason, "'gpt-4o', whose price makes no sense" in result.failure.message) == (
-        "usage",
-        True,
-    )
+    assert result.failure.reason == "usage"
+    assert "'gpt-4o', whose price makes no sense" in result.failure.message
     assert next(iter(result.trace)).output_state == {"text": "kept"}
 
 
@@ -378,11 +376,8 @@ def test_prices_can_be_refreshed(prices_server: type[Handler]) -> None:
     assert estimate_cost_usd("new-model", 1_000_000, 1_000_000) == 16.0
     assert estimate_cost_usd("gpt-4o-2024-05-13", 1_000_000) == 0.0
     shown = prices_of("new-model")
-    assert (shown.source, shown.listed_as, shown.fetched_at) == (
-        "genai-prices",
-        ("here", "new-model"),
-        data_state()[1],
-    )
+    assert (shown.source, shown.listed_as) == ("genai-prices", ("here", "new-model"))
+    assert shown.fetched_at == data_state()[1]
 
 
 @pytest.mark.core

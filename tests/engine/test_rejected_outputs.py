@@ -57,10 +57,8 @@ async def stored(tmp_path: Path, answer: Any, **config: Any) -> RejectedOutput |
     """Return what SQLite has of one answer that is no Rating."""
     store = SQLiteStore(tmp_path / f"{len(list(tmp_path.glob('*.db')))}.db")
     result = await quick(store=store, **config).run([rate([answer])], Num(), run_id="r")
-    assert (result.status, result.failure.reason if result.failure else None) == (
-        RunStatus.FAILED,
-        "contract",
-    )
+    assert result.status is RunStatus.FAILED
+    assert (result.failure.reason if result.failure else None) == "contract"
     return rejected_outputs(store, "r")[0]
 
 
@@ -80,11 +78,8 @@ async def test_each_attempt_has_its_rejected_output(store: Any) -> None:
             (("why",), "Field required"),
         ),  # type: ignore[arg-type]
     )
-    assert (first.at(("notes", 1)), first.at(("why",)), first.at(("notes", 2))) == (
-        "é\ud800",
-        MISSING,
-        MISSING,
-    )
+    assert (first.at(("notes", 1)), first.at(("why",))) == ("é\ud800", MISSING)
+    assert first.at(("notes", 2)) == MISSING
     assert (second.value, [one.path for one in second.complaints]) == ("no JSON {", [()])
     assert third.value == {"stars": 9, "why": "x"}
     assert store.rejected_of("nobody", 0, "", 0) is store.rejected_of("r", 0, "", 1) is None

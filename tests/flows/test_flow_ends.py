@@ -289,11 +289,8 @@ async def test_what_followed_a_retried_failure_is_not_called_again() -> None:
     world.failing.clear()
     calls = len(world.calls)
     result = await runner_on(store).run(f, Num())
-    assert (result.status, result.final_state, world.calls[calls:]) == (
-        RunStatus.RESUMED,
-        Num(n=49),
-        ["bad 0"],
-    )
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=49))
+    assert world.calls[calls:] == ["bad 0"]
 
 
 @pytest.mark.parametrize("kind", STORES)

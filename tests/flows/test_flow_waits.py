@@ -140,11 +140,8 @@ async def test_a_question_expires(store: Any, clock: Clock) -> None:
         await runner_on(store).signal("r", Text(text="late"))
     clock.pass_by(days=-8)
     result = await world.live(run)
-    assert (result.status, result.final_state, world.calls) == (
-        RunStatus.RESUMED,
-        Num(n=2),
-        ["add 0", "add 1", "add 1"],
-    )
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert world.calls == ["add 0", "add 1", "add 1"]
 
 
 async def test_the_tear_down_of_a_suspended_flow_calls_nothing(store: Any) -> None:
@@ -187,11 +184,8 @@ async def test_a_step_may_wait_for_a_person(store: Any) -> None:
     assert (first.status, first.suspended) == (RunStatus.SUSPENDED, ["Node?"])
     await runner_on(store).signal("r", Text(text="yes"))
     result = await runner_on(store).run(f, Num())
-    assert (result.status, result.final_state, world.calls) == (
-        RunStatus.RESUMED,
-        Text(text="yes 1"),
-        ["add 0"],
-    )
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text="yes 1"))
+    assert world.calls == ["add 0"]
 
 
 async def test_a_shutdown_does_not_wait_for_a_sleep() -> None:
@@ -235,11 +229,8 @@ async def test_a_question_that_the_body_cancelled_is_closed(store: Any) -> None:
     assert (again.status, again.suspended) == (RunStatus.SUSPENDED, ["Second?"])
     await runner_on(store).signal("r", Text(text="abc"))
     result = await runner_on(store).run(f, Num())
-    assert (result.status, result.final_state, world.calls) == (
-        RunStatus.RESUMED,
-        Num(n=4),
-        ["add 0", "add 3"],
-    )
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=4))
+    assert world.calls == ["add 0", "add 3"]
 
 
 async def test_a_question_that_a_failure_cancelled_is_asked_again(store: Any) -> None:

@@ -44,11 +44,8 @@ async def test_a_flow_decides_in_plain_python() -> None:
         return Text(text=str(state.n))
 
     result = await quick().run(f, Num(n=3))
-    assert (result.status, result.final_state, result.output) == (
-        RunStatus.COMPLETED,
-        Text(text="10"),
-        Text(text="10"),
-    )
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, Text(text="10"))
+    assert result.output == Text(text="10")
     assert world.calls == ["add 3", "add 4", "double 5"]
     assert [(event.node_id, event.branch) for event in result.trace] == [
         ("add", "add#0"),
@@ -501,11 +498,8 @@ async def test_a_cancelled_run_cancels_its_steps(store: Any) -> None:
     assert world.calls == ["add 0", "add 1"]
     assert store.get_run("r").status == "CANCELLED"
     result = await world.live(run)
-    assert (result.status, result.final_state, world.calls) == (
-        RunStatus.RESUMED,
-        Num(n=2),
-        ["add 0", "add 1", "add 1"],
-    )
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert world.calls == ["add 0", "add 1", "add 1"]
 
 
 async def test_a_shutdown_starts_no_further_step(store: Any) -> None:

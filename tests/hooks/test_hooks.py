@@ -551,11 +551,8 @@ async def test_run_end_cannot_change_the_result() -> None:
 
     result = await quick(*[NodeHooks(on_run_end=vandal)] * 2).run([plus_tokens, plus], State())
     assert seen == [(RunStatus.COMPLETED, 2, 2)] * 2
-    assert (result.status, result.final_state, result.total_tokens) == (
-        RunStatus.COMPLETED,
-        State(value=2),
-        5,
-    )
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, State(value=2))
+    assert result.total_tokens == 5
     assert [event.input_state["value"] for event in result.trace] == [0, 1]
     assert result.hook_errors == []
 

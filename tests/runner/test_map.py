@@ -747,12 +747,8 @@ async def test_failed_items_are_run_again_if_asked(
     assert (doubler.calls[3], doubler.calls[7], doubler.calls.total(), len(after)) == (2, 2, 12, 2)
     doubler.failing = set()
     last = await runner.run(work, State(), resume=True, retry_failed_items=True)
-    assert (last.status, last.failed_items, doubler.calls.total(), len(after)) == (
-        RunStatus.RESUMED,
-        0,
-        13,
-        3,
-    )
+    assert (last.status, last.failed_items, doubler.calls.total()) == (RunStatus.RESUMED, 0, 13)
+    assert len(after) == 3
     if into == "file":
         assert (read(out), read(tmp_path / "out.failures.jsonl")) == (doubled(range(10)), [])
     else:

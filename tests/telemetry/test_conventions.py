@@ -65,10 +65,8 @@ async def test_kinds_and_content_that_backends_show() -> None:
     for name, given, taken in (("invoke_workflow sums", 0, 1), ("stroma.node add", 0, 1)):
         shown = dict(seen.span(name).attributes or {})
         assert shown["openinference.span.kind"] == "CHAIN"
-        assert (json.loads(shown["input.value"])["n"], json.loads(shown["output.value"])["n"]) == (
-            given,
-            taken,
-        )
+        assert json.loads(shown["input.value"])["n"] == given
+        assert json.loads(shown["output.value"])["n"] == taken
         assert shown["input.mime_type"] == shown["output.mime_type"] == "application/json"
         assert "hunter2" not in str(shown)
 

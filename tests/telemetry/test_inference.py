@@ -66,16 +66,11 @@ async def test_each_attempt_has_one_span_with_its_bill(seen: Seen) -> None:
     for name in ("gen_ai.usage.cost", "operation.cost", "llm.cost.total"):
         assert sum(of(span, name) for span in spans) == pytest.approx(result.total_cost_usd, abs=1e-12)
     first = spans[0]
-    assert (
-        of(first, "gen_ai.usage.cache_read.input_tokens"),
-        of(first, "gen_ai.usage.cache_write.input_tokens"),
-    ) == (40, 10)
+    assert of(first, "gen_ai.usage.cache_read.input_tokens") == 40
+    assert of(first, "gen_ai.usage.cache_write.input_tokens") == 10
     assert (of(first, "gen_ai.request.model"), of(first, "gen_ai.provider.name")) == (MODEL, "openai")
-    assert (of(first, "openinference.span.kind"), of(first, "user.id"), of(first, "stroma.node.id")) == (
-        "LLM",
-        "u-7",
-        "ask",
-    )
+    assert (of(first, "openinference.span.kind"), of(first, "user.id")) == ("LLM", "u-7")
+    assert of(first, "stroma.node.id") == "ask"
     assert [of(span, "stroma.outcome") for span in spans] == ["failure", "failure", "success"]
     assert all(span.status.is_ok for span in spans)
     node = seen.span("stroma.node ask")
