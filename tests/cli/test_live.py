@@ -25,6 +25,7 @@ from stroma import (
 )
 from stroma.cli.live import LiveProgress, Row, Screen, fold_rows, rows_table
 from stroma.cli.output import cell_width
+from stroma.cli.progress import FAILED, OK
 
 
 @pytest.fixture
@@ -131,10 +132,10 @@ def test_names_and_failures_of_any_length_fit(columns):
     """No line is wider than the terminal, whatever its names and amounts; hidden rows are counted."""
     rows = [Row(f"名前 node {n} " * 50, depth=n % 9) for n in range(30)]
     for n, row in enumerate(rows):
-        row.state, row.why = ("failed", "w" * 900) if n % 3 else ("ok", "")
+        row.verb, row.what = (FAILED, "w" * 900) if n % 3 else (OK, "")
         row.tokens, row.cost_usd, row.first, row.last = 10**9, 12345.678901, 0.0, 10.0**6
     rows[1].progress = MapProgress(5 * 10**9, 10**10, 10**7, 0, 123456.7, 10.0**6, 1.0, False)
-    rows[1].state = "running"
+    rows[1].active = {(1, ""): None}
     shown, hidden = fold_rows(rows, 10)
     console = Console(file=io.StringIO(), width=columns)
     console.print(rows_table(shown, hidden, columns, 5.0))
@@ -208,7 +209,8 @@ def test_a_small_terminal_gets_lines(stroma):
 
 
 def test_steps_of_a_flow_and_of_flows_inside_are_rows(terminal):
-    """A flow has a row with the sums of its steps, each step its own; no hook of the table fails."""
+    """A flow has a row with the sums of its steps, each step and each map its own; no hook of the table
+    fails."""
     terminal = terminal()
     runner = StromaRunner.quick()
 
@@ -223,6 +225,7 @@ def test_steps_of_a_flow_and_of_flows_inside_are_rows(terminal):
 
     @runner.flow("outer", input=Item, output=Item)
     async def outer(flow, item):
+        await flow.map(ask, [item] * 3)
         return await flow.run(inner, await flow.step(ask, item))
 
     progress = LiveProgress("outer", ["outer"], ExecutionBudget())
@@ -230,5 +233,6 @@ def test_steps_of_a_flow_and_of_flows_inside_are_rows(terminal):
     assert result.final_state == Item(n=2)
     assert result.hook_errors == []
     text = terminal.emulator.text
-    assert re.search(r"^outer +flow +80$", text, re.MULTILINE), text
+    assert re.search(r"^outer +flow +200$", text, re.MULTILINE), text
+    assert len(re.findall(r"^ +ask +3 calls: ok .* 120$", text, re.MULTILINE)) == 1, text
     assert len(re.findall(r"^ +ask +ok .* 40$", text, re.MULTILINE)) == 2, text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 import threading
@@ -16,35 +15,23 @@ from types import SimpleNamespace
 from typing import IO, Any, Final, NamedTuple, cast
 
 from rich.console import Console, Group
+from rich.file_proxy import FileProxy
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
-from stroma.cli.formatting import id_word
+from stroma.checkpoint.identity import with_outer
 from stroma.cli.output import Part, err
-from stroma.cli.progress import Progress, failure_message
+from stroma.cli.progress import OK, RESTORED, START, Place, Progress, place_at, shown_id
 from stroma.cost.budget import ExecutionBudget, limits
 from stroma.engine.execution import RunningNode, running_node
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import NodeContext, diagnose
 from stroma.hooks.sets import MapProgress, NodeHooks
-from stroma.trace.outline import folded_part
+from stroma.trace.outline import folded_part, parse_call
 
 _REFRESHES: Final = 5  # a second
 _SUMMARY_ROWS: Final = 20  # a longer pipeline is folded
-_STYLES: Final = {
-    "running": "cyan",
-    "ok": "green",
-    "failed": "bold red",
-    "restored": "blue",
-    "pending": "dim",
-    "waiting": "yellow",
-    "suspended": "yellow",
-    "cancelled": "yellow",
-}
-#: Position and branch of one execution.
-Place = tuple[int, str]
 
 
 class RowWait(NamedTuple):
@@ -62,14 +49,16 @@ class Row:
     """One line of the table: a node, or the calls of one node in a loop, or all items of a map.
 
     Attributes:
-        running: start of each execution in progress.
-        state: that of the last execution that ended, with its reason in ``why``.
+        verb, what: the last thing that happened to one of its executions, and more about it.
+        active: executions in progress; with the wait of each that waits.
         retried: executions that needed more than one attempt.
         retries: attempts after the first, by the reason of the failure before.
     """
 
     name: str
     depth: int = 0
+    verb: tuple[str, str] = ("pending", "dim")
+    what: str = ""
     progress: MapProgress | None = None
     attempts: int = 0
     calls: set[Place] = field(default_factory=set)
@@ -77,65 +66,57 @@ class Row:
     cost_usd: float = 0.0
     first: float | None = None
     last: float | None = None
-    state: str = "pending"
-    why: str = ""
-    running: dict[Place, float] = field(default_factory=dict)
-    waiting: dict[Place, RowWait] = field(default_factory=dict)
+    active: dict[Place, RowWait | None] = field(default_factory=dict)
     retried: set[Place] = field(default_factory=set)
     retries: Counter[str] = field(default_factory=Counter)
 
     @property
-    def is_active(self) -> bool:
-        if self.progress is not None:
-            return not self.progress.ended and self.state in ("running", "pending")
-        return bool(self.running or self.waiting)
-
-    @property
-    def next_wait(self) -> RowWait:
-        """The wait that ends first."""
-        return min(self.waiting.values(), key=lambda one: inf if one.until is None else one.until)
+    def waits(self) -> list[RowWait]:
+        """The waits of its executions, the first to end first."""
+        waits = [one for one in self.active.values() if one is not None]
+        return sorted(waits, key=lambda one: inf if one.until is None else one.until)
 
     def detail(self, now: float, bar_cells: int) -> list[Part]:
         """Return the state in words, the most important first."""
+        waits, state = self.waits, list[Part]([self.verb, f": {self.what}" if self.what else ""])
         if self.progress is not None:
-            return self._map_detail(self.progress, now, bar_cells)
-        if self.waiting:
-            return [(self.next_wait.describe(now), "yellow")]
-        if self.running:
-            many = f", call {len(self.calls):,}" if len(self.calls) > 1 else ""
-            return [(f"running{many}", "cyan")]
+            return self._map_detail(self.progress, state, now, bar_cells)
+        if waits:
+            return [(waits[0].describe(now), "yellow")]
+        if self.active:
+            return [(f"running{f', call {len(self.calls):,}' if len(self.calls) > 1 else ''}", "cyan")]
         calls = f"{len(self.calls):,} calls: " if len(self.calls) > 1 else ""
-        retried = f", {len(self.retried):,} retried" if self.retried and self.state == "ok" else ""
-        why = f": {self.why}" if self.why else ""
-        return [calls, (self.state, _STYLES.get(self.state, "")), f"{retried}{why}"]
+        retried = f", {len(self.retried):,} retried" if self.retried and self.verb == OK else ""
+        return [calls, state[0], retried, state[1]]
 
-    def _map_detail(self, progress: MapProgress, now: float, bar_cells: int) -> list[Part]:
-        failed: list[Part] = [(f"{progress.failed:,} failed", "red")] if progress.failed else []
-        if self.state in ("failed", "cancelled", "suspended"):
-            items = f"{progress.done:,}/{progress.total or '?'} items, "
-            return [items, (self.state, _STYLES[self.state]), f": {self.why}" if self.why else ""]
-        if not self.is_active:
-            parts: list[Part] = [f"{pluralize(progress.done, 'item')}: ", *failed, ", " if failed else ""]
-            parts.append((f"{progress.done - progress.failed:,} ok", "green"))
-            if self.retried:
-                parts += [", ", (f"{len(self.retried):,} retried", "yellow")]
-            return [*parts, f", {progress.restored:,} restored" if progress.restored else ""]
-        parts = [f"{progress.done:,}{'' if progress.total is None else f'/{progress.total:,}'}"]
-        if progress.total:
-            parts = [(_bar(progress.done / progress.total, bar_cells), "cyan"), " ", *parts]
-        parts += [" ", *failed] if failed else []
+    def _map_detail(self, progress: MapProgress, state: list[Part], now: float, bar_cells: int) -> list[Part]:
+        done, failed = f"{progress.done:,}", f"{progress.failed:,} failed" if progress.failed else ""
+        of_total = "" if progress.total is None else f"/{progress.total:,}"
+        if not self.active and self.verb not in (OK, RESTORED):
+            return [f"{done}{of_total or '/?'} items, ", *state]
+        if not self.active:
+            counts: list[Part] = [(f"{progress.done - progress.failed:,} ok", "green")]
+            counts += [f", {progress.restored:,} restored"] if progress.restored else []
+            counts += [", ", (f"{len(self.retried):,} retried", "yellow")] if self.retried else []
+            return [
+                f"{pluralize(progress.done, 'item')}: ",
+                (f"{failed}, " if failed else "", "red"),
+                *counts,
+            ]
+        bar = _bar(progress.done / progress.total, bar_cells) + " " if progress.total else ""
+        parts: list[Part] = [(bar, "cyan"), done, of_total, (f" {failed}" if failed else "", "red")]
         if progress.rate:
             parts.append(f" {progress.rate:,.{0 if progress.rate >= 10 else 1}f}/s")
         if progress.seconds_left is not None:
             left = progress.seconds_left
             parts.append(f" {f'{left:.0f}s' if left < 100 else format_duration(left)} left")
-        if self.waiting:
-            parts += ["  ", (f"{len(self.waiting)} wait: {self.next_wait.describe(now)}", "yellow")]
+        if waits := self.waits:
+            parts += ["  ", (f"{len(waits)} wait: {waits[0].describe(now)}", "yellow")]
         return parts
 
     def figures(self, now: float) -> list[str]:
         """Return the attempts, the time from the first start to the last end, tokens and cost."""
-        end = now if self.is_active or self.last is None else self.last
+        end = now if self.active or self.last is None else self.last
         return [
             f"{self.attempts:,}" if self.attempts else "",
             "" if self.first is None else format_duration(end - self.first),
@@ -155,7 +136,7 @@ def fold_rows(rows: Sequence[Row], room: int) -> tuple[list[Row], list[Row]]:
     """Return the rows to show, those around the first one at work, and the others."""
     if len(rows) <= room:
         return list(rows), []
-    active = next((number for number, row in enumerate(rows) if row.is_active), len(rows))
+    active = next((number for number, row in enumerate(rows) if row.active), len(rows))
     room = max(0, room - 1)  # A line says how many others there are.
     start = max(0, min(active - room // 2, len(rows) - room))
     return list(rows[start : start + room]), [*rows[:start], *rows[start + room :]]
@@ -177,7 +158,7 @@ def rows_table(rows: Sequence[Row], hidden: Sequence[Row], columns: int, now: fl
         figures = row.figures(now)
         detail = Text.assemble(*row.detail(now, 16 if columns >= 110 else 6))
         table.add_row(name, detail, *(figures[i] for i in shown))
-    counts = Counter("running" if row.is_active else row.state for row in hidden)
+    counts = Counter("running" if row.active else row.verb[0] for row in hidden)
     text = ", ".join(f"{count:,} {state}" for state, count in counts.most_common())
     more = [_line((f"and {len(hidden):,} more: {text}", "dim"))] if hidden else []
     return Group(table, *more)
@@ -187,21 +168,8 @@ def _line(*parts: Part) -> Text:
     return Text.assemble(*parts, no_wrap=True, overflow="ellipsis")
 
 
-def _update(change: Callable[..., None]) -> Any:
-    """Make a hook of a method that changes the table: it gets the current node, and holds the lock."""
-
-    @functools.wraps(change)
-    async def hook(self: LiveProgress, _run_id: str, *event: Any) -> None:
-        node = running_node()
-        if node is not None:
-            with self._lock:
-                change(self, node, *event)
-
-    return hook
-
-
 class LiveProgress(Progress):
-    """Hooks that keep a table of the nodes on the terminal up to date."""
+    """Hooks that show what happens in a table on the terminal, in place of lines."""
 
     def __init__(self, pipeline: str, nodes: Iterable[str], budget: ExecutionBudget) -> None:
         super().__init__(quiet=False)
@@ -212,16 +180,20 @@ class LiveProgress(Progress):
         self._spent = {"tokens": 0.0, "cost": 0.0}
         #: Limits in cooldown: the end of each.
         self._cooldowns: dict[str, float] = {}
-        self._reasons: dict[Place, str] = {}
         self._rows: dict[Place, Row] = {(i, ""): Row(name) for i, name in enumerate(nodes)}
-        self._maps: set[Place] = set()
+        #: The row of each map.
+        self._map_rows: dict[Place, Row] = {}
         self._lock = threading.RLock()
         self._screen = Screen(self._draw)
 
     def hooks(self) -> NodeHooks:
         """Return the set of hooks for the runner."""
-        more = {"on_node_wait": self._node_wait, "on_limit_cooldown": self._limit_cooldown}
-        return replace(super().hooks(), **more, reads_state=False)
+        return replace(
+            super().hooks(),
+            on_node_wait=self._node_wait,
+            on_limit_cooldown=self._limit_cooldown,
+            reads_state=False,
+        )
 
     def say(self, text: str) -> bool:
         """Print lines above the table; False if it is not shown. Safe in a signal handler."""
@@ -242,125 +214,91 @@ class LiveProgress(Progress):
         self._run_id = run_id
         self._screen.open()
 
-    @_update
-    def _node_start(self, node: RunningNode, *_: Any) -> None:
-        row, place, now = self._row(node), _place(node), time.monotonic()
-        row.waiting.pop(place, None)
-        row.running[place] = now
-        row.first = now if row.first is None else row.first
-        row.state, row.why = "running", ""
-        if place not in self._maps:
-            row.attempts += 1
-            row.calls.add(place)
-
-    @_update
-    def _node_success(self, node: RunningNode, *_: Any) -> None:
-        self._end(node, "ok")
-
-    @_update
-    def _node_failure(self, node: RunningNode, node_id: str, exc: Exception, _class: FailureClass) -> None:
-        failure = diagnose(exc, NodeContext(node_id, node.attempt, self._run_id))
-        reason = failure.reason or str(failure.failure_class)
-        self._reasons[_place(node)] = reason
-        self._end(node, "failed", f"{reason}, {clean(failure_message(node, failure))}")
-
-    @_update
-    def _node_retry(
-        self, node: RunningNode, _id: str, _attempt: int, delay: float, failure_class: FailureClass
+    async def _node_retry(
+        self, _run_id: str, _node_id: str, attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
-        row, place = self._row(node), _place(node)
-        reason = clean(self._reasons.pop(place, str(failure_class)), 60)
-        row.retried.add(place)
-        row.retries[reason] += 1
-        row.waiting[place] = RowWait(time.monotonic() + delay, f"retry after {reason}")
+        node = running_node()
+        if node is not None:
+            reason = clean(node.reason or str(failure_class), 60)
+            with self._lock:
+                row = self._row(node)
+                row.retried.add(place_at(node))
+                row.retries[reason] += 1
+                row.active[place_at(node)] = RowWait(time.monotonic() + delay, f"retry after {reason}")
 
-    @_update
-    def _node_skipped(self, node: RunningNode, *_: Any) -> None:
-        row = self._row(node)
-        if row is self._rows.get(_key(node)):
-            row.calls.add(_place(node))
-            row.state, row.why = "restored", ""
+    async def _node_wait(self, _run_id: str, _node_id: str, reason: str, seconds: float) -> None:
+        node = running_node()
+        if node is not None:
+            until = time.monotonic() + seconds if seconds else None
+            with self._lock:
+                self._row(node).active[place_at(node)] = RowWait(until, f"waits for {clean(reason, 100)}")
 
-    @_update
-    def _node_cancelled(self, node: RunningNode, *_: Any) -> None:
-        self._end(node, "cancelled")
-
-    @_update
-    def _node_suspended(self, node: RunningNode, _id: str, reason: str) -> None:
-        self._end(node, "suspended", clean(reason))
-
-    @_update
-    def _map_progress(self, node: RunningNode, _id: str, progress: MapProgress) -> None:
-        self._mark_map(node)
-        row = self._row(node)
-        row.progress = progress
-        now = time.monotonic()
-        row.first = now if row.first is None else row.first
-        row.last = now
-
-    @_update
-    def _node_wait(self, node: RunningNode, _id: str, reason: str, seconds: float) -> None:
-        until = time.monotonic() + seconds if seconds else None
-        self._row(node).waiting[_place(node)] = RowWait(until, f"waits for {clean(reason, 100)}")
+    async def _map_progress(self, _run_id: str, _node_id: str, progress: MapProgress) -> None:
+        node, now = running_node(), time.monotonic()
+        if node is None or not self._is_shown(node):
+            return
+        with self._lock:
+            row = self._row(node)
+            if place_at(node) not in self._map_rows:
+                self._map_rows[place_at(node)] = row
+                row.attempts, row.calls = 0, set()
+            row.progress, row.first, row.last = progress, now if row.first is None else row.first, now
 
     async def _limit_cooldown(self, run_id: str, limit: str, seconds: float) -> None:
         self._cooldowns[clean(limit, 60)] = time.monotonic() + seconds
 
     # ------------------------------------------------------------------ rows
 
-    def _row(self, node: RunningNode) -> Row:
-        """Return the row of an execution; calls of one node, and items of one map, share a row."""
-        around: RunningNode | None = node
-        while around is not None:
-            # Items of a resumed map are restored before its first progress.
-            # The execution of a flow has no id.
-            if around.parent is not None and (around.parent.node_id or "").startswith("map_over("):
-                self._mark_map(around.parent)
-            if _place(around) in self._maps:
-                node = around
-            around = around.parent
-        key = _key(node)
-        if node.kind == "item" and node.parent is None:  # It is restored, without the map around it.
-            above = node.branch.rpartition(".")[0]
-            self._maps.add((node.position, above))
-            key = node.position, _fold_branch(above)
-        row = self._rows.get(key)
-        if row is None:
-            depth = node.branch.count(".") + 1 if node.branch else 0
-            row = Row(node.node_id, depth)
-            self._rows[key] = row
-        return row
+    def _show(self, node: RunningNode | None, verb: tuple[str, str], what: str = "", why: str = "") -> None:
+        """Change the row of an execution."""
+        if node is None:
+            return
+        with self._lock:
+            row, place, now = self._row(node), place_at(node), time.monotonic()
+            if verb == START:
+                row.active[place] = None
+                row.first = now if row.first is None else row.first
+                row.attempts += place not in self._map_rows
+            else:
+                row.active.pop(place, None)
+            if self._is_shown(node) and place not in self._map_rows:
+                row.calls.add(place)
+            if self._is_shown(node) and verb != START:
+                row.verb, row.what = verb, ", ".join(filter(None, (what, why)))
+            if verb not in (START, RESTORED):
+                row.last = now
+                self._count(node, row)
 
-    def _mark_map(self, node: RunningNode) -> None:
-        if _place(node) not in self._maps:
-            self._maps.add(_place(node))
-            row = self._rows.get(_key(node))
-            if row is not None:
-                row.attempts, row.calls = 0, set()
-
-    def _end(self, node: RunningNode, state: str, why: str = "") -> None:
-        row, place = self._row(node), _place(node)
-        row.running.pop(place, None)
-        row.waiting.pop(place, None)
-        row.last = time.monotonic()
-        if row is self._rows.get(_key(node)):
-            row.state, row.why = state, why
+    def _count(self, node: RunningNode, row: Row) -> None:
+        """Add the usage of an attempt that has ended to its row, and to those around it."""
         spent = node.ctx.cost_tracker
         self._spent = {"tokens": spent.used("tokens"), "cost": spent.used("cost")}
         if node.kind == "group":  # The sum of its children, which have been counted.
             return
-        rows = {id(row): row}
-        around = node.parent
+        rows, around = {id(row): row}, node.parent
         while around is not None:
-            if around.node_id or _key(around) in self._rows:
-                above = self._row(around)
+            above = self._rows.get(_key(around))
+            if above is not None:
                 rows[id(above)] = above
                 if not around.node_id:
-                    above.state = "flow"
+                    above.verb = ("flow", "")
             around = around.parent
         for one in rows.values():
             one.tokens += node.usage.tokens
             one.cost_usd += node.usage.cost_usd
+
+    def _row(self, node: RunningNode) -> Row:
+        """Return the row of an execution; calls of one node, and items of one map, share a row."""
+        for branch in reversed([*with_outer(node.branch), ""]):
+            row = self._map_rows.get((node.position, branch))
+            if row is not None:
+                return row
+        depth = node.branch.count(".") + 1 if node.branch else 0
+        return self._rows.setdefault(_key(node), Row(node.node_id, depth))
+
+    def _is_shown(self, node: RunningNode) -> bool:
+        """Return True unless the execution is inside a map, whose row has only sums of it."""
+        return self._row(node) is self._rows.get(_key(node))
 
     # ------------------------------------------------------------------ drawing
 
@@ -378,12 +316,13 @@ class LiveProgress(Progress):
             return Group(*head, rows_table(shown, hidden, columns - 1, now))
 
     def _head(self, columns: int, now: float) -> list[Table | Text]:
-        run = id_word(self._run_id) if self._run_id.isprintable() else clean(self._run_id)
         title = Table.grid(expand=True, padding=(0, 2, 0, 0), pad_edge=False)
         title.width = columns
         title.add_column(no_wrap=True, ratio=1)
         title.add_column(no_wrap=True, justify="right", style="dim")
-        name = Text.assemble((clean(self._pipeline, max(10, columns // 2)), "bold"), f": run {run}")
+        name = Text.assemble(
+            (clean(self._pipeline, max(10, columns // 2)), "bold"), f": run {shown_id(self._run_id)}"
+        )
         title.add_row(name, format_duration(now - self._began))
         lines: list[Table | Text] = [title, self._money()]
         for limit, until in list(self._cooldowns.items()):
@@ -410,7 +349,8 @@ class LiveProgress(Progress):
     def _print_summary(self) -> None:
         now, rows = time.monotonic(), self._ordered
         shown, hidden = fold_rows(rows, _SUMMARY_ROWS)
-        self._screen.print(Group(*self._head(err.columns, now), rows_table(shown, hidden, err.columns, now)))
+        table = rows_table(shown, hidden, err.columns, now)
+        self._screen.console.print(Group(*self._head(err.columns, now), table))
         retried = [row for row in rows if row.retries]
         for row in retried[:_SUMMARY_ROWS]:
             total = row.retries.total()
@@ -421,18 +361,12 @@ class LiveProgress(Progress):
             err.line(f"retried: and {pluralize(len(retried) - _SUMMARY_ROWS, 'node')} more")
 
 
-def _place(node: RunningNode) -> Place:
-    return node.position, node.branch
-
-
 def _key(node: RunningNode) -> Place:
-    """Return the same key for all calls of one node in one flow and task."""
-    above, dot, part = node.branch.rpartition(".")
-    return node.position, _fold_branch(above) + dot + folded_part(part, node.node_id or "")
-
-
-def _fold_branch(branch: str) -> str:
-    return ".".join(map(folded_part, branch.split("."))) if branch else ""
+    """Return the same key for all calls of one node in one flow and task, and for all items of its map."""
+    *above, part = node.branch.split(".")
+    call = parse_call(above[-1]) if above else None
+    last = "" if call is not None and call.kind == "*" else folded_part(part, node.node_id or "")
+    return node.position, ".".join([*map(folded_part, above), last])
 
 
 class _Console(Console):
@@ -441,42 +375,25 @@ class _Console(Console):
         return False
 
 
-class _Live(Live):
-    def refresh(self) -> None:
-        """Draw again, unless the process is in the background of its terminal, or that is gone."""
-        if not _is_in_background():
-            with contextlib.suppress(OSError, ValueError):
-                super().refresh()
-
-
-class Screen:
+class Screen(Live):
     """A drawing at the bottom of the terminal, redrawn five times a second below all other output."""
 
     def __init__(self, draw: Callable[[], Any]) -> None:
-        self._draw = draw
-        self._live: Live | None = None
-        self._is_open = False
-        self._pid = os.getpid()
         self._messages: list[str] = []  # above the drawing
-        self._partial = ""  # printed without a line end so far
-        self._patched: list[IO[str]] = []
-
-    def open(self) -> None:
-        """Draw from now on. Safe to call twice."""
-        file = sys.stderr
-        if self._live is not None or file is None:
-            return
+        self._proxies: list[tuple[Any, FileProxy]] = []
         # The drawing goes to the terminal itself, past the replaced ``write``.
+        file: Any = sys.stderr
         names = ("write", "flush", "isatty", "fileno")
         raw = SimpleNamespace(encoding=file.encoding, **{name: getattr(file, name) for name in names})
-        self._live = _Live(
-            get_renderable=lambda: Group(*map(Text, self._messages), self._draw()),
+        super().__init__(
+            get_renderable=lambda: Group(*map(Text, self._messages), draw()),
             console=_Console(
                 file=cast("IO[str]", raw),
                 color_system=None if os.environ.get("NO_COLOR") else "auto",
                 highlight=False,
                 markup=False,
                 emoji=False,
+                soft_wrap=True,
             ),
             refresh_per_second=_REFRESHES,
             transient=True,
@@ -484,65 +401,55 @@ class Screen:
             redirect_stderr=False,
             vertical_overflow="crop",
         )
-        self._is_open = True
-        self._capture()
-        self._live.start(refresh=True)
+
+    def open(self) -> None:
+        """Draw from now on, and take over ``write`` of the terminal's files: loggers hold those objects."""
+        pid = os.getpid()
+
+        def replace(file: Any) -> None:
+            raw, proxy = file.write, FileProxy(self.console, file)
+
+            def write(text: str) -> int:
+                if os.getpid() != pid:
+                    return int(raw(text))  # Of a forked child.
+                proxy.write(text)
+                return len(text)
+
+            file.write = write
+            self._proxies.append((file, proxy))
+
+        for file in dict.fromkeys([sys.stderr, sys.__stderr__, sys.stdout, sys.__stdout__]):
+            with contextlib.suppress(AttributeError, TypeError, ValueError):
+                if file is not None and file.isatty():
+                    replace(file)
+        self.start(refresh=True)
 
     def close(self) -> None:
         """Remove the drawing; everything that was printed stays. Safe to call twice."""
-        if self._live is None or not self._is_open:
-            return
-        self._is_open = False
-        for file in self._patched:
+        for file, _ in self._proxies:
             with contextlib.suppress(AttributeError):
                 del file.write
         with contextlib.suppress(OSError, ValueError):  # The terminal is gone.
-            for text in self._messages:
-                self.print(Text(text))
-            if self._partial:
-                self.print(Text.from_ansi(self._partial))
-            self._messages.clear()
-            self._live.stop()
+            while self._messages:
+                self.console.print(Text(self._messages.pop(0)))
+            while self._proxies:
+                self._proxies.pop()[1].flush()
+            self.stop()
 
     def say(self, text: str) -> bool:
         """Show lines above the drawing, and return True; False if nothing is drawn.
 
         Safe in a signal handler: it prints nothing itself.
         """
-        if self._is_open:
+        if self.is_started:
             self._messages.append(text.strip("\n"))
-        return self._is_open
-
-    def print(self, what: Any) -> None:
-        """Print above the drawing."""
-        if self._live is not None:
-            self._live.console.print(what, soft_wrap=isinstance(what, Text))
+        return self.is_started
 
     def refresh(self) -> None:
-        """Draw now."""
-        if self._live is not None:
-            self._live.refresh()
-
-    def _capture(self) -> None:
-        """Take over ``write`` of stderr and stdout on a terminal: loggers hold those objects."""
-        for file in dict.fromkeys([sys.stderr, sys.__stderr__, sys.stdout, sys.__stdout__]):
-            with contextlib.suppress(AttributeError, TypeError, ValueError):
-                if file is not None and file.isatty():
-                    file.write = self._replacement(file.write)  # type: ignore[method-assign]
-                    self._patched.append(file)
-
-    def _replacement(self, raw: Callable[[str], int]) -> Callable[[str], int]:
-        def write(text: str) -> int:
-            if os.getpid() != self._pid:
-                return raw(text)  # Of a forked child.
-            whole, end, self._partial = (self._partial + text).rpartition("\n")
-            if end:
-                # Of a line that was written over, as progress bars do, what stood there last.
-                lines = [line.rpartition("\r")[2] for line in whole.split("\n")]
-                self.print(Text("\n").join(map(Text.from_ansi, lines)))
-            return len(text)
-
-        return write
+        """Draw now, unless the process is in the background of its terminal, or that is gone."""
+        if not _is_in_background():
+            with contextlib.suppress(OSError, ValueError):
+                super().refresh()
 
 
 def _is_in_background() -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from stroma._utils.text import clean, format_amount, format_duration, format_tokens, format_usd, typed
 from stroma.checkpoint.identity import with_outer
@@ -17,23 +17,35 @@ from stroma.cli.output import Part, err
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.execution import RunningNode, running_node
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, NodeContext, diagnose, kind_of, message_of
+from stroma.failures.failure import kind_of, message_of
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.result import ExecutionResult
 
-_NAME_WIDTH = 30
-_MAX_ITEM_LINES = 20  # a larger map prints one line for all items
-_MAX_FAILURE_LINES = 20  # of such a map
-_LINE_SECONDS = 10.0  # between two lines about such a map
-_MIN_WAIT_SECONDS = 1.0  # that have a line
-_INDENT = 16  # of what continues a line
-_UNITS = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
+_NAME_WIDTH: Final = 30
+_MAX_ITEM_LINES: Final = 20  # a larger map prints one line for all items
+_MAX_FAILURE_LINES: Final = 20  # of such a map
+_LINE_SECONDS: Final = 10.0  # between two lines about such a map
+_MIN_WAIT_SECONDS: Final = 1.0  # that have a line
+_INDENT: Final = 16  # of what continues a line
+_UNITS: Final = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
+#: Position and branch of one execution.
+Place = tuple[int, str]
+#: Words for what happens to an execution, with their styles.
+START: Final = ("start", "cyan")
+OK: Final = ("ok", "green")
+FAILED: Final = ("FAILED", "bold red")
+OVER_BUDGET: Final = ("BUDGET", "bold red")
+CANCELLED: Final = ("cancelled", "yellow")
+SUSPENDED: Final = ("suspended", "yellow")
+WAIT: Final = ("wait", "yellow")
+RESTORED: Final = ("restored", "blue")
+ITEMS: Final = ("items", "cyan")
+_ENDS: Final = (OK, FAILED, OVER_BUDGET, CANCELLED, SUSPENDED)
 
 
-def failure_message(node: RunningNode | None, failure: Failure) -> str:
-    """Return type and recorded message of a failure, without secrets."""
-    recorded = None if node is None or node.ended is None else node.ended.failure
-    return str(failure) if recorded is None else typed(recorded.error_type, recorded.message)
+def place_at(node: RunningNode) -> Place:
+    """Return the position and branch of an execution."""
+    return node.position, node.branch
 
 
 class Progress:
@@ -51,11 +63,8 @@ class Progress:
         self._quiet = quiet
         self.is_started = False
         self.result: ExecutionResult | None = None
-        self._started: dict[tuple[int, str], float] = {}
-        #: Position and branch of each map that has started: what is restored has no parent.
-        self._maps: set[tuple[int, str]] = set()
-        #: Maps with many items, by position and branch: the remaining lines for failures.
-        self._many: dict[tuple[int, str], int] = {}
+        #: Maps that have reported their progress, with the remaining lines for failures of many items.
+        self._maps: dict[Place, int | None] = {}
         self._shown_at = 0.0
 
     def hooks(self) -> NodeHooks:
@@ -83,16 +92,12 @@ class Progress:
     def close(self) -> None:
         """Remove what is drawn in place. Safe to call twice."""
 
-    # ------------------------------------------------------------------ runs
+    # ------------------------------------------------------------------ hooks
 
     async def _run_start(self, run_id: str, pipeline: str, state: dict[str, Any]) -> None:
         self.is_started = True
-        if self._quiet:
-            return
-        timed_line(
-            (clean(pipeline, 60), "bold"),
-            f": run {id_word(run_id) if run_id.isprintable() else clean(run_id)}",
-        )
+        if not self._quiet:
+            timed_line((clean(pipeline, 60), "bold"), f": run {shown_id(run_id)}")
 
     async def _run_end(self, run_id: str, result: ExecutionResult) -> None:
         self.result = result
@@ -102,133 +107,111 @@ class Progress:
         amounts = f"{format_amount(used, unit)} of {format_amount(limit, unit)}"
         timed_line(("budget: ", "yellow"), f"{amounts} used ({dimension})")
 
-    async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
+    async def _node_start(self, *_: Any) -> None:
+        node = running_node()
+        if node is not None:
+            self._show(node, START, f"attempt {node.attempt}" if node.attempt > 1 else "")
+
+    async def _node_success(self, *_: Any) -> None:
+        self._show(running_node(), OK)
+
+    async def _node_failure(
+        self, _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
+    ) -> None:
+        node = running_node()
+        failed = None if node is None or node.ended is None else node.ended.failure
+        kind, message = (None, "") if failed is None else (failed.error_type, failed.message)
+        reason = "" if failed is None or failed.reason is None else f" {failed.reason}"
+        verb = OVER_BUDGET if isinstance(exc, BudgetExceeded) else FAILED
+        self._show(node, verb, f"{failure_class}{reason}", clean(typed(kind, message)))
+
+    async def _node_retry(
+        self, _run_id: str, _node_id: str, attempt: int, delay: float, failure_class: FailureClass
+    ) -> None:
+        if delay >= _MIN_WAIT_SECONDS:
+            self._show(running_node(), WAIT, f"{format_duration(delay)}, then attempt {attempt}")
+
+    async def _node_skipped(self, *_: Any) -> None:
+        self._show(running_node(), RESTORED, "finished earlier, not called again")
+
+    async def _node_cancelled(self, *_: Any) -> None:
+        self._show(running_node(), CANCELLED)
+
+    async def _node_suspended(self, _run_id: str, _node_id: str, reason: str) -> None:
+        self._show(running_node(), SUSPENDED, clean(reason))
+
+    async def _map_progress(self, _run_id: str, _node_id: str, progress: MapProgress) -> None:
         node, total = running_node(), progress.total
-        if node is None or (total is not None and total <= _MAX_ITEM_LINES):
+        if node is None:
             return
-        self._many.setdefault((node.position, node.branch), _MAX_FAILURE_LINES)
+        has_many = total is None or total > _MAX_ITEM_LINES
+        self._maps.setdefault(place_at(node), _MAX_FAILURE_LINES if has_many else None)
         now = time.monotonic()
-        of = f"{progress.done:,}" if total is None else f"{progress.done:,} of {total:,}"
-        details = [f"{of} items"]
+        if not has_many or not (progress.ended or now - self._shown_at >= _LINE_SECONDS):
+            return
+        self._shown_at = now
+        details = [f"{progress.done:,}{'' if total is None else f' of {total:,}'} items"]
         if progress.failed:
             details.append(f"{progress.failed:,} failed")
         if progress.rate:
             details.append(f"{progress.rate:,.1f}/s")
         if progress.seconds_left is not None and not progress.ended:
             details.append(f"{format_duration(progress.seconds_left)} left")
-        if progress.ended or now - self._shown_at >= _LINE_SECONDS:
-            self._shown_at = now
-            self._event(node, node_id, ("items", "cyan"), *details)
+        self._show(node, ITEMS, ", ".join(details))
 
-    def _is_one_of_many(self, node: RunningNode | None, *, failed: bool = False) -> bool:
-        """Return True if the node belongs to an item of a map with many items, which print no line."""
-        around = None if node is None or not self._many else node.parent
-        while around is not None:
-            at = (around.position, around.branch)
-            if at in self._many:
-                self._many[at] -= failed
-                return not failed or self._many[at] < 0
-            around = around.parent
-        return False
+    # ------------------------------------------------------------------ lines
 
-    # ------------------------------------------------------------------ nodes
-
-    async def _node_start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        node = running_node()
-        if node is not None and not self._is_one_of_many(node):
-            if node_id.startswith("map_over("):
-                self._maps.add((node.position, node.branch))
-            self._started[node.position, node.branch] = time.perf_counter()
-            again = f"attempt {node.attempt}" if node.attempt > 1 else ""
-            if not self._item_index(node):
-                self._event(node, node_id, ("start", "cyan"), again)
-
-    async def _node_success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        self._note_end(node_id, ("ok", "green"))
-
-    async def _node_failure(
-        self, run_id: str, node_id: str, exc: Exception, failure_class: FailureClass
-    ) -> None:
-        node = running_node()
-        if self._is_one_of_many(node, failed=True):
+    def _show(self, node: RunningNode | None, verb: tuple[str, str], what: str = "", why: str = "") -> None:
+        """Print what happened to an execution. ``why``: the message of a failure."""
+        if node is None or self._is_hidden(node, verb):
             return
-        attempt = node.attempt if node is not None else 1
-        failure = diagnose(exc, NodeContext(node_id, attempt, run_id))
-        verb = "BUDGET" if isinstance(exc, BudgetExceeded) else "FAILED"
-        what = f"{failure_class}{f' {failure.reason}' if failure.reason else ''}"
-        why = clean(failure_message(node, failure))
-        self._event(node, node_id, (verb, "bold red"), what, *self._usage(), totals=True, why=why)
-
-    async def _node_retry(
-        self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass
-    ) -> None:
-        if delay >= _MIN_WAIT_SECONDS:
-            self._note(node_id, ("wait", "yellow"), f"{format_duration(delay)}, then attempt {attempt}")
-
-    async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        self._note(node_id, ("restored", "blue"), "finished earlier, not called again")
-
-    async def _node_cancelled(self, run_id: str, node_id: str) -> None:
-        self._note_end(node_id, ("cancelled", "yellow"))
-
-    async def _node_suspended(self, run_id: str, node_id: str, reason: str) -> None:
-        self._event(running_node(), node_id, ("suspended", "yellow"), clean(reason))
-
-    def _note(self, node_id: str, verb: tuple[str, str], text: str) -> None:
-        node = running_node()
-        if not self._is_one_of_many(node):
-            self._event(node, node_id, verb, text)
-
-    def _note_end(self, node_id: str, verb: tuple[str, str]) -> None:
-        node = running_node()
-        if not self._is_one_of_many(node):
-            self._event(node, node_id, verb, *self._usage(), totals=True)
-
-    def _usage(self) -> list[str]:
-        """Return seconds, tokens, dollars and model of the current attempt."""
-        node = running_node()
-        if node is None:
-            return []
-        started = self._started.pop((node.position, node.branch), None)
-        used = [format_duration(time.perf_counter() - started)] if started is not None else []
-        if node.usage.tokens or node.usage.cost_usd:
-            used += [format_tokens(node.usage.tokens), format_usd(node.usage.cost_usd)]
-        if node.usage.model:
-            used.append(clean(node.usage.model, 40))
-        return used
-
-    def _item_index(self, node: RunningNode) -> str:
-        """Return "[17]" for item 17 of a map, and for the nodes in it; "" for other nodes."""
-        for branch in with_outer(node.branch):
-            above, _, index = branch.rpartition(".")
-            if not index.isdecimal():
-                break
-            if node.kind == "item" or (node.position, above) in self._maps:
-                return f"[{index}]"
-        return ""
-
-    def _event(
-        self,
-        node: RunningNode | None,
-        node_id: str,
-        verb: tuple[str, str],
-        *details: str,
-        totals: bool = False,
-        why: str = "",
-    ) -> None:
-        depth, name = 0, clean(node_id, 80)
-        if node is not None and node.branch:
-            depth = node.branch.count(".") + 1
-            name += self._item_index(node)
-        name = f"{'  ' * depth}{name}".ljust(_NAME_WIDTH)
-        parts: list[Part] = [name, "  ", (verb[0].ljust(9), verb[1]), " ", ", ".join(filter(None, details))]
-        more: list[str] = []
-        if totals and node is not None:
+        depth = node.branch.count(".") + 1 if node.branch else 0
+        index = next((f"[{at[1].rpartition('.')[2]}]" for at, _ in self._items_around(node)), "")
+        if index and verb == START:
+            return
+        name = f"{'  ' * depth}{clean(node.node_id, 80)}{index}".ljust(_NAME_WIDTH)
+        details, more = [what], []
+        if verb in _ENDS:
+            details += _usage(node)
             spent = node.ctx.cost_tracker
             more.append(f"run: {format_tokens(int(spent.used('tokens')))}, {format_usd(spent.used('cost'))}")
-        if why and (node is None or node.kind != "group"):  # The child has printed it.
+        if why and node.kind != "group":  # The child has printed it.
             more.append(why)
-        timed_line(*parts, more=more)
+        text = ", ".join(filter(None, details))
+        timed_line(name, "  ", (verb[0].ljust(9), verb[1]), " ", text, more=more)
+
+    def _items_around(self, node: RunningNode) -> Iterator[tuple[Place, Place]]:
+        """Yield the place of each item of a map that a node is in, and that of the map, innermost first."""
+        for branch in with_outer(node.branch):
+            outer = node.position, branch.rpartition(".")[0]
+            if outer in self._maps:
+                yield (node.position, branch), outer
+
+    def _is_hidden(self, node: RunningNode, verb: tuple[str, str]) -> bool:
+        """Return True in an item of a map with many, which prints no line but for its first failures."""
+        for _, at in self._items_around(node):
+            left = self._maps[at]
+            if left is not None:
+                if verb not in (FAILED, OVER_BUDGET) or left <= 0:
+                    return True
+                self._maps[at] = left - 1
+                return False
+        return False
+
+
+def shown_id(run_id: str) -> str:
+    """Return the id of a run for a line."""
+    return id_word(run_id) if run_id.isprintable() else clean(run_id)
+
+
+def _usage(node: RunningNode) -> list[str]:
+    """Return seconds, tokens, dollars and model of the attempt that has ended."""
+    used = [] if node.duration_ms is None else [format_duration(node.duration_ms / 1000)]
+    if node.usage.tokens or node.usage.cost_usd:
+        used += [format_tokens(node.usage.tokens), format_usd(node.usage.cost_usd)]
+    if node.usage.model:
+        used.append(clean(node.usage.model, 40))
+    return used
 
 
 def timed_line(*parts: Part, more: Sequence[str] = ()) -> None:
