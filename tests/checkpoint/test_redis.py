@@ -43,16 +43,20 @@ from stroma.checkpoint import (
     CorruptCheckpoint,
     Fenced,
     RunBusy,
+    RunRequest,
     StoreError,
     Waiting,
     open_store,
 )
+from stroma.checkpoint.queue import ClaimRequest, QueueEntry, RunLimits, ServedCode
 from stroma.checkpoint.redis import reader as redis_reading
 from stroma.checkpoint.redis.store import RedisStore, SyncRedisStore
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
 
 SCHEMA = schema_of(State)
+#: Keys that have all runs, and no run that waits.
+OF_ALL = ("format", "runs", "ids", "ended")
 
 
 @pytest.fixture
@@ -579,6 +583,40 @@ class TestOwners:
             await finish(session)
         assert keys(server) == {"stroma:format"}
 
+    async def test_lists_of_waiting_runs_follow_from_the_row(
+        self, store: RedisStore, server: RedisServer
+    ) -> None:
+        """A run is in the lists that its status, times, key and version say, and in none once it ended."""
+        later = time.time_ns() // 1_000_000 + 60_000
+
+        def lists() -> set[str]:
+            return {key for key in keys(server) if "{" not in key} - {f"stroma:{name}" for name in OF_ALL}
+
+        request = RunRequest("run", "p", State(), SCHEMA, version="1")
+        await store.submit(request, QueueEntry(later, 3, "k", later))
+        lane = "p\0001"
+        assert lists() == {f"stroma:later:{lane}", f"stroma:expires:{lane}"}
+        await store.reopen("run")
+        queued = {f"stroma:queue:3:{lane}:k", f"stroma:queuekeys:{lane}", f"stroma:expires:{lane}"}
+        assert lists() == queued
+        await store.pause("run")
+        assert lists() == set()
+        await store.unpause("run")
+        await store.block("run", "changed", "code", None, later)
+        assert lists() == {f"stroma:blocked:{lane}"}
+        await store.reopen("run")
+        claim = ClaimRequest("t", 30.0, 1, later + 1, {"p": RunLimits()}, code={"p": ServedCode(("1",))})
+        await store.claim(claim)
+        assert lists() == {*queued, "stroma:live:p"}
+        for version in ("", "2"):
+            session = await store.open_run(
+                request._replace(if_exists="restart", if_running="take_over", version=version)
+            )
+            lane = f"p\0{version}" if version else "p"
+            assert lists() == {"stroma:live:p", f"stroma:due:{lane}"}
+        await finish(session, "FAILED")
+        assert lists() == set()
+
     async def test_another_format_is_refused(self, store: RedisStore, server: RedisServer) -> None:
         """Data of another release is neither read nor written, and the message says so."""
         await begin(store)
@@ -878,8 +916,7 @@ class TestServer:
         """Ids are encoded: whatever they hold, a run's keys share one hash tag that is its own."""
         for run_id in ("}:run", "a{b}c", "a:b", "é", "*"):
             await commit(await begin(store, run_id), 0, State())
-        of_all = ("format", "runs", "ids", "due:pipeline", "live:pipeline")
-        result = keys(server) - {f"stroma:{name}" for name in of_all}
+        result = keys(server) - {f"stroma:{name}" for name in (*OF_ALL, "due:pipeline", "live:pipeline")}
         assert len(result) == 5 * 5
         for key in result:
             assert key.isascii()

@@ -20,7 +20,7 @@ def annotations_key(kind: int) -> str:
 
 
 #: Format of the stored data, and the key that has its number. A release refuses any other format.
-FORMAT: Final = 3
+FORMAT: Final = 4
 FORMAT_KEY: Final = "stroma:format"
 #: The keys of a run, after its prefix, except the states from save(), which expire by themselves.
 RUN_KEYS: Final = (
@@ -44,15 +44,20 @@ class RedisRun:
     Attributes:
         token: differs from that of another run of its id, before or after it was deleted.
         writes: the highest acknowledged number of writes of sessions; a server that has fewer has lost some.
-        annotated: number of changes of its annotations; "" for none.
+        changes: number of other changes of its row and of its annotations; "" for none.
     """
 
     run_id: str
     token: str
     epoch: int = field(compare=False)
     writes: int = field(compare=False)
-    annotated: str = field(default="", compare=False)
+    changes: str = field(default="", compare=False)
     tags: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def state(self) -> tuple[str, str, str]:
+        """The fields of its row that differ once it has changed."""
+        return self.token, str(self.writes), self.changes
 
     @property
     def prefix(self) -> str:
@@ -178,13 +183,13 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
         )
 
     values = {name: read(name, kind) for name, kind in _RUN_TYPES.items()}
-    until, claim_until = read("until_ms", int | None), read("claim_until", int)
+    until, claim_until = read("until_ms", int | None), read("claim_until_ms", int)
     values["left_seconds"] = -1.0 if until is None else (until - now_ms) / 1000
     if claim_until < now_ms:
         values["claim"] = None
     tags = decode_json(f.get("tags", b"[]"), list[str], _field_of(run_id, "tags"))
     run = RedisRun(
-        run_id, read("token", str), values["epoch"], read("writes", int), read("annotated", str), tuple(tags)
+        run_id, read("token", str), values["epoch"], read("writes", int), read("changes", str), tuple(tags)
     )
     return RunRow(**{**values, "run": run, "run_id": run_id})
 

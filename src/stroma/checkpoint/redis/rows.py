@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from stroma.checkpoint.decisions import COMPLETE, ENDED
 from stroma.checkpoint.decoding import RecordName, decode_number
@@ -21,7 +21,7 @@ from stroma.checkpoint.durable.rows import Annotation, EventRow, Fence, Opening,
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.queue import BlockedMark, Candidate, QueueEntry
+from stroma.checkpoint.queue import QUEUED, BlockedMark, Candidate, QueueEntry
 from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.redis.format import (
     NodeFacts,
@@ -49,11 +49,11 @@ class RunChanged(Exception):
 
 
 class _Write(NamedTuple):
-    """One operation of the script, and the function that handles its reply."""
+    """One operation of the script, and the function that handles its reply, if that matters."""
 
     prefix: str
     values: tuple[Any, ...]
-    on_reply: Callable[[Any], None]
+    on_reply: Callable[[Any], None] | None = None
 
 
 class RedisRows(RedisReader):
@@ -75,24 +75,18 @@ class RedisRows(RedisReader):
         writes, self._writes = self._writes, []
         if not writes:
             return
-        checks: list[dict[str, str]] = []
-        for run_id, row in self._locked.items():
-            state = ("", "", "") if row is None else (row.run.token, str(row.run.writes), row.run.annotated)
-            names = ("prefix", "token", "writes", "annotated")
-            checks.append(dict(zip(names, (prefix_of(run_id), *state), strict=True)))
-        if len(writes) == 1 and not checks:
-            (reply,) = self._get(script_command(writes[0].prefix, *writes[0].values))
-            replies = [reply]
-        else:
-            operations = [part for w in writes for part in (len(w.values) + 1, w.prefix, *w.values)]
-            transaction = os.urandom(8).hex()
-            (replies,) = self._get(
-                script_command(writes[0].prefix, "transact", transaction, json.dumps(checks), *operations)
-            )
-            if replies == b"changed":
-                raise RunChanged
+        checks = [
+            (prefix_of(run_id), *(("", "", "") if row is None else row.run.state))
+            for run_id, row in self._locked.items()
+        ]
+        operations = [part for w in writes for part in (len(w.values) + 1, w.prefix, *w.values)]
+        transaction = (os.urandom(8).hex(), json.dumps(checks))
+        (replies,) = self._get(script_command(writes[0].prefix, "transact", *transaction, *operations))
+        if replies == b"changed" or replies[-1] == b"changed":
+            raise RunChanged
         for write, reply in zip(writes, replies, strict=False):  # The replies end with the first refusal.
-            write.on_reply(reply)
+            if write.on_reply is not None:
+                write.on_reply(reply)
 
     # ------------------------------------------------------------------ runs
 
@@ -109,15 +103,18 @@ class RedisRows(RedisReader):
         token = os.urandom(8).hex() if run is None else run.run.token
         fence = self._fence(run, token, 1 if run is None else run.execution + 1, opening)
         data = pack_step("", Step(opening.contract, "", opening.input, opening.sha256))
-        values = (*_opening_values(fence, opening, ()), token, opening.pipeline, data)
-        self._append(fence, "begin", opening.run_id, *values)
+        fields = _opened_fields(fence, opening, ()) | dict.fromkeys(_COUNTS, 0)
+        fields |= {"token": token, "run_id": opening.run_id, "pipeline": opening.pipeline}
+        fields |= {"execution": fence.execution, "started_ms": _NOW}
+        fields |= dict.fromkeys(("priority", "key", "expires_ms"))
+        self._append(fence, "begin", opening.run_id, fence.execution, data, *_pairs(fields))
         return fence
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
         fence = self._fence(run, run.run.token, run.execution, opening)
         discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
-        values = _opening_values(fence, opening, run.run.tags)
-        self._append(fence, "take_over", opening.run_id, *values, discard)
+        fields = _opened_fields(fence, opening, run.run.tags)
+        self._append(fence, "take_over", opening.run_id, run.execution, discard, *_pairs(fields))
         return fence
 
     def _fence(self, run: RunRow | None, token: str, execution: int, opening: Opening) -> Fence:
@@ -128,7 +125,7 @@ class RedisRows(RedisReader):
 
     def replace_owner(self, run: RunRow, owner: str) -> Fence:
         self._owners[run.run_id] = owner
-        self._write(run.run.prefix, "replace_owner", owner)
+        self._update(run.run, {"owner": owner})
         return Fence(run.run, run.execution, run.epoch, owner, 0.0)
 
     def input(self, run: RedisRun, execution: int) -> tuple[str, bytes, bytes] | None:
@@ -213,24 +210,28 @@ class RedisRows(RedisReader):
     def finish(self, fence: Fence, end: RunEnd) -> bool:
         run = fence.run
         ttl = self._ttl if end.status in COMPLETE else ""
-        fields = (run.token, fence.execution, fence.epoch, fence.owner, run.writes, end.status)
-        text = "" if end.error is None else f"={end.error}"
-        times = ("" if end.updated_ms is None else end.updated_ms, "" if end.wake_ms is None else end.wake_ms)
-        self._append(fence, "finish", run.run_id, *fields, text, ttl, *times)
+        fields = end._asdict() | _UNMARKED | {"until_ms": None}
+        if end.updated_ms is None:
+            fields["updated_ms"] = _NOW
+        values = (run.token, fence.execution, fence.epoch, fence.owner, run.writes, ttl)
+        self._append(fence, "finish", run.run_id, *values, *_pairs(fields))
         return True
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
-        self._write(run.run.prefix, "wake", run.run_id, "" if wake_ms is None else wake_ms)
+        self._update(run.run, {"wake_ms": wake_ms}, is_news=wake_ms == 0)
 
     def block(self, run: RunRow, mark: BlockedMark | None) -> None:
-        values = () if mark is None else (*mark[:3], " ".join(mark.codes))
-        self._write(run.run.prefix, "block", run.run_id, *values)
+        values = (None,) * 4 if mark is None else (*mark[:3], " ".join(mark.codes))
+        self._update(run.run, dict(zip(_MARK, values, strict=True)))
 
     def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
-        key = "" if entry.key is None else f"={entry.key}"
-        expires = "" if entry.expires_ms is None else entry.expires_ms
-        values = (fence.run.run_id, fence.owner, entry.due_ms, entry.priority, key, expires)
-        self._append(fence, "enqueue", *values)
+        place = {"priority": entry.priority, "key": entry.key, "expires_ms": entry.expires_ms}
+        released = {"status": QUEUED, "error": None, "until_ms": None, "wake_ms": entry.due_ms}
+        self._update(fence.run, place | released, is_news=True)
+
+    def _update(self, run: RedisRun, fields: Mapping[str, Any], *, is_news: bool = False) -> None:
+        """Change fields of a run; None deletes one."""
+        self._write(run.prefix, "update", run.run_id, int(is_news), *_pairs(fields))
 
     def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
         claimed: list[Candidate] = []
@@ -266,8 +267,6 @@ class RedisRows(RedisReader):
         self._writes.append(_Write(fence.run.prefix, values, lambda reply: self._settle(fence, reply)))
 
     def _settle(self, fence: Fence, reply: Any) -> None:
-        if reply == b"changed":
-            raise RunChanged
         run_id = fence.run.run_id
         if not is_recorded(fence.run, reply, self._link.server.name):
             raise fence_error(self, fence, run_id)
@@ -336,11 +335,7 @@ class RedisRows(RedisReader):
         self._write(prefix_of(run_id), "delete", run_id)
 
     def _write(self, prefix: str, operation: str, *values: Any) -> None:
-        def check(reply: Any) -> None:
-            if reply == b"changed":
-                raise RunChanged
-
-        self._writes.append(_Write(prefix, (operation, *values), check))
+        self._writes.append(_Write(prefix, (operation, *values)))
 
     # ------------------------------------------------------------------ events
 
@@ -431,9 +426,43 @@ def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:
     )
 
 
-def _opening_values(fence: Fence, opening: Opening, tags_before: Sequence[str]) -> tuple[Any, ...]:
-    tags = json.dumps(list(dict.fromkeys((*tags_before, *opening.tags)))) if opening.tags else ""
-    return (opening.owner, fence.execution, fence.epoch, _lease_ms(fence), tags, opening.version)
+#: The present time of the server, in a field of a run; see ``change`` in the script.
+_NOW: Final = "+0"
+_MARK: Final = ("blocked", "blocked_since_ms", "blocked_until_ms", "blocked_codes")
+#: Fields that every opening and every end of a run delete.
+_UNMARKED: Final[dict[str, Any]] = dict.fromkeys((*_MARK, "claim", "claim_until_ms"))
+_COUNTS: Final = (
+    "tokens",
+    "cost_pico",
+    "latency_ns",
+    "nodes",
+    "commit_count",
+    "attempt_count",
+    "identities",
+)
+
+
+def _opened_fields(fence: Fence, opening: Opening, tags_before: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a run that a session has opened. ``tags_before``: those of the execution."""
+    tags = list(dict.fromkeys((*tags_before, *opening.tags)))
+    return _UNMARKED | {
+        "status": "RUNNING",
+        "error": None,
+        "owner": opening.owner,
+        "epoch": fence.epoch,
+        "until_ms": f"+{_lease_ms(fence)}",
+        "updated_ms": _NOW,
+        "wake_ms": None,
+        "version": opening.version,
+        "tags": json.dumps(tags) if tags else None,
+    }
+
+
+def _pairs(fields: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield the names and values of fields; None deletes one."""
+    for name, value in fields.items():
+        yield name
+        yield "" if value is None else value
 
 
 def _lease_ms(fence: Fence) -> int:

@@ -10,7 +10,7 @@ function ops.annotate(owner, key, branch, value)
   if owner ~= '' and redis.call('HGET', run, 'owner') ~= owner then return 'changed' end
   local ttl = redis.call('PTTL', run)
   if ttl == -2 then return 0 end
-  redis.call('HINCRBY', run, 'annotated', 1)
+  redis.call('HINCRBY', run, 'changes', 1)
   redis.call('HSET', p .. key, branch, value)
   if ttl >= 0 then redis.call('PEXPIRE', p .. key, ttl) end
   return 0
@@ -21,7 +21,7 @@ function ops.delete_annotations(owner, key, branch)
   local deleted
   if branch then deleted = redis.call('HDEL', p .. key, branch)
   else deleted = redis.call('DEL', p .. key) end
-  if deleted > 0 and redis.call('EXISTS', run) == 1 then redis.call('HINCRBY', run, 'annotated', 1) end
+  if deleted > 0 and redis.call('EXISTS', run) == 1 then redis.call('HINCRBY', run, 'changes', 1) end
   return 0
 end
 
@@ -39,15 +39,11 @@ function ops.save(node, value, ttl)
 end
 
 function ops.delete(id)
-  local f = fields(run, 'execution', 'pipeline')
-  local executions = tonumber(f.execution or 0)
+  local executions = number(redis.call('HGET', run, 'execution'))
   while redis.call('EXISTS', p .. 'attempts:' .. (executions + 1), p .. 'steps:' .. (executions + 1)) > 0 do
     executions = executions + 1
   end
-  if f.pipeline then
-    leave_queues(id)
-    redis.call('ZREM', DUE .. lane(), id)
-  end
+  unlist(id)
   for _, key in ipairs(keys_of(executions)) do redis.call('DEL', key) end
   redis.call('DEL', p .. SAVED)
   redis.call('ZREM', RUNS, id)
@@ -113,30 +109,30 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
     end
   end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRES .. place, '-inf', '(' .. ms, 'LIMIT', 0, 100)) do
-    local f = fields(prefix_of(id) .. 'run', 'status', 'wake_ms', 'claim_until', 'priority', 'key',
+    local f = fields(prefix_of(id) .. 'run', 'status', 'wake_ms', 'claim_until_ms', 'priority', 'key',
         'order')
     if f.status ~= 'QUEUED' then redis.call('ZREM', EXPIRES .. place, id)
-    elseif not is_claimed(f.claim_until, ms) and tonumber(f.wake_ms or 0) <= now then
+    elseif not is_claimed(f.claim_until_ms, ms) and tonumber(f.wake_ms or 0) <= now then
       add(id, f, tonumber(f.wake_ms), 1)
     end
   end
   if limit == 0 then return found end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', LATER .. place, '-inf', now, 'LIMIT', 0, most)) do
     redis.call('ZREM', LATER .. place, id)
-    local f = fields(prefix_of(id) .. 'run', 'status', 'wake_ms', 'priority', 'key', 'order')
-    if f.status == 'QUEUED' then join_due(place, id, f) end
+    run = prefix_of(id) .. 'run'
+    list(id, now)
   end
   -- Adds those of these runs that are due. Runs that are in the list no more are removed from it.
   local function add_due(list, ids, blocked)
     local due, taken = {}, {}
     for _, id in ipairs(ids) do
       local f = fields(prefix_of(id) .. 'run', 'status', 'until_ms', 'wake_ms', 'pipeline',
-          'claim_until', 'priority', 'key', 'version', 'blocked_until_ms', 'blocked_codes', 'order')
+          'claim_until_ms', 'priority', 'key', 'version', 'blocked_until_ms', 'blocked_codes', 'order')
       local status, wake, blocked_until = f.status, f.wake_ms, f.blocked_until_ms
       local stopped = status == 'SUSPENDED' or status == 'INTERRUPTED' or blocked and status == 'QUEUED'
       if f.pipeline ~= pipeline or (f.version or '') ~= version or blocked and not blocked_until
           or not (stopped and (wake or blocked) or status == 'RUNNING') then redis.call('ZREM', list, id)
-      elseif not is_claimed(f.claim_until, ms) and (stopped and wake and tonumber(wake) <= now
+      elseif not is_claimed(f.claim_until_ms, ms) and (stopped and wake and tonumber(wake) <= now
           or not stopped and (tonumber(f.until_ms or 0) or 0) < ms)
           and (not blocked or tonumber(blocked_until) <= now
             or not string.find(f.blocked_codes or '', code, 1, true)) then
@@ -177,9 +173,9 @@ function ops.candidates(pipeline, version, now, limit, most, code, where)
         local due, order, id = string.match(members[at], '^(%d+) (%d+):(.*)$')
         examined = examined + 1
         if due and taken < limit and tonumber(due) <= now then
-          local f = fields(prefix_of(id) .. 'run', 'status', 'claim_until')
+          local f = fields(prefix_of(id) .. 'run', 'status', 'claim_until_ms')
           if f.status ~= 'QUEUED' then redis.call('ZREM', queue, members[at])  -- The run was lost.
-          elseif not is_claimed(f.claim_until, ms) then
+          elseif not is_claimed(f.claim_until_ms, ms) then
             add(id, {priority = members[at + 1], key = key ~= '' and key or nil, order = order},
                 tonumber(due))
             taken = taken + 1

@@ -18,60 +18,32 @@ function ops.find(id)
   return {now_ms(), row}
 end
 
--- Lists an open run, whose owner has a lease.
-local function list_open(id, execution, until_ms)
+-- Makes an open run stay, and lists it.
+local function keep(id, execution)
   persist(tonumber(execution))
   redis.call('ZADD', IDS, 0, id)
   redis.call('ZREM', ENDED, id)
-  redis.call('ZADD', DUE .. lane(), until_ms, id)
-  set_live(id, redis.call('HGET', run, 'pipeline') or '', until_ms)
 end
 
-function ops.begin(id, owner, execution, epoch, lease, tags, flow_version, token, pipeline, input)
-  local f = fields(run, 'token', 'writes', 'owner')
-  if f.owner == owner then return tonumber(f.writes) end
+function ops.begin(id, execution, input, ...)
   local us = now_us()
-  local ms = math.floor(us / 1000)
-  local writes = (f.writes or 0) + 1
-  if f.token then
-    leave_queues(id)
-    set_wake(id, '')
-    redis.call('HDEL', run, 'priority', 'key', 'expires_ms')
-    redis.call('DEL', p .. 'events')
-  end
-  redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'version', flow_version,
-    'execution', execution,
-    'status', 'RUNNING', 'started_ms', ms, 'updated_ms', ms, 'tokens', 0, 'cost_pico', 0, 'latency_ns', 0,
-    'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'commit_count', 0,
-    'attempt_count', 0, 'identities', 0, 'writes', writes)
-  redis.call('HDEL', run, 'error', 'tags')
-  if tags ~= '' then redis.call('HSET', run, 'tags', tags) end
-  if not f.token then
-    redis.call('HSET', run, 'order', us)
+  if redis.call('HSETNX', run, 'order', us) == 1 then
     -- Keys that eviction left of an earlier run of this id.
     for _, key in ipairs(keys_of(0)) do if key ~= run then redis.call('DEL', key) end end
-  end
+  else redis.call('DEL', p .. 'events') end
   for _, name in ipairs(EXECUTION_KEYS) do redis.call('DEL', p .. name .. ':' .. execution) end
   redis.call('HSET', p .. 'inputs', execution, input)
   redis.call('ZADD', RUNS, us, id)
   note_format()
-  list_open(id, execution, ms + lease)
+  keep(id, execution)
+  change(id, ...)
   sweep(10)
-  return writes
+  return redis.call('HINCRBY', run, 'writes', 1)
 end
 
-function ops.take_over(id, owner, execution, epoch, lease, tags, flow_version, discard)
-  local f = fields(run, 'writes', 'owner')
-  if f.owner == owner then return tonumber(f.writes) end
+function ops.take_over(id, execution, discard, ...)
   if not is_complete(execution) then return 'lost' end
-  local ms = now_ms()
-  local writes = f.writes + 1
-  redis.call('HSET', run, 'status', 'RUNNING', 'owner', owner, 'epoch', epoch, 'until_ms', ms + lease,
-    'updated_ms', ms, 'writes', writes)
-  leave_queues(id)
-  redis.call('HDEL', run, 'error', 'wake_ms')
-  redis.call('HSET', run, 'version', flow_version)
-  if tags ~= '' then redis.call('HSET', run, 'tags', tags) end
+  redis.call('ZADD', RUNS, 'NX', now_us(), id)
   if discard ~= '' then
     local steps, nodes, commits, top = p .. 'steps:' .. execution, p .. 'nodes:' .. execution, 0, 0
     for _, field in ipairs(redis.call('HKEYS', nodes)) do
@@ -85,13 +57,17 @@ function ops.take_over(id, owner, execution, epoch, lease, tags, flow_version, d
     end
     redis.call('HSET', run, 'commit_count', commits, 'nodes', top)
   end
-  redis.call('ZADD', RUNS, 'NX', now_us(), id)
-  list_open(id, execution, ms + lease)
-  return writes
+  keep(id, execution)
+  change(id, ...)
+  return redis.call('HINCRBY', run, 'writes', 1)
 end
 
-function ops.replace_owner(owner)
-  redis.call('HSET', run, 'owner', owner)
+-- Changes fields of a run, see change(); with the news '1' it wakes workers that listen.
+function ops.update(id, news, ...)
+  if redis.call('EXISTS', run) == 0 then return 0 end
+  change(id, ...)
+  redis.call('HINCRBY', run, 'changes', 1)
+  if news == '1' then redis.call('PUBLISH', 'stroma:news', '') end
   return 0
 end
 
@@ -136,98 +112,40 @@ function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, att
   return redis.call('HINCRBY', run, 'writes', 1)
 end
 
-function ops.finish(id, token, execution, epoch, owner, acknowledged, status, error, ttl, updated, wake)
+function ops.finish(id, token, execution, epoch, owner, acknowledged, ttl, ...)
   local problem = fence_problem(token, epoch, owner, acknowledged)
   if problem then return problem end
-  local ms = now_ms()
-  leave_queues(id)
-  redis.call('HSET', run, 'status', status, 'updated_ms', updated ~= '' and updated or ms)
-  if error ~= '' then
-    redis.call('HSET', run, 'error', string.sub(error, 2))
-  else
-    redis.call('HDEL', run, 'error')
-  end
-  redis.call('HDEL', run, 'until_ms')
-  set_wake(id, wake)
-  local writes = redis.call('HINCRBY', run, 'writes', 1)
+  change(id, ...)
   if ttl ~= '' then
-    redis.call('ZADD', ENDED, ms + ttl, id)
-    for _, key in ipairs(keys_of(tonumber(execution))) do redis.call('PEXPIREAT', key, ms + ttl) end
+    local ms = now_ms() + ttl
+    redis.call('ZADD', ENDED, ms, id)
+    for _, key in ipairs(keys_of(tonumber(execution))) do redis.call('PEXPIREAT', key, ms) end
   end
-  return writes
+  return redis.call('HINCRBY', run, 'writes', 1)
 end
 
 function ops.renew(token, epoch, owner, acknowledged, lease)
   local problem = fence_problem(token, epoch, owner, acknowledged)
   if problem then return problem end
-  if redis.call('HEXISTS', run, 'until_ms') == 0 then return tonumber(redis.call('HGET', run, 'writes')) end
-  local ms = now_ms()
-  redis.call('HSET', run, 'until_ms', ms + lease)
-  local f = fields(run, 'pipeline', 'run_id')
-  redis.call('ZADD', DUE .. lane(), 'XX', ms + lease, f.run_id or '')
-  set_live(f.run_id or '', f.pipeline or '', ms + lease)
-  return redis.call('HINCRBY', run, 'writes', 1)
-end
-
--- Releases an execution that has not started, until a worker opens it.
-function ops.enqueue(id, owner, due, priority, key, expires)
-  local f = fields(run, 'owner', 'pipeline')
-  if f.owner ~= owner then return 'changed' end
-  redis.call('ZREM', DUE .. lane(), id)
-  redis.call('ZREM', LIVE .. f.pipeline, id)
-  redis.call('HSET', run, 'status', 'QUEUED', 'priority', priority)
-  redis.call('HDEL', run, 'until_ms', 'error')
-  if key ~= '' then redis.call('HSET', run, 'key', string.sub(key, 2)) end
-  if expires ~= '' then redis.call('HSET', run, 'expires_ms', expires) end
-  set_wake(id, due)
+  local f = fields(run, 'writes', 'until_ms', 'run_id')
+  if not f.until_ms then return tonumber(f.writes) end
+  change(f.run_id or '', 'until_ms', '+' .. lease)
   return redis.call('HINCRBY', run, 'writes', 1)
 end
 
 -- Returns true if a worker has claimed a run.
-local function is_claimed(claim_until, ms) return (tonumber(claim_until or 0) or 0) >= ms end
+local function is_claimed(claim_until_ms, ms) return number(claim_until_ms) >= ms end
 
 -- Claims a run for a worker; with a negative time, it gives it back; with the token '', it keeps it from all
 -- workers. Returns 0 if it is no longer free.
 function ops.claim(id, now, token, claim_ms)
   local ms = now_ms()
-  local f = fields(run, 'status', 'until_ms', 'wake_ms', 'claim', 'claim_until', 'pipeline')
-  if not f.status or token ~= '' and is_claimed(f.claim_until, ms) and f.claim ~= token then return 0 end
+  local f = fields(run, 'status', 'until_ms', 'wake_ms', 'claim', 'claim_until_ms')
+  if not f.status or token ~= '' and is_claimed(f.claim_until_ms, ms) and f.claim ~= token then return 0 end
   if f.status == 'RUNNING' then
-    if (tonumber(f.until_ms or 0) or 0) >= ms then return 0 end
+    if number(f.until_ms) >= ms then return 0 end
   elseif not f.wake_ms or tonumber(claim_ms) >= 0 and tonumber(f.wake_ms) > tonumber(now) then return 0 end
-  redis.call('HSET', run, 'claim', token, 'claim_until', ms + claim_ms)
-  if tonumber(claim_ms) < 0 or token == '' then redis.call('ZREM', LIVE .. f.pipeline, id)
-  else set_live(id, f.pipeline, ms + claim_ms) end
+  change(id, 'claim', token, 'claim_until_ms', '+' .. claim_ms)
   return 1
-end
-
--- Marks a run as blocked, so that it is in no queue; without values, deletes the mark.
-function ops.block(id, message, since, blocked_until, codes)
-  local status = redis.call('HGET', run, 'status')
-  if not status then return 0 end
-  if message then
-    leave_queue(id)
-    redis.call('ZREM', DUE .. lane(), id)
-    redis.call('HSET', run, 'blocked', message, 'blocked_since_ms', since,
-      'blocked_until_ms', blocked_until, 'blocked_codes', codes)
-    redis.call('ZADD', BLOCKED .. lane(), since, id)
-  elseif unblock(id) then
-    local wake = redis.call('HGET', run, 'wake_ms')
-    if status == 'RUNNING' then redis.call('ZADD', DUE .. lane(), 0, id)
-    elseif wake then set_wake(id, wake) end
-  end
-  return 0
-end
-
--- Sets from when on a run is due if it is suspended, or will be; '': never by itself.
-function ops.wake(id, wake)
-  local status = redis.call('HGET', run, 'status')
-  if not status then return 0 end
-  if status ~= 'RUNNING' then
-    set_wake(id, wake)
-    if wake == '0' then report_news() end
-  elseif wake ~= '' then redis.call('HSET', run, 'wake_ms', wake)
-  else redis.call('HDEL', run, 'wake_ms') end
-  return 0
 end
 """

@@ -1,16 +1,17 @@
 """The Lua script that runs in the Redis server: one script, which is loaded completely or not at all.
 
 ``EVALSHA sha 1 PREFIX operation arguments...``; every operation is one atomic step. Every operation is
-idempotent: after a lost reply the same command is sent again. Redis does not roll back a failed script, so
-everything that can fail (no memory, a read-only replica, a sum that overflows) fails at the first write. The
-reads and writes of an operation of a store are one step too: ``transact`` checks that the runs it has read
-are unchanged, and writes nothing if one of them has changed.
+idempotent, or performed by ``transact``, which is: after a lost reply the same command is sent again. Redis
+does not roll back a failed script, so everything that can fail (no memory, a read-only replica, a sum that
+overflows) fails at the first write. The reads and writes of an operation of a store are one step too:
+``transact`` checks that the runs it has read are unchanged, and writes nothing if one of them has changed.
 
 The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
 
     run            hash: the row of the run. Besides the fields of a RunRow: token, which distinguishes runs
-                   of one id; writes and annotated, the numbers of writes of sessions and of changes of
-                   annotations; tx, the last transaction that read it before it wrote
+                   of one id; writes and changes, the numbers of writes of sessions and of other changes of
+                   the row and of annotations; tx, the last transaction that read it before it wrote, and its
+                   replies; queued, its member in a queue
     inputs         hash: execution -> input
     steps:E        hash: "position:branch" -> output
     nodes:E        hash: "position:branch" -> number of the commit, and its NodeFacts
@@ -147,77 +148,59 @@ end
 -- Returns the lane of a pipeline and a version, '' for runs without one. No NUL is in a name.
 local function lane_of(pipeline, version) return version == '' and pipeline or pipeline .. '\0' .. version end
 
--- Returns the lane of the run.
-local function lane()
-  local f = fields(run, 'pipeline', 'version')
-  return lane_of(f.pipeline or '', f.version or '')
-end
-
 -- Returns the key of the queue of a lane for runs of one key; '': for runs without a key.
 local function queue_of(lane, key) return QUEUE .. #lane .. ':' .. lane .. ':' .. key end
 
-local function leave_queue(id)
-  local f, place = fields(run, 'queued', 'key'), lane()
-  redis.call('ZREM', LATER .. place, id)
-  redis.call('ZREM', EXPIRES .. place, id)
+local function number(value) return tonumber(value or 0) or 0 end
+
+-- The lists that a run is in follow from its row. Removes it from all of them, by the row as it is.
+local function unlist(id)
+  local f = fields(run, 'pipeline', 'version', 'key', 'queued')
+  if not f.pipeline then return end
+  local place, key = lane_of(f.pipeline, f.version or ''), f.key or ''
+  for _, list in ipairs({DUE, LATER, EXPIRES, BLOCKED}) do redis.call('ZREM', list .. place, id) end
+  redis.call('ZREM', LIVE .. f.pipeline, id)
   if not f.queued then return end
-  local key = f.key or ''
-  local queue = queue_of(place, key)
-  redis.call('ZREM', queue, f.queued)
+  redis.call('ZREM', queue_of(place, key), f.queued)
   redis.call('HDEL', run, 'queued')
-  if key ~= '' and redis.call('EXISTS', queue) == 0 then redis.call('SREM', QUEUE_KEYS .. place, key) end
+  if redis.call('EXISTS', queue_of(place, key)) == 0 then redis.call('SREM', QUEUE_KEYS .. place, key) end
 end
 
--- Wakes workers that listen.
-local function report_news() redis.call('PUBLISH', 'stroma:news', '') end
-
--- Adds a run that is due to the queue of its key.
-local function join_due(place, id, f)
-  local key, member = f.key or '', string.format('%015.0f %018.0f:', f.wake_ms, f.order) .. id
-  redis.call('ZADD', queue_of(place, key), f.priority, member)
-  redis.call('HSET', prefix_of(id) .. 'run', 'queued', member)
-  if key ~= '' then redis.call('SADD', QUEUE_KEYS .. place, key) end
-end
-
-local function join_queue(id, due)
-  leave_queue(id)
-  redis.call('HSET', run, 'wake_ms', due)
-  local f, place = fields(run, 'key', 'priority', 'order', 'wake_ms', 'expires_ms'), lane()
-  if f.expires_ms then redis.call('ZADD', EXPIRES .. place, f.expires_ms, id) end
-  if tonumber(due) > now_ms() then redis.call('ZADD', LATER .. place, due, id) else join_due(place, id, f) end
-  report_news()
-end
-
--- Stores from when on a worker may continue a run that stopped; '': never by itself.
-local function set_wake(id, wake)
-  if wake == '' then
-    redis.call('HDEL', run, 'wake_ms')
-    redis.call('ZREM', DUE .. lane(), id)
-  elseif redis.call('HEXISTS', run, 'blocked') == 1 then redis.call('HSET', run, 'wake_ms', wake)
-  elseif redis.call('HGET', run, 'status') == 'QUEUED' then join_queue(id, wake)
-  else
-    redis.call('HSET', run, 'wake_ms', wake)
-    redis.call('ZADD', DUE .. lane(), wake, id)
+-- Adds a run that is in no list to those that its row says. A queued run that is due at this time is in the
+-- queue of its key.
+local function list(id, now)
+  local f = fields(run, 'pipeline', 'version', 'status', 'key', 'priority', 'order', 'wake_ms', 'expires_ms',
+      'until_ms', 'claim', 'claim_until_ms', 'blocked_since_ms')
+  if not f.pipeline then return end
+  local place, is_running = lane_of(f.pipeline, f.version or ''), f.status == 'RUNNING'
+  local live = math.max(is_running and number(f.until_ms) or 0, f.claim and number(f.claim_until_ms) or 0)
+  if live > 0 then redis.call('ZADD', LIVE .. f.pipeline, live, id) end
+  if f.blocked_since_ms then redis.call('ZADD', BLOCKED .. place, f.blocked_since_ms, id)
+  elseif is_running then redis.call('ZADD', DUE .. place, number(f.until_ms), id)
+  elseif f.wake_ms and (f.status == 'SUSPENDED' or f.status == 'INTERRUPTED') then
+    redis.call('ZADD', DUE .. place, f.wake_ms, id)
+  elseif f.wake_ms and f.status == 'QUEUED' then
+    if f.expires_ms then redis.call('ZADD', EXPIRES .. place, f.expires_ms, id) end
+    if number(f.wake_ms) > now then return redis.call('ZADD', LATER .. place, f.wake_ms, id) end
+    local key, member = f.key or '', string.format('%015.0f %018.0f:', f.wake_ms, f.order) .. id
+    redis.call('ZADD', queue_of(place, key), f.priority, member)
+    redis.call('HSET', run, 'queued', member)
+    if key ~= '' then redis.call('SADD', QUEUE_KEYS .. place, key) end
   end
 end
 
--- Deletes the mark of a blocked run, and returns true if it had one.
-local function unblock(id)
-  redis.call('ZREM', BLOCKED .. lane(), id)
-  return redis.call('HDEL', run, 'blocked', 'blocked_since_ms', 'blocked_until_ms', 'blocked_codes') > 0
-end
-
--- Records until when a run has an owner or a claim.
-local function set_live(id, pipeline, until_ms)
-  redis.call('ZADD', LIVE .. pipeline, until_ms, id)
-end
-
--- Ends the claim of a run, its place in the queue, and its mark.
-local function leave_queues(id)
-  leave_queue(id)
-  unblock(id)
-  redis.call('HDEL', run, 'claim', 'claim_until')
-  redis.call('ZREM', LIVE .. (redis.call('HGET', run, 'pipeline') or ''), id)
+-- Changes fields of the run, given as names and values, and with them its lists. The value '' deletes a
+-- field; '+5' in a field of a time is the time in 5 ms.
+local function change(id, ...)
+  local values, ms = {...}, now_ms()
+  unlist(id)
+  for at = 1, #values, 2 do
+    local name, value = values[at], values[at + 1]
+    local delay = string.match(name, '_ms$') and string.match(value, '^%+(.+)$')
+    if value == '' then redis.call('HDEL', run, name)
+    else redis.call('HSET', run, name, delay and ms + delay or value) end
+  end
+  list(id, ms)
 end
 
 local ops = {}
@@ -225,15 +208,18 @@ local ops = {}
 
 _DISPATCH: Final = r"""
 -- Performs several operations, none if a run has changed. ARGV: the name of the transaction, the runs that
--- must be unchanged (prefix, token, writes, annotated), and for each operation its length, prefix, name and
--- values. The replies end with the first refusal, which undoes no operation before it, see Rows. A
--- repeated transaction finds its name and skips the checks; each of its operations finds its earlier changes.
+-- must be unchanged (prefix, token, writes, changes), and for each operation its length, prefix, name and
+-- values. The replies end with the first refusal, which undoes no operation before it, see Rows. The name and
+-- the replies are stored with these runs, where a repeated transaction finds them.
 local function transact()
   local tx, checks, at, replies = ARGV[2], cjson.decode(ARGV[3]), 4, {}
   for _, check in ipairs(checks) do
-    local f = fields(check.prefix .. 'run', 'token', 'writes', 'annotated', 'tx')
-    if f.tx ~= tx and ((f.token or '') ~= check.token or (f.writes or '') ~= check.writes
-        or (f.annotated or '') ~= check.annotated) then return 'changed' end
+    local prefix, token, writes, changes = unpack(check)
+    local f = fields(prefix .. 'run', 'token', 'writes', 'changes', 'tx')
+    if f.tx and string.sub(f.tx, 1, #tx) == tx then return cjson.decode(string.sub(f.tx, #tx + 1)) end
+    if (f.token or '') ~= token or (f.writes or '') ~= writes or (f.changes or '') ~= changes then
+      return 'changed'
+    end
   end
   -- Checks the cells before the first write, since a commit that belongs to a change of a cell comes earlier.
   local step = at
@@ -256,8 +242,8 @@ local function transact()
     at = last + 1
   end
   for _, check in ipairs(checks) do
-    local read = check.prefix .. 'run'
-    if redis.call('EXISTS', read) == 1 then redis.call('HSET', read, 'tx', tx) end
+    local read = check[1] .. 'run'
+    if redis.call('EXISTS', read) == 1 then redis.call('HSET', read, 'tx', tx .. cjson.encode(replies)) end
   end
   return replies
 end
