@@ -122,8 +122,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Let each worker import a share of its own first: on a clean clone each would compile all files, 24 s of
-    one core."""
+    """Let each worker import a share first: on a clean clone each would compile all files, 24 s of a core."""
     config = session.config
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if not worker or config.args_source is pytest.Config.ArgsSource.ARGS:
@@ -143,8 +142,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Add the marks that follow from where a test stands and from the fixtures it uses; put tests that fork
-    first, then long ones."""
+    """Add the marks that follow from a test's place and fixtures; put forking tests first, then long ones."""
     items.sort(
         key=lambda item: (not item.nodeid.startswith(FORKING_PATHS), not item.nodeid.startswith(LONG_PATHS))
     )

@@ -266,8 +266,7 @@ class _File:
 def survives(
     events: Sequence[Event], cuts: Sequence[int], draw: random.Random
 ) -> Iterator[tuple[int, dict[str, bytes]]]:
-    """What the disk may hold after the power failed before the event of each number, by file name. In
-    order."""
+    """What a disk may hold after the power failed before the event of each number, by file name, in order."""
     files: dict[int, _File] = defaultdict(_File)
     names: dict[str, list[int | None]] = defaultdict(lambda: [None])  # as synced, then since
     wanted = sorted(cuts)

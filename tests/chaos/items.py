@@ -60,8 +60,7 @@ class Nothing(BaseModel):
 
 
 async def work(url: str, folder: Path) -> None:
-    """Bring the run to its end. Each call of the node is noted in a file, in one write that survives a
-    kill."""
+    """Bring the run to its end. Each call is noted in a file by one write, which survives a kill."""
     side = os.open(folder / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     contract: NodeContract[Any, Any] = NodeContract(
         node_id="square", input_schema=Number, output_schema=Square

@@ -163,8 +163,7 @@ def test_a_locked_database() -> None:
 
 @pytest.mark.nightly
 def test_a_full_disk() -> None:
-    """I1 and I5: on a full disk a run stops with a named error, and goes on once there is room; a node is not
-    retried."""
+    """I1 and I5: on a full disk a run stops with a named error and continues once there is room."""
     assert strike("full", 8)["runs that were told"] >= 8
 
 
@@ -195,8 +194,7 @@ def test_killed_before_what_a_call_took_is_settled() -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("store", SHARED)
 def test_a_store_that_comes_back_older(store: str) -> None:
-    """I7: a process whose acknowledged commits are gone is told CheckpointLost; who resumes makes one history
-    of the rest."""
+    """I7: a process whose acknowledged commits are gone gets CheckpointLost; a resume has one history."""
     figures = strike("restored", 4, store)
     assert figures["restores"] >= 3
     assert figures["mixed"] == 0

@@ -49,8 +49,7 @@ def calls(tmp_path: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("when", ["success", "failure"])
 def test_a_process_killed_behind_its_commit(dying: Dying, journal: tuple[str, str], when: str) -> None:
-    """Where budget and journal share a store, what an attempt spent is counted by the transaction that
-    records it."""
+    """If budget and journal share a store, usage is counted by the transaction that records it."""
     dying(run_id="r", die=when, budget=[*journal, 500], fails=1 if when == "failure" else 0)
     assert spent(*journal) == (100, 0)
     assert journaled(*journal) == 100
@@ -59,8 +58,7 @@ def test_a_process_killed_behind_its_commit(dying: Dying, journal: tuple[str, st
 @pytest.mark.kills
 @pytest.mark.slow
 def test_killed_again_and_again(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
-    """However often processes are killed behind their commits, no call is made beyond the limit of a shared
-    budget."""
+    """However often commits are followed by kills, no call is made beyond a shared budget."""
     for number in range(3):
         dying(run_id=f"r{number}", die="success", budget=[*journal, 300])
     assert dying(run_id="r3", budget=[*journal, 300]) == ["PARTIAL"]

@@ -67,8 +67,7 @@ def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: st
 async def test_fences_off_an_owner_that_lost_its_lease(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """A request about a run whose live owner could not renew its lease fences it off: it stores nothing, and
-    learns why."""
+    """A request about a run whose live owner could not renew its lease fences it: nothing more is stored."""
     async with SQLiteStore(tmp_path / "runs.db") as store, SQLiteStore(tmp_path / "runs.db") as other:
         await _request_late_owner(store, other, monkeypatch, method)
 

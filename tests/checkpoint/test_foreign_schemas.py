@@ -78,8 +78,7 @@ TRIGGER = (
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["victim", "boss"])
 async def test_a_schema_of_another_role_is_refused(server: PostgresServer, role: str) -> None:
-    """Its owner may add a trigger that runs as whoever writes, at any time: for a superuser that is the whole
-    server."""
+    """Its owner may add a trigger that runs as its writers: for a superuser, on the whole server."""
     await _use(server, "mallory")
     _execute(server, "mallory", *TRIGGER, "GRANT ALL ON stroma.stolen TO PUBLIC", *OPEN)
     await _refused(server, role, f"belongs to mallory, a role that {role} is not a member of")

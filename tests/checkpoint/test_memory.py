@@ -85,8 +85,7 @@ async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
 async def test_a_suspension_in_memory_is_a_warning(
     store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first run that is suspended in a store in memory is named, with the store to pass; a durable store
-    warns of nothing."""
+    """The first run suspended in memory is named with the store to pass; a durable store warns of nothing."""
     stores = {
         "default": None,
         "async": AsyncInMemoryStore(),

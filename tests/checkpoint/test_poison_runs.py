@@ -83,8 +83,7 @@ def test_no_recovery_without_end(dying: Dying, journal: tuple[str, str], tmp_pat
 @pytest.mark.kills
 @pytest.mark.slow
 def test_retries_count_across_crashes(dying: Dying, tmp_path: Path) -> None:
-    """Attempts of killed processes count: none is made beyond the policy, so a resume can end PARTIAL without
-    a call; the next calls."""
+    """Attempts of killed processes count: beyond the policy a resume ends PARTIAL without a call."""
     wish: dict[str, Any] = {"fails": 9, "retries": 2}
     dying(run_id="r", die="failure", **wish)
     assert calls(tmp_path) == 1

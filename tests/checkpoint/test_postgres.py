@@ -422,8 +422,7 @@ async def test_connections_that_the_server_ends(
 
 
 async def test_a_connection_that_accepts_no_query(store: PostgresStore) -> None:
-    """A connection that an error has left in the middle of a pipeline, neither closed nor broken, is
-    replaced at the next operation."""
+    """A connection that an error has left inside a pipeline, neither closed nor broken, is replaced."""
     connections: list[Any] = []
 
     def get_stuck(rows: Any) -> None:

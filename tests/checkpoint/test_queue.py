@@ -373,8 +373,7 @@ async def test_delayed_runs_do_not_keep_a_due_one_from_workers(
 
 
 async def test_an_expired_run_is_claimed_beside_the_limits(store: Any) -> None:
-    """A due run past its latest start is claimed although its pipeline is at max_runs and the worker has no
-    room; no other run is."""
+    """A due run past its latest start is claimed even at max_runs and without room; no other run is."""
     await submit(store, "running", key="k")
     await submit(store, "waits", key="k", expires_ms=NOW * 2)
     await submit(store, "late", key="k", expires_ms=2)
@@ -395,8 +394,7 @@ async def test_an_expired_run_is_claimed_beside_the_limits(store: Any) -> None:
 
 
 async def test_the_figures_of_a_queue(store: Any) -> None:
-    """The figures of a pipeline's queue are its QUEUED runs, and the earliest time of queued and sleeping
-    runs that are due."""
+    """The figures of a queue are its QUEUED runs and the earliest time of those and of sleeping runs."""
     p = {"p": ServedCode()}
     assert store.queue_figures(p, NOW) == {"p": QueueFigures(0, None)}
     await submit(store, "later", due_ms=NOW + 50)
@@ -492,8 +490,7 @@ def test_what_is_chosen(
     max_runs: int | None,
     per_key: int | None,
 ) -> None:
-    """No limit is passed; a run never precedes one of a lower priority number, nor an earlier one of its key;
-    no place stays free."""
+    """No limit is passed, no run precedes a lower priority or an earlier run of its key, no place is free."""
     candidates = [Candidate(i, str(i), "p", *one) for i, one in enumerate(queued)]
     request = ClaimRequest("t", 1.0, limit, 0, {"p": RunLimits(max_runs, per_key)})
     chosen = choose(candidates, {"p": live}, request)
@@ -535,8 +532,7 @@ async def test_listeners_learn_of_due_runs(kind: str) -> None:
 
 
 async def test_a_lost_run_that_is_given_back(store: Any) -> None:
-    """A run whose owner is gone, and that a worker cannot continue, is kept from all workers for a while, and
-    holds no place."""
+    """A run without owner that a worker cannot continue is hidden for a while, and takes no place."""
     await submit(store, "r")
     await claim(store)
     session = await open_claimed(store, "r", lease_seconds=0.1)
@@ -585,8 +581,7 @@ async def test_a_budget_of_a_queued_run_outlives_its_first_owner(store: Any) -> 
 
 
 async def test_runs_that_are_opened_together(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Claimed runs that are opened at once have what is stored of each, also what was stored with that;
-    Postgres reads them together."""
+    """Claimed runs that are opened at once have all that is stored of each; Postgres reads them together."""
     statements: list[str] = []
     if isinstance(store, PostgresStore):
         from stroma.checkpoint.postgres.connection import PostgresRows

@@ -337,8 +337,7 @@ class TestCrash:
                 assert known
 
     async def test_a_full_server_loses_nothing(self) -> None:
-        """Out of memory under noeviction: a transient StoreError that says so, nothing half done; then it
-        goes on."""
+        """Out of memory under noeviction is a transient StoreError that says so, with nothing half done."""
         with RedisServer() as server:
             async with RedisStore(server.url) as store:
                 session = await begin(store)
@@ -943,8 +942,7 @@ class TestServer:
         store.close()
 
     def test_a_url(self, server: RedisServer) -> None:
-        """open_store takes redis:// and rediss:// URLs; what is no URL is a ValueError, and connects
-        nowhere."""
+        """open_store takes redis:// and rediss:// URLs; anything else is a ValueError without a request."""
         assert isinstance(open_store("redis://127.0.0.1:1/0"), RedisStore)
         assert (
             repr(open_store("rediss://me:secret@h:7/2")) == "RedisStore('rediss://h:7/2', ttl_seconds=3600.0)"

@@ -135,8 +135,7 @@ async def _eight(machine: Machine, **options: Any) -> list[str]:
 
 @pytest.mark.slow
 async def test_eight_processes_at_once(any_machine: Machine) -> None:
-    """G10: Of eight processes that start the same run at once, one executes it, and the others get
-    RunBusy."""
+    """G10: Of eight processes that start one run at once, one executes it and the others get RunBusy."""
     outcomes = await _eight(any_machine, waits={"wait": 1, "sleep0": 0.5, "sleep1": 0.5})
     assert Counter(outcome.split()[0] for outcome in outcomes) == {"COMPLETED": 1, "busy": 7}
     assert any_machine.calls() == ["n0", "n1", "n2"]
@@ -185,8 +184,7 @@ async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
 
 @pytest.mark.slow
 async def test_a_stopped_process_is_cancelled(machine: Machine) -> None:
-    """A process that is stopped for longer than its lease, while its run is cancelled, calls nothing more
-    when it wakes."""
+    """A process that is stopped beyond its lease while its run is cancelled calls nothing when it wakes."""
     first = await machine.start(waits={"sleep1": 0.3}, lease_seconds=0.5)
     await first.until("in n1")
     first.child.send_signal(signal.SIGSTOP)
@@ -349,8 +347,7 @@ async def test_another_request_cannot_attach(
 async def test_what_goes_wrong_beside_the_leases_loses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is raised in the thread that keeps leases up (by a driver, or for a loop that is closed), it
-    goes on."""
+    """The thread that renews leases continues, whatever a driver or a closed loop raises in it."""
     async with SQLiteStore(tmp_path / "runs.db") as store, SQLiteStore(tmp_path / "runs.db") as other:
         read, surprises = store.read, ["one", "two"]
 
@@ -389,8 +386,7 @@ async def test_whoever_waits_can_be_cancelled(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_finished_run_is_returned(store: Any) -> None:
-    """if_exists="return" gives the result of a finished run, calls nothing and changes nothing; else it goes
-    on."""
+    """if_exists="return" gives the result of a finished run without a call or a change; else it continues."""
     calls: list[str] = []
     assert (await _runner(store).run(_nodes(calls, fails=True), Num())).status is RunStatus.PARTIAL
     returning = _runner(store, if_exists="return")
@@ -443,8 +439,7 @@ def test_owners_are_read_back() -> None:
 
 
 def test_only_what_is_known_to_be_gone_is_gone() -> None:
-    """A process of another machine, another boot or another container may be alive; one of ours is looked
-    at."""
+    """A process of another machine, boot or container may be alive; one of ours is looked up."""
     alive = new_owner(test_only_what_is_known_to_be_gone_is_gone)
     if not alive.boot:
         pytest.skip("this system does not say which of its starts it is in")

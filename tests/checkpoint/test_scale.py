@@ -104,8 +104,7 @@ async def test_a_store_of_many_attempts(filled: str) -> None:
 
 @pytest.mark.nightly
 def test_a_long_run_in_new_tables() -> None:
-    """A PostgreSQL server that has no statistics yet, as soon after the tables were made, tells a long run's
-    attempts."""
+    """A PostgreSQL server without statistics, as after the tables were made, reads a long run's attempts."""
     server = PostgresServer()
     try:
         large_stores.fill(server.dsn, 1, 5000, vacuum=False)
@@ -162,8 +161,7 @@ PAGES = {
 
 @pytest.mark.parametrize("page", list(PAGES))
 def test_no_page_reads_all_runs(page: str, tmp_path: Path) -> None:
-    """Whatever is asked for, SQLite reads a page in the order of an index from where it begins: nothing is
-    sorted or skipped."""
+    """SQLite reads each page in the order of an index from its beginning: nothing is sorted or skipped."""
     large_stores.fill(f"sqlite:///{tmp_path / 'x.db'}", 200, 1)
     with SQLiteStore(tmp_path / "x.db") as store:
         messages: list[str] = []

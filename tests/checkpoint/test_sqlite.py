@@ -572,8 +572,7 @@ class TestFaults:
 
     @pytest.mark.parametrize("make", [SQLiteStore, open_store, lambda path: open_store(f"sqlite:///{path}")])
     async def test_a_missing_directory_is_named(self, tmp_path: pathlib.Path, make: Any) -> None:
-        """A path in a directory that does not exist is refused when the store is made; once it is there, the
-        path is fine."""
+        """A path in a missing directory is refused when the store is made, and accepted once it exists."""
         for folder in (tmp_path / "no", tmp_path / "file" / "no"):
             (tmp_path / "file").touch()
             with pytest.raises(

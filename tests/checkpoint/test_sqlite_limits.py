@@ -22,8 +22,7 @@ async def square(state: Item) -> tuple[dict[str, int], int, int, str]:
 
 
 async def test_what_stands_beside_a_run_is_at_no_position_of_it(tmp_path: Path) -> None:
-    """The trace context, the parent of a fork, marks of cancellation and the like never meet a node, however
-    many there are."""
+    """The trace context, the parent of a fork, marks of cancellation and the like never meet a node."""
     outputs: list[str] = []
 
     def step(name: str) -> Any:

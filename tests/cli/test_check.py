@@ -105,8 +105,7 @@ def test_effects_in_a_flow_are_checked(stroma, inside):
 
 
 def test_graph_draws_a_file(flows, inside, fails):
-    """By default the graph is an SVG file, named after the pipeline, or by -o; a file that cannot be written
-    is a problem."""
+    """The graph is an SVG file named after the pipeline, or by -o; an unwritable file is an error."""
     done = inside("graph", "flows.py:fine")
     assert (done.code, done.out, done.err) == (0, "", "wrote fine.graph.svg; open it in a browser\n")
     text = Path(flows.home, "fine.graph.svg").read_text()

@@ -84,8 +84,7 @@ def test_a_package_that_is_not_installed(inside, monkeypatch):
 
 
 def test_the_other_distribution(inside, monkeypatch, tmp_path):
-    """The distribution `stroma`, another project's, is noted with the command that repairs the packages,
-    wherever it is on the path."""
+    """The distribution `stroma` of another project is named with the command that repairs the packages."""
     assert "packages" not in checks(inside("doctor", "--json"))
     (tmp_path / "site" / "stroma-0.3.1.dist-info").mkdir(parents=True)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))

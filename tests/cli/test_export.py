@@ -57,8 +57,7 @@ def test_json(failed, inside):
 
 
 def test_html(failed, inside, stroma):
-    """html is one file that loads and runs nothing: the cause with the field that broke, a bar for each
-    attempt, the states."""
+    """html is one file that loads nothing: the cause with its field, a bar for each attempt, the states."""
     done = inside("export", "x", "--format", "html", "-o", "x.html")
     assert (done.code, done.out) == (0, "")
     path = stroma.home / "x.html"

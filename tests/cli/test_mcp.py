@@ -129,8 +129,7 @@ QUESTIONS = [
 
 
 def test_no_answer_floods_an_agent(ask, stroma, inside):
-    """Every answer has at most 64 KiB and is complete JSON, whatever lone surrogates, messages and states the
-    runs have."""
+    """Every answer has at most 64 KiB and is complete JSON, whatever text, messages and states runs have."""
     stroma.file("odd.py", ODD)
     for name in ("ok", "rejected", "message", "many"):
         result = inside("run", f"odd.py:{name}", "{}", "--run-id", name, "--db", "r.db", "-q")

@@ -224,8 +224,7 @@ def test_fork(stroma, inside, fails):
 
 
 def test_what_cannot_be_forked(stroma, inside, fails, ran):
-    """A node before which nothing is kept, and an output that is put together of children's, are refused; no
-    run is made."""
+    """A node without a stored input and an output merged of children are refused; no run is made."""
     ran("x", code=1, SECOND="raise TimeoutError")
     fails(
         inside("resume", "x", "sums.py:pipeline", "--from", "third", "--fork", "-q"),

@@ -150,8 +150,7 @@ def test_settings_of_the_runner_beside_a_pipeline(stroma, inside, name):
 
 
 def test_a_pipeline_with_its_own_config_has_the_settings_of_the_runner_too(stroma, inside, fails):
-    """Settings of the runner beside it win, as in Python. Several runners with settings are refused, unless
-    the pipeline has a config."""
+    """The settings of the runner beside it win. Several runners need a config."""
     stroma.file("settings.py", SETTINGS)
     assert inside("run", "settings.py:generous", GOOD).code == 5
     assert json.loads(inside("runs", "--json").out)["runs"][0]["tags"] == ["generous"]

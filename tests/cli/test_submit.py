@@ -20,8 +20,7 @@ INPUT = '{"start": 3}'
 
 
 def test_a_submitted_run_is_driven(stroma, inside, fails, golden):
-    """`submit` prints the id of a queued run, again for the same input; `drive` executes it, and says how it
-    ended, each time it is called."""
+    """`submit` prints a queued run's id, again for the same input; `drive` executes it and says its end."""
     submit = f"submit sums.py:pipeline '{INPUT}' --run-id r --tag nightly --db runs.db"
     golden("queued", submit, f"{submit} --json", "show r --db runs.db", columns=(120,))
     assert stroma.calls() == []
@@ -61,8 +60,7 @@ def test_a_wrong_input_gets_an_example(stroma, inside, fails):
 
 
 def test_queued_runs_are_listed(stroma, inside):
-    """`runs` finds queued runs by their status, and says when each is due; so does its JSON, and null for a
-    run that has ended."""
+    """`runs` finds queued runs by status and says when each is due; JSON has null for an ended run."""
     inside("submit", "sums.py:pipeline", INPUT, "--run-id", "r", "--delay", "2h", *DB)
     inside("submit", "sums.py:pipeline", INPUT, "--run-id", "done", *DB)
     inside("drive", "done", "sums.py:pipeline", *DB)

@@ -132,8 +132,7 @@ private = Pipeline("p", [speak], config=RunConfig(redact=hide))
 
 @pytest.mark.slow
 def test_what_nodes_emit(db, stroma, inside):
-    """The text of the attempt in progress comes in one line, and then what is new; of an attempt that has
-    ended there is none."""
+    """The text of an attempt in progress comes in one line, then what is new; an ended attempt has none."""
     stroma.file("speak.py", SPEAK)
     tail = functools.partial(inside, "tail", env={"STROMA_DB": db})
     work = stroma.popen("run", "speak.py:pipeline", GOOD, "--run-id", "x", "-q", env={"STROMA_DB": db})

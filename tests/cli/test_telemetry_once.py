@@ -45,8 +45,7 @@ def own(stroma: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["option", "variable"])
 def test_otlp_counts_once(own: Any, otlp: OtlpReceiver, by: str) -> None:
-    """``otel_hooks()`` of a pipeline and --otel, or OTEL_EXPORTER_OTLP_ENDPOINT, are one, which sends what
-    the pipeline says."""
+    """``otel_hooks()`` of a pipeline and --otel, or its variable, are one, with the pipeline's settings."""
     options = ("--otel", otlp.url) if by == "option" else ()
     env = {"HOOKS": "otel_hooks(content='redacted')"}
     if not options:

@@ -150,8 +150,7 @@ def maybe(kind: str, output_model: Any, input_model: Any, good: Any, bad: Any) -
 
 @pytest.mark.core
 def test_a_field_that_is_not_given_is_an_error() -> None:
-    """A required field that the node before does not give can never work; the finding names nodes, field,
-    type and mend."""
+    """A required field that the node before does not give is found, with nodes, field, type and fix."""
     finding = one(node("a", output_model=Text), node("b", Item))
     assert (finding.severity, finding.kind, finding.source, finding.target) == ("error", "missing", "a", "b")
     assert (finding.source_at, finding.target_at, finding.path, finding.target_type) == ("0", "1", "n", "int")

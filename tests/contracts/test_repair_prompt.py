@@ -455,8 +455,7 @@ def test_no_secret_is_said_under_another_name() -> None:
 
 
 def test_no_secret_is_said_by_a_validator() -> None:
-    """A validator of the user's that quotes what it refuses does not give it away, of the field or of the
-    whole."""
+    """A validator that quotes what it refuses does not reveal it, of the field or of the whole."""
 
     class Made(BaseModel):
         key: SecretStr

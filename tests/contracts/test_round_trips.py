@@ -399,8 +399,7 @@ EITHER: dict[str, Case] = {
 
 @pytest.mark.parametrize("name", [*KEPT, *EITHER])
 async def test_what_comes_back_equals_what_was_stored(name: str, store: Any) -> None:
-    """A state comes back from the store as it was, or is refused with the name of its field; the trace can be
-    read either way."""
+    """A stored state comes back equal or is refused with the name of its field; its trace can be read."""
     annotation, value, config = (KEPT | EITHER)[name]
     instance: Any = create_model(
         "Made",

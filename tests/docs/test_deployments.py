@@ -75,8 +75,7 @@ def check_image(image: str) -> None:
 
 
 def test_images_run_as_somebody_else() -> None:
-    """Every Dockerfile is based on a version, installs fixed versions of this package, and ends as a user
-    that is not root."""
+    """Every Dockerfile has a fixed base, installs fixed versions of this package, and ends not as root."""
     seen = list(dockerfiles())
     assert len(seen) >= 3
     for name, text in seen:
@@ -93,8 +92,7 @@ def test_images_run_as_somebody_else() -> None:
 
 
 def test_services_have_no_privileges() -> None:
-    """Every service of a compose file has a version, a user, no capabilities and no way to more; most can
-    write only to volumes."""
+    """Every composed service has a version, a user, and no capabilities; most can write only to volumes."""
     seen = list(services())
     assert len(seen) >= 7
     for name, service in seen:

@@ -132,8 +132,7 @@ def is_error(value: object) -> bool:
 
 
 def public_errors() -> dict[str, type[BaseException]]:
-    """Return the exception classes that users meet: those of a public package, and those whose docstring says
-    where they arise."""
+    """Return the exception classes that users meet: in a public package, or described as such."""
     findings: dict[str, type[BaseException]] = {}
     for info in pkgutil.walk_packages(stroma.__path__, "stroma."):
         if any(part.startswith("_") for part in info.name.split(".")):

@@ -271,8 +271,7 @@ def test_metrics_on_the_pages_are_those_that_there_are() -> None:
 
 
 def test_names_of_spans_in_the_overview_are_those_that_there_are() -> None:
-    """ "The names" in docs/telemetry.md has every name that the exporters to OpenTelemetry, Datadog and
-    Sentry write, and no other."""
+    """ "The names" in docs/telemetry.md has exactly the names that OpenTelemetry, Datadog and Sentry get."""
     folder = ROOT / "src" / "stroma" / "telemetry"
     shared = [folder / f"{name}.py" for name in ("conventions", "inference", "attribution", "metrics")]
     sources = [
@@ -583,8 +582,7 @@ def test_pages_quote_commands_and_options_that_exist() -> None:
 
 
 def test_pictures_say_in_words_what_they_show() -> None:
-    """Every picture of a concept is drawn by the script, has a title and a description, and its page an
-    alternative text."""
+    """Every picture of a concept is drawn by the script, with a title and texts for those who cannot see."""
     pictures = loaded("pictures")
     drawn = {f"{picture.name}.svg": picture.svg() for picture in (draw() for draw in pictures.PICTURES)}
     folder = DOCS / "images" / "concepts"
@@ -611,8 +609,7 @@ BROKEN = """<html lang="en"><head><link rel="stylesheet" href="https://elsewhere
 
 
 def test_the_look_at_the_site_finds_what_is_wrong(look: Any, tmp_path: Path) -> None:
-    """A link or an anchor that leads nowhere, what is loaded from elsewhere, a picture without a text, a
-    level left out."""
+    """Find links and anchors to nothing, foreign resources, pictures without a text, and skipped levels."""
     (tmp_path / "page.html").write_text(BROKEN)
     result = look.read(tmp_path)
     assert result == [

@@ -99,8 +99,7 @@ def containers() -> Iterator[tuple[str, list[str], dict[str, str]]]:
 
 
 def test_the_containers_are_started_with_commands_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers by our command line and with a pipeline that is there; servers with options that the server
-    has."""
+    """Workers by our command line with an existing pipeline; servers with options that the server has."""
     flags = subprocess.run(
         [temporal_binary(), "server", "start-dev", "--help"], capture_output=True, text=True, check=True
     ).stdout

@@ -32,8 +32,7 @@ async def executed(scenario: FlowScenario, way: Way, world: World) -> ExecutionR
 
 @pytest.mark.parametrize("name", FLOW_SCENARIOS)
 async def test_a_flow_comes_to_the_same_whoever_drives_it(name: str, way: Way) -> None:
-    """Status, calls and output of a flow are the same in one process, by workers and by Temporal, and so are
-    its records."""
+    """Status, calls, output and records of a flow are the same in one process, by workers and by Temporal."""
     scenario, world = FLOW_SCENARIOS[name], World()
     result = await asyncio.wait_for(executed(scenario, way, world), 110)
     assert result.status is scenario.status, result.failure

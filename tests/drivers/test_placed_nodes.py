@@ -354,8 +354,7 @@ async def test_states_over_the_limit_of_the_server(cluster: Cluster) -> None:
 
 
 async def test_a_worker_of_a_place_without_the_node(cluster: Cluster) -> None:
-    """A place whose worker does not have the node refuses the call: the failure is RECOVERABLE, an effect is
-    not in doubt."""
+    """A worker without the node refuses the call: the failure is RECOVERABLE, an effect is not in doubt."""
     place = place_of(cluster)
     pipeline = Pipeline("p", [placed("a", pass_on, place, effect=True)])
     other = Pipeline("other", [node("b", pass_on)])
@@ -405,8 +404,7 @@ async def test_an_owner_that_is_killed(
 async def test_a_worker_of_a_place_that_is_killed(
     temporal_server: TemporalServer, tmp_path: pathlib.Path
 ) -> None:
-    """The attempt whose place was killed fails as worker_lost, RECOVERABLE; another worker of the place makes
-    the next one."""
+    """An attempt whose place was killed fails as worker_lost, RECOVERABLE; another worker makes the next."""
     async with fleet_of(temporal_server, tmp_path) as (fleet, runner, store):
         pipeline = placed_pipeline(fleet.queue)
         first = fleet.start("place")
@@ -444,8 +442,7 @@ async def test_an_effect_whose_place_is_lost(temporal_server: TemporalServer, tm
 
 
 async def test_a_message_is_redacted_at_its_place(cluster: Cluster) -> None:
-    """A worker of a place sends the message of a failure without what the config's redact removes from the
-    input: Temporal stores it."""
+    """A worker of a place sends the message of a failure without what redact removes: Temporal stores it."""
 
     async def use(state: Text) -> Text:
         raise ValueError(f"no mailbox {state.text}")

@@ -39,8 +39,7 @@ def recorded(store: Any, run_id: str) -> list[Any]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_a_run_comes_to_the_same_whoever_drives_it(name: str, way: Way) -> None:
-    """Status, calls and state of a run are the same in one process, by workers and by Temporal, and so are
-    its records."""
+    """Status, calls, state and records of a run are the same in one process, by workers and by Temporal."""
     scenario = SCENARIOS[name]
     calls: list[str] = []
     nodes = pipeline_of(scenario.make(calls), scenario.state)

@@ -222,8 +222,7 @@ async def test_an_unknown_call_after_a_failed_run(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_call_of_a_discarded_path(store: Any) -> None:
-    """G13. A flow that begins anew need not make the call whose outcome is unknown: a person is asked at its
-    end."""
+    """G13. A restarted flow need not make the call whose outcome is unknown: a person is asked at its end."""
     shop, begun = Shop(), list[int]()
     code = Code(shop)
 

@@ -151,8 +151,7 @@ CALLERS = pytest.mark.parametrize("caller", [in_a_node, in_plain_code, in_a_guar
 @CALLERS
 @pytest.mark.parametrize("takes_first", [True, False])
 async def test_a_call_that_is_cut_off_and_made_again(store: Any, caller: Any, takes_first: bool) -> None:
-    """G13. Code that cuts an effect off and calls it again gets the first call's output; a call follows only
-    after NotDone()."""
+    """G13. Code that cuts an effect off and calls it again gets the first output; NotDone() allows a call."""
     till = SlowTill(store, takes_first=takes_first)
     assert await caller(till) == Receipt(number=1)
     assert (till.calls, len(till.charges), len(till.asked)) == (1 if takes_first else 2, 1, 1)
@@ -167,8 +166,7 @@ async def test_a_call_that_is_cut_off_and_made_again(store: Any, caller: Any, ta
 async def test_a_person_is_asked_about_a_call_that_is_cut_off(
     store: Any, caller: Any, happened: bool
 ) -> None:
-    """G13. Without reconcile the second call suspends the run, and a third one too; the answer is about the
-    first call."""
+    """G13. Without reconcile each further call suspends the run; the answer is about the first call."""
     till = SlowTill(store, takes_first=happened, reconciles=False)
     for _ in range(2):
         assert await caller(till) is None
@@ -182,8 +180,7 @@ async def test_a_person_is_asked_about_a_call_that_is_cut_off(
 
 
 async def test_a_step_that_was_asked_about_is_not_called_again(store: Any) -> None:
-    """G13. Code that ignores a suspended step and calls the effect again with the same input does not reach
-    the function."""
+    """G13. Code that ignores a suspended step and repeats the effect's call does not reach the function."""
     till = SlowTill(store, reconciles=False, node_timeouts={"charge": 50})
     runner = till.runner
     async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
@@ -197,8 +194,7 @@ async def test_a_step_that_was_asked_about_is_not_called_again(store: Any) -> No
 
 
 async def test_two_calls_with_the_same_input_are_two_effects(store: Any) -> None:
-    """Calls with the same input of which none was cut off are effects of their own, one after the other and
-    at once."""
+    """Calls with the same input, none cut off, are effects of their own, in turn and at once."""
     till = SlowTill(store)
     till.calls = 1
     runner = till.runner
@@ -210,8 +206,7 @@ async def test_two_calls_with_the_same_input_are_two_effects(store: Any) -> None
 
 
 async def retry_with_another_input(till: SlowTill) -> Any:
-    """Run a node whose attempt cuts its effect off and fails; the next one calls the effect with another
-    input."""
+    """Run a node whose attempt cuts its effect off and fails; the next calls it with another input."""
 
     @till.runner.node("agent", input=Order, output=Receipt)
     async def agent(order: Order) -> Any:
@@ -228,8 +223,7 @@ async def retry_with_another_input(till: SlowTill) -> Any:
 
 @pytest.mark.core
 async def test_another_input_waits_for_the_outcome_of_the_first(store: Any) -> None:
-    """G13. Before an effect is called with another input at the same place, reconcile gets the first input
-    and the first key."""
+    """G13. Before a call with another input at the same place, reconcile gets the first input and key."""
     till = SlowTill(store, node_policies={"agent": THRICE})
     result = await retry_with_another_input(till)
     assert (result.status, [cents for _, cents in till.charges]) == (RunStatus.COMPLETED, [1, 2])
@@ -240,8 +234,7 @@ async def test_another_input_waits_for_the_outcome_of_the_first(store: Any) -> N
 @pytest.mark.core
 @pytest.mark.parametrize("happened", [True, False])
 async def test_a_person_is_asked_before_another_input(store: Any, happened: bool) -> None:
-    """G13. Without reconcile the run is suspended before the call with another input; after the answer that
-    call is made."""
+    """G13. Without reconcile a call with another input suspends the run, and is made after the answer."""
     till = SlowTill(store, reconciles=False, node_policies={"agent": THRICE})
     result = await retry_with_another_input(till)
     assert (result.status, result.suspended, till.calls) == (RunStatus.SUSPENDED, ["effect"], 1)
@@ -254,8 +247,7 @@ async def test_a_person_is_asked_before_another_input(store: Any, happened: bool
 
 
 async def test_another_input_in_another_process(store: Any) -> None:
-    """G13. A resume that calls the effect with another input asks a person, since the first input is gone;
-    nothing is called."""
+    """G13. A resume that calls the effect with another input asks a person first: the first input is gone."""
     till = SlowTill(store)
     till.calls = 1
     runner = till.runner
@@ -278,8 +270,7 @@ async def test_another_input_in_another_process(store: Any) -> None:
 
 @pytest.mark.core
 async def test_another_input_of_a_list(store: Any) -> None:
-    """An effect whose output was discarded is called for another input, with another key: how the first call
-    ended is known."""
+    """An effect whose output was discarded is called with another input and key: its outcome is known."""
     till, cents = SlowTill(store), [1, 2, 1]
     till.calls = 1
 
@@ -299,8 +290,7 @@ async def test_another_input_of_a_list(store: Any) -> None:
 
 
 async def test_a_class_that_has_changed_is_no_other_input(store: Any) -> None:
-    """G13. After a deploy that changes the class of the input, an unknown call is reconciled as the call that
-    it is."""
+    """G13. After a deploy that changes the input's class, an unknown call is reconciled as what it is."""
     till = SlowTill(store)
     till.calls = 1
 

@@ -104,8 +104,7 @@ class Shop:
             self._strike("after commit")
 
     async def run(self, place: str) -> bool:
-        """Run to an end, or until a person is needed, who then looks at the books. Return True if all is
-        done."""
+        """Run to an end, or until a person must look at the books. Return True if all is done."""
         runner, contract = self.runner, self.contract
         charge = stroma_node("charge", contract)(self._charge)
 
@@ -202,8 +201,7 @@ async def test_cancelled_at_each_record(
 @pytest.mark.core
 @pytest.mark.parametrize("reconciles", RECONCILES)
 async def test_given_up_at_each_record(store: Any, tmp_path: Path, monkeypatch: Any, reconciles: str) -> None:
-    """G13. A group whose other child fails at any record of an effect, and that is resumed, makes the charge
-    once."""
+    """G13. A group whose other child fails at any record of an effect, and its resume, charge once."""
     for point in POINTS:
         ledger, reached = tmp_path / point, asyncio.Event()
         ledger.touch()
@@ -229,8 +227,7 @@ async def test_given_up_at_each_record(store: Any, tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_killed_at_each_record(journal: tuple[str, str], tmp_path: Path, place: str) -> None:
-    """G13: A process that is killed at any record of an effect charges each order once, with the one that
-    resumes the run."""
+    """G13: A process that is killed at any record of an effect, and the next one, charge each order once."""
     kind, _ = journal
     for reconciles in RECONCILES if kind == "sqlite" else ("looks",):
         for point in POINTS:

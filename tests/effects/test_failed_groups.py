@@ -115,8 +115,7 @@ async def test_a_charge_that_was_made_is_not_repeated(store: Any, within: str) -
 
 @pytest.mark.parametrize("within", ["group", "map", "node"])
 async def test_a_charge_that_a_time_limit_cut_off_is_looked_for(store: Any, within: str) -> None:
-    """G13. The next call of a group, map or node whose time limit cut a charge off asks the provider
-    first."""
+    """G13. The next call of a group, map or node whose time limit cut off a charge asks the provider."""
     shop = Store(failures=0, hangs=True)
     runner, buy = shop_flow(shop, store, shop.look, within=within)
     result = await runner.run(buy, Order(), run_id="r")
@@ -151,8 +150,7 @@ async def test_an_unknown_charge_is_asked_about(store: Any, tries: int, happened
 
 @pytest.mark.parametrize("within", ["group", "node"])
 async def test_a_charge_cut_off_in_the_last_try_is_asked_about(store: Any, within: str) -> None:
-    """G13. A charge that the time limit of a group or node cut off suspends a flow whose body makes no other
-    call."""
+    """G13. A charge that a group's or node's time limit cut off suspends a flow that calls nothing else."""
     shop = Store(failures=0, hangs=True)
     runner, buy = shop_flow(shop, store, None, tries=1, within=within)
     result = await runner.run(buy, Order(), run_id="r")

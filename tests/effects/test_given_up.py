@@ -95,8 +95,7 @@ def shop_flow(
 
 
 async def test_the_next_call_takes_the_outcome(store: Any) -> None:
-    """G13. A call with the same input as an effect that the body gave up takes its outcome, and a further one
-    is a call."""
+    """G13. An equal call takes the outcome of the effect that the body gave up; a further one is a call."""
     shop = SlowShop()
     runner, buy = shop_flow(shop, store, shop.look)
     result = await runner.run(buy, Order(), run_id="r")
@@ -148,8 +147,7 @@ async def test_a_flow_does_not_end_before_an_effect(store: Any) -> None:
 
 
 async def killed(store: Any, shop: SlowShop, reconcile: Any, calls: int) -> None:
-    """Run a process that dies after the body has given the charge up, and before the provider has
-    answered."""
+    """Run a process that dies after the body gave the charge up and before the provider answers."""
     runner, buy = shop_flow(shop, store, reconcile, calls)
     shop.is_dying = True
     run = asyncio.create_task(runner.run(buy, Order(), run_id="r"))
@@ -162,8 +160,7 @@ async def killed(store: Any, shop: SlowShop, reconcile: Any, calls: int) -> None
 @pytest.mark.parametrize("calls", [1, 2])
 @pytest.mark.parametrize("stated", ["done", "not done", "unknown"])
 async def test_after_a_death_it_is_found_out_first(store: Any, stated: str, calls: int) -> None:
-    """G13. A process that takes over asks how the charge ended that the body gave up: once the body calls it
-    again, or ends."""
+    """G13. A process that takes over asks how a charge that was given up ended, at a call or at the end."""
     shop = SlowShop()
 
     async def look(order: Order, key: str) -> Any:

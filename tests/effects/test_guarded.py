@@ -43,8 +43,7 @@ class Till:
 @pytest.mark.core
 @pytest.mark.parametrize("is_async", [True, False])
 async def test_a_tool_that_may_have_happened(store: Any, is_async: bool) -> None:
-    """G13. The caller of a guarded effect gets the output that reconcile states; the function is called
-    once."""
+    """G13. A guarded effect's caller gets the output that reconcile states; the function is called once."""
     till = Till(store, fails=1)
     async with till.guard.run() as run:
         value = await till.charge(5) if is_async else await asyncio.to_thread(till.charge_sync, 5)
@@ -54,8 +53,7 @@ async def test_a_tool_that_may_have_happened(store: Any, is_async: bool) -> None
 
 @pytest.mark.core
 async def test_an_agent_cannot_repeat_an_unknown_call(store: Any) -> None:
-    """A framework that swallows the suspension and calls the tool again does not reach the function; the run
-    is SUSPENDED."""
+    """A framework that swallows the suspension and repeats the call does not reach the function."""
     till = Till(store, fails=1, reconciles=False, output=Receipt)
     async with till.guard.run() as run:
         for _ in range(3):
@@ -73,8 +71,7 @@ async def test_an_agent_cannot_repeat_an_unknown_call(store: Any) -> None:
 
 
 async def test_each_call_of_a_tool_is_an_effect_of_its_own(store: Any) -> None:
-    """Two calls with the same arguments are two effects, each with a key of its own; a resume repeats
-    neither."""
+    """Two calls with the same arguments are two effects with different keys; a resume repeats neither."""
     till = Till(store)
     for _ in range(2):
         async with till.guard.run():

@@ -158,8 +158,7 @@ async def test_an_own_question_in_a_guarded_effect(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_refused_model_inside_a_guarded_tool(store: Any) -> None:
-    """G13: An agent that repeats a tool which charged, and whose model was refused then, does not charge
-    twice."""
+    """G13: An agent that repeats a tool which charged before its model was refused does not charge twice."""
     guard = Guard(StromaRunner.quick(store=store, policy_map=NEVER))
     charges, asked = list[int](), list[str]()
 

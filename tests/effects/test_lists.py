@@ -41,8 +41,7 @@ def pipeline(
 @pytest.mark.core
 @pytest.mark.parametrize("error", [TimeoutError("no answer"), ConnectionResetError("gone"), KeyError("id")])
 async def test_a_call_that_may_have_happened_is_not_repeated(store: Any, error: Exception) -> None:
-    """G13: A timeout, a lost connection or an AMBIGUOUS failure suspends the run, and no retry calls the
-    effect again."""
+    """G13: A timeout, a lost connection or an AMBIGUOUS failure suspends the run without a further call."""
     shop, seen = Shop(after=[error]), []
 
     async def suspended(run_id: str, node_id: str, reason: str) -> None:
@@ -111,8 +110,7 @@ async def test_reconcile_states_the_outcome(store: Any, is_async: bool) -> None:
 
 
 async def test_a_reconcile_that_cannot_tell_suspends(store: Any) -> None:
-    """Unknown(), an exception, a timeout or an invalid output of reconcile are no statement: a person is
-    asked."""
+    """Unknown(), an exception, a timeout or an invalid output of reconcile lead to a question."""
 
     def fails(order: Order, key: str) -> Any:
         raise OSError("provider is down")
@@ -229,8 +227,7 @@ async def test_output_that_breaks_its_contract_does_not_repeat_the_call(store: A
 @pytest.mark.core
 @pytest.mark.parametrize("point", ["before_node", "after_node", "after_commit", "after_hooks"])
 async def test_a_process_that_dies_around_the_call(store: Any, point: Any) -> None:
-    """G13: After a death between intent and commit, `reconcile` is called, and the charge is made exactly
-    once."""
+    """G13: After a death between intent and commit `reconcile` is called; the charge is made exactly once."""
     shop = Shop()
     runner, nodes = pipeline(shop, store, shop.look)
     with crash_at(point, "charge"):
@@ -243,8 +240,7 @@ async def test_a_process_that_dies_around_the_call(store: Any, point: Any) -> No
 
 
 async def test_a_process_that_dies_without_reconcile(store: Any) -> None:
-    """Without reconcile the resumed run asks a person, also if the dead process had not reached the
-    function."""
+    """Without reconcile a resume asks a person, also if the dead process had not reached the function."""
     points: list[tuple[Any, int]] = [("before_node", 0), ("after_node", 1)]
     for point, charges in points:
         shop = Shop()
@@ -279,8 +275,7 @@ async def test_a_cancelled_call_is_not_repeated(store: Any) -> None:
 
 
 async def test_resume_from_before_an_effect_does_not_repeat_it(store: Any) -> None:
-    """Discarding the commit of an effect does not have it called again: how its call ended is stated
-    first."""
+    """Discarding an effect's commit does not repeat the call: how it ended is stated first."""
     shop = Shop()
     runner, nodes = pipeline(shop, store, shop.look)
     await runner.run(nodes, Order(), run_id="r")
@@ -313,8 +308,7 @@ async def test_a_time_limit_of_an_effect(store: Any) -> None:
 
 
 async def test_not_done_is_for_effects_only(store: Any) -> None:
-    """signal(NotDone()) to a node that asks another question is refused; reconcile= without effect=True
-    too."""
+    """signal(NotDone()) for another question is refused, and reconcile= without effect=True."""
     runner = StromaRunner.quick(store=store)
 
     @runner.node("ask", input=Order, output=Order)
@@ -347,8 +341,7 @@ async def test_an_intent_that_the_store_refuses_prevents_the_call(store: Any, mo
 
 
 async def test_a_charge_whose_commit_is_refused_stays_unknown(store: Any, monkeypatch: Any) -> None:
-    """G13: A call whose output the store refuses is shown as unknown, and no call with another input is made
-    before it is settled."""
+    """G13: A call whose output the store refuses is unknown; it is settled before another input's call."""
     shop, cents = Shop(), [100, 200]
     runner = StromaRunner.quick(store=store, policy_map=THRICE)
 

@@ -132,8 +132,7 @@ def side_by_side(shop: Shop) -> FlowFunction[Num, Num]:
 
 @pytest.mark.parametrize("does", DOES)
 async def test_a_fallback_that_was_paid_is_not_paid_again(store: Any, does: str) -> None:
-    """G5, G13. A step that fails in the fallback for another one ends the run, and a resume tries that step
-    alone."""
+    """G5, G13. A step that fails in the fallback for another ends the run, and a resume tries it alone."""
     shop = Shop(does)
     shop.failing = {"quote", "letter"}
     assert (await runner_on(store).run(with_fallback(shop), Num())).failure.node_id == "letter"
@@ -145,8 +144,7 @@ async def test_a_fallback_that_was_paid_is_not_paid_again(store: Any, does: str)
 
 @pytest.mark.parametrize("does", DOES)
 async def test_a_compensation_is_made_once(store: Any, does: str) -> None:
-    """G5, G13. A resume that fails elsewhere takes the outcome of the compensation, whatever its number
-    is."""
+    """G5, G13. A resume that fails elsewhere takes the compensation's outcome, whatever its number is."""
     shop = Shop(does)
     for failing in ("hotel", "flight", "flight"):
         shop.failing = {failing}
@@ -179,8 +177,7 @@ async def test_an_effect_in_a_node_that_failed_is_not_made_again(store: Any) -> 
 
 
 async def test_equal_calls_take_their_outcomes_in_order(store: Any) -> None:
-    """G13. Two payments with one input are two on each path; one more is another payment, with its own
-    key."""
+    """G13. Two equal payments are two on each path; one more is another payment, with its own key."""
     shop, seen = Shop("effect"), list[list[str]]()
     first, second = shop.step("first"), shop.step("second")
 

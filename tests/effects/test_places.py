@@ -69,8 +69,7 @@ class Siblings:
 
 @pytest.mark.core
 async def test_a_child_of_a_group(store: Any) -> None:
-    """G13. An effect whose sibling fails runs to its end; a retry of the group uses its output, and asks
-    nobody."""
+    """G13. An effect whose sibling fails runs to its end; a retry of the group uses its output."""
     runner = StromaRunner.quick(
         store=store, policy_map=NEVER, node_policies={"parallel(charge, fail)": THRICE}
     )
@@ -85,8 +84,7 @@ async def test_a_child_of_a_group(store: Any) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("kind", ["nested", "item", "step"])
 async def test_an_effect_further_inside(store: Any, kind: str) -> None:
-    """G13. A sibling's failure lets an effect in a group inside, in a map and in a step of a node run to its
-    end, too."""
+    """G13. A sibling's failure lets an effect in a group, a map or a step of a node run to its end, too."""
     runner = StromaRunner.quick(store=store, policy_map=NEVER)
     siblings, after = Siblings(runner), []
 
@@ -114,8 +112,7 @@ async def test_an_effect_further_inside(store: Any, kind: str) -> None:
 
 @pytest.mark.core
 async def test_a_cancellation_from_outside_does_not_wait(store: Any) -> None:
-    """A run that is cancelled while a failed group waits for an effect cuts the effect off; the resume
-    asks."""
+    """A run that is cancelled while a failed group waits for an effect cuts it off; the resume asks."""
     runner = StromaRunner.quick(store=store, policy_map=NEVER)
     siblings = Siblings(runner)
     siblings.answered.set = lambda: None
@@ -132,8 +129,7 @@ async def test_a_cancellation_from_outside_does_not_wait(store: Any) -> None:
 
 
 async def test_a_time_limit_of_a_group_cuts_an_effect_off(store: Any) -> None:
-    """G13. Another attempt of a group whose time limit cut an effect off asks for the outcome, and makes no
-    call."""
+    """G13. Another attempt of a group whose time limit cut an effect off asks, and makes no call."""
     shop, tries = Shop(), []
 
     async def slow(order: Order) -> Any:
@@ -151,8 +147,7 @@ async def test_a_time_limit_of_a_group_cuts_an_effect_off(store: Any) -> None:
 
 
 async def test_a_suspended_child_lets_its_siblings_end(store: Any) -> None:
-    """An unknown effect in a group suspends the run once its siblings have ended; only it is asked on the
-    resume."""
+    """An unknown effect in a group suspends the run once its siblings have ended; only it is asked again."""
     shop, calls = Shop(after=[TimeoutError()]), []
     runner = StromaRunner.quick(store=store)
 
@@ -190,8 +185,7 @@ async def test_items_of_a_map(store: Any, dies: bool) -> None:
 
 @pytest.mark.core
 async def test_a_step_of_plain_code(store: Any) -> None:
-    """execute_step asks for an effect whose call may have happened, in the same process and in the next
-    one."""
+    """execute_step asks for an effect whose call may have happened, in this process and in the next."""
     shop = Shop(after=[TimeoutError()])
     contract = NodeContract(node_id="charge", input_schema=Order, output_schema=Receipt, effect=True)
     runner = StromaRunner.quick(store=store, resume=True, run_id="r", policy_map=THRICE)
@@ -211,8 +205,7 @@ async def test_a_step_of_plain_code(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_step_that_a_retried_node_calls(store: Any) -> None:
-    """G13. Another attempt of a node that calls an effect with the same input gets its output; with another
-    one, calls."""
+    """G13. Another attempt of a node gets the output of an equal call of an effect; other input is a call."""
     shop, tries = Shop(), []
     runner = StromaRunner.quick(store=store, policy_map=THRICE)
     charge = effect(runner, shop)
@@ -256,8 +249,7 @@ async def test_another_attempt_of_a_node_with_another_input(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_step_of_a_flow(store: Any) -> None:
-    """G13. A step of a flow that is an effect suspends the flow while its outcome is unknown, and goes on
-    when stated."""
+    """G13. A step of a flow that is an effect suspends the flow while its outcome is unknown."""
     shop = Shop(after=[TimeoutError()])
     runner = StromaRunner.quick(store=store, policy_map=THRICE)
     charge = effect(runner, shop, reconciles=False)

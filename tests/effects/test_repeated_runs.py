@@ -64,8 +64,7 @@ async def test_an_unknown_charge_is_not_made_again(store: Any) -> None:
 
 @pytest.mark.parametrize("error", [None, Refused("declined")])
 async def test_a_recorded_effect_outlives_its_execution(store: Any, error: Exception | None) -> None:
-    """G13. run() of an id that has called an effect is RunExists, however the call and the run ended, in
-    whatever execution."""
+    """G13. run() of an id that has called an effect is RunExists, however the call and the run ended."""
     shop = Shop(before=[] if error is None else [error])
     runner, nodes = shop_of(store, shop)
     first = await runner.run(nodes, Order(), run_id="r")
@@ -125,8 +124,7 @@ async def test_a_queued_run_is_not_replaced(store: Any) -> None:
 
 
 async def test_an_interrupted_run_keeps_its_outputs(store: Any) -> None:
-    """run() of an interrupted id is RunExists with the number of its commits, for lists, guards and plain
-    code alike."""
+    """run() of an interrupted id is RunExists with the number of its commits, for lists, guards and code."""
     runner = StromaRunner.quick(store=store)
 
     @runner.node("first", input=Letter, output=Letter)

@@ -24,8 +24,7 @@ def nodes_of(shop: Shop, **options: Any) -> list[Any]:
 
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
 async def test_an_effect_with_reconcile_is_proven(processes: bool) -> None:
-    """assert_resumable accepts an effect whose charge is made once, wherever the process dies; both sides of
-    its call are tried."""
+    """assert_resumable accepts an effect that charges once, with a death on either side of its call."""
     shop = Shop()
     proof = await assert_resumable(
         nodes_of(shop, effect=True, reconcile=shop.look),
@@ -81,8 +80,7 @@ def flow_of(shop: Shop, **options: Any) -> FlowFunction[Order, Receipt]:
 
 
 async def test_effects_of_a_flow_are_proven() -> None:
-    """assert_resumable takes a flow whose steps, maps and inner flows have effects: each happens once,
-    wherever the process dies."""
+    """assert_resumable takes a flow whose steps, maps and flows have effects, each of which happens once."""
     shop = Shop()
     proof = await assert_resumable(
         flow_of(shop, effect=True, reconcile=shop.look),

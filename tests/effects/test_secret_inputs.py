@@ -102,8 +102,7 @@ class Shop:
 
 @pytest.mark.parametrize("is_secret", [True, False])
 async def test_two_effects_are_told_apart(store: Any, is_secret: bool) -> None:
-    """G13. An effect does not take the outcome of another one because both inputs have a secret, or a value
-    without a stored form."""
+    """G13. An effect does not take another's outcome because both inputs have a secret or odd value."""
     shop = Shop()
     result = await runner_on(store).run(shop.flow([1, 2], is_secret=is_secret), Num())
     assert (result.status, result.output, shop.charges) == (RunStatus.COMPLETED, Num(n=2), [1, 2])

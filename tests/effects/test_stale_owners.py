@@ -26,8 +26,7 @@ store = store_fixture(*SHARED)
 @pytest.mark.core
 @pytest.mark.parametrize("is_async", [True, False])
 async def test_a_call_after_the_lease(store: Any, monkeypatch: Any, is_async: bool) -> None:
-    """G13. An owner whose lease is over after the commit of the intent makes no call; a resume makes it, and
-    asks nobody."""
+    """G13. An owner whose lease is over after the intent's commit makes no call; a resume makes it."""
     shop = Shop()
     runner = StromaRunner.quick(store=store)
 
@@ -62,8 +61,7 @@ async def test_a_call_after_the_lease(store: Any, monkeypatch: Any, is_async: bo
 
 
 async def test_a_renewed_lease_is_held(store: Any, monkeypatch: Any) -> None:
-    """A node before the effect may take longer than the lease: the lease is renewed meanwhile, and the effect
-    is called."""
+    """A node before the effect may take longer than the lease, which is renewed; the effect is called."""
     shop = Shop()
     runner = StromaRunner.quick(store=store, lease_seconds=1.0)
 
@@ -78,8 +76,7 @@ async def test_a_renewed_lease_is_held(store: Any, monkeypatch: Any) -> None:
 
 
 async def test_the_end_of_a_stale_owner(store: Any, monkeypatch: Any) -> None:
-    """G13. An owner that is taken over from before its intent is stored leaves the intent of the next owner
-    as it is."""
+    """G13. An owner that is taken over from before its intent is stored leaves the next intent alone."""
     shop = Shop(after=[ConnectionResetError("no answer")])
     runner = StromaRunner.quick(store=store, if_running="take_over", resume=True)
     charge = runner.node("charge", input=Order, output=Receipt, effect=True)(shop.charge)
@@ -102,8 +99,7 @@ async def test_the_end_of_a_stale_owner(store: Any, monkeypatch: Any) -> None:
 
 
 async def test_a_stale_owner_with_an_outcome(store: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """An owner that is taken over from during a call logs that the call happened, with its key: a person is
-    asked about it."""
+    """An owner taken over from during a call logs that it happened, with its key: a person is asked."""
     runner = StromaRunner.quick(store=store, if_running="take_over", resume=True)
     is_called, returns, keys = asyncio.Event(), asyncio.Event(), list[str]()
 
@@ -126,8 +122,7 @@ async def test_a_stale_owner_with_an_outcome(store: Any, caplog: pytest.LogCaptu
 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_after_the_intent(tmp_path: Path) -> None:
-    """G13: A process that is stopped after its intent charges nothing if another process has ended the run
-    meanwhile."""
+    """G13: A process that is stopped after its intent charges nothing if another has ended the run."""
     ledger = tmp_path / "ledger"
     ledger.touch()
 

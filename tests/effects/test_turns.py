@@ -84,8 +84,7 @@ def agent(store: Any, provider: Provider) -> tuple[StromaRunner, Any]:
 
 
 async def test_a_turn_that_is_tried_again_repeats_no_tool_that_took_effect(tmp_path: Path) -> None:
-    """G13. Of 200 turns whose tools time out after they took effect, and that are tried again, none has an
-    effect twice."""
+    """G13. Of 200 turns whose tools time out after taking effect, and are tried again, none acts twice."""
     draw = random.Random(1)
     deadly = {(tool, number) for number in range(200) for tool in TOOLS if draw.random() < 0.5}
     provider = Provider(tmp_path / "books", deadly, kills=False)
@@ -101,8 +100,7 @@ async def test_a_turn_that_is_tried_again_repeats_no_tool_that_took_effect(tmp_p
 
 @pytest.mark.slow
 def test_a_turn_of_a_killed_process_repeats_no_tool_that_took_effect(tmp_path: Path) -> None:
-    """G13. Of 9 turns whose process is killed after a tool took effect and before it answered, none has an
-    effect twice."""
+    """G13. Of 9 turns whose process is killed after a tool acted and before it answered, none acts twice."""
     deadly = {(TOOLS[number % 3], number) for number in range(9)}
     provider = Provider(tmp_path / "books", deadly, kills=True)
 

@@ -319,8 +319,7 @@ def test_the_notebook_is_kept_with_its_pictures() -> None:
 
 
 async def test_a_result_is_the_answer_of_an_endpoint() -> None:
-    """A FastAPI endpoint annotated `-> ExecutionResult[Out]` answers with the documented fields, and its
-    schema names them."""
+    """A FastAPI endpoint annotated `-> ExecutionResult[Out]` answers with the fields of its schema."""
     from fastapi import FastAPI
     from pydantic import BaseModel
 

@@ -501,8 +501,7 @@ def test_a_delay_is_drawn_from_zero_to_the_computed_one() -> None:
     ],
 )
 def test_what_follows_a_failed_attempt(changed: dict[str, Any], decision: Any) -> None:
-    """A group is tried again only if asked; attempts that were granted to repair an output are not counted,
-    and begin at once."""
+    """A group is tried again only if asked; attempts that repair an output do not count and begin at once."""
     run = {RECOVERABLE: steady(max_retries=3, backoff_seconds=1.0)}
     requests: dict[str, Any] = {
         "own": None,

@@ -51,8 +51,7 @@ async def by_hand(state: Any, ctx: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("func", [of_context, in_thread])
 async def test_a_missing_key_of_the_context_is_named(func: Any) -> None:
-    """The message of a KeyError of the context says which key is missing and which keys there are; the
-    exception is the node's."""
+    """The message of a KeyError of the context names the missing key and the present ones."""
     failure, _ = await fail(func, context={"model": {}, "db": "secret value"})
     assert failure.message == "'client'; the context has no key 'client', its keys are: 'model', 'db'"
     assert isinstance(failure.exception, KeyError)

@@ -142,8 +142,7 @@ def test_broken_connections_that_name_the_host() -> None:
 
 @pytest.mark.core
 def test_answers_that_a_client_of_grpc_refuses() -> None:
-    """An answer that is larger than a gRPC client takes is not a refusal: the server has acted. A refusal of
-    the server is one."""
+    """An answer larger than a gRPC client takes is not a refusal: the server has acted."""
     grpc = pytest.importorskip("grpc")
 
     def answer(request: bytes, context: Any) -> bytes:

@@ -109,8 +109,7 @@ class ProgramWorld:
         self.side = side
 
     def _record(self, kind: str, place: str, key: str, branch: str, n: int = 0) -> None:
-        """Record a call, or the payment of an effect with the number of its receipt, also for other
-        processes."""
+        """Record a call, or an effect's payment with its receipt's number, also for other processes."""
         if kind == "call":
             self.keys.setdefault(place, set()).add(key)
         elif kind == "failed":
@@ -205,8 +204,7 @@ class ProgramWorld:
         return Value(n=mixed(state.n, f"paid {state.at}"), at=state.at)
 
     async def live_on(self, store: Any, program: Program, kills: Kills | None = None) -> Any:
-        """Run the program, and answer its questions, until it has ended. Return its result, or raise the
-        death of the life."""
+        """Run the program with answers to its end. Return its result, or raise the death of the life."""
         while True:
             self.life = Life()
             if self.keys:  # There is a run to look at.

@@ -144,8 +144,7 @@ def flow_of(
 
 
 class _Body:
-    """One execution of a program. Its instructions are methods, which return a number made of ``n`` and of
-    constants."""
+    """One execution of a program. Its instructions are methods, which return a number made of ``n``."""
 
     def __init__(self, flow: Flow, nodes: dict[str, Any], life: Life) -> None:
         self.flow, self.nodes, self.life = flow, nodes, life
@@ -271,8 +270,7 @@ class _Body:
         return mixed(n, "".join(texts))
 
     async def steer(self, n: int, at: str, count: int) -> int:
-        """Work, and give up the first of two waits whenever a step ends: what comes just then is for the
-        second one."""
+        """Work, and give up the first of two waits whenever a step ends: what then comes is the second's."""
         self.life.wanted[at], texts, index = count, list[str](), 0
         waits: list[asyncio.Task[str]] = []
         while len(texts) < count:
@@ -398,8 +396,7 @@ class _Body:
         return n
 
     async def fallback(self, n: int, at: str, count: int, *blocks: Program) -> int:
-        """Take one of two paths to the same steps, and end the run on one of them, so that a resume takes the
-        other path."""
+        """Take one of two paths to the same steps, and end the run on one: a resume takes the other."""
 
         async def either() -> int:
             paid = await self.done("pay" if count == 2 else "wire", n, f"{at}/either")

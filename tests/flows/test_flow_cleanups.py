@@ -112,8 +112,7 @@ async def test_an_effect_of_a_cleanup_is_made_for_each_input(kind: str, way: str
 async def test_a_fallback_that_is_under_way_when_the_flow_ends_need_not_come_again(
     kind: str, way: str
 ) -> None:
-    """A branch falls back on other calls while its sibling ends the flow: no change, once neither step
-    fails."""
+    """A branch falls back on other calls while its sibling ends the flow: no change if neither step fails."""
     world = World()
     world.failing |= {"bad", "worse"}
     world.turns.update({"notify": 400, "worse": 40})
@@ -159,8 +158,7 @@ async def test_a_fallback_that_is_under_way_when_the_flow_ends_need_not_come_aga
 
 
 async def test_a_cleanup_may_call_a_node_that_a_cancelled_flow_called() -> None:
-    """A step of a clean-up need not come again, though a step of a flow inside has the same identity
-    there."""
+    """A step of a clean-up need not come again, though a step of an inner flow has its identity there."""
     world, store = World(), InMemoryStore()
     world.failing.add("bad")
     world.turns.update({"bad": 40, "log 0": 10**6})
@@ -293,8 +291,7 @@ async def test_a_fallback_that_gave_up_on_a_step_need_not_come_again(kind: str) 
 @pytest.mark.parametrize("kind", IN_PROCESS)
 @pytest.mark.parametrize("ends", ["step", "body"])
 async def test_a_map_of_a_cleanup_that_failed_need_not_come_again(kind: str, ends: str) -> None:
-    """What a clean-up's map committed before one of its items failed is not taken for the map that comes in
-    its place."""
+    """What a clean-up's map committed before an item failed is not taken for the map in its place."""
     world = World()
     world.failing.add("mail 11")
     pay, mail = world.step("pay"), world.step("mail")
@@ -353,8 +350,7 @@ async def test_the_loser_of_a_race_is_not_called_again(awaits: bool) -> None:
 @pytest.mark.parametrize("kind", IN_PROCESS)
 @pytest.mark.parametrize("way", ["step", "flow", "pipeline", "nested", "failed"])
 async def test_a_cleanup_may_be_finished_by_another_process(kind: str, way: str) -> None:
-    """G5: The process dies in a clean-up, the next one finishes it: a resume makes what the failure
-    cancelled."""
+    """G5: The process dies in a clean-up, the next one finishes it, and a resume makes what was cancelled."""
     world = World()
     world.failing.add("bad")
     world.turns.update({"bad": 40, "pack": 10**6})
@@ -447,8 +443,7 @@ async def test_an_effect_that_a_body_gives_up_is_made_once(way: str) -> None:
 
 
 async def test_a_flow_inside_ends_after_the_effects_that_it_gives_up() -> None:
-    """G13: The effect that a flow inside gave up is looked up after a death, although that flow has
-    returned."""
+    """G13: The effect that an inner flow gave up is looked up after a death, although it has returned."""
     world, store = World(), InMemoryStore()
     first = world.step("first")
     provider = Provider(StromaRunner.quick(store=store), turns=20)
@@ -477,8 +472,7 @@ async def test_a_flow_inside_ends_after_the_effects_that_it_gives_up() -> None:
 
 
 async def test_an_effect_that_ended_after_the_body_is_not_looked_up_again() -> None:
-    """G5: A process that dies between the commit of an effect that the body gave up and the output of the
-    flow leaves both alone."""
+    """G5: A death between the commit of an effect that was given up and the flow's output harms neither."""
     world, store = World(), InMemoryStore()
     first = world.step("first")
     provider = Provider(StromaRunner.quick(store=store), turns=20)
@@ -499,8 +493,7 @@ async def test_an_effect_that_ended_after_the_body_is_not_looked_up_again() -> N
 
 
 async def test_an_effect_that_a_body_left_behind_is_looked_up_after_a_death() -> None:
-    """G13: The effect of a task that nobody awaits, in flight when the process died, is looked up though the
-    replay only ends."""
+    """G13: The effect of a task that nobody awaits, in flight at a death, is looked up as the replay ends."""
     world, store = World(), InMemoryStore()
     first = world.step("first")
     provider = Provider(StromaRunner.quick(store=store), turns=20)
@@ -520,8 +513,7 @@ async def test_an_effect_that_a_body_left_behind_is_looked_up_after_a_death() ->
 
 
 async def test_a_flow_that_fails_beside_an_unknown_effect_waits_for_it_and_resumes() -> None:
-    """G6: A flow that ended while a call of it waits for a person is suspended, and its replay closes before
-    it is compared."""
+    """G6: A flow that ended while a call of it waits for a person is suspended; its replay closes first."""
     store = InMemoryStore()
     runner = runner_on(store)
     calls: list[str] = []
@@ -552,8 +544,7 @@ async def test_a_flow_that_fails_beside_an_unknown_effect_waits_for_it_and_resum
 
 
 async def test_an_effect_given_up_before_it_was_called_has_no_attempt() -> None:
-    """G13: An effect that waits for a free place when the body gives it up was not called, and nothing is
-    recorded of it."""
+    """G13: An effect that waits for a free place when the body gives it up is neither called nor recorded."""
     world, store = World(), InMemoryStore()
     quick, slow = world.step("quick"), world.step("slow")
     world.turns["slow"] = 20
@@ -582,8 +573,7 @@ async def test_an_effect_given_up_before_it_was_called_has_no_attempt() -> None:
 async def test_wide_gathers_store_notes_in_proportion_to_their_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    """G12: Each of several wide gathers stores as much as the first one: no commit carries what another has
-    to store."""
+    """G12: Each of several wide gathers stores as much as the first: no commit carries another's data."""
     from stroma.checkpoint.durable import session
 
     stored: list[int] = []

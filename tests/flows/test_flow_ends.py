@@ -71,8 +71,7 @@ async def test_siblings_that_failed_too_are_tried_again(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["flow", "map", "pipeline"])
 async def test_a_failure_inside_that_is_raised_later_is_tried_again(way: str) -> None:
-    """A failure out of a flow, a map or a pipeline inside, which a later process raises, is forgotten with
-    its cause."""
+    """A failure out of an inner flow, map or pipeline that a later process raises goes with its cause."""
     world, store = World(), InMemoryStore()
     world.failing.add("bad")
     bad = world.step("bad")
@@ -130,8 +129,7 @@ async def test_a_cancelled_step_is_cancelled_on_each_resume() -> None:
 
 
 async def test_a_replayed_timeout_is_no_change_for_the_steps_beside_it() -> None:
-    """While an ``asyncio.timeout`` is replayed in real time, a step beside it that is not recorded waits for
-    that."""
+    """While an ``asyncio.timeout`` is replayed in real time, an unrecorded step beside it waits for that."""
     world, store = World(), InMemoryStore()
     world.turns["slow"] = 10**6
     slow, add, last = world.step("slow"), world.step("add"), world.step("last")
@@ -204,8 +202,7 @@ async def test_a_step_that_was_made_before_is_not_called_in_the_tear_down() -> N
 
 
 async def test_tasks_that_had_not_begun_are_not_called(caplog: pytest.LogCaptureFixture) -> None:
-    """Calls in tasks that the body started and left alone, and that had not begun when it returned, are not
-    made."""
+    """Calls in tasks that the body left alone, and that had not begun when it returned, are not made."""
     world = World()
     add = world.step("add")
     tasks: list[asyncio.Task[Any]] = []
@@ -226,8 +223,7 @@ async def test_tasks_that_had_not_begun_are_not_called(caplog: pytest.LogCapture
 
 @pytest.mark.parametrize("way", ["map", "flow", "pipeline"])
 async def test_the_bound_of_a_flow_holds_for_what_it_runs_inside(way: str) -> None:
-    """``max_concurrency=`` of a flow bounds the items of its maps, and the steps of flows and pipelines
-    inside, too."""
+    """``max_concurrency=`` of a flow bounds items of its maps and steps of flows and pipelines inside."""
     at_work: list[int] = []
     world = World()
     peak = 0
@@ -295,8 +291,7 @@ async def test_what_followed_a_retried_failure_is_not_called_again() -> None:
 
 @pytest.mark.parametrize("kind", STORES)
 async def test_a_failure_beside_a_question_is_the_end_of_the_run(kind: str) -> None:
-    """A flow that fails while its open question is looked up is FAILED or PARTIAL, not SUSPENDED without
-    it."""
+    """A flow that fails while its open question is looked up is FAILED or PARTIAL, not SUSPENDED."""
     world = World()
     bad = world.step("bad")
 
@@ -315,8 +310,7 @@ async def test_a_failure_beside_a_question_is_the_end_of_the_run(kind: str) -> N
 
 
 async def test_a_step_that_is_queued_gets_the_state_it_was_called_with() -> None:
-    """A body that changes a state while its step waits for ``max_concurrency`` changes neither its input nor
-    a replay."""
+    """A body that changes a state while its step waits for ``max_concurrency`` changes no input or replay."""
     world, store = World(), InMemoryStore()
     add = world.step("add")
 
@@ -339,8 +333,7 @@ async def test_a_step_that_is_queued_gets_the_state_it_was_called_with() -> None
 
 
 async def test_a_call_with_another_input_after_a_retried_failure_is_made_anew() -> None:
-    """What was recorded behind a failure is not the result of a call with another input: of a flow, a group,
-    a map or a pipeline."""
+    """What was recorded behind a failure is not the result of a call with another input, whatever calls."""
     world, store = World(), InMemoryStore()
     world.failing.add("bad")
     bad, add, child = world.step("bad"), world.step("add"), world.step("child")
@@ -378,8 +371,7 @@ async def test_a_call_with_another_input_after_a_retried_failure_is_made_anew() 
 async def test_a_cleanup_after_an_error_of_the_body_does_not_hinder_the_resume(
     kind: str, way: str, is_fixed: bool
 ) -> None:
-    """A resume runs the siblings again that an exception of the body itself cancelled, though a ``finally``
-    made a step."""
+    """A resume runs siblings again that the body's own exception cancelled, despite a ``finally``'s step."""
     world = World()
     world.turns["slow"] = 10**6
     first, slow, clean = world.step("first"), world.step("slow"), world.step("clean")
@@ -417,8 +409,7 @@ async def test_a_cleanup_after_an_error_of_the_body_does_not_hinder_the_resume(
 
 
 async def test_an_error_of_the_body_leaves_an_earlier_timeout_alone() -> None:
-    """A step that a timeout cancelled, and which the body went on from, stays cancelled after the body
-    raises."""
+    """A step that a timeout cancelled, with the body going on, stays cancelled after the body raises."""
     world, store = World(), InMemoryStore()
     world.turns["slow"] = 10**6
     slow, add, clean = world.step("slow"), world.step("add"), world.step("clean")

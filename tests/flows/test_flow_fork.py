@@ -46,8 +46,7 @@ def world_of_calls() -> tuple[World, Any]:
 
 
 async def test_a_flow_is_forked_at_a_call(store: Any) -> None:
-    """The fork gets what the flow got before the end of that call, calls nothing of it again, and makes the
-    call."""
+    """The fork gets what the flow got before that call ended, repeats nothing of it, and makes the call."""
     world, f = world_of_calls()
     runner = runner_on(store)
     assert (await runner.run(f, Num())).status is RunStatus.SUSPENDED

@@ -201,8 +201,7 @@ async def test_tasks_of_a_body_have_the_same_names_on_replay() -> None:
 
 
 async def test_an_exception_that_no_task_retrieves_is_reported() -> None:
-    """The exception of a task that nobody awaits reaches the exception handler of the program's event
-    loop."""
+    """The exception of a task that nobody awaits reaches the exception handler of the program's loop."""
     reported: list[str] = []
     asyncio.get_running_loop().set_exception_handler(
         lambda _, context: reported.append(str(context.get("exception")))
@@ -262,8 +261,7 @@ OUTSIDE: list[asyncio.Future[None]] = []
     ],
 )
 async def test_a_body_that_waits_for_something_else_is_told_at_once(waits: Any, said: str) -> None:
-    """A body that waits for a thread, a socket, a process, another event loop, or for nothing, ends the run
-    with the fix."""
+    """A body that waits for a thread, a socket, a process, a loop or nothing ends the run with the fix."""
     OUTSIDE[:] = [asyncio.get_running_loop().create_future()]
 
     async def body(flow: Flow, state: Num) -> Num:
@@ -278,8 +276,7 @@ async def test_a_body_that_waits_for_something_else_is_told_at_once(waits: Any, 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
 @pytest.mark.parametrize("is_debugged", [False, True])
 def test_a_flow_runs_where_tasks_begin_at_once(is_debugged: bool, tmp_path: Any) -> None:
-    """With the eager task factory of asyncio, and in its debug mode, a flow runs as without, and so do its
-    questions."""
+    """With asyncio's eager task factory, and in debug mode, a flow runs as without, and its questions too."""
 
     async def body(flow: Flow, state: Num) -> Num:
         question = asyncio.create_task(flow.wait_for(Text, reason="Well?"))
@@ -327,8 +324,7 @@ async def _awaited(run: Coroutine[Any, Any, Any], is_under_way: asyncio.Event) -
 
 @pytest.mark.parametrize("way", [_left_behind, _all_cancelled, _cancelled, KeyboardInterrupt, SystemExit])
 def test_a_run_that_is_ended_from_outside_is_resumed(store: Any, way: Any) -> None:
-    """A program that ends while a flow is at work, however that is, is never taken for what its body did: the
-    run resumes."""
+    """A program that ends while a flow is at work is never taken for what its body did: the run resumes."""
     calls: list[int] = []
     is_first = [True]
     is_under_way = asyncio.Event()

@@ -47,8 +47,7 @@ def receiver(count: int, **options: Any) -> Any:
 
 
 async def test_messages_are_received_in_order(store: Any) -> None:
-    """A run that waits for a message is suspended, says so, and is due with each; it gets them one at a time,
-    in any life."""
+    """A run that waits for a message is suspended, says so, and is due with each; it gets them in order."""
     runner, f = runner_on(store), receiver(4)
     first = await runner.run(f, Num())
     assert (first.status, first.suspended) == (RunStatus.SUSPENDED, ["waiting for a message"])
@@ -70,8 +69,7 @@ async def test_messages_are_received_in_order(store: Any) -> None:
 
 
 async def test_each_topic_is_an_order_of_its_own(store: Any) -> None:
-    """A message reaches those who wait for its topic, whatever was sent before it on others, also long
-    before."""
+    """A message reaches those who wait for its topic, whatever was sent on others, also long before."""
     runner = runner_on(store)
 
     @stroma_flow("f", input=Num, output=Text)
@@ -151,8 +149,7 @@ async def test_a_message_comes_before_a_timeout_that_passes_later(store: Any, cl
 
 
 async def test_a_message_that_does_not_fit_is_a_failure(store: Any) -> None:
-    """It raises StepFailed in the body, which may catch it, on replay too; the next message is received after
-    it."""
+    """It raises StepFailed in the body, which may catch it, on replay too; the next message follows it."""
     runner, failures = runner_on(store), list[Any]()
 
     @stroma_flow("f", input=Num, output=Text)
@@ -173,8 +170,7 @@ async def test_a_message_that_does_not_fit_is_a_failure(store: Any) -> None:
 
 
 async def test_a_failed_flow_receives_its_message_again(store: Any) -> None:
-    """A message whose failure ended a run is received by a resume with a class that it fits; later ones stay
-    in order."""
+    """A message whose failure ended a run is received by a resume with a class that it fits, in order."""
 
     def flow_with(model: type[BaseModel]) -> Any:
         @stroma_flow("f", input=Num, output=Text)
@@ -272,8 +268,7 @@ async def test_a_wait_that_was_given_up_keeps_no_message(dies: bool, monkeypatch
 
 
 async def test_a_fork_gets_the_messages_of_its_past(store: Any) -> None:
-    """A fork gets what its flow had received before the call, and from then on what is sent to the fork, with
-    any id."""
+    """A fork gets what its flow had received before the call, and then what is sent to the fork."""
     world, runner = World(), runner_on(store)
     add = world.step("add")
 
@@ -330,8 +325,7 @@ async def test_a_body_that_receives_no_more_is_changed(store: Any) -> None:
 
 
 async def test_what_is_no_message(store: Any) -> None:
-    """What is neither a model nor JSON is refused before it is stored, and so are a topic and an id that no
-    store can keep."""
+    """What is neither a model nor JSON is refused before it is stored; so is an unstorable topic or id."""
 
     class Holder(BaseModel):
         model_config = ConfigDict(arbitrary_types_allowed=True)

@@ -111,8 +111,7 @@ async def test_a_step_that_is_never_awaited() -> None:
 
 
 async def test_a_flow_used_outside_of_its_body() -> None:
-    """After the end of the flow, in a node and in another thread, its methods say where they may be
-    called."""
+    """After the end of the flow, in a node and in another thread, its methods name where to call them."""
     kept: list[Flow] = []
     said: list[str] = []
 
@@ -344,8 +343,7 @@ async def test_what_is_not_deterministic_is_found_in_a_flow_inside() -> None:
 
 
 async def test_what_is_deterministic_passes() -> None:
-    """check_deterministic returns the result of a flow that depends on its steps and recorded values
-    alone."""
+    """check_deterministic returns the result of a flow that depends on steps and recorded values alone."""
 
     async def body(flow: Flow, state: Num) -> Num:
         if flow.now().hour % 2 and flow.random() < 0.5:

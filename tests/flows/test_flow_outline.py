@@ -90,8 +90,7 @@ def lines(entries: list[OutlineEntry], depth: int = 0) -> list[str]:
 
 @pytest.mark.asyncio
 async def test_waits_for_messages_are_shown(store: Any) -> None:
-    """A message that came, one that did not come in time and one that is awaited are lines, live and from the
-    store."""
+    """A message that came, one that did not in time and one that is awaited are lines, live and stored."""
 
     @stroma_flow("chat", input=Num, output=Num)
     async def chat(flow: Flow, state: Num) -> Num:
@@ -128,8 +127,7 @@ async def test_waits_for_messages_are_shown(store: Any) -> None:
 
 @pytest.mark.asyncio
 async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> None:
-    """Repeated calls of one node in a flow are one entry, and a question, a sleep, a map and a flow are
-    named."""
+    """Repeated calls of one node in a flow are one entry; a question, a sleep, a map and a flow are named."""
     runner = runner_on(store)
     result = await runner.run(triage, Num())
     assert result.status is RunStatus.SUSPENDED
@@ -214,8 +212,7 @@ async def test_a_sleep_before_the_first_step_is_shown_since_its_begin(store: Any
 
 @pytest.mark.asyncio
 async def test_inputs_of_steps_are_shown(store: Any) -> None:
-    """The input of each step of a flow is read from the store, also of one that failed and of an item of a
-    map."""
+    """The input of each step of a flow is read from the store, also if it failed or is an item of a map."""
     world = World()
     world.failing.add("bad")
     one, bad, item = map(world.step, ("one", "bad", "item"))
@@ -300,8 +297,7 @@ def test_failures_of_repeated_calls_are_counted() -> None:
 
 
 def test_identities_are_read_as_they_are_written() -> None:
-    """Calls are parsed as the identities that steps have: ids with dots and slashes, keys, and calls of other
-    tasks."""
+    """Calls are parsed as identities of steps: ids with dots and slashes, keys, and calls of other tasks."""
 
     async def write() -> list[str]:
         calls = StepCalls()

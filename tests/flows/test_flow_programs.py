@@ -46,8 +46,7 @@ async def undisturbed(program: Program, seed: int) -> Any:
 
 
 async def disturbed(store: Any, program: Program, seed: int) -> ProgramWorld:
-    """Run a program to its end over several lives, each of which ends at a random record or call. Return its
-    world."""
+    """Run a program to its end over several lives that end at random records or calls. Return its world."""
     chance = random.Random(f"{seed} disturbed")
     world = ProgramWorld(chance, has_faults=True)
     for _ in range(200):
@@ -89,8 +88,7 @@ def check(world: ProgramWorld, store: Any) -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_killed_programs_end_as_undisturbed_ones(kind: str) -> None:
-    """G5, G13: A flow that is killed at random records calls nothing again that was committed, and ends as
-    without kills."""
+    """G5, G13: A flow killed at random records repeats no committed call, and ends as without kills."""
     for seed in seeds(15 if kind in IN_PROCESS else 5, 500):
         program = program_of(seed)
 
@@ -136,8 +134,7 @@ def test_programs_survive_sigkill(kind: str, tmp_path: Path) -> None:
 
 
 class Prefixes:
-    """Replays a run from each prefix of its events, and stops before the first live event. Notes the calls of
-    the body."""
+    """Replay a run from each prefix of its events, up to the first live event, and note the body's calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[int, str, str, str]] = []
@@ -168,8 +165,7 @@ class Prefixes:
 
 
 def test_a_replay_of_any_prefix_makes_the_calls_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From each prefix of its events a body makes the calls that it made up to there, in order and with the
-    same inputs."""
+    """From each prefix of its events a body makes its calls up to there, in order and with equal inputs."""
     prefixes = Prefixes(monkeypatch)
 
     async def trial(program: Program, seed: int) -> None:

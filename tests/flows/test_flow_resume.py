@@ -50,8 +50,7 @@ store = store_fixture(*STORES)
 
 
 async def test_committed_steps_are_not_called_again(store: Any) -> None:
-    """G5: A resumed flow gets the recorded outputs, calls on_node_skipped for them, and continues with the
-    same keys."""
+    """G5: A resumed flow gets recorded outputs, calls on_node_skipped for them, and continues the keys."""
     world = World()
     add, skipped = world.step("add"), []
 
@@ -79,8 +78,7 @@ async def test_committed_steps_are_not_called_again(store: Any) -> None:
 
 
 async def test_a_caught_failure_is_replayed(store: Any) -> None:
-    """A failure that the body has caught and gone on from is raised again from the journal, with the same
-    fields."""
+    """A failure that the body has caught is raised again from the journal, with the same fields."""
     world = World()
     world.failing.add("bad")
     bad, good, last = world.step("bad"), world.step("good"), world.step("last")
@@ -136,8 +134,7 @@ async def test_a_failure_that_ended_the_run_is_retried(store: Any) -> None:
 
 
 async def test_a_cleanup_after_the_failure_need_not_come_again(store: Any) -> None:
-    """Steps that followed a failure which is retried are no change of the body if they do not come this
-    time."""
+    """Steps that followed a failure which is retried are no change of the body if they do not come now."""
     world = World()
     world.failing.add("bad")
     bad, clean, last = world.step("bad"), world.step("clean"), world.step("last")
@@ -163,8 +160,7 @@ async def test_a_cleanup_after_the_failure_need_not_come_again(store: Any) -> No
 
 
 async def test_siblings_that_a_failure_cancelled_run_on_resume(store: Any) -> None:
-    """After a TaskGroup that failed, a resume runs the failed step and the cancelled ones, and not the
-    finished one."""
+    """After a TaskGroup that failed, a resume runs the failed and the cancelled steps, not the finished."""
     world = World()
     world.failing.add("bad")
     world.turns.update({"slow": 10**6, "bad": 60})
@@ -189,8 +185,7 @@ async def test_siblings_that_a_failure_cancelled_run_on_resume(store: Any) -> No
 
 
 async def test_cancelled_siblings_clean_up_in_the_order_in_which_they_began(store: Any) -> None:
-    """The tasks of a TaskGroup that a failure cancels make the steps of their clean-ups in the same order on
-    replay."""
+    """The tasks of a TaskGroup that a failure cancels make their clean-ups in the same order on replay."""
     world = World()
     world.failing |= {"bad", "last"}
     world.turns.update({"slow": 10**6, "bad": 60})
@@ -222,8 +217,7 @@ async def test_cancelled_siblings_clean_up_in_the_order_in_which_they_began(stor
 
 
 async def test_an_error_of_the_body_is_fixed_and_resumed(store: Any) -> None:
-    """An exception of the body itself is a failure like a node's; with the body fixed, the resume goes on
-    behind its steps."""
+    """An exception of the body is a failure like a node's; with the body fixed, the resume continues."""
     world = World()
     add, broken = world.step("add"), [True]
 
@@ -384,8 +378,7 @@ def _bodies(fetch: Any, judge: Any) -> dict[str, Callable[[Flow, Num], Any]]:
 @example(turns=[0, 5, 0, 4, 0, 0, 0, 7, *[0] * 16], death=1)
 @given(turns=st.lists(st.integers(0, 12), min_size=24, max_size=24), death=st.integers(0, 12))
 def test_bodies_that_depend_on_the_order_are_replayed(way: str, turns: list[int], death: int) -> None:
-    """G5: With other durations, and whatever the process died in, a replay calls nothing again and ends as it
-    would have."""
+    """G5: With other durations, and wherever the process died, a replay repeats nothing and ends the same."""
 
     async def trial() -> None:
         store, world = InMemoryStore(), World()
@@ -473,8 +466,7 @@ async def test_a_cancelled_step_is_cancelled_again(store: Any) -> None:
     ],
 )
 async def test_a_changed_flow_is_refused(store: Any, change: str, said: str) -> None:
-    """A body that does another thing than it did is refused before anything is called, and says what
-    differs."""
+    """A body that differs from its recording is refused before anything is called, with the difference."""
     world = World()
     a, b, c, d = (world.step(name) for name in "abcd")
     changed = [False]
@@ -516,8 +508,7 @@ class Data(BaseModel):
 
 @pytest.mark.parametrize("store", IN_PROCESS, indirect=True)
 async def test_a_changed_input_of_any_data_names_its_field(store: Any) -> None:
-    """Fields without a type of their own are stored in another form, and the message names them all the
-    same."""
+    """Fields without a type of their own are stored in another form; the message names them nevertheless."""
     changed = [False]
 
     @stroma_node("keep", NodeContract(node_id="keep", input_schema=Data, output_schema=Num))
@@ -604,8 +595,7 @@ async def test_a_refused_resume_records_nothing_of_what_it_did_not_call(store: A
 
 
 async def test_steps_that_a_node_calls_do_not_number_the_tasks_of_the_body() -> None:
-    """Tasks that a body starts after a node has called steps of its own have the same identities on a
-    replay."""
+    """Tasks that a body starts after a node called steps of its own have the same identities on replay."""
     world = World()
     add = world.step("add")
 
@@ -780,8 +770,7 @@ async def test_a_renamed_step_is_found_while_other_tasks_of_the_loop_are_at_work
 @pytest.mark.parametrize("way", ["fewer", "others", "not made"])
 @pytest.mark.parametrize("store", STORES, indirect=True)
 async def test_other_inputs_of_what_is_made_of_steps_are_found(store: Any, way: str) -> None:
-    """A recorded item that a map has no more, one with another input, and a flow that is not run are
-    changes."""
+    """A recorded item that a map lacks, one with another input, and a flow that is not run are changes."""
     world = World()
     add, last = world.step("add"), world.step("last")
     is_changed = False
@@ -902,8 +891,7 @@ async def test_the_latency_of_earlier_processes_counts(
 
 @pytest.mark.parametrize("change", ["step", "more", "question"])
 async def test_a_change_before_an_open_wait_is_found(store: Any, change: str) -> None:
-    """A body that makes other calls before it waits than it had made when the run was suspended is refused,
-    and calls nothing."""
+    """A body that makes other calls before it waits than before the suspension is refused without a call."""
     world = World()
     add, audit = world.step("add"), world.step("audit")
     is_changed = False

@@ -27,8 +27,7 @@ def _ids(store: Any) -> set[str]:
 
 
 async def test_a_flow_submits_runs(store: Any) -> None:
-    """Each call submits a run of its own, with its place in the queue; a worker executes it, whatever becomes
-    of the flow."""
+    """Each call submits a run of its own, with its place in the queue, whatever becomes of the flow."""
     world, ids = World(), list[str]()
     child = Pipeline("child", [world.step("work")])
     runner = _runner(store)
@@ -57,8 +56,7 @@ async def test_a_flow_submits_runs(store: Any) -> None:
 async def test_a_crash_submits_no_other_run(
     store: Any, dies_in: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A flow whose process dies before, in or after the submission has submitted one run in the end, with the
-    same id."""
+    """A flow whose process dies around a submission has submitted one run, with the same id."""
     world, ids = World(), list[str]()
     before, after = world.step("before"), world.step("after")
     child = Pipeline("child", [world.step("work")])
@@ -92,8 +90,7 @@ async def test_a_crash_submits_no_other_run(
 
 
 async def test_a_submission_that_fails(store: Any) -> None:
-    """An id that another run has, and an input that breaks the contract, are StepFailed in the body; wrong
-    keywords are not."""
+    """An id of another run and an input that breaks the contract are StepFailed; wrong keywords are not."""
     world = World()
     child = Pipeline("child", [world.step("work")])
     runner = _runner(store)

@@ -46,8 +46,7 @@ async def test_a_long_sleep_suspends_the_run(store: Any, clock: Clock) -> None:
 
 
 async def test_a_short_sleep_stays_in_the_process(store: Any) -> None:
-    """Up to inline_wait_seconds a flow waits where it is; ``until`` may be past, and the trace shows that
-    too."""
+    """Up to inline_wait_seconds a flow waits in place; ``until`` may be past, and the trace shows it."""
 
     @stroma_flow("f", input=Num, output=Num)
     async def f(flow: Flow, state: Num) -> Num:
@@ -63,8 +62,7 @@ async def test_a_short_sleep_stays_in_the_process(store: Any) -> None:
 
 
 async def test_an_answer_resumes_a_flow(store: Any) -> None:
-    """wait_for suspends the run, also inside ``except Exception``, and returns the answer in any later
-    process."""
+    """wait_for suspends the run, also inside ``except Exception``, and returns the answer in any process."""
     world = World()
     add, seen = world.step("add"), []
 
@@ -163,8 +161,7 @@ async def test_the_tear_down_of_a_suspended_flow_calls_nothing(store: Any) -> No
 
 
 async def test_a_step_may_wait_for_a_person(store: Any) -> None:
-    """A node that suspends is a step that suspends its flow; siblings finish, and the answer reaches the
-    node."""
+    """A node that suspends is a step that suspends its flow; siblings finish; the node gets the answer."""
     from tests.kit import here, node
 
     world = World()
@@ -234,8 +231,7 @@ async def test_a_question_that_the_body_cancelled_is_closed(store: Any) -> None:
 
 
 async def test_a_question_that_a_failure_cancelled_is_asked_again(store: Any) -> None:
-    """A resume that tries a failed step again asks the question beside it again, which the failure had
-    closed."""
+    """A resume that tries a failed step again asks the question beside it, which the failure had closed."""
     world = World()
     world.failing.add("bad")
     world.turns["bad"] = 30

@@ -128,8 +128,7 @@ async def test_a_failed_step_is_an_exception_of_the_body() -> None:
 
 
 async def test_the_first_failure_of_a_group_is_that_of_the_run() -> None:
-    """An ExceptionGroup of a TaskGroup hides no failure: status and failure are those of the first step that
-    failed."""
+    """An ExceptionGroup of a TaskGroup hides no failure: status and failure are the first failed step's."""
 
     async def refused(state: Num) -> Num:
         raise NotImplementedError("never")
@@ -156,8 +155,7 @@ async def test_the_first_failure_of_a_group_is_that_of_the_run() -> None:
 
 
 async def test_a_crossed_budget_ends_a_flow_whatever_it_catches(store: Any) -> None:
-    """Nothing is called after the attempt that crosses a limit, siblings finish and are committed, and the
-    run is PARTIAL."""
+    """After the attempt that crosses a limit nothing is called, siblings finish, and the run is PARTIAL."""
     calls: list[str] = []
 
     async def ask(state: Num) -> Any:
@@ -263,8 +261,7 @@ async def test_map_runs_a_node_on_each_item(store: Any) -> None:
 
 
 async def test_a_failed_item_ends_a_map(store: Any) -> None:
-    """The first item that fails cancels the others; its StepFailed can be caught, and is the same on
-    replay."""
+    """The first item that fails cancels the others; its StepFailed can be caught, on replay as well."""
     world = World()
     world.failing.add("item 1")
     item, last = world.step("item"), world.step("last")
@@ -291,8 +288,7 @@ async def test_a_failed_item_ends_a_map(store: Any) -> None:
 
 
 async def test_flows_and_pipelines_run_inside_a_flow(store: Any) -> None:
-    """A flow or a Pipeline inside is under the same trace and budget; finished, it is not looked into
-    again."""
+    """A flow or Pipeline inside has the same trace and budget; finished, it is not looked into again."""
     world = World()
     add, double = world.step("add"), world.step("double", lambda n: 2 * n)
 
@@ -348,8 +344,7 @@ async def test_a_failed_flow_inside_is_a_failed_step() -> None:
 
 
 async def test_a_flow_is_a_node_of_a_pipeline(store: Any) -> None:
-    """In a list, a flow takes the output before it and hands on its own; finished, it is skipped on
-    resume."""
+    """In a list a flow takes the output before it and hands on its own; finished, a resume skips it."""
     world = World()
     add = world.step("add")
 
@@ -369,8 +364,7 @@ async def test_a_flow_is_a_node_of_a_pipeline(store: Any) -> None:
 
 
 async def test_every_way_to_run_takes_a_flow(store: Any) -> None:
-    """run, run_many, stream, resume, recover and fork take a flow; a finished one is returned without a
-    call."""
+    """run, run_many, stream, resume, recover and fork take a flow; a finished one returns without a call."""
     world = World()
     add = world.step("add")
     runner = StromaRunner.quick(store=store, policy_map=NEVER)

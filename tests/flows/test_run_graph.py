@@ -29,8 +29,7 @@ def edges_of(graph: RunGraph) -> dict[tuple[str, str], int]:
 
 @pytest.mark.asyncio
 async def test_steps_of_all_runs_are_counted(store: Any) -> None:
-    """Nodes have their calls and failures, edges how often one call followed another, and ends the statuses
-    of runs."""
+    """Nodes have calls and failures, edges how often one call followed another, ends the runs' statuses."""
     world = World()
     write, judge, send, page, alarm = map(world.step, ("write", "judge", "send", "page", "alarm"))
     world.failing.add("send 3")
@@ -101,8 +100,7 @@ def calls(*spans: tuple[str, float, float]) -> list[Bar]:
 
 
 def test_forks_and_joins() -> None:
-    """The first calls of tasks follow the call before them, and the call after a gather follows the last of
-    each."""
+    """First calls of tasks follow the call before them; the call after a gather follows each last one."""
     graph = RunGraph("f")
     graph.add_run(
         calls(

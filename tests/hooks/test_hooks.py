@@ -682,8 +682,7 @@ async def spender(state: State) -> Any:
     ],
 )
 async def test_not_async(name: str, hook: Any) -> None:
-    """A hook that is not async makes run() raise a TypeError at its call, which names the hook and the
-    callable."""
+    """A hook that is not async makes run() raise a TypeError at its call, with the hook and the callable."""
     store = AsyncInMemoryStore()
     if name == SKIPPED:
         await quick(NodeHooks(), store=store).run([plus], State())
@@ -1809,8 +1808,7 @@ async def test_every_start_has_one_end(way: Callable[[Recorder], Awaitable[None]
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, FAILURE, RETRY, RUN_END])
 async def test_cancelled_while_a_hook_waits(name: str, first: bool, seen: Recorder) -> None:
-    """G9: a run cancelled while a hook of one set waits: every set gets its ends, and the run is
-    cancelled."""
+    """G9: a run cancelled while a hook of one set waits gives every set its ends, and is cancelled."""
     await run_cancelled_in_hook(name, seen, first)
     seen.assert_paired()
     assert len(seen.of(RUN_END)) == 1

@@ -310,8 +310,7 @@ async def test_refusals_of_calls_in_flight_are_one_cooldown() -> None:
 
 
 async def test_an_endless_retry_after() -> None:
-    """A wait beyond max_retry_after_seconds ends runs as PARTIAL, with the time to come back; after an hour a
-    call probes."""
+    """A wait beyond max_retry_after_seconds ends runs as PARTIAL with the time; later a call probes."""
     with FakeClock() as clock:
         begun: list[float] = []
 

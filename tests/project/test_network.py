@@ -86,8 +86,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_nothing_phones_home(tmp_path: Path) -> None:
-    """A pipeline with prices, a store and logs, and the commands that look at it, turn to no address and look
-    up no name."""
+    """A pipeline with prices, a store and logs, and its commands, use no address and look up no name."""
     (tmp_path / "flow.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "flow.py"],

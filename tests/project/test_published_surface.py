@@ -340,8 +340,7 @@ def test_published_dataclasses_stay_mutable() -> None:
 
 
 def test_node_contract_is_a_model_and_generic() -> None:
-    """NodeContract(node_id=, input_schema=, output_schema=) is a pydantic model; NodeContract[In, Out] works
-    too."""
+    """NodeContract(node_id=, input_schema=, output_schema=) is a model; NodeContract[In, Out] works too."""
     plain = NodeContract(node_id="n", input_schema=A, output_schema=B)
     assert (plain.node_id, plain.input_schema, plain.output_schema) == ("n", A, B)
     typed = NodeContract[A, B](node_id="n", input_schema=A, output_schema=B)

@@ -116,8 +116,7 @@ print(sorted(set(sys.modules) - before))
 
 @pytest.mark.core
 def test_only_the_engine_calls_a_nodes_function() -> None:
-    """Only `engine/attempt.py` calls a node's function, but for a group that is called directly, and a place
-    that it asks."""
+    """Only `engine/attempt.py` calls a node's function, but for groups called directly and places."""
     findings: set[tuple[str, str]] = set()
     # Stores and traces never see a node; a guard makes a node of its own around what it calls.
     apart = ("adapters", "checkpoint", "cli", "demo", "testing", "trace")

@@ -36,8 +36,7 @@ def otlp(_otlp_process: OtlpReceiver) -> OtlpReceiver:
 
 @pytest.fixture(scope="session")
 def prometheus() -> Iterator[SharedPrometheus]:
-    """A Prometheus server: `with prometheus.exposing(registry): ...; prometheus.scraped();
-    prometheus.value(...)`."""
+    """A Prometheus server: `prometheus.exposing(registry)`, then `scraped()` and `value(...)`."""
     from tests.receivers.prometheus import SharedPrometheus
 
     server = SharedPrometheus()

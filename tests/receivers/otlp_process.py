@@ -165,8 +165,7 @@ class Intake(Handler):
 
 
 def from_json(request: Any, body: bytes) -> Any:
-    """OTLP's JSON is protobuf's, but for ids, which are hex, and enumerations, which are numbers. Unknown
-    fields are errors."""
+    """OTLP's JSON is protobuf's, but ids are hex and enumerations numbers. Unknown fields are errors."""
 
     def ids(value: Any) -> Any:
         if isinstance(value, list):

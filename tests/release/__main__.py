@@ -168,8 +168,7 @@ class Environments:
         return [done.stderr.strip()[-2000:]] if done.returncode else []
 
     def readme(self) -> tuple[list[str], float]:
-        """What is wrong with `pip install` of the wheel and then the first example of the docs, and how many
-        seconds both took."""
+        """Return what is wrong with `pip install` of the wheel and the first example, and their seconds."""
         example = next(
             block
             for block in of_page((ROOT / "docs" / "index.md").read_text("utf-8"))

@@ -190,8 +190,7 @@ class _Run:
                 self.problems.append(f"{who} called {more[1]} at {when}, which was committed")
 
     def bad_outputs_are_told(self) -> None:
-        """Whoever calls a node after its recorded bad output is told of it, in whatever process; so often,
-        and no oftener."""
+        """The call after a recorded bad output is told of it in whatever process, so often and no oftener."""
         made: dict[tuple[str, str], str] = {}
         recorded: dict[str, str | None] = {}
         repairs: Counter[str] = Counter()

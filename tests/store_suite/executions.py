@@ -239,8 +239,7 @@ class ExecutionTests:
             ]
 
     async def test_a_fork_has_the_items_of_its_maps(self, store: Any) -> None:
-        """A fork has the items and the failed items of each map before its position, unless the output of the
-        map is replaced."""
+        """A fork has items and failed items of each map before its position whose output is not replaced."""
         session, schema = await begin(store), schema_of(State)
         for index in range(2):
             await commit(session, 0, State(n=index), branch=str(index))

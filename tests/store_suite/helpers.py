@@ -56,8 +56,7 @@ def row(
     output: Any = None,
     schema: Schema | None = None,
 ) -> AttemptRow:
-    """Return one attempt as the engine records it; each call has a later start. ``schema``: of its output, by
-    default State's."""
+    """Return one attempt as the engine records it, later than the one before. ``schema``: of its output."""
     reads = schema or schema_of(State)
     return AttemptRow(
         node,

@@ -58,8 +58,7 @@ class MessageTests:
             assert await settled(session.messages(after)) == numbered[after:]
 
     async def test_a_message_that_is_sent_again_is_one(self, store: Any) -> None:
-        """A second message of an id changes nothing if it is the same, also in an ended run, and is refused
-        if it is another."""
+        """A second message of an id changes nothing if it is equal, also in an ended run, else is refused."""
         session = await begin(store)
         await send(store, "a", "b", "a")
         await settled(store.send("run", message("c", payload=b'{"a":1,"b":[1.0]}')))

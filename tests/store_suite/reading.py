@@ -259,8 +259,7 @@ class ReadingTests:
                 store.attempt_page("run", after=wrong)
 
     async def test_attempts_are_summed_up(self, store: Any) -> None:
-        """tally() sums the attempts of runs started since a time, by pipeline, node, model, class and
-        duration, and their waste."""
+        """tally() sums attempts and their waste since a time by pipeline, node, model, class and duration."""
         for name in ("one", "two"):
             session = await begin(store, name)
             await fail(session, 0, "n", tokens=4, cost=0.25, ms=7, failure=FailureClass.TERMINAL)
@@ -329,8 +328,7 @@ class ReadingTests:
         assert facts.clock_ms is None or abs(facts.clock_ms - time.time() * 1000) < 3_600_000
 
     async def test_runs_are_found_by_their_beginning(self, store: Any) -> None:
-        """find_run returns the ids with a prefix, newest first; a complete id matches only itself; "last" is
-        the newest."""
+        """find_run returns ids with a prefix, newest first; a complete id matches only itself."""
         for run_id in ("ab", "abc", "abd", "b", "a%", "a_", "A", "é"):
             await finish(await begin(store, run_id))
             await asyncio.sleep(0.002)

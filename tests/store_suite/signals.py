@@ -114,8 +114,7 @@ class SignalTests:
         assert [(w.call_number, w.payload) for w in store.waiting("run")] == [(3, None)]
 
     async def test_notes_of_effects_outlive_a_discard(self, store: Any) -> None:
-        """Discarding a position keeps the note about the calls of its effect; another execution has none; a
-        stale owner writes none."""
+        """Discarding a position keeps the note of its effect's calls, for its execution's owner alone."""
         key = effect_note(1, "0")
         session = await begin(store)
         await commit(session, 0, State())
@@ -134,8 +133,7 @@ class SignalTests:
         assert dict((await begin(store)).notes) == {}
 
     async def test_the_trace_context_belongs_to_the_execution(self, store: Any) -> None:
-        """The trace context of the first process is passed on when the execution is resumed, and to no other
-        execution."""
+        """The trace context of the first process passes to the resumed execution and to no other."""
         first = await begin(store)
         assert first.traceparent is None
         first.note_traceparent("00-" + "a" * 32 + "-" + "b" * 16 + "-01")
@@ -332,8 +330,7 @@ class SignalTests:
                 later.abandon()
 
     async def test_a_run_that_nobody_owns_is_paused(self, store: Any) -> None:
-        """pause() suspends it at once, does nothing to an ended one, and raises for an unknown one; no answer
-        wakes it."""
+        """pause() suspends it at once, ignores an ended one, raises for an unknown one; no answer wakes it"""
         with pytest.raises(CheckpointNotFound):
             await settled(store.pause("run"))
         await finish(await begin(store), "INTERRUPTED")

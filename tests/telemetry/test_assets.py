@@ -41,8 +41,7 @@ EXPRESSIONS = [(title, target["expr"]) for title, target in TARGETS] + [
 
 @pytest.mark.parametrize(("title", "text"), EXPRESSIONS)
 def test_queries_name_what_is_measured(title: str, text: str) -> None:
-    """Every series, label and value in a query is one that the exporter writes, and it groups by labels that
-    all of its series have."""
+    """Queries name series, labels and values that the exporter writes, and group by labels that all have."""
     query = parse(text)
     assert query.selectors
     common = frozenset.intersection(*(labels_of(name) for name, _ in query.selectors))

@@ -159,8 +159,7 @@ async def test_a_span_follows_its_parent_and_not_its_task(seen: Seen) -> None:
 
 @pytest.mark.parametrize("way", ["with", "async with"])
 def test_spans_between_a_guarded_run_and_its_steps_are_in_its_trace(seen: Seen, way: str) -> None:
-    """Spans that a framework makes inside ``with guard.run()``, outside of any step, are in the trace of the
-    run and attributed."""
+    """Spans inside ``with guard.run()`` and outside any step are in the trace of the run and attributed."""
     guard = Guard(StromaRunner.quick(hooks=seen.hooks()))
 
     @guard.step("model")
@@ -188,8 +187,7 @@ def test_spans_between_a_guarded_run_and_its_steps_are_in_its_trace(seen: Seen, 
 
 
 async def test_a_call_under_a_span_of_a_framework_belongs_to_the_node_that_makes_it(seen: Seen) -> None:
-    """A span belongs to the node of its task where that is inside of what its parent is in: frameworks choose
-    their own parents."""
+    """A span is of its task's node if that is inside its parent's: frameworks choose their own parents."""
     guard = Guard(StromaRunner.quick(hooks=seen.hooks(inference="auto")))
     around: list[Any] = []
 
@@ -264,8 +262,7 @@ async def test_a_provider_of_ones_own(seen: Seen) -> None:
 
 
 async def test_a_resume_and_a_fork_belong_where_the_run_belongs(seen: Seen, store: Any) -> None:
-    """A resume and a fork that state nothing have the conversation, user and session of the run, and a link
-    to its last trace."""
+    """A resume and a fork have the run's conversation, user and session, and link to its last trace."""
     runner = StromaRunner.quick(hooks=seen.hooks(), store=store)
     waits = [True]
 
@@ -325,8 +322,7 @@ async def test_baggage_on_request(seen: Seen) -> None:
 
 
 async def test_guarded_runs_are_attributed(seen: Seen) -> None:
-    """A guard's run takes conversation and user, and shows tools as tools and agents as agents, inside of
-    each other too."""
+    """A guard's run takes conversation and user; tools are tools and agents agents, in each other too."""
     guard = Guard(StromaRunner.quick(hooks=seen.hooks()))
 
     @guard.step("search", role="tool")

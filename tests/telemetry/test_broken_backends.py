@@ -209,8 +209,7 @@ def test_an_sdk_that_is_missing(
 
 @pytest.mark.slow
 def test_importing_the_hooks_imports_no_sdk() -> None:
-    """`import stroma.telemetry`, and each of its names but the processor of OpenTelemetry's SDK, imports none
-    of the SDKs."""
+    """`stroma.telemetry` and its names, but the processor of OpenTelemetry's SDK, import none of the SDKs."""
     import subprocess
     import sys
 

@@ -89,8 +89,7 @@ NOT_OF_THE_CONVENTIONS = {"gen_ai.usage.cost"}
 
 
 async def test_names_types_and_values_are_those_of_the_registry() -> None:
-    """Every gen_ai attribute that is sent is in the registry, with its type, and operations and providers are
-    of its values."""
+    """Every gen_ai attribute that is sent is in the registry by type, operations and providers by value."""
     seen = Seen()
     runner = quick(seen.hooks(inference="auto", content="redacted"))
 

@@ -116,8 +116,7 @@ def spans(agent: DatadogAgent, content: str, statsd: StatsdSocket) -> list[dict[
 
 @pytest.mark.core
 def test_spans_at_the_agent(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
-    """Runs and nodes arrive with resource, operation, parents, links, errors, conversation, user and tags,
-    and with no content."""
+    """Runs and nodes arrive with resource, operation, parents, links, errors and labels, without content."""
     result = spans(datadog_agent, "none", statsd)
     ids = {span["span_id"]: span for span in result}
 

@@ -316,8 +316,7 @@ async def test_a_call_whose_span_gets_its_kind_when_it_ends(seen: Seen) -> None:
 
 
 async def test_calls_that_share_the_span_around_them(seen: Seen) -> None:
-    """A span of a model call around several calls, as where a framework writes each over the one before,
-    stands for one answer."""
+    """A model call's span around several calls, each written over the one before, stands for one answer."""
     guard, model = guarded_model(seen)
 
     about = {"gen_ai.operation.name": "chat"}

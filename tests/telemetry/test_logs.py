@@ -40,8 +40,7 @@ def events(caplog: pytest.LogCaptureFixture) -> list[Any]:
 
 
 async def test_conversation_user_and_tags_are_fields(caplog: pytest.LogCaptureFixture) -> None:
-    """Every line has the conversation, user and tags of its run, as fields and in its text; runs without have
-    no such field."""
+    """Every line has the conversation, user and tags of its run, if any, as fields and in its text."""
     caplog.set_level(logging.DEBUG)
     runner = quick(log_hooks(), tags=("beta", "customer=42"))
     await runner.run([flaky(runner)], State(), conversation="thread 17", user="ada")

@@ -203,8 +203,7 @@ class TestNesting:
 
     @pytest.mark.core
     async def test_the_run_is_under_what_is_current(self, seen: Seen) -> None:
-        """A run is a child of the caller's span, and a nested run of the node that started it; nodes stand
-        side by side."""
+        """A run is a child of the caller's span, a nested run of its node's; nodes stand side by side."""
         runner = quick(seen.hooks())
 
         @runner.node("inner", input=State, output=State)
@@ -289,8 +288,7 @@ class TestEndings:
 
     @pytest.mark.parametrize("attempts", ["events", "spans"])
     async def test_only_final_failures_have_an_exception_event(self, seen: Seen, attempts: Any) -> None:
-        """A failure that is tried again leaves no "exception" event on any span, which MLflow would show as
-        an error."""
+        """A retried failure leaves no "exception" event on any span, which MLflow would show as an error."""
         runner = quick(seen.hooks(attempts=attempts, content="redacted"))
         await runner.run([flaky(runner)], State())
         assert not any("exception" in events(span) for span in seen.spans)

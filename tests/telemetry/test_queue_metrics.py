@@ -81,8 +81,7 @@ async def test_a_worker_shows_the_queues_that_it_serves(store: Any) -> None:
 
 
 async def test_a_worker_shows_blocked_runs(store: Any) -> None:
-    """A worker shows how many runs of its pipelines are blocked, and since when the oldest is; queued ones
-    are not in the queue."""
+    """A worker shows how many runs of its pipelines are blocked and since when; these are not queued."""
     systems = Systems()
 
     pipeline = Pipeline("p", [node("a", same)], config=RunConfig(hooks=systems.hooks()))

@@ -56,8 +56,7 @@ def run(path: pathlib.Path, hooks: Any) -> Any:
 def test_a_redelivered_end_is_a_whole_span(
     event: str, tmp_path: pathlib.Path, sentry: RecordedSentry
 ) -> None:
-    """It has the times, tokens and type of error of the attempt, under the resumed run, and is an error only
-    if that failed."""
+    """It has the attempt's times, tokens and error type, under the resumed run; only failures are errors."""
     if event == "failure":
         (tmp_path / "fails").touch()
     child = os.fork()

@@ -32,8 +32,7 @@ def load(name: str) -> Any:
 
 
 def test_what_is_mounted_is_there() -> None:
-    """Every file that a service mounts or copies is in the folder, every volume is declared, and no port is
-    open to other machines."""
+    """Files that services mount or copy are in the folder, volumes are declared, and ports are local."""
     for name, service in SERVICES.items():
         for source in mounts(name).values():
             assert (STACK / source).is_file() if source.startswith("./") else source in COMPOSE["volumes"]

@@ -205,8 +205,7 @@ CHAOS = """
 @pytest.mark.core
 @pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
 def test_chaos_names_the_node_that_is_not_safe_to_retry(session, workers):
-    """Every test of a pipeline runs again with faults: the node whose second call breaks a test is named, no
-    other is."""
+    """Tests of pipelines run again with faults: only the node whose second call breaks a test is named."""
     result = session(CHAOS, "--stroma-chaos=20", "--stroma-chaos-seed=7", *workers)
     result.assert_outcomes(passed=4, failed=2)
     text = result.stdout.str()

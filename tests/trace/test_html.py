@@ -66,8 +66,7 @@ async def failed() -> Any:
 
 
 async def test_a_result_as_a_page(failed: Any) -> None:
-    """The page has a bar for every attempt, one for every wait, the cause with its field, and every state; it
-    runs nothing."""
+    """The page has a bar for each attempt and wait, the cause with its field, and each state; no script."""
     text = failed.to_html()
     check_page(text)
     assert text.count('<rect class="b-failure') == 2
@@ -193,8 +192,7 @@ _SECRET = 'Zoë\'s "key" p@ss/w\\ord\nof 2'
     ],
 )
 def test_other_forms_of_what_is_hidden(form: Any) -> None:
-    """A hidden value stands in no message as something writes it down: in other case, quoted, in a URL, in
-    base64, in hex."""
+    """A hidden value is in no message in any notation: in other case, quoted, in a URL, in base64, in hex."""
     hidden = forms_to_hide([_SECRET])
     message = form(_SECRET)
     left = without(f"the server at n=1 says {message}: no", hidden)

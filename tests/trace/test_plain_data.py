@@ -124,8 +124,7 @@ NAN, INFINITE = float("nan"), float("inf")
     ids=lambda value: type(value).__name__,
 )
 def test_any_value_is_plain_data(value: Any, written: Any) -> None:
-    """What JSON can say it says, as a plain type of Python's; all else is text without addresses,
-    and nothing is an error."""
+    """What JSON can say stays a plain Python type; all else is text without addresses, and no error."""
     if isinstance(value, dict):
         written = {"a": "nan", "1": 2, "None": 3, "[1, 'nan']": 4, "2.5": 5, "word": 6}
     instance = jsonable(value)

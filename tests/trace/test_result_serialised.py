@@ -11,8 +11,7 @@ from stroma import ExecutionResult, ExecutionTrace, FailurePolicy, RunStatus, St
 
 @pytest.mark.parametrize("kind", [ExecutionResult, ExecutionResult[Text]])
 async def test_a_result_serialises_without_its_trace(kind: type[ExecutionResult]) -> None:
-    """Pydantic serialises a result as ids, status, final state, totals and a failure of plain values; the
-    trace is left out."""
+    """Pydantic serialises a result as ids, status, final state, totals and a plain failure, without trace."""
     runner = StromaRunner.quick(policy_map={"AMBIGUOUS": FailurePolicy(max_retries=0)})
 
     @runner.node("ask", input=Text, output=Text)

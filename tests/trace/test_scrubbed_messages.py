@@ -214,8 +214,7 @@ class Folder(BaseModel):
 
 @pytest.mark.parametrize("depth", [5, 20, 99, 150])
 async def test_a_secret_that_a_schema_declares_is_masked_at_any_depth(log: Log, depth: int) -> None:
-    """A validator that quotes a declared secret shows it in no message, log line or page; beyond 100 levels
-    nothing else."""
+    """A declared secret that a validator quotes is in no message, log or page; nor is what is too deep."""
     value: dict[str, Any] = {"password": SECRET, "bad": 1}
     for _ in range(depth):
         value = {"child": value}

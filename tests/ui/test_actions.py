@@ -86,8 +86,7 @@ def test_an_answer(store: SQLiteStore, serve: Any) -> None:
 
 
 def test_a_fork(store: SQLiteStore, serve: Any) -> None:
-    """The page of an attempt forks its run there: a new run takes over what came before, and is resumed by
-    the pipeline named."""
+    """The page of an attempt forks its run: a new run has what came before, and a command resumes it."""
     make_runs(store, ("bad", BAD))
     site: Site = serve(store, pipeline="flows", lineage=lineage(BAD))
     addresses = attempts_of(site)
@@ -293,8 +292,7 @@ def a_store(request: pytest.FixtureRequest, store: SQLiteStore) -> Iterator[Any]
 
 @pytest.mark.slow
 def test_every_action_in_a_browser(a_store: Any, serve: Any, chromium: Browser) -> None:
-    """Each action is one click and a confirmation: answer, pause, unpause, budget, resume, fork, cancel,
-    several runs at once."""
+    """Answer, pause, unpause, budget, resume, fork and cancel are a click and a confirmation each."""
     make_runs(a_store, ("asks", ASKS), ("waits", ASKS), ("bad", BAD), ("worse", BAD))
     site: Site = serve(a_store, pipeline="flows", lineage=lineage(BAD), find_schema=lambda one: Answer)
     chromium.without_scripts(False)

@@ -164,8 +164,7 @@ def test_a_strange_schema_has_no_example(schema: Any) -> None:
 
 
 def test_an_answer_by_fields(store: SQLiteStore, serve: Any) -> None:
-    """The page has a field for each property without the pipeline; errors are beside their fields, and the
-    texts stay."""
+    """The page has a field for each property without the pipeline; errors are beside them, and texts stay."""
     make_runs(store, ("x", ASKS))
     page = serve(store).get("/run", id="x").text
     assert 'name="field:note"' in page

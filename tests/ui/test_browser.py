@@ -107,8 +107,7 @@ _CONTRAST = """(() => {
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_contrast(site: Site, browser: Browser, dark: bool) -> None:
-    """Every text has the contrast that WCAG AA asks for (4.5), and every bar that of a graphic (3), light and
-    dark."""
+    """Every text has the contrast of WCAG AA (4.5), every bar that of a graphic (3), light and dark."""
     browser.size(1280, 900, dark=dark)
     for path in addresses(site):
         browser.goto(site.url + path)
@@ -154,8 +153,7 @@ def test_the_keyboard(site: Site, browser: Browser) -> None:
 
 
 def test_live(site: Site, browser: Browser) -> None:
-    """A page that is open shows new runs by itself; what had the focus keeps it, and what was open stays
-    open."""
+    """An open page shows new runs by itself; what had the focus keeps it, and what was open stays open."""
     browser.goto(f"{site.url}/")
     browser.until("document.getElementById('liveness').textContent", lambda text: text == "live")
     browser.press("j")
@@ -210,8 +208,7 @@ def test_another_site(site: Site, browser: Browser, store: SQLiteStore, serve: A
 
 
 def test_a_large_run(site: Site, browser: Browser) -> None:
-    """A run of 1,000 nodes and 2,000 attempts is there whole: a row for each node, a bar and a line for each
-    attempt."""
+    """Of 1,000 nodes and 2,000 attempts all are there: a row for each node, a bar for each attempt."""
     make_large_run(site.store)
     browser.goto(f"{site.url}/run?id=large")
     assert browser.eval("document.querySelectorAll('.gantt > .row:not(.axis)').length") == 1000
@@ -232,8 +229,7 @@ def test_a_large_run(site: Site, browser: Browser) -> None:
 
 
 def test_an_attempt_beside_its_run(site: Site, browser: Browser) -> None:
-    """A click on a bar shows its attempt beside the run, which stays; the address leads back to it; Escape
-    closes it."""
+    """A click on a bar shows its attempt beside the run; its address leads back to it; Escape closes it."""
     heading = "document.querySelector('#panel:not([hidden]) h1')?.textContent ?? ''"
     browser.goto(f"{site.url}/run?id=bad")
     assert browser.eval("document.getElementById('panel').hidden")
@@ -254,8 +250,7 @@ def test_an_attempt_beside_its_run(site: Site, browser: Browser) -> None:
 
 
 def test_cells_and_zoom(site: Site, browser: Browser) -> None:
-    """A cell names its item and opens its attempt; a drag over the time axis shows that part of the time, and
-    a link all of it."""
+    """A cell names its item and opens its attempt; a drag over the time axis shows that part, a link all."""
     asyncio.run(make_map(site.store, 40, "map"))
     browser.goto(f"{site.url}/run?id=map")
 
@@ -284,8 +279,7 @@ def test_cells_and_zoom(site: Site, browser: Browser) -> None:
 
 
 def test_the_lineage_pans_and_zooms(store: SQLiteStore, serve: Any, browser: Browser) -> None:
-    """The lineage fits its frame, is made larger with its buttons and keys, and is never wider than its frame
-    lets it scroll."""
+    """The lineage fits its frame, grows with buttons and keys, and is never wider than it can scroll."""
     make_runs(store, ("good", GOOD))
     site: Site = serve(store, pipeline="flows", lineage=lineage(BAD))
     browser.goto(f"{site.url}/pipeline")

@@ -56,8 +56,7 @@ def test_a_limit_behind_another_failure(store: SQLiteStore, serve: Any) -> None:
 
 @pytest.fixture
 def living(store: SQLiteStore) -> Any:
-    """A run in another thread whose first node waits until it is let go; yields (let go, result of the
-    run)."""
+    """A run in another thread whose first node waits until it is let go: (let go, result of the run)."""
     go, reached = threading.Event(), threading.Event()
     results: list[Any] = []
 
@@ -87,8 +86,7 @@ def living(store: SQLiteStore) -> Any:
 
 
 def test_a_page_pauses_a_living_run(store: SQLiteStore, serve: Any, living: Any) -> None:
-    """The buttons need the key of their action and run; the page says that the run is paused, and what takes
-    it back."""
+    """Buttons need the key of their action and run; the page says that the run is paused, and the undo."""
     site: Site = serve(store)
     found = keys(site, "lives")
     assert set(found) == {"send", "pause", "budget", "cancel"}
@@ -146,8 +144,7 @@ def test_the_class_of_an_error_is_the_status(
 def test_open_pages_share_a_rendering(
     store: SQLiteStore, serve: Any, living: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Open pages that ask for the state of one event are rendered once for all, of a run and of the list;
-    others always."""
+    """Open pages of a run or the list that ask for one event are rendered once for all; others always."""
     rendered: list[str] = []
     page = Renderer.page
 
@@ -171,8 +168,7 @@ def test_open_pages_share_a_rendering(
 
 
 def test_events_are_as_seldom_as_they_cost() -> None:
-    """The more viewers a page has and the longer it takes to render, the longer is the time between two
-    events."""
+    """The more viewers a page has and the slower it renders, the longer is the time between two events."""
     shared = SharedPages()
     request = Request({"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []})
 

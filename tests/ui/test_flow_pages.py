@@ -76,8 +76,7 @@ def test_answered_questions_of_a_flow_have_one_line(store: SQLiteStore, serve: A
 
 
 def test_what_continued_a_run_is_named(store: SQLiteStore, serve: Any) -> None:
-    """The timeline shows when a run was continued, and what it waited for; the queue time of a submitted run
-    shifts nothing."""
+    """The timeline shows when a run was continued and what it waited for; queueing shifts nothing."""
     runner = StromaRunner.quick(store=store, policy_map=NEVER)
     asyncio.run(runner.submit(letter, Num(), run_id="r"))
     time.sleep(0.3)

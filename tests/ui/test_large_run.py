@@ -36,8 +36,7 @@ def large(store: SQLiteStore, serve: Any) -> Site:
 
 
 def test_its_size(large: Site) -> None:
-    """It is one page with every attempt, and crosses the wire in less than 100 kB, for whoever takes it
-    packed."""
+    """It is one page with every attempt, and takes less than 100 kB on the wire if it is compressed."""
     plain = large.get("/run", id="large")
     packed = large.ask("GET", "/run?id=large", accept_encoding="br, gzip;q=0.8")
     assert "content-encoding" not in plain.headers

@@ -18,8 +18,7 @@ from stroma.ui.events import LiveText
 
 
 class Writer:
-    """A node that writes in halves, the next one when it is asked to; its first attempt fails in the
-    middle."""
+    """A node that writes a half whenever it is asked to; its first attempt fails in the middle."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -52,8 +51,7 @@ class Writer:
 def test_the_text_grows_is_discarded_and_is_gone(
     store: SQLiteStore, serve: Callable[..., Site], chromium: Browser
 ) -> None:
-    """A page shows the text as it is written, also after a reload; a failed attempt discards its half, and
-    the end all of it."""
+    """A page shows text as it is written, also after a reload; a failed attempt and the end discard it."""
     writer, site = Writer(str(store.path)), serve(store)
     shown = "document.querySelector('#texts pre')?.textContent ?? ''"
     writer.thread.start()

@@ -17,8 +17,7 @@ def test_durations_to_two_digits(ns: int, seconds: float) -> None:
 
 
 def test_the_percentiles_of_slow_nodes() -> None:
-    """Slow nodes have p50 and p95 over all pipelines, classes and spans of time, to two digits; the slowest
-    p95 comes first."""
+    """Slow nodes have p50 and p95 over pipelines, classes and time, to two digits, the slowest p95 first."""
 
     def tallies(node_id: str, *runs: tuple[int, int]) -> list[Tally]:
         return [

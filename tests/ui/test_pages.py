@@ -49,8 +49,7 @@ def rows(text: str) -> list[list[str]]:
 
 
 def test_runs(site: Site) -> None:
-    """Each run has its status, pipeline, cause in words, duration, failed attempts, cost and start; the
-    newest is first."""
+    """Each run has status, pipeline, cause, duration, failed attempts, cost and start, the newest first."""
     bad, good = rows(site.get("/").text)
     assert bad[0] == "FAILED"
     assert bad[1].startswith("bad ")
@@ -116,8 +115,7 @@ def test_an_empty_store(tmp_path: Path, serve: Any) -> None:
 
 
 def test_a_failed_run(site: Site) -> None:
-    """The page of a failed run opens on its cause: class, node, field, what was spent, the command; its bar
-    is marked."""
+    """A failed run's page opens on its cause: class, node, field, cost, command; its bar is marked."""
     text = site.get("/run", id="bad").text
     box = text[text.index('<section class="cause"') :].partition("</section>")[0]
     assert "TERMINAL (contract)" in box
@@ -157,8 +155,7 @@ def test_a_run_that_went_well(site: Site) -> None:
 
 
 def test_attempts(site: Site) -> None:
-    """An attempt has its input and output, the field that broke, what differs from the one before, usage, key
-    and siblings."""
+    """An attempt has its states, broken field, difference from the one before, usage, key and siblings."""
     pages = [site.ask("GET", address).text for address in attempts_of(site)]
     by_title = {re.findall(r"<title>(.*?) ·", page)[0]: page for page in pages}
     second = by_title["flaky, attempt 2"]
@@ -227,8 +224,7 @@ def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:
 
 
 def test_a_rejected_output_is_shown(store: SQLiteStore, serve: Any) -> None:
-    """The page of an attempt shows what broke its contract beside each complaint, as a file too, and
-    redacted."""
+    """An attempt's page shows what broke its contract beside each complaint, also as a file, redacted."""
 
     class Strict(BaseModel):
         stars: int
@@ -279,8 +275,7 @@ def test_downloads(site: Site) -> None:
 
 
 def test_idle_time(store: SQLiteStore, serve: Any) -> None:
-    """A run that waited long has a link that folds the time in which nothing ran, and one that shows it
-    again."""
+    """A run that waited long has a link that folds the time without work, and one that unfolds it."""
 
     async def fails_once(state: Any) -> Any:
         if current_node().attempt == 1:
@@ -386,8 +381,7 @@ def test_forks(store: SQLiteStore, serve: Any) -> None:
 
 
 def test_limits_that_are_closed(tmp_path: Path, serve: Callable[..., Site]) -> None:
-    """The overview and a running run name the limits in the store that are closed by a cooldown, and for how
-    long."""
+    """The overview and a running run name limits that are closed by a cooldown, and for how long."""
     from tests.telemetry.test_cooldowns import close_limit
 
     store = SQLiteStore(tmp_path / "runs.db")
@@ -414,8 +408,7 @@ def test_limits_that_are_closed(tmp_path: Path, serve: Callable[..., Site]) -> N
 
 
 def test_overview(site: Site) -> None:
-    """Failures by class over time, cost by pipeline, node and model, what was wasted, and the slowest
-    nodes."""
+    """It has failures by class over time, cost by pipeline, node and model, waste, and slow nodes."""
     text = site.get("/overview").text
     cards = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)<", text))
     assert (cards["Runs"], cards["Success rate"], cards["Attempts"]) == ("2", "50.0%", "13")
@@ -639,8 +632,7 @@ def test_resuming(url: str, tmp_path: Path) -> None:
 def test_the_page_of_a_run_reads_its_attempts_once(
     store: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page of a run reads its attempts in one request, and as often in all for 40 items of a map as for
-    16."""
+    """A run's page reads its attempts in one request, and needs as many requests for 40 items as for 16."""
     requests: list[str] = []
 
     class Counting:

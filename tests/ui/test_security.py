@@ -47,8 +47,7 @@ def keys(site: Site, run_id: str = "bad") -> dict[str, str]:
 
 @pytest.mark.core
 def test_other_names_are_refused(site: Site) -> None:
-    """A Host that is not ours is refused, whatever is asked: a name elsewhere may lead here (DNS
-    rebinding)."""
+    """A foreign Host is refused for all addresses: a name elsewhere may lead here (DNS rebinding)."""
     for host in (
         "evil.example",
         f"evil.example:{site.port}",
@@ -65,8 +64,7 @@ def test_other_names_are_refused(site: Site) -> None:
 
 @pytest.mark.core
 def test_pages_of_other_sites_are_refused(site: Site) -> None:
-    """A request that a page of another site makes is refused: by its Origin, or by what the browser says of
-    it."""
+    """A request from a page of another site is refused by its Origin or what the browser says of it."""
     for headers in (
         {"origin": "https://evil.example"},
         {"origin": "null"},
@@ -212,8 +210,7 @@ def test_a_bad_origin_is_refused_first(site: Site, origin: str) -> None:
 
 
 def test_frames_of_other_sites_are_refused(site: Site) -> None:
-    """A page of another site can lead here, and cannot show a page of ours in a frame, nor hold a stream
-    open."""
+    """Another site can lead here, but cannot show our pages in a frame nor hold a stream open."""
     elsewhere = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}
     for dest in ("iframe", "frame", "embed", "object", "fencedframe"):
         assert site.ask("GET", "/", sec_fetch_dest=dest, **elsewhere).status == 403

@@ -47,8 +47,7 @@ def text_of(page: str) -> str:
 
 
 def test_a_blocked_run(store: SQLiteStore, site: Site) -> None:
-    """A run that code could not continue has a badge in the lists, the overview counts it, and its page says
-    why."""
+    """A run that code could not continue has a badge in lists, is counted, and says why on its page."""
     submit(store, "one")
     submit(store, "two")
     assert "BLOCKED" not in site.get("/overview").text
@@ -107,8 +106,7 @@ def test_a_queued_run(store: SQLiteStore, site: Site) -> None:
 
 
 def test_control_of_a_queued_run(store: SQLiteStore, site: Site) -> None:
-    """A queued run can be cancelled and paused from its page; it cannot be resumed there, since it has not
-    started."""
+    """A queued run can be cancelled and paused from its page, but not resumed: it has not started."""
     submit(store, "one")
     submit(store, "two")
     found = keys(site, "one")
@@ -124,8 +122,7 @@ def test_control_of_a_queued_run(store: SQLiteStore, site: Site) -> None:
 
 @pytest.mark.core
 def test_one_form_submits_one_run(store: SQLiteStore, site: Site) -> None:
-    """A form that is sent twice submits one run, and leads to its page; with other content it submits another
-    one."""
+    """A form that is sent twice submits one run and leads to its page; other content submits another."""
     form = form_of(site.get("/submit").text, "submit") | {
         "input": '{"n": 3}',
         "priority": "2",

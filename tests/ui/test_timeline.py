@@ -52,8 +52,7 @@ def test_figures_of_the_axis_have_no_exponent() -> None:
 
 @pytest.mark.parametrize("end", [0.4, 3, 99, 250, 1001, 59_000, 61_000, 3_700_000, 90_000_000, 4e9, 4e11])
 def test_the_axis_is_round(end: float) -> None:
-    """The axis has 4 to 10 equal steps, a round number of milliseconds each, and wastes at most a quarter of
-    its width."""
+    """The axis has 4 to 10 equal steps of round milliseconds, and wastes at most a quarter of its width."""
     start, step, count = axis_of(0.0, end)
     assert (start, 4 <= count <= 10) == (0.0, True)
     assert end <= step * count + 1e-6
@@ -85,8 +84,7 @@ def test_places_on_the_axis() -> None:
 
 
 def test_many_children_are_cells() -> None:
-    """A map of many items is a strip with a cell each by its outcome; only those that failed for good have a
-    row."""
+    """A map of many items is a strip with a cell each by outcome; only final failures have a row."""
     bars = [Bar("map", "0", 1, 0, 500, "success")]
     for item in range(200):
         place = f"0.{item}"
@@ -114,8 +112,7 @@ def test_many_children_are_cells() -> None:
 
 
 def test_items_with_nodes_inside_are_cells() -> None:
-    """An item of several nodes in turn is a cell too: retried if a node inside it was, and its map has the
-    cost of all."""
+    """An item of several nodes is one cell: retried if a node in it was; its map has the cost of all."""
     bars = [Bar("map_over(pages, [read, rate])", "0", 1, 0, 500, "success")]
     for item in range(20):
         outcome = "collected" if item == 7 else "success"
@@ -179,8 +176,7 @@ def test_loops_of_flows_are_cells_with_places() -> None:
 
 
 def test_what_runs_now_grows() -> None:
-    """A run that goes on has a growing bar since what was recorded last, a line for now, and room to its
-    right."""
+    """A run in progress has a growing bar since its last record, a line for now, and room to its right."""
     bars = [Bar("a", "0", 1, 0, 100, "success")]
     text = draw(bars, now_ms=1100.0, first_ns=5_000_000_000, progress=InProgress("1", "next", 100.0))
     span = re.findall(r'data-began="5000" data-span="(\d+)"', text)
@@ -193,8 +189,7 @@ def test_what_runs_now_grows() -> None:
 
 
 def test_a_failure_that_is_tried_again_is_no_cause(store: SQLiteStore, serve: Any) -> None:
-    """While a run goes on, a failed attempt makes neither a cause box nor a cause in the list; the node runs
-    since it ended."""
+    """In a running run, a failed attempt makes no cause on page or list; the node runs since it ended."""
     site: Site = serve(store)
     texts: list[str] = []
 
@@ -229,8 +224,7 @@ def test_what_a_run_waits_for_is_hatched(store: SQLiteStore, serve: Any) -> None
 
 
 def test_totals_against_the_budget(store: SQLiteStore, serve: Any) -> None:
-    """The cost stands against the budget of the pipeline, or the one set by request; the wasted part has its
-    bar."""
+    """The cost is shown against the pipeline's budget, or one set by request; waste has its bar."""
     make_runs(store, ("x", GOOD))
     site: Site = serve(store, pipeline="flows", budget={"max_cost_usd": 0.0005})
     text = site.get("/run", id="x").text

@@ -13,8 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_sizes_of_static_files() -> None:
-    """The style sheets of pages and of what they share with files take less than 25 kB together, as the
-    script; they load nothing."""
+    """Style sheets of pages and files take less than 25 kB together, as does the script, and load nothing."""
     assert sorted(path.name for path in STATIC.iterdir()) == ["icon.svg", "ui.css", "ui.js"]
     for text in (DESIGN.read_text() + (STATIC / "ui.css").read_text(), (STATIC / "ui.js").read_text()):
         assert len(text.encode()) < 25_000

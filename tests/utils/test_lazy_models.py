@@ -19,8 +19,7 @@ def in_a_fresh_process(code: str) -> str:
 
 
 def test_threads_that_use_a_class_first_get_the_same_validator() -> None:
-    """A class may be used for the first time by several threads at once; pydantic before 2.14 would not allow
-    it."""
+    """Several threads may use a class for the first time at once, which pydantic before 2.14 forbids."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

@@ -67,8 +67,7 @@ def stream() -> Iterator[io.StringIO]:
     ],
 )
 def test_an_argument_is_one_line(stream: io.StringIO, text: str, argument: Any, written: str) -> None:
-    """Texts, exceptions and other objects are written in one line that shows as it is; numbers stay
-    numbers."""
+    """Texts, exceptions and other objects are written in one visible line; numbers stay numbers."""
     get_logger().warning(text, argument)
     assert stream.getvalue() == f"WARNING test_logs.py test_an_argument_is_one_line {written}\n"
 
@@ -106,8 +105,7 @@ def test_a_traceback_cannot_forge_a_line(stream: io.StringIO, how: str) -> None:
 
 
 def test_the_logger_of_a_run_masks_its_secrets(stream: io.StringIO) -> None:
-    """Arguments and tracebacks are written without the secrets that the run, its context or the exception
-    has."""
+    """Arguments and tracebacks are written without secrets of the run, its context or the exception."""
     logger = RunLogger("r", Redactor(None, {"key": SecretStr(KEY)}, ExecutionTrace("r")))
     logger.error("first", exc_info=ExceptionGroup("x", [ValueError(KEY)]))
     logger.error("%s and %s", f"second {KEY}", ValueError(KEY))

@@ -36,8 +36,7 @@ from stroma import ExecutionBudget, FailurePolicy, NodeContract, RunConfig, Stro
     ],
 )
 def test_a_misspelt_field_names_the_nearest_one(make: Any, field: str, hint: str) -> None:
-    """A field that a config, policy, budget or contract does not have is a ValidationError that names the
-    nearest field."""
+    """An unknown field of a config, policy, budget or contract is an error that names the nearest field."""
     with pytest.raises(ValidationError) as caught:
         make()
     (error,) = caught.value.errors()

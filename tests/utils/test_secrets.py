@@ -132,8 +132,7 @@ def noted(*args: Any, cause: BaseException | None = None) -> BaseException:
     ],
 )
 def test_every_text_that_a_secret_hides(value: Any, texts: set[str]) -> None:
-    """All the texts of a secret are found, bytes in the two forms that a message can have; no flags, no
-    keys."""
+    """All texts of a secret are found, bytes in the two forms that messages have; no flags, no keys."""
     assert find_secrets(value) == texts
 
 
@@ -175,8 +174,7 @@ PLACES: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_secrets_are_found_in_every_place(place: str) -> None:
-    """Containers, models, dataclasses, exceptions and other objects are searched, each in all that it
-    holds."""
+    """Containers, models, dataclasses, exceptions and other objects are searched in all that they hold."""
     assert find_secrets(PLACES[place]()) == {KEY}
     assert find_secrets({"deep": [Model(x=(PLACES[place](),))]}) == {KEY}
 
@@ -259,16 +257,14 @@ class Hostile(Exception):
 
 @pytest.mark.parametrize("make", [Endless, lambda: EndlessList([1]), Hostile, lambda: iter(int, 1)])
 def test_no_code_of_a_class_is_called(make: Callable[[], Any]) -> None:
-    """An endless mapping, list or iterator, or attributes that raise, neither stop the search nor hide what
-    is beside."""
+    """Endless mappings, lists and iterators, and attributes that raise, neither stop nor narrow a search."""
     value = make()
     assert find_secrets([value, HELD]) == {KEY}
     assert Secrets(Model, [value]).mask("text") == "text"
 
 
 def test_code_and_the_process_are_not_searched() -> None:
-    """Modules, classes, functions, loggers, threads and event loops in a context lead to no search of the
-    process."""
+    """Modules, classes, functions, loggers, threads and loops in a context are not searched."""
     import asyncio
     import logging
     import threading
@@ -300,8 +296,7 @@ class Harmless(BaseModel):  # Not of the kit: a class may hold what any subclass
 @pytest.mark.parametrize(("inner", "may"), [(Harmless, False), (WithSecret, True), (Private, True)])
 @pytest.mark.parametrize("around", [list, dict, tuple, None])
 def test_a_class_may_hold_the_secrets_of_the_classes_inside(inner: Any, may: bool, around: Any) -> None:
-    """Models inside of containers count: only a class that cannot hold a secret anywhere is not searched for
-    one."""
+    """Models inside containers count: only a class that can hold no secret anywhere is not searched."""
     kind = {list: list[inner], dict: dict[str, inner], tuple: tuple[inner, ...], None: inner | None}[around]
     assert may_hold_secrets(create_model("Outer", field=(kind, ...))) is may
 

@@ -18,8 +18,7 @@ anything = st.text(st.characters(), max_size=60)
 
 @given(anything)
 def test_any_text_survives_xml(text: str) -> None:
-    """Every text is as visible text once XML was read, but for what XML cannot say or a terminal would obey:
-    U+FFFD."""
+    """Every text is visible once XML was read; what XML cannot say or a terminal would obey is U+FFFD."""
     read = ET.fromstring(f'<a b="{as_xml(text)}">{as_xml(text)}</a>')
     wanted = re.sub("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
     wanted = visible(wanted, "\n\t\r")
@@ -79,8 +78,7 @@ def test_boxes_do_not_overlap_and_frames_hold_their_children() -> None:
 
 @pytest.mark.core
 def test_links_go_around_the_boxes_between() -> None:
-    """A link over a column runs below what stands there, and what one line feeds in one column goes
-    together."""
+    """A link over a column runs below its boxes, and what one line feeds in a column goes together."""
     lines = tuple(Line(f"field{i}", "str") for i in range(3))
     boxes = [
         Box("0", "a", "node", "", (), lines),

@@ -53,8 +53,7 @@ READABLE = [
 
 @pytest.mark.parametrize("ch", INVISIBLE.values(), ids=INVISIBLE.keys())
 def test_what_a_person_does_not_see_is_an_escape(ch: str) -> None:
-    """Every invisible character becomes an escape in lines, texts, tables and pages; as JSON it is what it
-    was."""
+    """Invisible characters become escapes in lines, texts, tables and pages, and stay the same in JSON."""
     for shown in (one_line(f"a{ch}b"), visible(f"a{ch}b"), clean(f"a{ch if ch != chr(0x2028) else '.'}b")):
         assert ch not in shown
         assert len(shown) >= 3

@@ -68,8 +68,7 @@ async def test_a_client_of_the_vercel_ai_sdk_has_the_texts_of_successful_attempt
 
 @pytest.mark.parametrize("protocol", ["ag_ui", "vercel"])
 async def test_a_client_reads_every_history_of_a_run(protocol: str) -> None:
-    """However attempts fail, die and are restored: no event is refused, and each call's text is that of its
-    output."""
+    """However attempts fail, die and are restored, no event is refused, and texts equal outputs."""
     scenes = [random_scene(seed) for seed in range(300)]
     for seed, (scene, seen) in enumerate(zip(scenes, await read(protocol, scenes), strict=True)):
         assert "problem" not in seen, (seed, seen)

@@ -112,8 +112,7 @@ async def test_outputs_are_there_and_inputs_are_not(protocol: str) -> None:
 
 
 async def test_parts_of_the_items_of_a_map_do_not_stay_in_the_message() -> None:
-    """A message of the Vercel AI SDK has a part for each node of the run, not for each of a map's ten
-    thousand items."""
+    """A message of the Vercel AI SDK has a part for each node, not for each of a map's ten thousand items."""
     chunks = await chunks_of("vercel", SCENES["two at once"])
     assert all(chunk["transient"] for chunk in chunks if chunk["type"] == "data-node")
     chunks = await chunks_of("vercel", SCENES["streamed"])
@@ -206,8 +205,7 @@ class Approval(BaseModel):
 
 @pytest.mark.parametrize("protocol", ["ag_ui", "vercel"])
 async def test_a_run_that_retries_and_asks(protocol: str) -> None:
-    """Of a real run: the half sentence of a failed attempt is discarded, and the open question has its id and
-    its schema."""
+    """In a real run a failed attempt's half sentence is discarded; an open question has its id and schema."""
     store = InMemoryStore()
     runner = StromaRunner.quick(store=store, run_id="r1", policy_map=AT_ONCE)
 
@@ -251,8 +249,7 @@ async def test_a_run_that_retries_and_asks(protocol: str) -> None:
 
 @pytest.mark.parametrize("protocol", ["ag_ui", "vercel"])
 async def test_a_run_that_another_process_executes(protocol: str) -> None:
-    """Followed from the store: the same texts; a suspension ends the stream, with the cursor to continue
-    from."""
+    """Followed from the store, texts are the same; a suspension ends the stream with its cursor."""
     store = InMemoryStore()
     runner = StromaRunner.quick(store=store, events="store")
 

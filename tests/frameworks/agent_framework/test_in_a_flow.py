@@ -53,8 +53,7 @@ def agent(steps: Steps, **options: Any) -> Agent:
 
 
 async def test_an_agent_with_a_session_resumes() -> None:
-    """G5: An agent whose client and async tools call steps resumes at every record, with calls side by side
-    and a session."""
+    """G5: An agent whose client and async tools call steps resumes at every record, with a session."""
 
     async def body(steps: Steps) -> Any:
         asked = agent(steps)

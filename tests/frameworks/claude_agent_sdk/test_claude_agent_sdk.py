@@ -294,8 +294,7 @@ def test_fifty_queries_at_once_spend_what_the_program_says() -> None:
 def test_an_error_result_is_a_failure_of_the_query(
     end: dict[str, Any], failure_class: FailureClass, reason: str | None
 ) -> None:
-    """A result with ``is_error`` is handed on, then raised; the step has failed by its status, and its usage
-    counts."""
+    """A result with ``is_error`` is handed on, then raised; its step has failed, and its usage counts."""
     script, guard, seen = Script("one"), guard_of(), []
     script.end = {"is_error": True, **end}
 

@@ -61,6 +61,5 @@ def live(folder: str, dies_before: str) -> None:
 def test_killed_between_methods_it_goes_on_and_pays_for_nothing_twice(
     dies_before: str, tmp_path: Path
 ) -> None:
-    """After SIGKILL at a boundary, a kickoff with the flow's id gives the right answer, in one run, and pays
-    for each once."""
+    """After SIGKILL at a boundary, a kickoff with the flow's id is right, in one run, and pays once."""
     check_killed(live, tmp_path, dies_before, (list(METHODS), METHODS, 3 * PAID))

@@ -51,8 +51,7 @@ async def answers(root: Any) -> list[str]:
 @pytest.mark.filterwarnings("ignore:.*Agent is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["one", "sequential", "parallel"])
 async def test_agents_resume(kind: str) -> None:
-    """G5: Agents whose models and async tools call steps resume at every record: alone, one after the other,
-    side by side."""
+    """G5: Agents whose models and async tools call steps resume at every record, also side by side."""
 
     async def body(steps: Steps) -> Any:
         first, second = agent(steps, "first"), agent(steps, "second")

@@ -44,8 +44,7 @@ def differences(ours: Any, theirs: Any, place: str = "") -> Iterator[str]:
 
 
 def test_the_schema_knows_every_field(dashboard: Dashboard) -> None:
-    """What the SDK reads of the dashboard and writes again is all that is in it, panels of each type and
-    their queries too."""
+    """What the SDK reads of the dashboard and writes again is complete: panels of each type, and queries."""
     again = json.loads(json.dumps(dashboard, cls=JSONEncoder))
     ours = {name: value for name, value in SHIPPED.items() if name != "id"}  # None, which it leaves out.
     assert list(differences(ours, again)) == []

@@ -93,8 +93,7 @@ def shown(message: BaseMessage) -> str:
 
 
 async def test_model_calls_and_tools_are_steps() -> None:
-    """G12: Each call of the model and of a tool is a step with its usage; the answer is of its class, and the
-    agent's own."""
+    """G12: Each call of model and tool is a step with its usage; the answer is of its class."""
     clerk, store = Clerk(), InMemoryStore()
     result = await StromaRunner.quick(store=store, run_id="r").run(clerk.flow(), Num())
     assert result.status is RunStatus.COMPLETED, result.failure

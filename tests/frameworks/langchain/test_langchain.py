@@ -125,8 +125,7 @@ def test_what_other_middleware_asks_of_a_model_is_counted() -> None:
 
 @pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
 def test_sub_agents_are_counted_where_they_are_asked(kind: str) -> None:
-    """An agent that is called in a tool: with the middleware its steps are inside, without it its tokens
-    count all the same."""
+    """An agent called in a tool has its steps inside with the middleware; its tokens count without it."""
     for with_middleware in (True, False):
         guard = guard_of()
         inner = StromaMiddleware(guard)

@@ -156,8 +156,7 @@ async def test_nodes_are_steps() -> None:
 
 
 async def test_a_graph_survives_death_at_every_boundary() -> None:
-    """G5: Killed at any record, with branches side by side and in a loop, the flow resumes, and no node that
-    ended is called again."""
+    """G5: Killed at any record, in branches and loops, the flow resumes and repeats no node that ended."""
     graph = durable(World().builder().compile())
     found = await assert_resumable(
         flow_of(graph, {"n": 0, "log": []}),
@@ -393,8 +392,7 @@ class Logged(BaseModel):
 
 
 async def test_nodes_have_contracts() -> None:
-    """G1: A state, or an update, that its schema refuses is a violation at its node; the next attempt is told
-    of it."""
+    """G1: A state or an update that its schema refuses is a violation at its node; the next attempt knows."""
     told: list[str] = []
 
     def log(state: State) -> Any:
@@ -503,8 +501,7 @@ async def test_messages_that_a_node_pushes_are_in_the_state() -> None:
 
 
 async def test_an_effect_is_asked_about_before_it_is_called_again() -> None:
-    """G13: The call of a node that is an effect, cut off by the death of its process, is looked up with its
-    state and key."""
+    """G13: The call of an effect cut off by its process's death is looked up with its state and key."""
     booked: dict[str, int] = {}
     asked: list[Any] = []
     is_dying = [True]
@@ -527,8 +524,7 @@ async def test_an_effect_is_asked_about_before_it_is_called_again() -> None:
 
 
 async def test_an_interrupt_is_a_question_of_the_flow() -> None:
-    """The run is suspended with the question of each node; the answers are what interrupt() returns, with no
-    checkpointer."""
+    """The run is suspended with each node's question; interrupt() returns the answers, no checkpointer."""
     calls: list[str] = []
 
     def ask(state: State) -> Any:
@@ -587,8 +583,7 @@ async def test_interrupts_of_graphs_inside_reach_the_flow() -> None:
     "response_schema" not in inspect.signature(interrupt).parameters, reason="of newer releases"
 )
 async def test_an_answer_that_its_schema_refuses_is_asked_for_again() -> None:
-    """An answer that does not fit ``response_schema=`` leaves the question open, with what is wrong, live as
-    on replay."""
+    """An answer that does not fit ``response_schema=`` leaves the question open with the reason, always."""
 
     def ask(state: State) -> Any:
         first = interrupt("how many?", response_schema=Item)
@@ -638,8 +633,7 @@ async def test_questions_of_side_by_side_nodes_are_open_at_once() -> None:
 
 
 async def test_streams_are_the_same_on_replay() -> None:
-    """astream() gives updates, values, custom parts and messages as the steps ended; custom parts come from
-    the journal."""
+    """astream() gives updates, values, custom parts and messages as steps ended; custom ones are recorded."""
     model = answers("hello world")
 
     def write(state: MessagesState) -> Any:

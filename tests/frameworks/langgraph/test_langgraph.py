@@ -680,8 +680,7 @@ def resumable(folder: Path) -> Guard:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_goes_on_under_one_run_id(kind: str, tmp_path: Path) -> None:
-    """``Command(resume=...)`` and ``invoke(None)`` go on in the same run under ``resume=True``, and its
-    budget is carried on."""
+    """``Command(resume=...)`` and ``invoke(None)`` continue the run and its budget under ``resume=True``."""
 
     def tired(state: State) -> Any:
         model(10).invoke("x")

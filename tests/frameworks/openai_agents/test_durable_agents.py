@@ -227,8 +227,7 @@ async def test_requests_and_tools_are_steps() -> None:
 
 
 async def test_an_agent_survives_death_at_every_boundary() -> None:
-    """G5: Killed at any record, the agents resume with the same answer, and no request or tool that ended is
-    called again."""
+    """G5: Killed at any record, the agents resume with the same answer and repeat no request or tool."""
     found = await assert_resumable(
         World().flow(), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False
     )
@@ -257,8 +256,7 @@ async def test_outside_of_a_flow_it_is_the_agent_as_it_was() -> None:
 
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_an_approval_is_a_question_of_the_flow(streamed: bool) -> None:
-    """A tool that needs approval suspends the run; it is called once the answer approves it, with other
-    arguments if given."""
+    """A tool that needs approval suspends the run; the approval has it called once, with its arguments."""
     calls: list[str] = []
 
     @function_tool(needs_approval=True)
@@ -363,8 +361,7 @@ async def test_a_guarded_agent_is_durable_in_a_flow() -> None:
 
 
 async def test_agents_run_in_parallel_and_as_tools_of_others() -> None:
-    """Agents in tasks of a body have steps of their own, and so has an agent that is a tool of another, with
-    its approvals."""
+    """Agents in tasks of a body have steps of their own, as has an agent as a tool, with its approvals."""
     calls: list[str] = []
 
     @function_tool(needs_approval=True)
@@ -429,8 +426,7 @@ async def test_a_streamed_answer_is_one_step() -> None:
 
 @pytest.mark.parametrize("trips", [False, True])
 async def test_guardrails_run_in_the_body_and_their_judges_are_durable(trips: bool) -> None:
-    """The judge of a guardrail is an agent with steps of its own; a tripwire is raised in the body, and on
-    replay again."""
+    """The judge of a guardrail is an agent with steps; a tripwire is raised in the body, also on replay."""
     judge: Agent[Any] = Agent(name="judge", model=Fake(lambda items: says("bad" if trips else "good")))
 
     @input_guardrail
@@ -484,8 +480,7 @@ class ListSession:
 
 
 async def test_a_session_is_read_and_written_once() -> None:
-    """Reads and writes of a session are steps: killed at any record, a run finds what it read before, and
-    writes nothing twice."""
+    """A session's reads and writes are steps: killed at any record, a run reads the same and writes once."""
     agent: Agent[Any] = Agent(name="a", model=Fake(lambda items: says(f"answer {len(items)}")))
     sessions: list[Any] = [ListSession()]
 
@@ -706,8 +701,7 @@ async def test_a_failed_request_is_retried_as_a_step_is() -> None:
 
 
 async def test_what_cannot_run_in_a_body_says_so() -> None:
-    """Options of no tool, a tool that acts on this machine, a RunState and code that waits are refused, with
-    what to do."""
+    """Options of no tool, a tool that acts on this machine, a RunState and waiting code are refused."""
 
     @function_tool
     async def waits() -> None:

@@ -26,8 +26,7 @@ class Report(BaseModel):
 
 
 class Research(Bill):
-    """Thirteen requests: searches in parallel, an agent as a tool, a charge that needs approval, and a
-    handoff to who answers."""
+    """Thirteen requests: parallel searches, an agent as a tool, a charge with approval, and a handoff."""
 
     def __init__(self, *, streamed: bool, side: Path | None = None) -> None:
         super().__init__(side)

@@ -70,8 +70,7 @@ KINDS = ["run", "run_sync", "streamed"]
 
 
 class Script(Model):
-    """Answers: a text, or (tool name, JSON arguments); what is an exception, it raises. Streams break where
-    they are told to."""
+    """Answers: a text, or (tool name, JSON arguments); exceptions are raised. Streams break where told."""
 
     def __init__(self, *answers: Any, tokens: int = 10, break_after: int | None = None) -> None:
         self.model = "gpt-4o"
@@ -632,8 +631,7 @@ def voice_of() -> RealtimeAgent[Any]:
 
 @pytest.mark.parametrize("is_attached", [True, False])
 def test_a_realtime_session_in_a_run_is_counted(is_attached: bool) -> None:
-    """Its tools are steps, and the tokens of its model those of the provider's bill; also of an agent that is
-    not attached."""
+    """Its tools are steps, and its model's tokens are the provider's bill; so without an attachment."""
     guard = guard_of()
     agent = voice_of()
     if is_attached:

@@ -75,8 +75,7 @@ async def test_requests_and_tools_are_steps() -> None:
 
 
 async def test_an_agent_survives_death_at_every_boundary() -> None:
-    """G5: Killed at any record, the agent resumes with the same answer, and no request or tool that ended is
-    called again."""
+    """G5: Killed at any record, the agent resumes with the same answer and repeats no request or tool."""
     found = await assert_resumable(
         World().flow(), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False
     )
@@ -91,8 +90,7 @@ async def test_outside_of_a_flow_it_is_the_agent_as_it_was() -> None:
 
 
 async def test_an_approval_is_a_question_of_the_flow() -> None:
-    """A tool that needs approval suspends the run; it is called once the answer approves it, with other
-    arguments if given."""
+    """A tool that needs approval suspends the run; the approval has it called once, with its arguments."""
     calls: list[str] = []
 
     def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
@@ -293,8 +291,7 @@ async def test_agents_run_in_parallel_and_inside_tools_of_others() -> None:
 
 
 async def test_a_streamed_answer_is_one_step() -> None:
-    """The text of run_stream comes from the step of its request, which reports its usage once; so do events
-    of a handler."""
+    """The text of run_stream comes from its request's step, which reports usage once; so do events."""
     seen: list[str] = []
 
     async def respond(messages: list[ModelMessage], info: AgentInfo) -> AsyncIterator[str]:
@@ -423,8 +420,7 @@ def test_plain_functions_run_in_a_process_that_was_forked() -> None:
 
 
 async def test_a_failed_request_is_retried_as_a_step_is() -> None:
-    """A rate limit of the provider is retried by the policy of the step; a refused request stops the flow
-    with its failure."""
+    """A rate limit is retried by the step's policy; a refused request stops the flow with its failure."""
     errors: list[Exception] = [ModelHTTPError(429, "gpt-4o"), ModelHTTPError(401, "gpt-4o")]
 
     def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:

@@ -64,6 +64,5 @@ def live(folder: str, dies_before: str) -> None:
 @holds("killed")
 @pytest.mark.parametrize("dies_before", CALLS)
 def test_killed_between_nodes_it_goes_on_and_pays_for_nothing_twice(dies_before: str, tmp_path: Path) -> None:
-    """After SIGKILL at a boundary, the stored history gives the right answer, in one run, and each call is
-    paid for once."""
+    """After SIGKILL at a boundary, the stored history gives the right answer in one run, paid once."""
     check_killed(live, tmp_path, dies_before, ("done", CALLS, len(CALLS) * PAID + 3))
