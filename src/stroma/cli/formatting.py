@@ -10,14 +10,7 @@ from typing import Any, Final
 import click
 
 from stroma._utils.text import format_duration, replace_utc, short_id
-
-_STYLES: Final = {
-    "COMPLETED": "green",
-    "RESUMED": "green",
-    "FAILED": "bold red",
-    "PARTIAL": "red",
-    "RUNNING": "cyan",
-}
+from stroma.trace.terminal import style_of
 
 
 def id_word(run_id: str) -> str:
@@ -53,7 +46,7 @@ def to_iso(ms: int) -> str | None:
 
 def style_status(status: str) -> tuple[str, str]:
     """Return a status with its colour."""
-    return status, _STYLES.get(status, "yellow")
+    return status, style_of(status)
 
 
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}

@@ -20,7 +20,7 @@ from typing import Any, Final
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize, visible
 from stroma.failures.classes import FailureClass
-from stroma.trace.outline import bar_title, select_bars, shown_place
+from stroma.trace.outline import bar_title, select_bars, shown_place, tone_of
 from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
 from stroma.trace.story import Bar, Story, fields_named
 from stroma.trace.timeline import HATCHES, Timeline, legend
@@ -160,15 +160,8 @@ def head(story: Story) -> str:
     more = "".join(
         f"<span><b>{as_xml(name)}</b> {as_xml(clean(text, _TEXT))}</span>" for name, text in story.remarks
     )
-    tone = (
-        "good"
-        if story.status in ("COMPLETED", "RESUMED")
-        else "bad"
-        if story.status in ("FAILED", "PARTIAL")
-        else "warn"
-    )
     return (
-        f'<h1>{as_xml(clean(story.pipeline or "run", 200))} <span class="status {tone}">'
+        f'<h1>{as_xml(clean(story.pipeline or "run", 200))} <span class="status {tone_of(story.status)}">'
         f"{as_xml(story.status)}</span></h1>"
         f'<div class="facts"><span><b>run</b> <code>{as_xml(clean(story.run_id, 400))}</code></span>{began}'
         f"<span><b>duration</b> {format_duration(story.seconds)}</span><span><b>spent</b> "

@@ -32,24 +32,35 @@ ANSWERS: Final = {
     "received": "received",
     "missed": "none in time",
 }
-Tone = Literal["good", "bad", "warn", "dim"]
+#: Colours of statuses, outcomes and classes.
+Tone = Literal["good", "bad", "warn", "run", "queued", "dim"]
 _TONES: Final[dict[str, Tone]] = {
+    "COMPLETED": "good",
+    "RESUMED": "good",
     "success": "good",
-    "failure": "bad",
-    "collected": "bad",
-    "forked": "dim",
-    "slept": "dim",
     "answered": "good",
     "received": "good",
+    "FAILED": "bad",
+    "PARTIAL": "bad",
+    "failure": "bad",
+    "collected": "bad",
+    "TERMINAL": "bad",
+    "RUNNING": "run",
+    "running": "run",
+    "QUEUED": "queued",
+    "CANCELLED": "dim",
+    "cancelled": "dim",
+    "forked": "dim",
+    "slept": "dim",
 }
 #: State of a call: it succeeded at once or after a retry, failed, was stopped, or has no attempt.
 CallState = Literal["ok", "retried", "failed", "stopped", "none"]
 _MARK: Final = "#"
 
 
-def tone_of(outcome: str) -> Tone:
-    """Return the colour of an outcome."""
-    return _TONES.get(outcome, "warn")
+def tone_of(word: str) -> Tone:
+    """Return the colour of the status of a run, the outcome of an attempt, or the class of a failure."""
+    return _TONES.get(word, "warn")
 
 
 def duration(took_ms: float, function_ms: float | None = None) -> str:
@@ -199,7 +210,7 @@ class OutlineEntry:
         """The colour of its line: only what failed in the end is red. Of several calls the worst counts."""
         last = [call.bars[-1] if call.bars else call.last_failure for call in self.calls]
         tones: list[Tone] = [tone_of(bar.outcome) for bar in last if bar is not None] or ["dim"]
-        return min(tones, key=("bad", "warn", "good", "dim").index)
+        return min(tones, key=("bad", "warn", "run", "queued", "good", "dim").index)
 
     @property
     def spent(self) -> tuple[int, float]:

@@ -12,7 +12,19 @@ from stroma.trace.story import Bar
 
 _SHOWN_FAILED: Final = 5  # calls that failed, below the line that folds them
 #: Style of each tone.
-STYLES: Final = {"good": "green", "bad": "red", "warn": "yellow", "dim": "dim"}
+_STYLES: Final = {
+    "good": "green",
+    "bad": "red",
+    "warn": "yellow",
+    "run": "cyan",
+    "queued": "yellow",
+    "dim": "dim",
+}
+
+
+def style_of(word: str) -> str:
+    """Return the style of a status or outcome."""
+    return _STYLES[tone_of(word)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +63,7 @@ class RunLine:
     @property
     def style(self) -> str:
         """The style of its outcome."""
-        return STYLES[self.entry.tone if self.bar is None else tone_of(self.bar.outcome)]
+        return _STYLES[self.entry.tone] if self.bar is None else style_of(self.bar.outcome)
 
 
 def cells_of(bar: Bar, message_length: int = 120) -> dict[str, str]:

@@ -11,8 +11,7 @@ from typing import Final, NamedTuple
 from markupsafe import Markup
 
 from stroma._utils.svg import as_xml
-from stroma.checkpoint.history import FAILED, FINISHED
-from stroma.checkpoint.queue import QUEUED
+from stroma.trace.outline import tone_of
 
 #: Icon of each status of a run, outcome of an attempt and class of a failure; "dot" for any other word.
 _ICONS: Final = {
@@ -42,19 +41,6 @@ _TOP: Final = 16  # pixels
 _BOTTOM: Final = 154
 _LABEL_Y: Final = 173
 _LABELS: Final = 6
-_RUNNING: Final = ("RUNNING", "running")
-_NEUTRAL: Final = ("CANCELLED", "cancelled", "forked")
-
-
-def tone_of(status: str) -> str:
-    """Return the colour class of a status or outcome: "good", "bad", "warn", "run", "queued" or "dim"."""
-    if status in (*FINISHED, "success"):
-        return "good"
-    if status in (*FAILED, "failure", "collected", "TERMINAL"):
-        return "bad"
-    if status == QUEUED:
-        return "queued"
-    return "run" if status in _RUNNING else "dim" if status in _NEUTRAL else "warn"
 
 
 @lru_cache(maxsize=64)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 from markupsafe import Markup
 
@@ -12,8 +12,10 @@ from stroma._utils.text import clean, format_usd, pluralize
 from stroma.checkpoint.history import status_of
 from stroma.checkpoint.records import PICO, RunRecord, Tally, digits_seconds
 from stroma.trace.html import utc
-from stroma.ui.components import Column, columns_chart, sparkline, stacked, tone_of
+from stroma.trace.outline import tone_of
+from stroma.ui.components import Column, columns_chart, sparkline, stacked
 
+Number = TypeVar("Number", int, float)
 #: Number of time buckets of the chart.
 BUCKETS: Final = 24
 _MAX_ROWS: Final = 10
@@ -111,34 +113,16 @@ class Overview:
     def chart(self, buckets: Buckets) -> Markup:
         """Draw failed attempts by class, one column per bucket."""
         highest = max([1, *(sum(at.values()) for at in self.failures.values())])
-        columns = []
-        for bucket, when in buckets.times():
-            at = self.failures.get(bucket, {})
-            kinds = sorted(at, key=lambda kind: _CLASSES.index(kind) if kind in _CLASSES else 9)
-            columns.append(
-                [
-                    Column(
-                        at[kind],
-                        kind.lower() if kind in _CLASSES else "other",
-                        f"{when}: {kind}, {pluralize(at[kind], 'attempt')}",
-                    )
-                    for kind in kinds
-                ]
-            )
+        tones = {kind: kind.lower() for kind in _CLASSES}
+        columns = buckets.columns(self.failures, tones, lambda kind, n: f"{kind}, {pluralize(n, 'attempt')}")
         label = f"failed attempts by class over time, {highest:,} at the most in one span"
         return columns_chart(columns, buckets.labels(), label)
 
     def cost_chart(self, buckets: Buckets) -> Markup:
         """Draw what attempts cost, the wasted part by itself."""
-        columns = []
-        for bucket, when in buckets.times():
-            used, wasted = self.costs.get(bucket, (0.0, 0.0))
-            columns.append(
-                [
-                    Column(used - wasted, "run", f"{when}: {format_usd(used - wasted)} for outputs"),
-                    Column(wasted, "warn", f"{when}: {format_usd(wasted)} wasted"),
-                ]
-            )
+        parts = {at: {"for outputs": used - lost, "wasted": lost} for at, (used, lost) in self.costs.items()}
+        tones = {"for outputs": "run", "wasted": "warn"}
+        columns = buckets.columns(parts, tones, lambda part, usd: f"{format_usd(usd)} {part}")
         return columns_chart(columns, buckets.labels(), "cost over time, and its wasted part", unit="$")
 
 
@@ -158,6 +142,22 @@ class Buckets:
     def of(self, ms: int) -> int:
         return ms // self.bucket_ms
 
+    def columns(
+        self,
+        values: Mapping[int, Mapping[str, Number]],
+        tones: Mapping[str, str],
+        describe: Callable[[str, Number], str],
+    ) -> list[list[Column]]:
+        """Return the column of each span. ``values``: its parts, by span and kind. ``tones``: by kind."""
+        return [
+            [
+                Column(part[kind], tone, f"{when}: {describe(kind, part[kind])}")
+                for kind, tone in tones.items()
+                if kind in part
+            ]
+            for part, when in ((values.get(bucket, {}), when) for bucket, when in self.times())
+        ]
+
 
 def runs_chart(records: Iterable[RunRecord], buckets: Buckets) -> Markup:
     """Draw runs by how they ended, and the part of them that succeeded as a line."""
@@ -166,17 +166,12 @@ def runs_chart(records: Iterable[RunRecord], buckets: Buckets) -> Markup:
         at = counts.setdefault(buckets.of(record.started_ms), {})
         tone = tone_of(status_of(record))
         at[tone] = at.get(tone, 0) + 1
-    columns: list[list[Column]] = []
+    columns = buckets.columns(
+        counts, {tone: tone for tone in _TONES}, lambda tone, n: f"{pluralize(n, 'run')} {_TONES[tone]}"
+    )
     rates: list[float | None] = []
-    for bucket, when in buckets.times():
+    for bucket, _ in buckets.times():
         at = counts.get(bucket, {})
-        columns.append(
-            [
-                Column(at[tone], tone, f"{when}: {pluralize(at[tone], 'run')} {_TONES[tone]}")
-                for tone in _TONES
-                if tone in at
-            ]
-        )
         ended = at.get("good", 0) + at.get("bad", 0)
         rates.append(at.get("good", 0) / ended if ended else None)
     return columns_chart(

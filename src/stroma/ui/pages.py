@@ -20,9 +20,9 @@ from stroma.checkpoint.history.run_graph import StepNode
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
-from stroma.trace.outline import outline
+from stroma.trace.outline import outline, tone_of
 from stroma.trace.result import RunStatus
-from stroma.ui.components import Column, sparkline, tone_of
+from stroma.ui.components import Column, sparkline
 from stroma.ui.formatting import cause_text, parse_search, quoted, to_address
 from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_by, success_rate
 from stroma.ui.rendering import Renderer, now_ms

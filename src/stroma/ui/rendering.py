@@ -21,8 +21,9 @@ from stroma.checkpoint.history import History, Payload
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.limits.rate_limit import read_cooldowns
 from stroma.trace.html import utc
+from stroma.trace.outline import tone_of
 from stroma.trace.timeline import HATCHES
-from stroma.ui.components import chip, icon, meter, tone_of
+from stroma.ui.components import chip, icon, meter
 from stroma.ui.formatting import ago, duration_text, local_times, mark_controls, quoted, to_address, to_json
 
 if TYPE_CHECKING:

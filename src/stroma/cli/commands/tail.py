@@ -27,9 +27,8 @@ from stroma.cli.stores import Database, db_option
 from stroma.runner.events import StreamEvent
 from stroma.runner.follow import decode_events
 from stroma.trace.events import place_text
-from stroma.trace.outline import tone_of
 from stroma.trace.redaction import Redact
-from stroma.trace.terminal import STYLES, cells_of
+from stroma.trace.terminal import cells_of, style_of
 
 _COLUMNS = ("CLASS", "REASON", "TIME", "TOKENS", "COST", "MODEL", "MESSAGE")  # after the outcome
 _WHY = ("blocked", "paused", "waits", "error", "unknown")  # facts about the end of a run
@@ -230,7 +229,7 @@ class _Follower:
         cells["TOKENS"] += " tok" if cells["TOKENS"] else ""
         more = "  ".join(cells[name] for name in _COLUMNS if cells[name])
         place = f"{when}  {cells['AT']:<6} {cells['NODE']}  #{cells['TRY']}  "
-        out.fitted(*self._name(record), place, (cells["OUTCOME"], STYLES[tone_of(bar.outcome)]), f"  {more}")
+        out.fitted(*self._name(record), place, (cells["OUTCOME"], style_of(bar.outcome)), f"  {more}")
 
     @staticmethod
     def _emit(event: str, **fields: Any) -> None:
