@@ -7,9 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 from stroma._utils.text import format_duration
 from stroma.cli.errors import Code
@@ -90,20 +90,30 @@ def _write_stderr(text: str) -> None:
         pass
 
 
-def drain_on_signal(
-    task: asyncio.Task[object], drain: Callable[[], None], seconds: float, *, quiet: bool
-) -> StopSignals:
-    """Install the handlers of a worker: the first signal drains it, within ``seconds``."""
+async def serve_until_signal(
+    serving: asyncio.Future[Any],
+    shut_down: Callable[[], Awaitable[object]],
+    seconds: float,
+    *,
+    message: str = "draining: runs in progress end after their current step, within {}; another worker "
+    "continues them. Repeat the signal to stop at once",
+    after: str = "another worker continues the runs that were in progress",
+    quiet: bool = False,
+) -> str | None:
+    """Await work that the first signal shuts down within ``seconds``. Return the name of the signal.
+
+    ``message``: printed for that signal; "{}" is the time limit. ``after``, ``quiet``: see StopSignals.
+    """
+    is_asked = asyncio.Event()
+    waiting = asyncio.ensure_future(is_asked.wait())
     patience = format_duration(seconds)
-    message = (
-        f"draining: runs in progress end after their current step, within {patience}; another worker "
-        "continues them. Repeat the signal to stop at once"
-    )
-    return StopSignals(
-        task,
-        drain,
-        patience=patience,
-        after="another worker continues the runs that were in progress",
-        messages=dict.fromkeys(("SIGINT", "SIGTERM"), message),
-        quiet=quiet,
-    )
+    messages = dict.fromkeys(("SIGINT", "SIGTERM"), message.format(patience))
+    stop = StopSignals(waiting, is_asked.set, patience=patience, after=after, messages=messages, quiet=quiet)
+    try:
+        await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            await shut_down()
+        await serving
+    finally:
+        waiting.cancel()
+    return stop.signal

@@ -19,7 +19,7 @@ from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.exporters import FLUSH_SECONDS
 from stroma.cli.formatting import localize
 from stroma.cli.progress import timed_line
-from stroma.cli.signals import drain_on_signal
+from stroma.cli.signals import serve_until_signal
 from stroma.cli.stores import Database
 from stroma.cli.temporal import TemporalCluster
 from stroma.contracts.contract import ContractRegistry
@@ -115,9 +115,11 @@ class LocalWorker:
         # Without a config of its own, the runner uses that of each pipeline.
         runner = StromaRunner(ContractRegistry(), CheckpointManager(self.database.store))
         started = time.monotonic()
-        shutdown_requested = asyncio.Event()
-        waiting = asyncio.ensure_future(shutdown_requested.wait())
-        stop = drain_on_signal(waiting, shutdown_requested.set, self.drain_seconds, quiet=self.quiet)
+
+        async def drain() -> None:
+            self._health.is_draining = True
+            await runner.shutdown(drain_seconds=self.drain_seconds)
+
         try:
             async with serve_health(self.health_address, self._read_health) as url:
                 serving = asyncio.ensure_future(
@@ -132,19 +134,15 @@ class LocalWorker:
                 ready = self._describe() + (f", {url}" if url else "")
                 status = asyncio.ensure_future(self._report_status(ready, started))
                 try:
-                    await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
-                    self._health.is_draining = True
-                    await runner.shutdown(drain_seconds=self.drain_seconds)
-                    await serving
+                    signal = await serve_until_signal(serving, drain, self.drain_seconds, quiet=self.quiet)
                 finally:
                     status.cancel()
         except (TypeError, ValueError) as error:
             raise Problem(f"the worker cannot start: {describe_error(error)}", *last_frame(error)) from error
         finally:
-            waiting.cancel()
             await runner.aclose(timeout_seconds=FLUSH_SECONDS)
             await self.database.close()
-        _print(self.quiet, "drained", f"after {stop.signal}; {self._progress(started)}")
+        _print(self.quiet, "drained", f"after {signal}; {self._progress(started)}")
         return Code.OK
 
     def _read_health(self) -> tuple[bool, dict[str, Any]]:
@@ -242,16 +240,10 @@ class TemporalWorker:
         except (TypeError, ValueError) as error:
             raise Problem(f"the worker cannot start: {describe_error(error)}", *last_frame(error)) from error
         running = asyncio.ensure_future(worker.run())
-        shutdown_requested = asyncio.Event()
-        waiting = asyncio.ensure_future(shutdown_requested.wait())
-        stop = drain_on_signal(waiting, shutdown_requested.set, self.drain_seconds, quiet=self.quiet)
         started = time.monotonic()
         _print(self.quiet, "ready", self._describe())
         try:
-            await asyncio.wait([running, waiting], return_when=asyncio.FIRST_COMPLETED)
-            if not running.done():
-                await worker.shutdown()
-            await running
+            signal = await serve_until_signal(running, worker.shutdown, self.drain_seconds, quiet=self.quiet)
         except Exception as error:
             raise Problem(
                 f"the worker of {self.cluster.name} ended: {describe_error(error)}",
@@ -260,9 +252,8 @@ class TemporalWorker:
                 code=Code.ENVIRONMENT,
             ) from error
         finally:
-            waiting.cancel()
             await self.database.close()
-        _print(self.quiet, "drained", f"after {stop.signal}, {format_duration(time.monotonic() - started)}")
+        _print(self.quiet, "drained", f"after {signal}, {format_duration(time.monotonic() - started)}")
         return Code.OK
 
     def _describe(self) -> str:

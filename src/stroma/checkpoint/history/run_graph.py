@@ -124,14 +124,13 @@ class RunGraph:
         calls = [(entry, self._add(entry, outer)) for entry in sorted(entries, key=_start)]
         order = _CallOrder()
         for number, (entry, path) in enumerate(calls):
-            scope = entry.call.scope if entry.call is not None else ""
-            before = order.before(scope, entry.began_ms)
+            before = order.before(entry.began_ms)
             for source in before:
                 self.edges[calls[source][1], path] += 1
             if not before:
                 self.edges[outer or (START,), path] += 1
-            order.add(number, scope, entry.began_ms, entry.ended_ms)
-        return [calls[number][1] for number in order.ends()]
+            order.add(number, entry.began_ms, entry.ended_ms)
+        return [calls[number][1] for number in order.before(float("inf"))]
 
     def _add(self, entry: OutlineEntry, outer: Path) -> Path:
         """Count a call and what is inside it. Return its path."""
@@ -249,58 +248,24 @@ def _label(entry: OutlineEntry) -> str:
     return entry.label
 
 
-class _Family:
-    """The calls of a scope and of the scopes that it started: those that have ended, and those that go on."""
-
-    def __init__(self) -> None:
-        self.running: list[tuple[float, int, float]] = []  # A heap of (end, number, start).
-        self.ended: list[tuple[float, int, float]] = []
-        self.latest_start = float("-inf")
-
-    def add(self, number: int, began: float, ended: float) -> None:
-        heapq.heappush(self.running, (ended, number, began))
-
-    def before(self, time: float) -> list[int]:
-        """Return the calls that ended by a time with no other one between; times only rise."""
-        while self.running and self.running[0][0] <= time:
-            call = heapq.heappop(self.running)
-            self.ended.append(call)
-            self.latest_start = max(self.latest_start, call[2])
-        # One that ended before another began, which has ended too, is followed by that one.
-        self.ended = [one for one in self.ended if one[0] > self.latest_start or one[2] == self.latest_start]
-        return sorted(number for _, number, _ in self.ended)
-
-
 class _CallOrder:
     """Finds what each call of a flow followed. Calls are added in the order of their starts."""
 
     def __init__(self) -> None:
-        self._families: defaultdict[str, _Family] = defaultdict(_Family)
-        self._scopes: set[str] = set()
+        self._running: list[tuple[float, int, float]] = []  # A heap of (end, number, start).
+        self._ended: list[tuple[float, int, float]] = []
+        self._latest_start = float("-inf")
 
-    def add(self, number: int, scope: str, began: float, ended: float) -> None:
-        self._scopes.add(scope)
-        for outer in _outer_scopes(scope):
-            self._families[outer].add(number, began, ended)
+    def add(self, number: int, began: float, ended: float) -> None:
+        heapq.heappush(self._running, (ended, number, began))
 
-    def before(self, scope: str, began: float) -> list[int]:
-        """Return the numbers of the calls that a call follows."""
-        outer_scopes = _outer_scopes(scope) if scope not in self._scopes else [scope]
-        for outer in outer_scopes:
-            calls = self._families[outer].before(began) if outer in self._families else []
-            if calls:
-                return calls
-        return []
-
-    def ends(self) -> list[int]:
-        """Return the calls that nothing followed."""
-        return self._families[""].before(float("inf")) if "" in self._families else []
-
-
-def _outer_scopes(scope: str) -> list[str]:
-    """Return a scope and those around it, the innermost first: "-0-1", "-0" and ""."""
-    scopes = [scope]
-    while scope:
-        scope = scope.rpartition("-")[0]
-        scopes.append(scope)
-    return scopes
+    def before(self, time: float) -> list[int]:
+        """Return the calls that ended by a time with no other one between; times only rise."""
+        while self._running and self._running[0][0] <= time:
+            call = heapq.heappop(self._running)
+            self._ended.append(call)
+            self._latest_start = max(self._latest_start, call[2])
+        # One that ended before another began, which has ended too, is followed by that one.
+        latest = self._latest_start
+        self._ended = [one for one in self._ended if one[0] > latest or one[2] == latest]
+        return sorted(number for _, number, _ in self._ended)

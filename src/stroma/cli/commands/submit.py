@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import sys
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Final
 
 import click
 
-from stroma._utils.text import clean, format_duration, pluralize
+from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.errors import Code, Problem, describe_error
@@ -20,7 +21,7 @@ from stroma.cli.inputs import parse_input
 from stroma.cli.loading import load_served
 from stroma.cli.options import run_id_option
 from stroma.cli.output import emit_fields, err, out
-from stroma.cli.signals import StopSignals
+from stroma.cli.signals import serve_until_signal
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, temporal_options
 from stroma.contracts.contract import ContractRegistry
@@ -153,23 +154,17 @@ async def _drive(
     # Without a config of its own, the runner uses that of each pipeline.
     runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
     driving = asyncio.ensure_future(runner.drive(run_id, pipelines=pipelines, max_seconds=max_seconds))
-    shutdown_requested = asyncio.Event()
-    waiting = asyncio.ensure_future(shutdown_requested.wait())
     message = "ending at the next step boundary; repeat the signal to stop at once"
-    StopSignals(
-        waiting,
-        shutdown_requested.set,
-        patience=format_duration(_DRAIN_SECONDS),
-        after="the run can be driven again",
-        messages=dict.fromkeys(("SIGINT", "SIGTERM"), message),
-    )
     try:
-        await asyncio.wait([driving, waiting], return_when=asyncio.FIRST_COMPLETED)
-        if not driving.done():
-            await runner.shutdown(drain_seconds=_DRAIN_SECONDS)
-        return await driving
+        await serve_until_signal(
+            driving,
+            partial(runner.shutdown, drain_seconds=_DRAIN_SECONDS),
+            _DRAIN_SECONDS,
+            message=message,
+            after="the run can be driven again",
+        )
+        return driving.result()
     finally:
-        waiting.cancel()
         await runner.aclose(timeout_seconds=FLUSH_SECONDS)
         await database.close()
 
