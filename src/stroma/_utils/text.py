@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from typing import Final
 
 #: Characters to look at: all but ASCII, letters and digits, and the letters that have no shape.
@@ -105,12 +105,17 @@ def typed(kind: str | None, message: str) -> str:
 _UTC_TIME: Final = re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", re.ASCII)
 
 
-def format_utc(ms: float) -> str:
-    """Format a time as ISO 8601 in UTC, for a text; "?" for an invalid one. ``ms``: since the epoch."""
+def format_time(ms: float, form: str, zone: tzinfo | None = UTC) -> str:
+    """Format ``ms`` since the epoch; "?" for an invalid time. ``zone``: None for the local one."""
     try:
-        return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="seconds")
+        return datetime.fromtimestamp(ms / 1000, zone).strftime(form)
     except (ValueError, OverflowError, OSError):
         return "?"
+
+
+def format_utc(ms: float) -> str:
+    """Format a time as ISO 8601 in UTC, for a text. ``ms``: since the epoch."""
+    return format_time(ms, "%Y-%m-%dT%H:%M:%S+00:00")
 
 
 def replace_utc(text: str, write: Callable[[int], str]) -> str:

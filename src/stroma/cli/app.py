@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import io
 import os
@@ -14,6 +13,7 @@ from typing import Any, Final
 
 import click
 
+from stroma._utils.text import did_you_mean
 from stroma.cli.errors import Code, Problem, is_debugging
 from stroma.cli.output import OutputError, err, out
 
@@ -82,9 +82,8 @@ class _Lazy(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in _COMMANDS and not name.startswith("-"):
-            near = difflib.get_close_matches(name, _COMMANDS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; the commands are: {', '.join(_COMMANDS)}"
-            raise click.UsageError(f"unknown command {name!r}{hint}", ctx)
+            hint = did_you_mean(name, _COMMANDS) or f"the commands are: {', '.join(_COMMANDS)}"
+            raise click.UsageError(f"unknown command {name!r}; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

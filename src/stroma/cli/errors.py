@@ -11,7 +11,7 @@ from typing import IO, Any
 import click
 
 from stroma._utils.text import clean, one_line
-from stroma.cli.output import err
+from stroma.cli.output import err, write_private
 
 
 class Code(IntEnum):
@@ -46,6 +46,15 @@ class Problem(click.ClickException):
         err.fitted(("stroma: ", "bold red"), one_line(self.message))
         for line in self.more:
             err.hint(f"  {one_line(line)}")
+
+
+def write_file(path: str, text: str) -> None:
+    """Write the file of ``-o``, which only its owner can read. Raises Problem."""
+    try:
+        write_private(path, text)
+    except OSError as error:
+        message = f"cannot write {path}: {error.strerror or error}"
+        raise Problem(message, "pass another file: -o FILE", code=Code.ENVIRONMENT) from error
 
 
 def command(name: str, *arguments: str, options: Sequence[str] = ()) -> str:

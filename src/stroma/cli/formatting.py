@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from stroma._utils.text import format_duration, replace_utc, short_id
+from stroma._utils.text import format_duration, format_time, replace_utc, short_id
 from stroma.trace.terminal import style_of
 
 
@@ -25,10 +25,7 @@ def format_age(ms: int) -> str:
 
 def format_local_time(ms: int) -> str:
     """Format ``ms`` since the epoch in the local time zone."""
-    try:
-        return datetime.fromtimestamp(ms / 1000).strftime("%Y-%m-%d %H:%M:%S")
-    except (ValueError, OverflowError, OSError):
-        return "?"
+    return format_time(ms, "%Y-%m-%d %H:%M:%S", None)
 
 
 def localize(text: str) -> str:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -68,6 +68,19 @@ class Demo:
 
     def run(self, provider: Provider | None, words: Sequence[str]) -> int:
         return self.start(provider, words).wait(_PATIENCE_SECONDS)
+
+    def kill_when(
+        self, is_time: Callable[[], bool], provider: Provider | None, words: Sequence[str]
+    ) -> int | None:
+        """Start one command and kill it (kill -9). Return its exit code if it ended by itself before."""
+        process = self.start(provider, words)
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while process.poll() is None and time.monotonic() < deadline and not is_time():
+            time.sleep(0.02)
+        code = process.poll()
+        process.kill()
+        process.wait()
+        return code
 
     def run_words(self, run_id: str, *options: str) -> list[str]:
         """Return the command that begins a run over the documents."""
@@ -161,17 +174,10 @@ def _killed_and_resumed(demo: Demo, provider: Provider) -> bool:
     demo.title("2. Killed and resumed")
     demo.print_line("The same again, but the process is killed half-way (kill -9) and resumed.")
     demo.print_line("Finished documents are stored and not bought again.\n")
-    process = demo.start(provider, demo.run_words("killed"))
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while process.poll() is None and time.monotonic() < deadline and not _is_time_to_kill(demo):
-        time.sleep(0.02)
-    killed = process.poll() is None
-    process.kill()
-    process.wait()
-    if not killed:
-        if process.returncode not in (0, -9):
-            text = f"exit code {process.returncode}; it should have been killed."
-            demo.print_line(f"The run ended by itself with {text}")
+    code = demo.kill_when(lambda: _is_time_to_kill(demo), provider, demo.run_words("killed"))
+    if code is not None:
+        if code:
+            demo.print_line(f"The run ended by itself with exit code {code}; it should have been killed.")
             return False
         demo.print_line("\nThe folder is so small that the run was done before it could be killed.")
         return True
@@ -250,12 +256,8 @@ def _killed_agent(demo: Demo) -> bool:
         return False
     demo.title("2. Approved, and killed while the bank books")
     demo.print_line("The process is killed (kill -9) after the bank has booked and before it answers.\n")
-    process = demo.start(None, ["approve", "ticket", _AGENT, '{"approved": true}', "--resume"])
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while process.poll() is None and time.monotonic() < deadline and not demo.bookings():
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    words = ["approve", "ticket", _AGENT, '{"approved": true}', "--resume"]
+    demo.kill_when(lambda: bool(demo.bookings()), None, words)
     demo.title(f"kill -9: the bank has {len(demo.bookings())} booking, and nobody has its answer.")
     code = demo.run(None, ["resume", "ticket", _AGENT])
     booked = len(demo.bookings())

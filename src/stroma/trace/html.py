@@ -12,13 +12,20 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
 from stroma._utils.svg import as_xml
-from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize, visible
+from stroma._utils.text import (
+    clean,
+    format_duration,
+    format_time,
+    format_tokens,
+    format_usd,
+    pluralize,
+    visible,
+)
 from stroma.failures.classes import FailureClass
 from stroma.trace.outline import bar_title, select_bars, shown_place, tone_of
 from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
@@ -142,11 +149,8 @@ def document(story: Story) -> str:
 
 
 def utc(ms: int) -> str:
-    """Return a time in UTC; ``ms`` since the epoch. "?" for an invalid time."""
-    try:
-        return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    except (ValueError, OverflowError, OSError):
-        return "?"
+    """Return a time in UTC; ``ms`` since the epoch."""
+    return format_time(ms, "%Y-%m-%d %H:%M:%S UTC")
 
 
 def head(story: Story) -> str:

@@ -108,10 +108,7 @@ def _compare_node(
     commits = [next((x for x in reversed(side) if x.output_bytes is not None), None) for side in (a, b)]
     output: list[Change] = []
     if commits[0] is not None and commits[1] is not None:
-        x, y = read(commits[0]), read(commits[1])
-        output = changes(
-            x.value if x.problem is None else x.problem, y.value if y.problem is None else y.problem
-        )
+        output = changes(read(commits[0]).shown, read(commits[1]).shown)
     facts = [
         {
             "outcome": side[-1].outcome,

@@ -23,6 +23,7 @@ from stroma.checkpoint.history.bars import (
     resumes_of,
     wait_bars,
 )
+from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
 from stroma.checkpoint.history.facts import facts_of, status_of, unanswered
 from stroma.checkpoint.history.redaction import (
     Payload,
@@ -233,6 +234,12 @@ class History:
     def _decode(self, data: bytes, max_bytes: int | None = None) -> Payload:
         payload = decode_payload(data, max_bytes)
         return payload if payload.problem is not None else Payload(redact_value(self.redact, payload.value))
+
+    def compare(self, a: RunRecord, b: RunRecord) -> tuple[list[Change], list[NodeDiff]]:
+        """Return the differences between the inputs of two runs, and their nodes in pairs."""
+        inputs = [self.input_at(record.run_id, 0).shown for record in (a, b)]
+        attempts = [self.store.attempts(record.run_id) for record in (a, b)]
+        return changes(*inputs), compare(attempts[0], attempts[1], self.output_of)
 
     # ------------------------------------------------------------------ drawing
 

@@ -15,6 +15,11 @@ class Payload(NamedTuple):
     value: Any
     problem: str | None = None
 
+    @property
+    def shown(self) -> Any:
+        """The state, or the reason in its place."""
+        return self.value if self.problem is None else {"problem": self.problem}
+
 
 def decode_payload(data: bytes, max_bytes: int | None) -> Payload:
     """Return a state in stored form as plain data, without its content above ``max_bytes``."""

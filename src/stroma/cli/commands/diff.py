@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize, short_id
-from stroma.checkpoint.history import Change, History, NodeDiff, changes, compare, place_of, status_of
+from stroma.checkpoint.history import Change, History, NodeDiff, place_of, status_of
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
@@ -41,22 +41,15 @@ def diff(
     database = Database.from_option(db)
     first, second = database.find(a), database.find(b)
     history = History(database.reader, load_redact(redact))
-    sides = [database.reader.attempts(record.run_id) for record in (first, second)]
-    inputs = [history.input_at(record.run_id, 0) for record in (first, second)]
-    nodes = compare(sides[0], sides[1], history.output_of)
+    started, nodes = history.compare(first, second)
     if node is not None:
-        nodes = [one for one in nodes if _attempts(one)[0].node_id == node]
+        started, nodes = [], [one for one in nodes if _attempts(one)[0].node_id == node]
         if not nodes:
             raise Problem(
                 f"neither run has a node {node!r}",
                 f"list its nodes: {database.hint('show', short_id(first.run_id))}",
                 code=Code.NOT_FOUND,
             )
-    started = (
-        []
-        if node is not None
-        else changes(*(payload.value if payload.problem is None else payload.problem for payload in inputs))
-    )
     same = not started and all(one.same for one in nodes)
     if as_json:
         emit_fields("stroma.diff/1", **diff_data(first, second, started, nodes, only_changed))

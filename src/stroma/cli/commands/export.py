@@ -12,9 +12,9 @@ from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data, facts_data, question_data
-from stroma.cli.errors import Code, Problem
+from stroma.cli.errors import Code, write_file
 from stroma.cli.formatting import id_word
-from stroma.cli.output import out, write_private
+from stroma.cli.output import out
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import waiting_data
@@ -47,14 +47,7 @@ def export(run_: str, form: str, path: str | None, states: bool, redact: str | N
     if path is None:
         out.write(text)
         return Code.OK
-    try:
-        write_private(path, text)
-    except OSError as error:
-        raise Problem(
-            f"cannot write {path}: {error.strerror or error}",
-            "pass another file: -o FILE",
-            code=Code.ENVIRONMENT,
-        ) from error
+    write_file(path, text)
     return Code.OK
 
 
@@ -72,7 +65,7 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
         "schema": "stroma.export/1",
         "run": run_data(record),
         **facts_data(database.reader, record),
-        "input": _state(history.input_at(record.run_id, 0)) if states else None,
+        "input": history.input_at(record.run_id, 0).shown if states else None,
         "questions": [question_data(history, one) if states else waiting_data(one) for one in waiting],
         "attempts": [_attempt(history, record, one, states) for one in attempts],
     }
@@ -84,12 +77,8 @@ def _attempt(history: History, record: RunRecord, one: AttemptRecord, states: bo
     if states:
         data["output"] = None
         if one.output_bytes is not None:
-            data["output"] = _state(history.output_at(record.run_id, one.position, one.branch))
+            data["output"] = history.output_at(record.run_id, one.position, one.branch).shown
         rejected = history.rejected_of(record.run_id, one)
         if rejected is not None:
             data["rejected"] = rejected.to_json()
     return data
-
-
-def _state(payload: Any) -> Any:
-    return payload.value if payload.problem is None else {"problem": payload.problem}

@@ -9,9 +9,9 @@ import click
 from stroma._utils.text import clean
 from stroma.checkpoint.history import History
 from stroma.checkpoint.history.run_graph import RunGraph
-from stroma.cli.errors import Code, Problem
+from stroma.cli.errors import Code, Problem, write_file
 from stroma.cli.loading import load_pipeline
-from stroma.cli.output import emit, err, out, write_private
+from stroma.cli.output import emit, err, out
 from stroma.cli.stores import Database, db_option
 from stroma.contracts.checks.lineage import Lineage, lineage_of
 from stroma.contracts.contract import ContractRegistry
@@ -56,18 +56,10 @@ def graph(target: str, form: str | None, path: str | None, from_runs: bool, db: 
             path
             or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', pipeline.name).strip('-')[:100] or 'pipeline'}.graph.svg"
         )
-        _write(path, drawing.svg())
+        write_file(path, drawing.svg())
         err.line(f"wrote {clean(path, 500)}; open it in a browser")
     else:
         raise click.UsageError("-o writes an SVG file; leave out --format, or pass --format svg")
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        write_private(path, text)
-    except OSError as error:
-        message = f"cannot write {path}: {error.strerror or error}"
-        raise Problem(message, "pass another file: -o FILE", code=Code.ENVIRONMENT) from error
 
 
 def _run_graph(pipeline: Pipeline, db: str | None) -> RunGraph:

@@ -14,7 +14,7 @@ import click
 from pydantic_core import to_json
 
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.history import History, changes, compare, in_order, place_of, status_of, sum_waste
+from stroma.checkpoint.history import History, in_order, place_of, status_of, sum_waste
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cli.commands.diff import diff_data
 from stroma.cli.commands.runs import run_data
@@ -91,23 +91,17 @@ class RunReader:
                 f"run {record.run_id} has no such attempt; its nodes are: {nodes}", code=Code.NOT_FOUND
             )
         one = matching[-1]
-        state = history.input_of(record.run_id, one, max_bytes=MAX_ANSWER_BYTES)
-        output = history.output_of(one, max_bytes=MAX_ANSWER_BYTES)
         rejected = history.rejected_of(record.run_id, one)
         return attempt_data(record, one) | {
-            "input": state.value if state.problem is None else {"problem": state.problem},
-            "output": output.value if output.problem is None else {"problem": output.problem},
+            "input": history.input_of(record.run_id, one, max_bytes=MAX_ANSWER_BYTES).shown,
+            "output": history.output_of(one, max_bytes=MAX_ANSWER_BYTES).shown,
             "rejected": None if rejected is None else rejected.to_json(),
         }
 
     def compare_runs(self, a: str, b: str) -> dict[str, Any]:
         """Compare two runs node by node: input, outputs, outcomes, attempts and models."""
-        history, first, left = self._read(a)
-        _, second, right = self._read(b)
-        inputs = [history.input_at(record.run_id, 0) for record in (first, second)]
-        nodes = compare(left, right, history.output_of)
-        started = changes(*(one.value if one.problem is None else one.problem for one in inputs))
-        return diff_data(first, second, started, nodes, True)
+        first, second = self._database.find(a), self._database.find(b)
+        return diff_data(first, second, *self._history.compare(first, second), True)
 
     def _read(self, run: str) -> tuple[History, RunRecord, list[AttemptRecord]]:
         record = self._database.find(run)
