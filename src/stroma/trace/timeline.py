@@ -275,24 +275,15 @@ class _Drawing:
             )
             for began, ended, cause in resumes
         ]
-        text, took = "continued", _took(sum(ended - began for began, ended, _ in resumes))
-        return (
-            f'<div class="row"><span class="name dim">{text}</span><svg class="lane" role="img" '
-            f'aria-label="{text}">{"".join(parts)}</svg>'
-            f'<span class="fig"><span class="all">after {took}</span></span>'
-            "</div>"
-        )
+        took = _took(sum(ended - began for began, ended, _ in resumes))
+        figures = f'<span class="fig"><span class="all">after {took}</span></span>'
+        return f'<div class="row">{_row(("dim", "", "continued"), "".join(parts), figures)}</div>'
 
     def progress_row(self, progress: InProgress) -> str:
         self.rows += 1
-        name = clean(progress.label, 200)
-        return (
-            f'<div class="row"><span class="name run" title="{as_xml(name)}"><span class="dim mono">'
-            f"{as_xml(progress.at)}</span> "
-            f'{as_xml(clean(progress.label, 60))}</span><svg class="lane" role="img" '
-            f'aria-label="{as_xml(name)}, in progress">'
-            f"{self.running(progress)}</svg>{self.ticking(progress)}</div>"
-        )
+        name = ("run", progress.at, progress.label)
+        label = f"{clean(progress.label, 200)}, in progress"
+        return f'<div class="row">{_row(name, self.running(progress), self.ticking(progress), label)}</div>'
 
     def running(self, progress: InProgress) -> str:
         assert self.it.now_ms is not None
@@ -342,24 +333,17 @@ class _Drawing:
                 f'<rect class="b-running" x="{x:.2f}%" y="24" width="{width:.2f}%" height="3"><title>'
                 "in progress</title></rect>"
             )
-        name = clean(entry.label, 200)
+        label = bar_title(bars[-1]) if len(calls) == 1 and bars else ""
         if is_link:
-            role, label = "group", f"attempts of {clean(entry.label, 100)}"
-        else:
-            role = "img"
-            label = bar_title(bars[-1]) if len(calls) == 1 and bars else name
+            label = f"attempts of {clean(entry.label, 100)}"
         tone = "run" if progress is not None else "" if entry.tone == "good" else entry.tone
         figures = (
             self.ticking(progress)
             if progress is not None
             else f'<span class="fig">{_figures(entry, calls)}</span>'
         )
-        return (
-            f'<span class="name {"fold " if folds else ""}{tone}" title="{as_xml(name)}">'
-            f'<span class="dim mono">{as_xml(_short_place(entry.at))}</span> '
-            f"{as_xml(clean(entry.label, 60))}</span>"
-            f'<svg class="lane" role="{role}" aria-label="{as_xml(label)}">{"".join(parts)}</svg>{figures}'
-        )
+        name = (f"{'fold ' if folds else ''}{tone}", _short_place(entry.at), entry.label)
+        return _row(name, "".join(parts), figures, label, role="group" if is_link else "img")
 
     # ------------------------------------------------------------------ bars
 
@@ -421,6 +405,17 @@ class _Drawing:
                     )
                 start = at
         return "".join(parts)
+
+
+def _row(name: tuple[str, str, str], lane: str, figures: str, label: str = "", *, role: str = "img") -> str:
+    """Return the cells of a row. ``name``: its class, place and text. ``label``: of the lane, if not that."""
+    kind, at, text = name
+    place = f'<span class="dim mono">{as_xml(at)}</span> ' if at else ""
+    whole = clean(text, 200)
+    return (
+        f'<span class="name {kind}" title="{as_xml(whole)}">{place}{as_xml(clean(text, 60))}</span>'
+        f'<svg class="lane" role="{role}" aria-label="{as_xml(label or whole)}">{lane}</svg>{figures}'
+    )
 
 
 def _took(ms: float) -> str:
