@@ -17,6 +17,7 @@ from tests.shared_stores import opened
 
 from stroma import (
     ExecutionResult,
+    Limit,
     Pipeline,
     ReliabilityContext,
     SQLiteStore,
@@ -213,6 +214,28 @@ async def test_a_guard_that_was_fenced_off_calls_nothing_more(
             result = await owner
     assert result.status == "PARTIAL"
     assert (first.calls, second.calls) == (1, 0)
+
+
+@pytest.mark.core
+async def test_a_step_of_plain_code_that_waits_for_its_turn_is_not_called_after_a_cancel() -> None:
+    """After ``cancel()`` returned, plain code calls no step, nor one that was queued for a limit by then."""
+    before, queued = Paid("pay", waits=True), Paid("pay")
+    runner = StromaRunner.quick(run_id="r", limits={"pay": Limit(concurrent=1)})
+
+    async def plain() -> ExecutionResult:
+        async with context_of(runner) as ctx:
+            return await execute_step("pay", queued.node(), State(), ctx)
+
+    other = asyncio.create_task(runner.run([before.node()], State(), run_id="other"))
+    await before.called.wait()
+    gate = runner.config.limits["pay"].named("pay")
+    owner = asyncio.create_task(plain())
+    while not gate.line.waiting:
+        await asyncio.sleep(0)
+    assert await runner.cancel("r") is True
+    before.gate.set()
+    assert ((await owner).status, queued.calls) == ("CANCELLED", 0)
+    assert (await other).status == "COMPLETED"
 
 
 @pytest.mark.core

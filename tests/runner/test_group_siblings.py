@@ -34,10 +34,12 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     InMemoryStore,
+    Limit,
     NodeHooks,
     ReliabilityContext,
     RunConfig,
     RunStatus,
+    SharedBudget,
     current_node,
     execute_step,
     parallel,
@@ -45,16 +47,21 @@ from stroma import (
 
 
 @pytest.mark.core
-async def test_children_that_wait_are_not_called_after_a_crossed_limit() -> None:
+@pytest.mark.parametrize("queue", ["max_concurrency", "max_threads", "limit", "shared budget"])
+async def test_children_that_wait_are_not_called_after_a_crossed_limit(queue: str) -> None:
     """A child that waits for its turn when a limit is crossed is not begun: no event, no call, no hook."""
     seen: list[str] = []
 
     def child(name: str, tokens: int) -> Any:
-        async def func(state: Num) -> Any:
+        def func(state: Num) -> Any:
             seen.append(name)
             return {"n": 1}, tokens
 
-        return node(name, func)
+        async def async_func(state: Num) -> Any:
+            await asyncio.sleep(0)
+            return func(state)
+
+        return node(name, func if queue == "max_threads" else async_func)
 
     refused: list[str] = []
 
@@ -63,10 +70,24 @@ async def test_children_that_wait_are_not_called_after_a_crossed_limit() -> None
         if isinstance(error, BudgetExceeded):
             refused.append(context.node_id)
 
-    group = parallel(child("dear", 11), child("queued", 1), child("last", 1), max_concurrency=1)
-    runner = quick(budget=ExecutionBudget(max_tokens_total=10), classifiers=[classify])
+    bound = 1 if queue == "max_concurrency" else None
+    group = parallel(child("dear", 11), child("queued", 1), child("last", 1), max_concurrency=bound)
+    options: dict[str, Any] = {
+        "max_threads": {"max_threads": 1},
+        "limit": {
+            "limits": {"one": Limit(concurrent=1)},
+            "node_limits": dict.fromkeys(["dear", "queued", "last"], "one"),
+        },
+        "shared budget": {"shared_budgets": SharedBudget("team", max_tokens=100)},
+    }
+    budget = ExecutionBudget(max_tokens_total=10)
+    runner = quick(budget=budget, classifiers=[classify], **options.get(queue, {}))
     result = await runner.run([group], Num())
-    assert (result.status, seen, refused) == (RunStatus.PARTIAL, ["dear"], ["dear"])
+    assert (result.status, seen) == (RunStatus.PARTIAL, ["dear"])
+    assert {event.node_id for event in result.trace.walk()} == {group.node_id, "dear"}
+    assert isinstance(result.failure and result.failure.exception, BudgetExceeded)
+    if queue == "max_concurrency":
+        assert refused == ["dear"]
 
 
 class Other(BaseModel):

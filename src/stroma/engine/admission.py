@@ -30,7 +30,7 @@ from stroma.cost.budget import BudgetExceeded, budget_exceeded
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import RESERVED, leave
 from stroma.engine.execution import RunningNode
-from stroma.engine.outcome import Halt, hold, refuse
+from stroma.engine.outcome import Halt, cancelled, crossed_limit, hold, refuse
 from stroma.engine.parts import wait_unless_held
 from stroma.engine.tasks import Shield, ThreadPlaces, raise_if, thread_places
 from stroma.failures.classes import FailureClass
@@ -42,6 +42,7 @@ from stroma.trace.events import TraceMark
 
 if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
     from stroma.checkpoint.cells import Change
+    from stroma.engine.effects import Effect
     from stroma.limits.breaker import Breaker, CircuitState
     from stroma.limits.gate import BudgetWarning, CooldownBegun, Gate
     from stroma.trace.events import AttemptUsage, MarkKind
@@ -245,9 +246,17 @@ class Permit:
         failure: Failure | None = (
             outcome if isinstance(outcome, Failure) else getattr(outcome, "failure", None)
         )
+        done = isinstance(outcome, BaseModel) or getattr(outcome, "output", None) is not None
+        effect: Effect | None = run.effect
+        if effect is not None:
+            if not isinstance(outcome, Failure) and (effect.error is not None or effect.is_stated):
+                # What was stated about a call does not say how the provider has answered it.
+                done, failure = False, None
+                if effect.error is not None:
+                    failure = ctx.diagnose(effect.error, run.node_id, run.attempt)
+            effect.error = None
         if failure is not None and not run.raised_itself(failure.exception):
             failure = None  # The execution inside that raised it has reported it.
-        done = isinstance(outcome, BaseModel) or getattr(outcome, "output", None) is not None
         due: list[BudgetWarning | CooldownBegun] = []
         self._uncharge()
         for gate in reversed(self.gates):
@@ -326,10 +335,19 @@ async def _make_in_turn(run: RunningNode, make: Make, *, needs_thread: bool) -> 
     permit = await wait_unless_held(ctx.stopping, partial(admit, ctx, run, needs_thread=needs_thread))
     if isinstance(permit, Exception):
         return refuse(run, permit)
+    # Requests and crossed limits meanwhile hold, as for an attempt that begins now.
     if permit is None or ctx.stopping.holds:
         if permit is not None:
             permit.drop()
         return await hold(ctx, run.node_id, run.attempt)
+    if ctx.stopping.is_cancelled:
+        permit.drop()
+        await asyncio.sleep(0)  # In a run, the cancellation of its task is on its way.
+        return cancelled(ctx, run.node_id)
+    exceeded = crossed_limit(ctx, run) if ctx.account.limits else None
+    if exceeded is not None:
+        permit.drop()
+        return refuse(run, exceeded)
     token = RESERVED.set((*permit.around, permit))
     try:
         outcome = await make()

@@ -19,7 +19,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
-from time import perf_counter_ns
 from typing import Any, Final, cast
 
 from pydantic import BaseModel
@@ -28,14 +27,23 @@ from stroma.checkpoint.entries import Tried
 from stroma.contracts.contract import ContractViolation, NodeContract
 from stroma.contracts.node import Group, Node, Plan, output_class
 from stroma.contracts.schema import schema_of
-from stroma.cost.budget import BudgetExceeded, budget_exceeded
+from stroma.cost.budget import BudgetExceeded
 from stroma.engine.admission import make_admitted
 from stroma.engine.attempt import NodeAttempt
 from stroma.engine.commit import violation_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import RunningNode
-from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, halt_of_ended_run, hold, refuse
+from stroma.engine.outcome import (
+    STOPPED,
+    Halt,
+    Place,
+    Stopped,
+    crossed_limit,
+    halt_of_ended_run,
+    hold,
+    refuse,
+)
 from stroma.engine.parts import wait_unless_held
 from stroma.engine.restore import output_schema, restore
 from stroma.failures.classes import FailureClass
@@ -137,7 +145,7 @@ async def execute_in_turn(
                 if stopping.holds:
                     return await hold(ctx, run.node_id, number)
                 if account.limits:
-                    exceeded = _crossed_limit(ctx, run)
+                    exceeded = crossed_limit(ctx, run)
                     if exceeded is not None:
                         # Earlier attempts, siblings or processes have used it up: the next call is never
                         # made.
@@ -274,17 +282,6 @@ def _recorded_violation(
     if tried.rejected is None or contract is None:
         return None
     return violation_of(tried.node_id, tried.rejected, contract.output_schema)
-
-
-def _crossed_limit(ctx: ReliabilityContext, run: RunningNode) -> BudgetExceeded | None:
-    """Return the limit that is crossed, including the time of the group around the node so far."""
-    exceeded = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
-    limit = ctx.budget.max_latency_ms
-    if exceeded is None and limit is not None and run.parent is not None:
-        used = ctx.cost_tracker.used("latency") + run.busy(perf_counter_ns()) / 1e6
-        if used > limit:
-            return budget_exceeded(ctx.budget, "latency", used, run.node_id)
-    return exceeded
 
 
 # ---------------------------------------------------------------------- after a failed attempt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from time import perf_counter_ns
 from typing import Any, Final, NamedTuple, final
 
 from pydantic import BaseModel
@@ -11,11 +12,11 @@ from pydantic import BaseModel
 from stroma._utils.text import one_line
 from stroma.checkpoint import Finished, StepCall, StoreError
 from stroma.contracts.contract import NodeContract, Role
-from stroma.cost.budget import BudgetExceeded
+from stroma.cost.budget import BudgetExceeded, budget_exceeded
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import Kind, RunningNode
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import PAUSED, RunFailed, Suspend, WaitedTooLong
+from stroma.failures.errors import PAUSED, RunCancelled, RunFailed, Suspend, WaitedTooLong
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.trace.result import ExecutionResult, RunStatus
 
@@ -110,6 +111,17 @@ class Place(NamedTuple):
     settles: bool = False
 
 
+def crossed_limit(ctx: ReliabilityContext, run: RunningNode) -> BudgetExceeded | None:
+    """Return the limit that is crossed, including the time of the group around the node so far."""
+    exceeded = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
+    limit = ctx.budget.max_latency_ms
+    if exceeded is None and limit is not None and run.parent is not None:
+        used = ctx.cost_tracker.used("latency") + run.busy(perf_counter_ns()) / 1e6
+        if used > limit:
+            return budget_exceeded(ctx.budget, "latency", used, run.node_id)
+    return exceeded
+
+
 def refuse(run: RunningNode, error: Exception) -> Halt:
     """Return the end of a node whose next attempt may not be made."""
     if run.last_failure is not None and error.__cause__ is None:
@@ -122,6 +134,15 @@ def refuse(run: RunningNode, error: Exception) -> Halt:
         failure = replace(failure, failure_class=FailureClass.RECOVERABLE, reason="store")
         return Halt(failure, partial=True)
     return Halt(failure, spent=isinstance_by_type(error, BudgetExceeded))
+
+
+def cancelled(ctx: ReliabilityContext, node_id: str) -> Halt:
+    """Return the end of a step of plain code that is not called, since its run was cancelled."""
+    error = RunCancelled(
+        f"run {ctx.run_id!r} was cancelled and step {node_id!r} is not called; resume the run, or call the "
+        "step in another run"
+    )
+    return Halt(Failure(error, FailureClass.TERMINAL, node_id, 1, str(error)))
 
 
 def halt_of_ended_run(ctx: ReliabilityContext, node_id: str, finished: Finished) -> Halt:

@@ -24,9 +24,8 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode, running_node
 from stroma.engine.lifecycle import announce_start, open_run
 from stroma.engine.loop import execute
-from stroma.engine.outcome import Halt, Place
+from stroma.engine.outcome import Halt, Place, cancelled
 from stroma.engine.restore import redeliver
-from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import HookNotAsync
@@ -94,7 +93,7 @@ async def execute_step(
         outcome: BaseModel | Halt
         is_restored = (position, branch) in ctx.journal.restored
         if ctx.stopping.is_cancelled and not is_restored:
-            outcome = _cancelled_step(ctx, step_id)
+            outcome = cancelled(ctx, step_id)
         elif ctx.plain_steps.fenced is not None and not is_restored:
             outcome = Halt(replace(ctx.plain_steps.fenced, node_id=step_id), partial=True)
         else:
@@ -216,15 +215,6 @@ def _checksums_inside(ctx: ReliabilityContext, position: int, branch: str) -> It
         checksum = None if committed.step is None else committed.step.input_key
         if checksum is not None and checksum.startswith(INSIDE):
             yield checksum
-
-
-def _cancelled_step(ctx: ReliabilityContext, step_id: str) -> Halt:
-    """Return the end of a step whose run was cancelled before its call."""
-    error = RunCancelled(
-        f"run {ctx.run_id!r} was cancelled and step {step_id!r} is not called; resume the run, or call the "
-        "step in another run"
-    )
-    return Halt(Failure(error, FailureClass.TERMINAL, step_id, 1, str(error)))
 
 
 def _accept(

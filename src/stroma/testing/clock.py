@@ -22,6 +22,7 @@ from stroma.engine import effects as _effects
 from stroma.engine import journal as _journal
 from stroma.engine import loop as _engine
 from stroma.engine import metering as _usage
+from stroma.engine import outcome as _outcome
 from stroma.engine import tasks
 from stroma.failures import providers as classifiers
 from stroma.hooks import dispatch
@@ -147,7 +148,7 @@ class FakeClock:
         for module in (_memory_rows, classifiers, breaker, reservations):
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
-        of_runs = (_attempt, _deadlines, _effects, _engine, _admission, _journal, _map)
+        of_runs = (_attempt, _deadlines, _effects, _outcome, _admission, _journal, _map)
         for module in (*of_runs, body, calls, journal, suspension):
             self._patch(module, "perf_counter_ns", self._ns)
         for module in (_admission, dispatch):
