@@ -29,10 +29,12 @@ from stroma import (
     FailureClass,
     Limit,
     NodeHooks,
+    NotDone,
     Pipeline,
     RunConfig,
     RunStatus,
     StromaRunner,
+    Unknown,
     stroma_node,
 )
 from stroma.failures import NodeContext
@@ -374,6 +376,35 @@ async def test_failures_without_a_host_count_for_the_limit() -> None:
     free = StromaRunner.quick(breaker=broken, policy_map=NEVER)
     result = await free.run([fail], State())
     assert result.failure.reason == "connection"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("stated", [Unknown(), NotDone(), State(n=1)], ids=["unknown", "not done", "done"])
+async def test_effects_with_an_unknown_outcome_count(stated: Any) -> None:
+    """The call of an effect that fails counts as failed, whatever is stated about it: the circuit opens, and
+    a Retry-After closes the limit."""
+    calls: list[int] = []
+
+    @stroma_node("pay", effect=True, reconcile=lambda state, key: stated)
+    async def pay(state: State) -> State:
+        calls.append(state.n)
+        request = httpx.Request("POST", "https://pay.example")
+        answer = httpx.Response(503, request=request, headers={"retry-after": "7"} if state.n else {})
+        raise httpx.HTTPStatusError("down", request=request, response=answer)
+
+    broken, _ = breaker(min_calls=2, max_wait_seconds=0)
+    options = {"policy_map": NEVER, "limits": {"pay": Limit(concurrent=9)}}
+    runner = StromaRunner.quick(breaker=broken, **options)
+    results = [await runner.run([pay], State()) for _ in range(3)]
+    assert (calls, broken.states()) == ([0, 0], {"pay.example": "open"})
+    assert isinstance(results[-1].failure and results[-1].failure.exception, CircuitOpen)
+    closed: list[float] = []
+
+    async def on_cooldown(run_id: str, limit: str, seconds: float) -> None:
+        closed.append(seconds)
+
+    await StromaRunner.quick(hooks=NodeHooks(on_limit_cooldown=on_cooldown), **options).run([pay], State(n=1))
+    assert [round(seconds) for seconds in closed] == [7]
 
 
 async def test_a_wait_for_a_circuit_ends_with_the_latency_budget(

@@ -768,6 +768,8 @@ class NodeAttempt:
         if self.run.raised_itself(error) and is_refusal(error):
             effect.close()
             return None
+        if self.ctx.config.gated:
+            effect.error = error
         around = states_around(self.run, self.snapshot)
         why = one_line(self.ctx.redactor.error_text(error, self.snapshot, around))
         self.ctx.run_logger.warning("nobody knows if effect %r happened: %s", self.run.node_id, why)

@@ -126,6 +126,7 @@ class Effect:
         key: its idempotency key.
         is_refused: the call was not made, since another process may own the run.
         is_stated: the output was stated, and not returned by the function.
+        error: the exception of a call whose outcome is unknown, for the gates that the attempt has passed.
         earlier: see :meth:`learn`, if it was called before the attempt began.
     """
 
@@ -142,6 +143,7 @@ class Effect:
         "_snapshot",
         "_source",
         "earlier",
+        "error",
         "is_refused",
         "is_stated",
         "key",
@@ -159,6 +161,7 @@ class Effect:
         #: Who made the last statement; None if the output was found in the journal.
         self._source: Literal["reconcile", "person"] | None = None
         self.earlier: UnknownOutcome | Stated | None = None
+        self.error: BaseException | None = None
         #: The place of the first input, and those of inputs other than this one.
         self._first, self._others = (run.position, without_attempts(run.branch)), list[NotePlace]()
         self._place, self._intent = self._first, _read(run, self._first)
