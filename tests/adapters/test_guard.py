@@ -13,6 +13,7 @@ import inspect
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -1119,6 +1120,67 @@ async def test_a_time_limit_is_no_reason_to_repeat_what_must_not_be_repeated(can
         else:
             await guard.wrap("it", slow, can_retry=False)()
     assert (calls, parts) == ([1], ["a"] if can_retry else [])
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "stream", "astream"])
+def test_a_late_call_is_over_before_it_is_repeated(kind: str) -> None:
+    """A call that exceeds its time limit does not overlap its retry: the caller gets the answer once."""
+    calls: list[int] = []
+
+    def late() -> float:
+        calls.append(1)
+        return 0.15 if len(calls) == 1 else 0
+
+    def call() -> list[str]:
+        time.sleep(late())
+        return ["a", "b"]
+
+    async def acall() -> list[str]:
+        await asyncio.sleep(late())
+        return ["a", "b"]
+
+    def stream() -> Any:
+        time.sleep(late())
+        yield from ["a", "b"]
+
+    async def astream() -> Any:
+        await asyncio.sleep(late())
+        for part in ["a", "b"]:
+            yield part
+
+    functions = {"sync": call, "async": acall, "stream": stream, "astream": astream}
+    guard = guard_of(node_timeouts={"it": 50})
+    with guard.run() as run:
+        step: Any = guard.wrap("it", functions[kind], usage=lambda _: Usage(10, 0, model="gpt-4o"))
+        answer = asyncio.run(read_all(step)) if kind.startswith("a") else list(step())
+    assert (answer, len(calls)) == (["a", "b"], 2)
+    assert [event.failure for event in run.result.trace] == [FailureClass.RECOVERABLE, None]
+    # A plain function returns its paid result, late.
+    assert run.result.total_tokens == (20 if kind == "sync" else 10)
+
+
+async def read_all(step: Any) -> list[str]:
+    return [part async for part in step()] if inspect.isasyncgenfunction(step) else await step()
+
+
+def test_a_late_stream_ends_at_its_next_part() -> None:
+    """A stream that exceeds its time limit between two parts ends, and its source is closed."""
+    closed: list[str] = []
+
+    def stream() -> Any:
+        try:
+            yield "a"
+            time.sleep(0.1)
+            yield "b"
+        finally:
+            closed.append("closed")
+
+    step = guard_of(node_timeouts={"it": 50}).wrap("it", stream)
+    parts = step()
+    assert next(parts) == "a"
+    with pytest.raises(TimeoutError, match="'it' did not end within 50 ms"):
+        next(parts)
+    assert closed == ["closed"]
 
 
 def test_steps_between_the_chunks_of_a_stream_are_not_inside_it() -> None:

@@ -11,8 +11,8 @@ import asyncio
 import contextvars
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -75,20 +75,52 @@ def _loop() -> asyncio.AbstractEventLoop:
     return _Loop().loop if here.name == "stroma-guard" else _shared.loop
 
 
-class Turn:
-    """One call that the engine asks for. Whoever makes it answers with :meth:`settle`."""
+class CallOver(Exception):
+    """The attempt of a call has ended, so that nobody takes what the call returns."""
 
-    __slots__ = ("_changes", "_future", "_loop")
+
+class Turn:
+    """One call that the engine asks for. Whoever makes it answers with :meth:`settle`.
+
+    Attributes:
+        is_over: the engine was cancelled, by a time limit for instance, and takes no outcome any more.
+    """
+
+    __slots__ = ("_changes", "_future", "_is_running", "_loop", "_scope", "is_over")
 
     def __init__(self, base: contextvars.Context) -> None:
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[tuple[Any, BaseException | None]] = self._loop.create_future()
         # Spans and the current node, set by the engine and by hooks in a task of their own.
         self._changes = changes_since(base)
+        self.is_over = self._is_running = False
+        #: Interrupts an async call.
+        self._scope: asyncio.Timeout | None = None
 
     def here(self) -> AbstractContextManager[None]:
-        """Apply the context of the engine's task to the call inside."""
+        """Apply the context of the engine's task to the code inside."""
         return applied(self._changes)
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Apply that context to the call inside. Raises CallOver, before or after it, if it is over."""
+        self._is_running = True
+        try:
+            if self.is_over:
+                raise CallOver
+            with self.here():
+                yield
+            if self.is_over:
+                raise CallOver
+        finally:
+            self._is_running = False
+
+    @asynccontextmanager
+    async def acalling(self) -> AsyncIterator[None]:
+        """Do the same for an async call on the loop of the engine, and interrupt it once it is over."""
+        with self.calling():
+            async with asyncio.timeout(None) as self._scope:
+                yield
 
     def settle(self, value: Any, error: BaseException | None) -> None:
         """Set the outcome of the call. Safe to call from any thread."""
@@ -102,7 +134,18 @@ class Turn:
             self._future.set_result((value, error))  # Not as its exception: StopIteration cannot be one.
 
     async def outcome(self) -> tuple[Any, BaseException | None]:
-        return await self._future
+        """Return the outcome. An attempt that is over waits for its call, which no other one may overlap."""
+        try:
+            return await self._future
+        except asyncio.CancelledError:
+            self.is_over = True
+            if self._scope is not None and self._is_running:
+                self._scope.reschedule(self._loop.time())
+            while self._is_running:
+                self._future = self._loop.create_future()
+                with suppress(asyncio.CancelledError):
+                    await self._future
+            raise
 
 
 def hand_back(

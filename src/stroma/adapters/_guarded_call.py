@@ -109,17 +109,16 @@ class Call:
         cancel = start_in_background(engine, base, inbox.put)
         try:
             while isinstance(turn := inbox.get(), Turn):
-                value, error = None, None
+                error = None
                 try:
-                    with turn.here():
-                        value = not_awaitable(self.step, self.func(*self.args, **self.kwargs))
+                    with turn.calling():
+                        self.value = not_awaitable(self.step, self.func(*self.args, **self.kwargs))
                 except BaseException as raised:
                     if stops_caller(self.step, raised):
                         raise
                     error = raised
-                turn.settle(value, error)
-                # The exception references this frame: otherwise a reference cycle.
-                value = error = None
+                turn.settle(self.value, error)
+                error = None  # It references this frame: otherwise a reference cycle.
         except BaseException:  # The caller is being stopped: the attempt ends as cancelled.
             cancel()
             while isinstance(inbox.get(), Turn):
@@ -137,7 +136,7 @@ class Call:
                 advance: Callable[[], Any] | None = None
                 while True:
                     try:
-                        with turn.here():
+                        with turn.calling():
                             if source is None:
                                 source = iter(self.func(*self.args, **self.kwargs))
                             chunk = next(source) if advance is None else advance()
@@ -147,6 +146,8 @@ class Call:
                     except BaseException as raised:
                         if stops_caller(self.step, raised):
                             raise
+                        if turn.is_over:
+                            close_stream(source)
                         turn.settle(None, raised)
                         break
                     self._count_chunk(chunk)
@@ -184,7 +185,7 @@ class Call:
                 advance: Callable[[], Awaitable[Any]] | None = None
                 while True:
                     try:
-                        with turn.here():
+                        async with turn.acalling():
                             if source is None:
                                 source = aiter(self.func(*self.args, **self.kwargs))
                             chunk = await (source.__anext__() if advance is None else advance())
@@ -194,6 +195,8 @@ class Call:
                     except BaseException as raised:
                         if stops_caller(self.step, raised) or is_cancelled(entry):
                             raise
+                        if turn.is_over:
+                            await aclose_stream(source)
                         turn.settle(None, raised)
                         break
                     self._count_chunk(chunk)
@@ -228,14 +231,20 @@ class Call:
             self.chunks.append(chunk)
 
     def _count_unfinished(self) -> None:
-        """Count the usage of a stream that fails or is not read to its end. Once, and never raises."""
+        """Count the usage of a stream that fails or is not read to its end, or of a call that ends too late.
+
+        Once, and never raises.
+        """
         step, execution = self.step, self.execution
-        if not self.count or step.usage is None or execution is None or self.is_counted:
+        has_result = self.count or self.value is not None
+        if not has_result or step.usage is None or execution is None or self.is_counted:
             return
         self.is_counted = True
         try:
-            parts = self.chunks or []
-            response = own_usage(step, step.usage(step.collect(parts) if step.collect else parts), execution)
+            result = self.value
+            if self.count:
+                result = step.collect(self.chunks or []) if step.collect else self.chunks or []
+            response = own_usage(step, step.usage(result), execution)
             if response is not None:
                 execution.report_usage(response)
         except Exception:  # The chunk with the usage was not read.
@@ -296,7 +305,7 @@ class Call:
     ) -> Any:
         """Make one call, as the function of the node that the engine executes."""
         run, step_id = self.run, self.step.step_id
-        self.error, self.raises_own_error = None, False
+        self.value, self.error, self.raises_own_error = None, None, False
         self.chunks, self.is_counted = None, False
         execution = CURRENT.get()
         assert execution is not None
