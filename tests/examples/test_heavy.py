@@ -222,7 +222,8 @@ def test_the_page_about_fastapi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_page_about_requests(tmp_path: Path) -> None:
-    """The service with a worker in its process streams the answer of a provider as the page shows."""
+    """The service with a worker in its process streams the answer of a provider as the page shows, and reports
+    a run that failed."""
     chunk = {
         "id": "c1",
         "object": "chat.completion.chunk",
@@ -235,7 +236,8 @@ def test_the_page_about_requests(tmp_path: Path) -> None:
     chunks = [*({**chunk, "choices": [part]} for part in parts), {**chunk, "usage": usage}]
     text = (ROOT / "docs" / "howto" / "start-from-a-request.md").read_text("utf-8")
     with serving() as provider:
-        url = provider.url(Answer(body="".join(f"data: {json.dumps(one)}\n\n" for one in chunks)))
+        refused = Answer(400, {"error": {"message": "too long", "code": "context_length_exceeded"}})
+        url = provider.url(Answer(body="".join(f"data: {json.dumps(one)}\n\n" for one in chunks)), refused)
         env = reader_env() | {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "any"}
         run_lines(text, "start-from-a-request", tmp_path, env)
 
