@@ -335,12 +335,16 @@ def test_a_run_that_sleeps_after_its_answer(stroma, inside, fails):
         "async def later(flow: Flow, state: Yes) -> Yes:\n"
         "    try:\n        await flow.wait_for(Yes, reason='Now?', timeout=0.05)\n"
         "    except TimeoutError:\n        pass\n"
-        "    answer = await flow.wait_for(Yes, reason='Send it?')\n    await flow.sleep(hours=3)\n"
+        "    answer = await flow.wait_for(Yes, reason='Send it?', timeout=7200)\n"
+        "    await flow.sleep(hours=3)\n"
         "    return answer\n"
     )
     assert inside("run", "later.py:later", "{}", "--run-id", "s").code == 7
-    assert "waits     node 'later'" in inside("show", "s").out
+    shown = inside("show", "s").out
+    assert "waits     node 'later'" in shown
+    assert re.search(r"^due       20.*, also without an answer$", shown, re.MULTILINE)
     assert inside("approve", "s", "later.py:later", '{"ok": true}').code == 0
+    assert "due     " not in inside("show", "s").out
     assert inside("resume", "s", "later.py:later").code == 7
     shown = inside("show", "s").out
     assert 'closed    later: Now? it is not answered\nanswered  later: Send it? {"ok": true}\n' in shown

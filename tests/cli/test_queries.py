@@ -54,7 +54,7 @@ def test_runs_are_filtered(filled, inside, fails):
     ):
         done = inside("runs", "--json", *words)
         assert (done.code, [run["run_id"] for run in json.loads(done.out)["runs"]]) == (0, result), words
-    assert "no run matches" in inside("runs", "--tag", "none").err
+    assert "; list all: stroma runs" in inside("runs", "--tag", "none").err
     fails(inside("runs", "--failed", "--status", "failed"), 2, "pass one of them")
     fails(inside("runs", "--since", "yesterday"), 2, "is not a time span")
     fails(inside("run", "sums.py:pipeline", GOOD, "--tag", "x" * 201), 2, "--tag", "at most 200")

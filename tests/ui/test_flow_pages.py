@@ -61,11 +61,14 @@ async def asks(flow: Flow, state: Num) -> Num:
 
 
 def test_answered_questions_of_a_flow_have_one_line(store: SQLiteStore, serve: Any) -> None:
-    """An answered question of a flow is one line on the page of its run, with a timeout or without."""
+    """The page of a run shows until when it waits for an answer; an answered question is one line, with a
+    timeout or without."""
     runner = StromaRunner.quick(store=store, run_id="r", policy_map=NEVER)
     asyncio.run(runner.run(asks, Num()))
     site: Site = serve(store)
-    for _ in range(2):
+    for also in (1, 0):
+        page = site.get("/run", id="r").text
+        assert len(re.findall(r"<b>Due</b> .*20\d\d-.*, also without an answer", page)) == also
         asyncio.run(runner.signal("r", Num(n=7)))
         asyncio.run(runner.run(asks, Num(), resume=True))
     page = site.get("/run", id="r").text

@@ -33,8 +33,8 @@ _BY_NODE: Final = ("node_policies", "node_timeouts", "contract_retries", "node_l
 def find_nodes(nodes: Iterable[Any]) -> list[Node | Group]:
     """Return the record of each node of a sequence. Raises TypeError for anything that is not a node."""
     if type(nodes) is not list and (isinstance(nodes, Group) or not isinstance(nodes, Iterable)):
-        find_node(nodes)  # Raises, with the fix, for an object that is not a node at all.
-        raise TypeError(f"run() takes a sequence of nodes; put {nodes!r} in a list")
+        node = find_node(nodes)  # Raises, with the fix, for an object that is not a node at all.
+        raise TypeError(f"run() takes a sequence of nodes; put {node.node_id!r} in a list")
     return [find_node(node) for node in nodes]
 
 

@@ -74,8 +74,9 @@ def facts_of(
         mark = record.blocked
         code = f"code {clean(mark.codes[-1], 120)} could not continue it: " if mark.codes else ""
         yield "blocked", f"since {format_utc(mark.since_ms)}; {code}{clean(mark.message, 1000)}"
-    if record.status == QUEUED and record.due_ms is not None:
-        yield "due", format_utc(record.due_ms)
+    is_asking = record.wait_text is not None and record.waits_for is None and bool(unanswered(waiting))
+    if record.due_ms is not None and (record.status == QUEUED or (is_asking and not record.is_due_at_once)):
+        yield "due", format_utc(record.due_ms) + (", also without an answer" if is_asking else "")
     is_open = record.status not in FINISHED
     for one in waiting:
         if one.payload is not None:

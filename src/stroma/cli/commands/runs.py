@@ -153,8 +153,10 @@ def _print(database: Database, records: list[RunRecord], query: RunQuery, limit:
         emit_fields("stroma.runs/1", runs=[run_data(record) for record in records])
         return
     if not records:
-        what = "no runs yet" if query == RunQuery() else "no run matches"
-        err.line(f"{what} in {database.name}; begin one: ", database.hint("run", "FILE.py:NAME"))
+        if query != RunQuery():
+            err.line(f"no run matches in {database.name}; list all: ", database.hint("runs"))
+        else:
+            err.line(f"no runs yet in {database.name}; begin one: ", database.hint("run", "FILE.py:NAME"))
         for line in database.other_stores if isinstance(database, Database) else ():
             err.line(f"  {line}")
         return
@@ -186,7 +188,7 @@ def _row(record: RunRecord) -> list[Part]:
         who = f"run by {clean(record.holder, 80)}" if record.holder else "owner lost"
         error = f"{who}; last record {format_age(record.updated_ms)}"
     elif record.blocked is not None:
-        error = f"blocked for {_blocked_for(record.blocked)}: {clean(record.blocked.message, 80)}"
+        error = f"blocked for {_blocked_for(record.blocked)}: {clean(record.blocked.message, 160)}"
     elif record.status == QUEUED:
         error = f"due at {format_local_time(record.due_ms or 0)}"
     return [
