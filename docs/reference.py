@@ -314,11 +314,15 @@ def options(value: Any, name: str) -> list[str]:
     if inspect.isclass(value) and (name in METHODS or name in PARAMETERS):
         fields = {*getattr(value, "model_fields", ()), *getattr(value, "__dataclass_fields__", ())}
         kinds = property | classmethod | staticmethod | FunctionType
+        # The simple calls of a store, which all stores share.
+        simple = [base for base in value.__mro__ if base.__name__ in ("AsyncCalls", "SyncCalls")]
         methods = [
             member
-            for member, code in vars(value).items()
+            for owner in (value, *simple)
+            for member, code in vars(owner).items()
             if isinstance(code, kinds) and not member.startswith("_") and member not in fields
         ]
+        lines += ["inherited_members: true"] if simple else []
         shown = METHODS.get(name, methods)
         unknown = {*shown} - {*methods}
         if unknown:

@@ -84,6 +84,10 @@ class RunStore(ReadableStore):
     def _submit(self, operation: Operation) -> Awaitable[Any]:
         """Perform an operation in a transaction. Awaited: raises StoreError."""
 
+    async def _read_async(self, query: Callable[[Rows], T], nothing: T) -> T:
+        """Read as :meth:`read` does, without blocking the event loop. Raises StoreError."""
+        return await asyncio.to_thread(self.read, query, nothing)
+
     def _notify_owner(self, run_id: str) -> None:
         """Have the owner of a run read the requests about it."""
 
@@ -468,11 +472,10 @@ class RunStore(ReadableStore):
         StoreError.
         """
         blobs = blobs or self._payloads.blobs
-        now_ms = await asyncio.to_thread(self.read, lambda rows: rows.now_ms(), 0)
+        now_ms = await self._read_async(lambda rows: rows.now_ms(), 0)
         before = now_ms - int(keep_for.total_seconds() * 1000)
         deleted = 0
-        while run_ids := await asyncio.to_thread(
-            self.read,
+        while run_ids := await self._read_async(
             lambda rows: rows.expired_run_ids(before, unfinished=unfinished, limit=_GC_PAGE_SIZE),
             list[str](),
         ):
@@ -490,7 +493,7 @@ class RunStore(ReadableStore):
                 break  # The remaining runs have owners.
         swept = 0
         if blobs is not None:
-            in_use = await asyncio.to_thread(self.read, _referenced_blobs, set[str]())
+            in_use = await self._read_async(_referenced_blobs, set[str]())
             swept = await asyncio.to_thread(collect, blobs, in_use, now_ms / 1000)
         return Collected(deleted, swept)
 

@@ -16,17 +16,15 @@ from stroma.checkpoint.durable.annotations import record_notes, record_rejected
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import memory_owner
-from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, Step
+from stroma.checkpoint.durable.rows import Opening, Rows
 from stroma.checkpoint.durable.run_store import RunStore, changing
 from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.durable.states import AsyncCalls, SyncCalls
 from stroma.checkpoint.entries import RunRequest, StepCall, Waiting
-from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
-from stroma.checkpoint.manager import coerce, schema_ref
+from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.memory.rows import MemoryRows, MemoryRun
 from stroma.checkpoint.payloads import Payloads, Stored, UnencodedState
-from stroma.contracts.codec import describe_error
-from stroma.contracts.contract import check_id
-from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow
 
 # One lock for all stores in memory: it is held for microseconds.
@@ -196,6 +194,9 @@ class _MemoryStore(RunStore):
     def read(self, query: Callable[[Rows], T], nothing: T) -> T:
         return query(self._rows)
 
+    async def _read_async(self, query: Callable[[Rows], T], nothing: T) -> T:
+        return query(self._rows)
+
     def _submit(self, operation: Callable[[Rows], Any]) -> DoneNow:
         with memory_lock():
             return DoneNow(operation(self._rows))
@@ -238,83 +239,15 @@ class _MemoryStore(RunStore):
                 extra={"run_id": run_id},
             )
 
-    # ---- simple protocol
-
-    def _save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        check_id(run_id, "run id")
-        schema = schema_of(type(state))
-        step = Step(schema.fingerprint, schema_ref(schema.model), self._encode(schema, state), b"")
-        with memory_lock():
-            self._rows.annotate(run_id, Annotation.SAVED, check_id(node_id, "node id"), node_id, step)
-
-    def _load(self, run_id: str, node_id: str) -> BaseModel | None:
-        newest = self._rows.newest_output(run_id, node_id)
-        if newest is None:
-            return None
-        state: UnencodedState = newest.step.output
-        return state.schema.restore(state.snapshot)
-
-    def _load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
-        state = self._load(run_id, node_id)
-        return None if state is None else as_schema(state, schema, run_id, node_id)
-
     def delete_now(self, run_id: str) -> None:
         """Delete a run at once; nothing happens if there is none."""
         with memory_lock():
             self._rows.delete(run_id)
 
 
-def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: str) -> BaseModel:
-    """Return a loaded state as an instance of a schema. Raises CorruptCheckpoint if it is not one."""
-    try:
-        return coerce(state, schema)
-    except TypeError:
-        raise
-    except Exception as error:
-        why, cause = describe_error(error)
-        raise CorruptCheckpoint(
-            f"the checkpoint of node {node_id!r} in run {run_id!r} is not a {schema.__name__}: {why}; "
-            "restore the schema, or run the node again"
-        ) from cause
-
-
-class InMemoryStore(_MemoryStore):
+class InMemoryStore(_MemoryStore, SyncCalls):
     """Store in the memory of this process, with sync calls. States are stored as copies."""
 
-    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        self._save(run_id, node_id, state)
 
-    def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        return self._load(run_id, node_id)
-
-    def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
-        """Save as an instance of ``schema``; raises TypeError("schema must be a BaseModel type")."""
-        self._save(run_id, node_id, coerce(state, schema))
-
-    def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
-        """Load as an instance of ``schema``; raises CorruptCheckpoint if the state is not one."""
-        return self._load_typed(run_id, node_id, schema)
-
-    def delete(self, run_id: str) -> None:
-        self.delete_now(run_id)
-
-
-class AsyncInMemoryStore(_MemoryStore):
+class AsyncInMemoryStore(_MemoryStore, AsyncCalls):
     """Store in the memory of this process, with async calls. The default of ``StromaRunner.quick``."""
-
-    async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        self._save(run_id, node_id, state)
-
-    async def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        return self._load(run_id, node_id)
-
-    async def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
-        """Save as an instance of ``schema``; raises TypeError("schema must be a BaseModel type")."""
-        self._save(run_id, node_id, coerce(state, schema))
-
-    async def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
-        """Load as an instance of ``schema``; raises CorruptCheckpoint if the state is not one."""
-        return self._load_typed(run_id, node_id, schema)
-
-    async def delete(self, run_id: str) -> None:
-        self.delete_now(run_id)

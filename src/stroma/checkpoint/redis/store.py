@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
-
 from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import (
     Commit,
@@ -22,7 +20,7 @@ from stroma.checkpoint.durable.operations import (
     perform_all,
 )
 from stroma.checkpoint.durable.rows import Rows
-from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.durable.states import AsyncStates, SyncCalls
 from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.durable.worker import Job, generation
 from stroma.checkpoint.errors import StoreError
@@ -219,7 +217,7 @@ class RedisStore(_RedisJournal, AsyncStates):
     """
 
 
-class SyncRedisStore(_RedisJournal):
+class SyncRedisStore(_RedisJournal, SyncCalls):
     """A RedisStore whose ``save``, ``load``, ``save_typed``, ``load_typed`` and ``delete`` are sync.
 
     They may be called with or without a running event loop. It has the same journal, in the same keys.
@@ -232,41 +230,11 @@ class SyncRedisStore(_RedisJournal):
 
     def __init__(self, redis_url: str, ttl_seconds: int | None = 3600, **options: Any) -> None:
         super().__init__(redis_url, ttl_seconds, **options)
-        self._calls = _Calls(self)
 
-    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        """Store a state as the last one of a node. Raises NotSerialisable, ValueError, StoreError."""
-        self._wait(self._calls.save(run_id, node_id, state))
-
-    def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        """Return the newest output or saved state of a node, or None; see :meth:`RedisStore.load`."""
-        return self._wait(self._calls.load(run_id, node_id))
-
-    def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
-        """Save as an instance of ``schema``; raises TypeError("schema must be a BaseModel type")."""
-        self._wait(self._calls.save_typed(run_id, node_id, state, schema))
-
-    def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
-        """Load as an instance of ``schema``, or None. Raises CorruptCheckpoint if it is not one."""
-        return self._wait(self._calls.load_typed(run_id, node_id, schema))
-
-    def delete(self, run_id: str) -> None:
-        """Delete all executions and states of a run. A session that has it open is fenced off."""
-        self._wait(self._calls.delete(run_id))
-
-    @staticmethod
-    def _wait(call: Coroutine[Any, Any, T]) -> T:
+    def _wait(self, call: Coroutine[Any, Any, T]) -> T:
         """Run a call in a separate thread: this one may have a running event loop."""
         with ThreadPoolExecutor(1, "stroma-redis-calls") as thread:
             return thread.submit(asyncio.run, call).result()
-
-
-class _Calls(_RedisJournal, AsyncStates):
-    """The async calls of another store, on its connections."""
-
-    def __init__(self, store: _RedisJournal) -> None:
-        # Both share workers and connections, without references to each other.
-        vars(self).update(vars(store))
 
 
 def _driver(store: str) -> Any:
