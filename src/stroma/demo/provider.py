@@ -10,8 +10,8 @@ The first line of the system message is `TASK: extract`, `TASK: classify` or `TA
 message is the document's text (extract) or JSON `{"records": [{"name": ..., <fields of extract>}, ...]}`.
 Later messages, such as a request to fix an earlier answer, change neither the answer nor the faults.
 
-The faults of a text depend on the seed, the task, the text and how often that text was sent; never on the
-time or on the order in which requests arrive. A header forces one of `FAULTS`: `X-Demo-Fault: 429`.
+The faults of a text depend on the task, the text and how often that text was sent; never on the time or on
+the order in which requests arrive. A header forces one of `FAULTS`: `X-Demo-Fault: 429`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def answer(task: str, text: str) -> dict[str, Any]:
     """Return the answer to a task. Raises ValueError for records in another form than the pipeline's."""
     if task == "extract":
         recorded = _recorded().get(digest_of(task, text)[:12])
-        return _guess(text) if recorded is None else recorded
+        about = ("document", "faults")
+        return _guess(text) if recorded is None else {k: recorded[k] for k in recorded if k not in about}
     message = json.loads(text)
     records = message.get("records") if isinstance(message, dict) else None
     if not isinstance(records, list) or not all(isinstance(one, dict) and one.get("name") for one in records):
@@ -100,11 +101,10 @@ def answer(task: str, text: str) -> dict[str, Any]:
 
 @cache
 def _recorded() -> Mapping[str, dict[str, Any]]:
-    data = json.loads(Path(__file__).with_name("answers.json").read_text("utf-8"))
-    return {
-        digest: {name: value for name, value in record.items() if name != "document"}
-        for digest, record in data.items()
-    }
+    recorded: dict[str, dict[str, Any]] = json.loads(
+        Path(__file__).with_name("answers.json").read_text("utf-8")
+    )
+    return recorded
 
 
 def _guess(text: str) -> dict[str, Any]:
@@ -149,54 +149,28 @@ def _risk(record: Mapping[str, Any], records: list[dict[str, Any]]) -> dict[str,
     return {"name": record["name"], "level": level, "reasons": [reason for _, reason in causes]}
 
 
-# Chosen so that the documents that ship with the demo meet every fault of `FAULTS` but the quota, with one
-# hang, the slow fault, among them. A changed document changes its own faults: `tests/demo/test_provider.py`
-# says when another seed is needed.
-DEFAULT_SEED: Final = 6637
-#: Share of the faults, by kind. A hang costs a client its whole timeout, so it is the rarest.
-_WEIGHTS: Final = {"429": 6, "500": 4, "503": 4, "hang": 2, "drop": 3, "malformed": 3, "wrong_type": 3}
-FAULTS: Final = (*_WEIGHTS, "quota")
+#: Kinds of faults that texts have, and one that is only forced.
+_FAULTS: Final = ("429", "500", "503", "hang", "drop", "malformed", "wrong_type")
+FAULTS: Final = (*_FAULTS, "quota")
 _WRONG_ANSWERS: Final = ("malformed", "wrong_type")
-_FIRST_FAULT_RATE: Final = 0.35
-_SECOND_FAULT_RATE: Final = 0.30  # after a fault without an answer; the third call is always right
 _TASKS: Final = ("extract", "classify", "risk")
 _HOST: Final = "127.0.0.1"
+_LATENCY_SECONDS: Final = 0.04
 
 
 # ---------------------------------------------------------------------- faults
 
 
-def fault_plan(seed: int, task: str, text: str) -> tuple[str, ...]:
-    """Return the faults of the first calls with this task and text, at most two; later calls succeed.
+def faults_of(digest: str) -> tuple[str, ...]:
+    """Return the faults of the first calls with a text; later calls succeed. ``digest``: see digest_of().
 
-    A wrong answer is always the last fault: the call after it is answered rightly.
+    They are recorded for the documents that ship with the demo; of other texts, every third has one.
     """
-    return _plan(seed, digest_of(task, text))
-
-
-def _plan(seed: int, digest: str) -> tuple[str, ...]:
-    first, first_kind, second, second_kind, *_ = _draws(seed, digest, "plan")
-    if first >= _FIRST_FAULT_RATE:
-        return ()
-    kind = _pick(first_kind)
-    if kind in _WRONG_ANSWERS or second >= _SECOND_FAULT_RATE:
-        return (kind,)
-    return (kind, _pick(second_kind))
-
-
-def _draws(*key: object) -> list[float]:
-    """Return eight numbers in 0..1 that depend on the key only."""
-    digest = hashlib.sha256("\n".join(map(str, key)).encode()).digest()
-    return [int.from_bytes(digest[i : i + 4], "big") / 2**32 for i in range(0, 32, 4)]
-
-
-def _pick(draw: float) -> str:
-    point = draw * sum(_WEIGHTS.values())
-    for kind, weight in _WEIGHTS.items():
-        point -= weight
-        if point < 0:
-            return kind
-    return next(reversed(_WEIGHTS))
+    recorded = _recorded().get(digest[:12])
+    if recorded is not None:
+        return tuple(recorded.get("faults", ()))
+    number = int(digest[:8], 16)
+    return () if number % 3 else (_FAULTS[number // 3 % len(_FAULTS)],)
 
 
 class Stats(TypedDict):
@@ -214,15 +188,12 @@ class _Decision:
     outcome: str
     call: int
     digest: str
-    latency_seconds: float
-    retry_after_ms: int
 
 
 @dataclass(slots=True)
 class _RequestLog:
     """Decisions and counts of requests, shared by the threads that serve connections."""
 
-    seed: int
     calm: bool
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _planned: Counter[str] = field(default_factory=Counter)
@@ -235,13 +206,12 @@ class _RequestLog:
             self._calls[digest] += 1
             call, outcome = self._calls[digest], forced
             if outcome is None:  # Else it leaves the faults that the text has coming as they are.
-                plan, planned = () if self.calm else _plan(self.seed, digest), self._planned[digest]
+                plan, planned = () if self.calm else faults_of(digest), self._planned[digest]
                 outcome = plan[planned] if planned < len(plan) else "ok"
                 self._planned[digest] += 1
             # Counted before it is answered: a client that dies in between has bought this answer.
             self._outcomes[outcome] += 1
-        latency, header, *_ = _draws(self.seed, digest, call, "answer")
-        return _Decision(outcome, call, digest, 0.02 + 0.04 * latency, 1000 if header < 0.5 else 300)
+        return _Decision(outcome, call, digest)
 
     def stats(self) -> Stats:
         with self._lock:
@@ -274,7 +244,7 @@ class _HTTPError(Exception):
 
 def _error_of(decision: _Decision, model: str) -> _HTTPError:
     if decision.outcome == "429":
-        wait = decision.retry_after_ms
+        wait = 1000 if int(decision.digest[0], 16) % 2 else 300
         # Both forms are in use; the one in milliseconds is OpenAI's own and the finer.
         headers = {"retry-after": str(wait // 1000)} if wait >= 1000 else {"retry-after-ms": str(wait)}
         message = f"Rate limit reached for {model} on requests per min (RPM). Please try again in {wait}ms."
@@ -364,7 +334,7 @@ class _Handler(BaseHTTPRequestHandler):
         text = next(message["content"] for message in messages if message["role"] == "user")
         right = answer(task, text)
         decision = self.server.ledger.decide(task, text, forced)
-        time.sleep(decision.latency_seconds)
+        time.sleep(_LATENCY_SECONDS)
         if decision.outcome == "hang":
             self._await_client_gone()
         if decision.outcome in ("hang", "drop"):
@@ -407,8 +377,8 @@ class Provider:
     stays silent before it drops the connection: let it be more than the client's timeout.
     """
 
-    def __init__(self, seed: int = DEFAULT_SEED, *, calm: bool = False, hang_seconds: float = 4.0) -> None:
-        self._server = _Server(_RequestLog(seed, calm), hang_seconds)
+    def __init__(self, *, calm: bool = False, hang_seconds: float = 4.0) -> None:
+        self._server = _Server(_RequestLog(calm), hang_seconds)
         self.base_url: Final = f"http://{_HOST}:{self._server.server_port}/v1"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 

@@ -26,7 +26,7 @@ from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import schema_of
 from stroma.demo.agent import BOOK_VARIABLE
 from stroma.demo.pipeline import BASE_URL_VARIABLE, DOCUMENTS, Documents
-from stroma.demo.provider import DEFAULT_SEED, Provider, digest_of
+from stroma.demo.provider import Provider, digest_of
 
 _TARGET = "stroma.demo.pipeline:pipeline"
 _AGENT = "stroma.demo.agent:support"
@@ -40,8 +40,7 @@ _COLUMNS: Final = 79
 class Demo:
     """One run of the demo: its files, and how its commands are run."""
 
-    def __init__(self, folder: Path, work: Path, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, folder: Path, work: Path) -> None:
         self.folder = folder
         self.work = work
         self.db = work / "runs.db"
@@ -131,7 +130,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dir", type=Path, help="where the database and the report go (default: a new temporary one)"
     )
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the provider's misbehaviour")
     options = parser.parse_args(argv)
     if not options.folder.is_dir():
         print(f"folder {options.folder} does not exist; pass --folder", file=sys.stderr)
@@ -143,16 +141,16 @@ def main(argv: list[str]) -> int:
         return 2
     started = time.monotonic()
     folder = options.folder if options.folder == DOCUMENTS else options.folder.resolve()
-    demo = Demo(folder, work.resolve(), options.seed)
+    demo = Demo(folder, work.resolve())
     if options.scene == "agent":
         ok = _killed_agent(demo)
         if ok:
             _look_further(demo, time.monotonic() - started, "ticket", _SHOWN_AGENT)
         return 0 if ok else 1
-    with Provider(options.seed) as provider:
+    with Provider() as provider:
         ok = _trouble(demo, provider)
     # Another one, which has its faults before it and an empty ledger.
-    with Provider(options.seed) as provider:
+    with Provider() as provider:
         ok = ok and _killed_and_resumed(demo, provider) and _on_a_budget(demo, provider)
     if ok:
         _bill(demo, "inbox")
