@@ -30,10 +30,11 @@ PROGRESS_SECONDS = 15
 UNNOTICED = ("survived", "no tests")
 #: Lines of pytest's output that are shown if a run of unchanged source fails.
 SHOWN_LINES = 200
-#: Tests that parse the source, where mutmut has put copies of each function, that measure memory, in which it
-#: records the calls of a test, or that compose a command line, which has the name of the program around it.
+#: Tests that mutmut breaks: it puts copies of each function into the source, records the calls of a test in
+#: memory, is a frame in each traceback, and the program that command lines name.
 UNFIT_TESTS = [
     "--deselect=tests/cli/test_mcp.py::test_no_answer_floods_an_agent",
+    "--deselect=tests/failures/test_mistakes.py::test_the_keys_beside_a_fallback_model",
     "--deselect=tests/project/test_source_rules.py::test_only_the_engine_calls_a_nodes_function",
     "--deselect=tests/adapters/test_guard_resume.py::test_the_memory_of_a_guard_that_is_used_a_thousand_times_is_flat",
 ]
