@@ -240,8 +240,9 @@ def test_what_cannot_be_counted_is_said(response: Any, says: str) -> None:
         ({"input_tokens": 5, "cached_input_tokens": 3, "cache_write_tokens": 3}, "report the whole input"),
         ({"input_tokens": 5, "cache_write_tokens": 3, "cache_write_1h_tokens": 4}, "a part of them"),
         ({"model": 5}, "strings or None"),
-        ({"cost_usd": -1.0}, "finite number of dollars"),
-        ({"cost_usd": float("nan")}, "finite number of dollars"),
+        ({"cost_usd": -1.0}, "number of dollars, 0 to 1,000,000"),
+        ({"cost_usd": float("nan")}, "number of dollars"),
+        ({"cost_usd": 1e300}, "number of dollars"),  # No store has room for it.
     ],
     ids=str,
 )

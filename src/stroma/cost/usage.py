@@ -11,6 +11,8 @@ from stroma._utils.access import safe_get
 
 #: Tokens of one report. Beyond it neither floats nor the integers of a store can count the costs.
 MOST_TOKENS: Final = 10**9
+#: US dollars of one report. Stores keep sums of pico-dollars in 64 bits.
+MOST_USD: Final = 10**6
 #: Entry of ``unpriced_models`` for tokens that were reported without a model.
 NO_MODEL: Final = "(no model)"
 
@@ -103,9 +105,9 @@ class Usage:
             )
         cost = self.cost_usd
         if cost is not None and (
-            isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0 <= cost < math.inf
+            isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0 <= cost <= MOST_USD
         ):
-            raise UsageError(f"cost_usd must be a finite number of dollars, zero or more, got {shown(cost)}")
+            raise UsageError(f"cost_usd must be a number of dollars, 0 to {MOST_USD:,}, got {shown(cost)}")
         if any(value is not None and not isinstance(value, str) for value in (self.model, self.tier)):
             raise UsageError(
                 f"model and tier of a usage must be strings or None, got {shown(self.model)} and "
@@ -290,7 +292,7 @@ def cost_of_call(usage: Any) -> float | None:
 def _dollars(owner: Any, name: str) -> float | None:
     value = safe_get(owner, name)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and 0 <= value < math.inf else None
+    return value if is_number and 0 <= value <= MOST_USD else None
 
 
 def _count(owner: Any, name: str) -> int | None:

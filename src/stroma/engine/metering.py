@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from typing import Any
 
 from stroma.contracts.contract import RETURN_SHAPES
 from stroma.cost.prices import cached_pricer, find_pricer
-from stroma.cost.usage import UsageError, check_usage, report_of, shown, usage_from
+from stroma.cost.usage import MOST_USD, UsageError, check_usage, report_of, shown, usage_from
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.tasks import Shield, in_thread
@@ -102,7 +101,7 @@ async def price(
                 await shield.finish(in_thread(find_pricer, (model, detail)))
                 pricer = find_pricer(model, detail)
             amount = 0.0 if pricer is None else pricer(consumed, generated)
-            if not (math.isfinite(amount) and amount >= 0):
+            if not 0 <= amount <= MOST_USD:
                 raise ValueError(f"it comes to {amount!r} USD")
         except Exception as error:  # The output is safe, whatever its price is.
             problem = UsageError(
