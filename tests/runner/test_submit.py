@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -234,11 +234,18 @@ async def test_hooks_are_called_where_the_run_is_executed(store: Any) -> None:
     assert seen == ["run_start", "start a", "success a", "run_end"]
 
 
-async def test_a_run_that_was_never_submitted(tmp_path: Path) -> None:
-    """status() of an unknown run is CheckpointNotFound, also before the first run has created the store."""
+@pytest.mark.parametrize("method", ["status", "resume", "signal", "drive"])
+async def test_a_run_that_was_never_submitted(tmp_path: Path, method: str) -> None:
+    """An unknown run is CheckpointNotFound, also before the first run has created the store."""
     runner = _runner(SQLiteStore(tmp_path / "runs.db"))
+    calls: dict[str, Callable[[], Awaitable[Any]]] = {
+        "status": lambda: runner.handle("unknown").status(),
+        "resume": lambda: runner.resume([node("a", same)], "unknown"),
+        "signal": lambda: runner.signal("unknown", Num()),
+        "drive": lambda: runner.drive("unknown"),
+    }
     with pytest.raises(CheckpointNotFound, match="unknown"):
-        await runner.handle("unknown").status()
+        await calls[method]()
 
 
 async def test_the_last_time_of_a_run() -> None:

@@ -227,22 +227,27 @@ class StoredRuns:
         """Return the schema of the input of these nodes. Raises TypeError if they start with a group."""
         return input_schema_of(nodes, self._registry) if input_class is None else schema_of(input_class)
 
+    async def _read(self, method: str, run_id: str) -> Any:
+        """Call a blocking method of the journal about a run. Raises CheckpointNotFound without any run."""
+        store = self.journal(method)
+
+        def read() -> Any:
+            if not store.exists():  # The first run creates a store.
+                raise no_run(run_id)
+            return getattr(store, method)(run_id)
+
+        return await asyncio.to_thread(read)
+
     async def get(self, run_id: str) -> RunRecord:
         """Return a run. Raises CheckpointNotFound."""
-        store = self.journal("get_run")
-
-        def read() -> RunRecord | None:  # The first run creates a store.
-            record: RunRecord | None = store.get_run(run_id) if store.exists() else None
-            return record
-
-        record = await asyncio.to_thread(read)
+        record: RunRecord | None = await self._read("get_run", run_id)
         if record is None:
             raise no_run(run_id)
         return record
 
     async def read_questions(self, run_id: str) -> list[Waiting]:
         """Return the questions of a run, answered ones too."""
-        waiting: list[Waiting] = await asyncio.to_thread(self.journal("waiting").waiting, run_id)
+        waiting: list[Waiting] = await self._read("waiting", run_id)
         return waiting
 
     def read_events(self, run_id: str, after: EventPlace, limit: int) -> EventPage:
@@ -273,7 +278,7 @@ class StoredRuns:
 
     async def count_failed_items(self, run_id: str) -> int:
         """Return how many items of the maps of a run that has ended failed."""
-        notes = await asyncio.to_thread(self.journal("flow_notes").flow_notes, run_id)
+        notes = await self._read("flow_notes", run_id)
         return decode_number(notes.get(ALL_FAILED_ITEMS, b"0"), RecordName(run_id, "note", ALL_FAILED_ITEMS))
 
     def served(self, pipelines: Sequence[Any]) -> dict[str, ServedPipeline]:
@@ -291,9 +296,8 @@ class StoredRuns:
         return served
 
     async def read_input(self, run_id: str, schema: Schema) -> BaseModel:
-        """Return the original input of a run."""
-        data: bytes = await asyncio.to_thread(self.journal("input_of").input_of, run_id)
-        return schema.decode(data)
+        """Return the original input of a run. Raises CheckpointNotFound."""
+        return schema.decode(await self._read("input_of", run_id))
 
     async def read_map(self, run_id: str, node: Any) -> AsyncIterator[tuple[int, Any]]:
         """Yield the outputs of a map; see :meth:`StromaRunner.map_outputs`."""
