@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from stroma import FailureClass, FailurePolicy, StromaRunner, current_node
+from stroma import FailureClass, FailurePolicy, NodeHooks, StromaRunner, current_node
 from stroma.adapters import Guard
 from stroma.telemetry import otel_hooks
 
@@ -26,7 +26,14 @@ class Spans:
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.framework = provider.get_tracer("framework")
         again = {each: FailurePolicy(max_retries=1, backoff_seconds=0) for each in FailureClass}
-        self.guard = Guard(StromaRunner.quick(hooks=otel_hooks(tracer=provider), policy_map=again))
+        #: The current spans in the hooks of the run.
+        self.seen: list[str | None] = []
+
+        async def see(*_: Any) -> None:
+            self.seen.append(getattr(trace.get_current_span(), "name", None))
+
+        hooks = otel_hooks(tracer=provider) | NodeHooks(on_run_start=see, on_run_end=see)
+        self.guard = Guard(StromaRunner.quick(hooks=hooks, policy_map=again))
 
     @property
     def parents(self) -> dict[str, str | None]:
@@ -48,7 +55,10 @@ TREE = {
 
 @pytest.mark.parametrize("kind", ["with", "async with", "over", "aover"])
 def test_a_run_and_its_steps_stand_in_the_framework_s_own_trace(kind: str) -> None:
-    """One trace, one tree: ``guard.run()`` makes its span current, and a step opens under the current one."""
+    """One trace, one tree: ``guard.run()`` makes its span current, and a step opens under the current one.
+
+    The span of the run is current in its start hooks and in its end hooks.
+    """
     spans = Spans()
     guard, span = spans.guard, spans.framework.start_as_current_span
     model: Any = guard.wrap("model", lambda: "answer")
@@ -85,6 +95,7 @@ def test_a_run_and_its_steps_stand_in_the_framework_s_own_trace(kind: str) -> No
     else:
         asyncio.run(main())
     assert spans.parents == TREE
+    assert spans.seen == ["invoke_workflow pipeline"] * 2
     assert not trace.get_current_span().get_span_context().is_valid, "the run has ended"
 
 

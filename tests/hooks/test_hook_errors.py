@@ -145,11 +145,14 @@ async def test_a_hook_cannot_grant_attempts() -> None:
     assert ([event.attempt for event in result.trace], len(calls)) == ([1, 2, 3], 3)
 
 
+@pytest.mark.parametrize("suspends", [False, True])
 @pytest.mark.parametrize("event", ["on_node_start", "on_node_success", "on_run_end"])
-async def test_a_hook_that_raises_generator_exit_changes_nothing(event: str) -> None:
+async def test_a_hook_that_raises_generator_exit_changes_nothing(event: str, suspends: bool) -> None:
     """G8: a GeneratorExit that a hook raises itself is an exception in a hook like any other."""
 
     async def leave(*_: Any) -> None:
+        if suspends:
+            await asyncio.sleep(0)
         raise GeneratorExit
 
     result = await quick(hooks=NodeHooks(**{event: leave})).run([node("a", lambda state: {"n": 1})], Num())

@@ -162,9 +162,11 @@ def hand_back(
 
 
 def start_in_background(
-    work: Coroutine[Any, Any, Any], context: contextvars.Context, done: Callable[[asyncio.Task[Any]], None]
+    work: Coroutine[Any, Any, Any],
+    context: contextvars.Context | None,
+    done: Callable[[asyncio.Task[Any]], None],
 ) -> Callable[[], None]:
-    """Run a coroutine as a task of the background loop; return what cancels it. ``done`` is called there."""
+    """Run a coroutine in a context on the background loop; return what cancels it. ``done``: called there."""
     loop = _loop()
     tasks: list[asyncio.Task[Any]] = []
     shared = loop is (_shared and _shared.loop)
@@ -175,7 +177,7 @@ def start_in_background(
         done(task)
 
     def start() -> None:
-        task = loop.create_task(work, context=context.copy())
+        task = loop.create_task(work, context=context)
         tasks.append(task)
         task.add_done_callback(ended)
 
@@ -187,8 +189,8 @@ def start_in_background(
     return cancel
 
 
-def run_in_background(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine on the background loop and return its result, blocking."""
+def run_in_background(work: Coroutine[Any, Any, T], context: contextvars.Context | None) -> T:
+    """Run a coroutine in a context on the background loop and return its result, blocking."""
     over = threading.Event()
     ended: list[asyncio.Task[T]] = []
 
@@ -196,6 +198,6 @@ def run_in_background(work: Coroutine[Any, Any, T]) -> T:
         ended.append(task)
         over.set()
 
-    start_in_background(work, contextvars.copy_context(), done)
+    start_in_background(work, context, done)
     over.wait()
     return ended[0].result()

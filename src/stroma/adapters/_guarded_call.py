@@ -106,7 +106,7 @@ class Call:
         inbox: SimpleQueue[Turn | asyncio.Task[Any]] = SimpleQueue()
         base = copy_context()
         engine = self._execute(hand_back(base, inbox.put))
-        cancel = start_in_background(engine, base, inbox.put)
+        cancel = start_in_background(engine, base.copy(), inbox.put)
         try:
             while isinstance(turn := inbox.get(), Turn):
                 error = None
@@ -129,7 +129,8 @@ class Call:
     def stream(self) -> Generator[Any, Any, Any]:
         inbox: SimpleQueue[Turn | asyncio.Task[Any]] = SimpleQueue()
         base = copy_context()
-        cancel = start_in_background(self._execute(hand_back(base, inbox.put)), base, inbox.put)
+        engine = self._execute(hand_back(base, inbox.put))
+        cancel = start_in_background(engine, base.copy(), inbox.put)
         try:
             while isinstance(turn := inbox.get(), Turn):
                 source: Any = None

@@ -8,7 +8,7 @@ import hashlib
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from contextvars import ContextVar, Token, copy_context
+from contextvars import Context, ContextVar, Token, copy_context
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -137,8 +137,9 @@ class GuardedRun:
         #: The run was cancelled: no further step starts.
         self.cancelling = False
         self._token: Token[tuple[GuardedRun, ...]] | None = None
-        #: What hooks have set for the code of the run, its span above all, and what undoes that in the
-        #: caller's context.
+        #: The context of the start and the end of a run that is opened apart, what hooks have set there for
+        #: the code of the run, its span above all, and what undoes that in the caller's context.
+        self._context: Context | None = None
         self._changes: Changes = ()
         self._applied = ExitStack()
 
@@ -240,10 +241,17 @@ class GuardedRun:
                 own.set_result(None)
 
     async def _open_apart(self) -> None:
-        """Start the run in a context of its own, and note what hooks set there."""
+        """Start the run in its own context, and note what hooks set there."""
         base = copy_context()
         await self.open()
         self._changes = changes_since(base)
+
+    async def _close_apart(self, error: BaseException | None) -> None:
+        """End a run that was opened in its own context there, unless nothing can be awaited."""
+        if isinstance(error, GeneratorExit):
+            await self.close(error)
+        else:
+            await asyncio.get_running_loop().create_task(self.close(error), context=self._context)
 
     async def _open(self, first: Call | None) -> None:
         ctx = self.ctx
@@ -337,7 +345,8 @@ class GuardedRun:
 
     def over(self, start: Callable[[], Iterable[Any]]) -> Generator[Any, None, Any]:
         """Iterate over ``start()`` inside this run, which ends with it. Use it in place of ``with``."""
-        run_in_background(self._open_apart())
+        self._context = copy_context()
+        run_in_background(self._open_apart(), self._context)
         self._register()
         raised: BaseException | None = None
         source: Any = None
@@ -359,12 +368,13 @@ class GuardedRun:
             raise
         finally:
             self._leave()
-            run_in_background(self.close(raised))
+            run_in_background(self.close(raised), self._context)
 
     async def aover(self, start: Callable[[], AsyncIterable[Any]]) -> AsyncIterator[Any]:
         """Do the same as :meth:`over` for an async iterator."""
         # Not in the context of the caller, who has the parts: the run is around the framework's code alone.
-        await asyncio.get_running_loop().create_task(self._open_apart())
+        self._context = copy_context()
+        await asyncio.get_running_loop().create_task(self._open_apart(), context=self._context)
         self._register()
         raised: BaseException | None = None
         source: Any = None
@@ -387,7 +397,7 @@ class GuardedRun:
             raise
         finally:
             self._leave()
-            await self.close(raised)
+            await self._close_apart(raised)
 
     def _register(self) -> None:
         if self.ended or self in self.guard.open_runs:
@@ -406,14 +416,15 @@ class GuardedRun:
             _reset(self._token)
 
     def __enter__(self) -> Self:
-        run_in_background(self._open_apart())
+        self._context = copy_context()
+        run_in_background(self._open_apart(), self._context)
         self._enter()
         self._applied.enter_context(applied(self._changes))
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._leave()
-        run_in_background(self.close(error))
+        run_in_background(self.close(error), self._context)
 
     async def __aenter__(self) -> Self:
         await self.open()

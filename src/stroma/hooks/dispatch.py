@@ -188,7 +188,7 @@ class Firing:
     taken back. HookNotAsync and a cancellation from outside come out of :meth:`finish` once every hook
     was called, but for an event that is not an end: the sets after a hook that is not async
     are not called then. KeyboardInterrupt and SystemExit come out as well, before those. GeneratorExit comes
-    out of :meth:`finish` at once: it means that the coroutine around is being closed.
+    out of :meth:`finish` at once if the coroutine around is being closed.
     """
 
     __slots__ = (
@@ -308,9 +308,9 @@ class Firing:
         limit = self._hooks.limits[set_index]
         try:
             await (waiting if limit is None else _await_in_time(waiting, limit))
-        except GeneratorExit:  # The coroutine around is being closed; or the hook raised it.
-            raise
         except BaseException as error:
+            if isinstance(error, GeneratorExit) and waiting.is_closed:  # So is the coroutine around.
+                raise
             self._handle(error, task)
         else:
             self._check_time(set_index, hook)
@@ -473,6 +473,7 @@ class _Waiting(Started):
         self._firing = firing
         self._task = task
         self.scope: asyncio.Timeout | None = None
+        self.is_closed = False
 
     @property
     def is_late(self) -> bool:
@@ -495,9 +496,13 @@ class _Waiting(Started):
             self._firing.take_back(self._task, before)
         if self.is_late:  # Its time is up, and it goes on awaiting.
             with contextlib.suppress(BaseException):
-                self.close()
+                super().close()
             raise error
         return waits_for
+
+    def close(self) -> None:
+        self.is_closed = True
+        super().close()
 
     def _cancelling(self) -> int:
         return 0 if self._task is None else self._task.cancelling()
