@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 from prometheus_client import CollectorRegistry
-from pydantic import AliasChoices, BaseModel, Field, Secret, SecretBytes, SecretStr
+from pydantic import AliasChoices, BaseModel, Field, RootModel, Secret, SecretBytes, SecretStr
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_opentelemetry import Seen, quick
 
@@ -421,6 +421,26 @@ async def test_denied_names_in_texts_and_pairs(value: Any) -> None:
 async def test_other_texts_and_pairs_are_sent_as_they_are(value: Any) -> None:
     """A text without a denied name, and a pair of other names, are unchanged."""
     assert "[redacted]" not in await sent_with(value)
+
+
+class Balances(RootModel[dict[str, int]]):
+    pass
+
+
+async def test_keys_of_a_root_model_are_content() -> None:
+    """By default of a dict of addresses its size is sent, and no address."""
+    seen = Seen()
+    runner = StromaRunner.quick(hooks=seen.hooks())
+
+    @runner.node
+    async def read(state: Balances) -> Balances:
+        return state
+
+    await runner.run([read], Balances({"ada@example.org": 7}))
+    shown = [
+        (span.attributes or {}).get(name) for span in seen.spans for name in ("stroma.input", "stroma.output")
+    ]
+    assert shown == ['"dict[1]"'] * 4
 
 
 @pytest.mark.parametrize("content", ["none", "redacted"])

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from stroma._utils.secrets import names_of_field
 from stroma._utils.text import visible
 from stroma.contracts.schema import schema_of
+from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.redaction import UnreadState
 from stroma.trace.plain import jsonable
@@ -209,7 +210,7 @@ class Content:
         text = state.shapes if isinstance(state, UnreadState) else None
         if text is None:
             fields = _value_of(state)[0]
-            if isinstance(fields, Mapping):
+            if isinstance(fields, Mapping) and not _has_data_as_keys(state):
                 known = (
                     fields.items() if len(fields) <= _MOST_FIELDS else islice(fields.items(), _MOST_FIELDS)
                 )
@@ -405,6 +406,13 @@ def _value_of(state: Mapping[str, Any]) -> tuple[Any, type[BaseModel] | None]:
         return root, None
     shown = state.shown()
     return shown if isinstance(root, Mapping) else shown.get("root"), None
+
+
+def _has_data_as_keys(state: Mapping[str, Any]) -> bool:
+    """Return True for the state of a root model, such as a dict by address: its keys are not names of fields."""
+    return (
+        isinstance(state, UnreadState) and state.schema.is_root and not isinstance(state.model, UntypedState)
+    )
 
 
 def is_text(state: Mapping[str, Any]) -> bool:
