@@ -40,9 +40,15 @@ def test_old_runs_go(old, inside):
     """What ended longer ago is deleted, what could be resumed only if asked for; a younger run stays."""
     done = inside("gc", "--older-than", "3d", "--db", "runs.db")
     assert (done.code, done.out, done.err) == (0, "", "0 runs deleted from runs.db\n")
+    done = inside("gc", "--older-than", "24h", "--dry-run", "--db", "runs.db")
+    assert [line.split()[0] for line in done.out.splitlines()] == ["RUN", "ended"]
+    assert done.err == "1 run would be deleted from runs.db\n"
     assert inside("gc", "--older-than", "24h", "--db", "runs.db").err == "1 run deleted from runs.db\n"
     assert left(inside) == {"gave up", "killed", "young"}
-    done = inside("gc", "--older-than", "1.5d", "--unfinished", "--json", "--db", "runs.db")
+    options = ("--older-than", "1.5d", "--unfinished", "--json", "--db", "runs.db")
+    data = json.loads(inside("gc", *options, "--dry-run").out)
+    assert {run["run_id"] for run in data["runs"]} == {"gave up", "killed"}
+    done = inside("gc", *options)
     assert json.loads(done.out) == {"schema": "stroma.gc/1", "runs": 2, "blobs": 0}
     assert left(inside) == {"young"}
 
@@ -59,7 +65,9 @@ def test_a_run_that_somebody_is_at_work_on_stays(old, inside):
         with sqlite3.connect(old.home / "runs.db") as db:
             db.execute("UPDATE runs SET updated_ms = updated_ms - 172800000 WHERE run_id = 'killed'")
         db.close()
-        done = inside("gc", "--older-than", "1d", "--unfinished", "--db", "runs.db")
+        options = ("--older-than", "1d", "--unfinished", "--db", "runs.db")
+        assert inside("gc", *options, "--dry-run").err.endswith("2 runs would be deleted from runs.db\n")
+        done = inside("gc", *options)
         assert done.err == "2 runs deleted from runs.db\n"
         assert left(inside) == {"killed", "young"}
     finally:
@@ -83,6 +91,7 @@ def test_blobs_go_with_their_runs(old, inside):
 def test_what_cannot_be_meant(old, inside, fails):
     """Without a span, or with one that is none, nothing is deleted; a store that is not there is not made."""
     fails(inside("gc", "--db", "runs.db"), 2, "--older-than")
+    fails(inside("gc", "--older-than", "1d", "--dry-run", "--blobs", "x"), 2, "leave out --blobs")
     for span in ("30", "-1d", "d", "30 days", "1e9d", "nan", "99999999w"):
         fails(inside("gc", "--older-than", span, "--db", "runs.db"), 2, "is not a time span")
     fails(inside("gc", "--older-than", "1d", "--db", "none.db"), 4, "store none.db does not exist")

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 
 import pytest
+from tests.cli.test_signals import wait_for
 
 GOOD = '{"start": 1}'
 
@@ -247,6 +249,100 @@ def test_resume_says_what_it_cannot(stroma, inside, fails):
     fails(inside("resume", "x", "other.py:pipeline", "-q"), 2, "takes, Text", "Field required")
     stroma.file("fewer.py", "from sums import *\npipeline = Pipeline('sums', [first, third])")
     fails(inside("resume", "x", "fewer.py:pipeline", "-q"), 2, "cannot be resumed", "--from NODE")
+
+
+def test_several_runs_are_resumed(stroma, inside, ran, fails):
+    """`resume` continues each run that is named or matches, lists them, and ends with the worst code."""
+    breaks = {"SECOND": "raise RuntimeError('no luck')"}
+    for run_id in ("a", "b", "c"):
+        ran(run_id, code=1, **breaks)
+    ran("done")
+    done = inside("resume", "c", "a", "sums.py:pipeline", env=breaks)
+    assert done.code == 1
+    assert [line.split()[:3] for line in done.out.splitlines()[1:]] == [
+        ["c", "sums", "PARTIAL"],
+        ["a", "sums", "PARTIAL"],
+    ]
+    assert "2 runs: 2 PARTIAL\n  2 stopped by node 'second': AMBIGUOUS\n" in done.err
+    calls = len(stroma.calls())
+    done = inside("resume", "--failed", "sums.py:pipeline", "--dry-run")
+    assert re.findall(r"^run .*$|^calls .*$", done.out, re.MULTILINE) == [
+        line for run_id in "abc" for line in (f"run {run_id}", "calls   second, third")
+    ]
+    done = inside("resume", "--failed", "--since", "1h", "sums.py:pipeline", "--json")
+    data = json.loads(done.out)
+    assert (done.code, data["schema"], data["totals"]["statuses"]) == (0, "stroma.runs/1", {"RESUMED": 3})
+    assert [one["run_id"] for one in data["runs"]] == ["a", "b", "c"]
+    assert stroma.calls()[calls:] == ["second", "third"] * 3
+    done = inside("resume", "--failed", "sums.py:pipeline")
+    assert (done.code, done.out) == (0, "")
+    assert "no run that can be resumed matches in " in done.err
+    fails(inside("resume", "a", "sums.py:pipeline", "--failed"), 2, "and not both")
+    fails(inside("resume"), 2, "pass RUN, or a filter such as --failed")
+    fails(inside("resume", "a", "b", "sums.py:pipeline", "--from", "third", "--fork"), 2, "take one RUN")
+
+
+def test_several_runs_are_handed_to_workers(stroma, inside, ran):
+    """Without a pipeline, `resume` makes each run due that can be, and says why another one is not."""
+    for run_id in ("a", "b"):
+        ran(run_id, code=1, SECOND="raise RuntimeError('no luck')")
+    ran("done")
+    done = inside("resume", "a", "done", "b")
+    assert done.code == 2
+    assert "run done has ended: it is COMPLETED" in done.err
+    assert done.err.count("is due: a worker that serves pipeline 'sums' continues it") == 2
+    runs = json.loads(inside("runs", "--json").out)["runs"]
+    assert [one["run_id"] for one in runs if one["due"]] == ["b", "a"]
+
+
+CLIENT = """
+    from sums import *
+
+    class Client:
+        loop = None
+        async def ask(self):
+            self.loop = self.loop or asyncio.get_running_loop()
+            if self.loop is not asyncio.get_running_loop():
+                raise RuntimeError("Event loop is closed")
+
+    client = Client()
+
+    async def ask(state):
+        exec(os.environ.get("SECOND", "pass"), globals())
+        await client.ask()
+        return state
+
+    pipeline = Pipeline("asks", [node("ask", ask, Count)])
+"""
+
+
+def test_runs_that_are_resumed_together_share_a_loop(stroma, inside, ran):
+    """A client of the pipeline's module works in all runs that one command resumes."""
+    stroma.file("client.py", CLIENT)
+    for run_id in ("a", "b"):
+        ran(run_id, target="client.py:pipeline", code=1, SECOND="raise RuntimeError('no luck')")
+    assert inside("resume", "a", "b", "client.py:pipeline").code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, "CANCELLED"), (signal.SIGTERM, "INTERRUPTED")]
+)
+def test_a_signal_ends_the_resumes(stroma, number, status):
+    """A signal stops the run in progress, and the runs after it are not resumed."""
+    for run_id in ("a", "b"):
+        stroma("run", "sums.py:pipeline", GOOD, "--run-id", run_id, env={"SECOND": "raise ValueError"})
+    os.remove(stroma.home / "calls")
+    process = stroma.popen(
+        "resume", "--failed", "sums.py:pipeline", "--drain", "0", env={"SECOND_AWAITS": "asyncio.sleep(60)"}
+    )
+    wait_for(process, "second ")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "1 run not resumed" in err
+    assert stroma.calls() == ["second"]
+    assert [line.split()[:3] for line in out.splitlines()[1:]] == [["a", "sums", status]]
 
 
 @pytest.mark.slow

@@ -136,7 +136,12 @@ def test_an_empty_store(stroma, inside, fails):
     assert (done.code, done.out) == (0, "")
     assert "begin one: stroma run FILE.py:NAME" in done.err
     assert "for another store, pass --db PATH_OR_URL or set STROMA_DB" in done.err
-    assert json.loads(inside("runs", "--json").out) == {"schema": "stroma.runs/1", "runs": []}
+    totals = {"runs": 0, "statuses": {}, "causes": []}
+    assert json.loads(inside("runs", "--json").out) == {
+        "schema": "stroma.runs/1",
+        "runs": [],
+        "totals": totals,
+    }
     fails(inside("show", "last"), 4, "no runs in ", "pass --db PATH_OR_URL")
     fails(inside("runs", "--db", "no.db"), 4, "store no.db does not exist")
     assert not list(stroma.home.rglob("*.db"))

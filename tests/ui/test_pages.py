@@ -429,7 +429,7 @@ def test_overview(site: Site) -> None:
     assert linked == {"first", "flaky", "left", "right", "total"}
     links = [html.unescape(link) for link in re.findall(r'<a (?:data-open )?href="(/\?[^"]+)"', text)]
     assert to_address("/", q="node:flaky") in links
-    assert to_address("/", status="failed", **{"class": "TERMINAL"}) in links
+    assert to_address("/", q="node:total", status="failed", **{"class": "TERMINAL"}) in links
     for link in links:
         assert "data-row" in site.ask("GET", link).text, link
     assert site.get("/overview", days=30).status == 200

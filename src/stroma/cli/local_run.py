@@ -133,8 +133,12 @@ class LocalRun:
             if self.record is not None
             else None,
         )
-        report.print(json=self.options.as_json, quiet=quiet)
-        return int(report.code)
+        report.print(quiet=quiet)
+        if self.options.loop is None:
+            report.emit(json=self.options.as_json)
+        elif report.is_drained:
+            return Code.INTERRUPTED  # The signal ends the command too.
+        return report.code
 
     def _shown_progress(self) -> Progress:
         """Return a live table on a terminal, else lines."""
@@ -152,7 +156,8 @@ class LocalRun:
         # Output of nodes goes to stderr: stdout has the final state only.
         with contextlib.redirect_stdout(sys.stderr):
             try:
-                return asyncio.run(self._drive(runner, progress))
+                run = asyncio.run if self.options.loop is None else self.options.loop.run
+                return run(self._drive(runner, progress))
             except StoreError as error:
                 raise self._store_problem(error) from error
             except PlaceError as error:

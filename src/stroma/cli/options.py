@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ class RunOptions:
     Attributes:
         drain: seconds for the node in flight after a SIGTERM.
         exporters: enabled exporters.
+        loop: the event loop of several runs, which are listed in place of their final states.
     """
 
     budget_usd: float | None = None
@@ -32,6 +34,7 @@ class RunOptions:
     drain: float = 10.0
     if_running: Literal["attach", "take_over"] | None = None
     exporters: Exporters = field(default_factory=Exporters)
+    loop: asyncio.Runner | None = None
 
     @classmethod
     def from_click(cls, *, attach: bool, take_over: bool, **options: Any) -> Self:

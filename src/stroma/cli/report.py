@@ -137,12 +137,15 @@ class RunReport:
 
     # ------------------------------------------------------------------ text
 
-    def print(self, *, json: bool, quiet: bool) -> None:
-        """Print the final state or the JSON object on stdout, the outcome and the next command on stderr."""
+    def print(self, *, quiet: bool) -> None:
+        """Print the outcome and the next command on stderr."""
         if not self.is_complete:
             self._print_stop()
         elif not quiet:
             self._print_success()
+
+    def emit(self, *, json: bool) -> None:
+        """Print the final state or the JSON object on stdout."""
         if json:
             emit(self.data())
         elif self.is_complete:

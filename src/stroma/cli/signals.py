@@ -82,6 +82,13 @@ class StopSignals:
         self._task.cancel()
 
 
+def reset_signals() -> None:
+    """Take back the handlers of a task that has ended: another one follows in this process."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _write_stderr(text: str) -> None:
     # Not sys.stderr: the handler may interrupt a write to it.
     try:

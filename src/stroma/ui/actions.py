@@ -17,10 +17,9 @@ from starlette.responses import RedirectResponse, Response
 from stroma._utils.text import clean
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.errors import RunExists
-from stroma.checkpoint.history import FINISHED
+from stroma.checkpoint.history import is_resumable
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.manager import CheckpointManager
-from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.examples import NoExampleError, example_for
@@ -42,8 +41,7 @@ def can_resume(settings: Settings, record: RunRecord) -> bool:
     """Return True if a page may resume a run: a started, unfinished one without an owner."""
     return (
         settings.served(record).resume is not None
-        and record.status not in (*FINISHED, QUEUED)
-        and record.holder is None
+        and is_resumable(record)
         and record.run_id != "last"  # The command would resume the latest run.
     )
 

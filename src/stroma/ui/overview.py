@@ -189,16 +189,6 @@ def success_rate(records: Iterable[RunRecord]) -> tuple[str, int]:
     return f"{done / (done + failed):.1%}" if done + failed else "no result", failed
 
 
-def stopped_by(records: Iterable[RunRecord]) -> list[tuple[str, str, int]]:
-    """Return (class, reason, runs) of what stopped failed runs, the most frequent first."""
-    counts: dict[tuple[str, str], int] = {}
-    for record in records:
-        if record.cause is not None:
-            key = record.cause.failure_class, record.cause.reason or ""
-            counts[key] = counts.get(key, 0) + 1
-    return sorted(((*key, count) for key, count in counts.items()), key=lambda row: -row[2])[:_MAX_ROWS]
-
-
 _TONES: Final = {
     "good": "succeeded",
     "bad": "failed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
@@ -15,7 +16,7 @@ from starlette.responses import RedirectResponse, Response
 from stroma._utils.svg import Box
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.durable.states import AsyncStates
-from stroma.checkpoint.history import FAILED, bar_of, is_at_work, status_of
+from stroma.checkpoint.history import FAILED, bar_of, count_causes, is_at_work, status_of
 from stroma.checkpoint.history.run_graph import StepNode
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunQuery, RunRecord
@@ -24,7 +25,7 @@ from stroma.trace.outline import outline, tone_of
 from stroma.trace.result import RunStatus
 from stroma.ui.components import Column, sparkline
 from stroma.ui.formatting import cause_text, parse_search, quoted, to_address
-from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, stopped_by, success_rate
+from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, success_rate
 from stroma.ui.rendering import Renderer, now_ms
 from stroma.ui.run_view import find_by_trace
 from stroma.ui.security import IMAGE_POLICY
@@ -85,6 +86,7 @@ _SPANS: Final = (1, 7, 30)  # days
 _MAX_SUMMED: Final = 200_000  # attempts
 _MAX_CHARTED: Final = 1000  # runs
 _MAX_HELD: Final = 8  # suspended runs of the overview
+_MAX_CAUSES: Final = 10  # of failed runs of the overview
 _STATUSES: Final = [QUEUED, "RUNNING", *RunStatus]
 _MAX_TEXT: Final = 4000  # characters of a parameter
 _TRACE_ID: Final = re.compile(r"[0-9a-f]{32}")
@@ -146,9 +148,7 @@ class Pages:
     def _recent(self) -> dict[str, Any]:
         """Return the totals of the newest runs, and the filters with their counts."""
         records = self._store.list_runs(limit=_RECENT)
-        counts: dict[str, int] = {}
-        for record in records:
-            counts[status_of(record)] = counts.get(status_of(record), 0) + 1
+        counts = Counter(map(status_of, records))
         rate, failed = success_rate(records)
         columns = [
             Column(
@@ -165,9 +165,9 @@ class Pages:
             "runs": len(records),
             "rate": rate,
             "failed": failed,
-            "running": counts.get("RUNNING", 0),
-            "queued": counts.get(QUEUED, 0),
-            "waiting": counts.get("SUSPENDED", 0),
+            "running": counts["RUNNING"],
+            "queued": counts[QUEUED],
+            "waiting": counts["SUSPENDED"],
             "cost": sum(record.cost_usd for record in records),
             "drawn": len(columns),
             "spark": sparkline(columns, label, _SPARK),
@@ -246,7 +246,7 @@ class Pages:
             blocked=len(marks),
             blocked_since=min(marks, default=0),
             stopped=stopped,
-            reasons=stopped_by(failed),
+            causes=count_causes(failed)[:_MAX_CAUSES],
             rate=rate,
         )
 

@@ -67,6 +67,7 @@ from stroma.failures.errors import PAUSED
 T = TypeVar("T")
 
 _GC_PAGE_SIZE: Final = 5000  # expired runs of one query
+_MAX_EXPIRED: Final = 1_000_000_000
 _GC_BATCH_SIZE: Final = 50  # deletions submitted together: other operations wait for them
 
 
@@ -461,6 +462,16 @@ class RunStore(ReadableStore):
 
     # ------------------------------------------------------------------ retention
 
+    def expired(self, keep_for: timedelta, *, unfinished: bool = False) -> list[str]:
+        """Return the ids of the runs that :meth:`gc` would delete. Raises StoreError."""
+
+        def query(rows: Rows) -> list[str]:
+            before = rows.now_ms() - int(keep_for.total_seconds() * 1000)
+            run_ids = rows.expired_run_ids(before, unfinished=unfinished, limit=_MAX_EXPIRED)
+            return [run_id for run_id in run_ids if _is_free(rows.find(run_id), before)]
+
+        return self.read(query, [])
+
     async def gc(
         self, *, keep_for: timedelta, unfinished: bool = False, blobs: BlobStore | None = None
     ) -> Collected:
@@ -579,8 +590,12 @@ def _referenced_blobs(rows: Rows) -> set[str]:
 
 
 def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
-    run = rows.find(run_id, lock=True)
-    if run is None or run.holder is not None or run.updated_ms >= before_ms:
-        return False
-    rows.delete(run_id)
-    return True
+    is_free = _is_free(rows.find(run_id, lock=True), before_ms)
+    if is_free:
+        rows.delete(run_id)
+    return is_free
+
+
+def _is_free(run: RunRow | None, before_ms: int) -> bool:
+    """Return True for a run without an owner that was last written before a time."""
+    return run is not None and run.holder is None and run.updated_ms < before_ms

@@ -6,12 +6,13 @@ local time zone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from stroma._utils.text import clean, format_utc, pluralize
 from stroma.checkpoint.entries import Intent, RunFacts, Waiting
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import FINISHED, RunRecord
+from stroma.checkpoint.records import FAILED, FINISHED, RunRecord
 from stroma.trace.events import place_text
 
 
@@ -28,6 +29,17 @@ def is_at_work(record: RunRecord) -> bool:
 def status_of(record: RunRecord) -> str:
     """Return the status of a run to show: INTERRUPTED instead of RUNNING if it has lost its owner."""
     return "INTERRUPTED" if is_interrupted(record) else record.status
+
+
+def is_resumable(record: RunRecord) -> bool:
+    """Return True for a started, unfinished run without an owner."""
+    return record.status not in (*FINISHED, QUEUED) and record.holder is None
+
+
+def count_causes(records: Iterable[RunRecord]) -> list[tuple[tuple[str, str, str | None], int]]:
+    """Count failed runs by (node, class, reason) of what stopped them, the most frequent cause first."""
+    causes = [one.cause for one in records if one.cause is not None and one.status in FAILED]
+    return Counter((one.node_id, one.failure_class, one.reason) for one in causes).most_common()
 
 
 def node_text(one: Waiting) -> str:

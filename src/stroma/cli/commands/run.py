@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
 
 import click
 from pydantic import BaseModel, ValidationError
 
-from stroma._utils.text import clean
-from stroma.checkpoint.records import RunRecord
+from stroma._utils.text import clean, pluralize
+from stroma.checkpoint.history import History, is_resumable
+from stroma.checkpoint.records import RunQuery, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.control import hand_to_workers
+from stroma.cli.commands.runs import filter_options, print_runs
 from stroma.cli.errors import Code, Problem, describe_error
 from stroma.cli.inputs import find_call, parse_input, parse_input_at, stored_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.local_run import Fork, LocalRun
 from stroma.cli.options import RunOptions, run_id_option, run_options
-from stroma.cli.output import err
+from stroma.cli.output import err, out
 from stroma.cli.resume_plan import print_plan
+from stroma.cli.signals import reset_signals
 from stroma.cli.stores import Database
 from stroma.contracts.node import FlowNode, find_node
 from stroma.engine.config import RunConfig, new_run_id
 from stroma.runner.pipeline import Pipeline
+
+_ALL: Final = 10_000_000
+_SEVERITY: Final = (0, 7, 5, 1, 4, 2, 3, 130)  # exit codes, the worst last
 
 
 @click.command()
@@ -71,8 +79,7 @@ def run(
 
 
 @click.command()
-@click.argument("run_", metavar="RUN", shell_complete=complete_run)
-@click.argument("target", metavar="[FILE_OR_MODULE:NAME]", required=False)
+@click.argument("words", metavar="[RUN]... [FILE_OR_MODULE:NAME]", nargs=-1, shell_complete=complete_run)
 @click.option("--from", "start_at", metavar="NODE", help="Resume at this node and discard later outputs.")
 @click.option("--fork", is_flag=True, help="With --from, also a call of a flow: start a new run.")
 @click.option(
@@ -81,10 +88,11 @@ def run(
 @click.option("--force", is_flag=True, help="Also resume a run that was abandoned after repeated crashes.")
 @click.option("--state", metavar="JSON", help="With --fork: new input of that node; or @FILE, or -.")
 @click.option("--dry-run", is_flag=True, help="Print restored outputs, savings and calls; run nothing.")
+@filter_options
 @run_options
 def resume(
-    run_: str,
-    target: str | None,
+    words: tuple[str, ...],
+    query: RunQuery,
     start_at: str | None,
     fork: bool,
     retry_failed: bool,
@@ -94,43 +102,97 @@ def resume(
     db: str | None,
     **click_options: Any,
 ) -> int:
-    """Resume a stopped run without repeating finished nodes.
+    """Resume stopped runs without repeating finished nodes.
 
     RUN is a run id or "last". The input is the original one. Without FILE_OR_MODULE:NAME,
     a worker continues the run: a pause is taken back, and a run that failed, was cancelled or stopped is due.
 
     Without --from, --budget-usd and --budget-tokens set the limit of the run, for each process that continues
     it. It replaces the config's until `stroma budget` or another resume changes it.
+
+    Several runs are resumed one after the other, and listed at the end as by `stroma runs`; the exit code is
+    the worst. Instead of RUN, pass filters as to `stroma runs`: all runs that match are resumed, the oldest
+    first, unless they have an owner, are complete, or are queued.
     """
     options = RunOptions.from_click(**click_options)
     _check_options(start_at, options, fork=fork, retry_failed=retry_failed, has_state=state is not None)
     database = Database.from_option(db, quiet=options.quiet)
-    record = database.find(run_, to_change=True)
-    if dry_run and target is None:
-        if start_at is not None:
-            raise click.UsageError("--dry-run with --from needs the pipeline")
-        return print_plan(database, record, None, None, None, options.as_json)
-    if target is None:
+    records, target = _select(database, words, query)
+    is_one = query == RunQuery() and len(records) == 1
+    if not is_one and (fork or (dry_run and options.as_json)):
+        raise click.UsageError("--fork, and --dry-run with --json, take one RUN")
+    pipeline = None
+    if target is not None:
+        pipeline = load_pipeline(target, database, quiet=options.quiet)
+    elif start_at is not None and dry_run:
+        raise click.UsageError("--dry-run with --from needs the pipeline")
+    elif not dry_run:
         limits = (options.budget_usd, options.budget_tokens)
         if start_at is not None or retry_failed or force or limits != (None, None):
             raise click.UsageError("these options need the pipeline: pass FILE_OR_MODULE:NAME")
-        hand_to_workers(database, record)
-        return Code.OK
-    pipeline = load_pipeline(target, database, quiet=options.quiet)
-    if dry_run:
-        compare_names(record, pipeline, quiet=options.quiet)
-    stored = ResumedRun(database, record, pipeline, target)
-    if start_at is not None and fork and not dry_run:
-        return _fork(stored, options, start_at, state)
-    if start_at is not None and find_call(pipeline, target, start_at)[1] is not None:
-        raise Problem(
-            f"--from {start_at!r} is not a node of {target}, which is a flow",
-            "a call of a flow can only start a new run: add --fork, without --dry-run",
-        )
-    if dry_run:
-        return print_plan(database, record, pipeline, target, start_at, options.as_json)
     changes = {"retry_failed_items": retry_failed, "force_resume": force}
-    return resume_run(stored, options, start_at, changes=changes)
+
+    def resume_one(database: Database, record: RunRecord, options: RunOptions) -> int:
+        if pipeline is None or target is None:
+            if dry_run:
+                return print_plan(database, record, None, None, None, options.as_json)
+            hand_to_workers(database, record)
+            return Code.OK
+        if dry_run:
+            compare_names(record, pipeline, quiet=options.quiet)
+        stored = ResumedRun(database, record, pipeline, target)
+        if start_at is not None and fork and not dry_run:
+            return _fork(stored, options, start_at, state)
+        if start_at is not None and find_call(pipeline, target, start_at)[1] is not None:
+            raise Problem(
+                f"--from {start_at!r} is not a node of {target}, which is a flow",
+                "a call of a flow can only start a new run: add --fork, without --dry-run",
+            )
+        if dry_run:
+            return print_plan(database, record, pipeline, target, start_at, options.as_json)
+        return resume_run(stored, options, start_at, changes=changes)
+
+    if is_one:
+        return resume_one(database, records[0], options)
+    codes: list[int] = []
+    with asyncio.Runner() as loop:  # One loop for all: clients of the pipeline's module may belong to it.
+        for record in records:
+            if dry_run or not options.quiet:
+                (out if dry_run else err).line((f"run {clean(record.run_id)}", "bold"))
+            try:
+                # A run closes its store.
+                own = database if dry_run else Database.from_option(db, quiet=True)
+                codes.append(resume_one(own, record, replace(options, loop=loop)))
+            except Problem as problem:
+                problem.show()
+                codes.append(problem.code)
+            reset_signals()
+            if codes[-1] == Code.INTERRUPTED:
+                break
+    ends = [end for one in records[: len(codes)] if (end := database.get_run(one.run_id)) is not None]
+    if not dry_run and (ends or options.as_json):
+        print_runs(database, ends, len(ends), as_json=options.as_json)
+    if len(codes) < len(records):
+        err.line(f"{pluralize(len(records) - len(codes), 'run')} not resumed")
+    elif not records:
+        err.line(f"no run that can be resumed matches in {database.name}")
+    return max(codes, key=_SEVERITY.index, default=Code.OK)
+
+
+def _select(
+    database: Database, words: tuple[str, ...], query: RunQuery
+) -> tuple[list[RunRecord], str | None]:
+    """Return the runs that a command names or that match its filters, and its pipeline, if it has one."""
+    names, target = list(words), None
+    if names and ":" in names[-1] and database.get_run(names[-1]) is None:
+        target = names.pop()
+    if bool(names) is (query != RunQuery()):
+        raise click.UsageError("pass RUN, or a filter such as --failed, and not both")
+    if names:
+        records = [database.find(name, to_change=True) for name in names]
+        return list({one.run_id: one for one in records}.values()), target
+    matching = [] if database.is_empty else History(database.reader).runs(query, _ALL)
+    return [one for one in reversed(matching) if is_resumable(one)], target
 
 
 def _check_options(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final, Literal
 
@@ -10,16 +14,18 @@ import click
 
 from stroma._utils.text import clean, format_duration, format_usd, pluralize, short_id
 from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
-from stroma.checkpoint.history import FAILED, History, is_interrupted, status_of
+from stroma.checkpoint.history import FAILED, History, count_causes, is_interrupted, status_of
 from stroma.checkpoint.queue import QUEUED, BlockedMark
 from stroma.checkpoint.records import Cause, RunQuery, RunRecord
 from stroma.cli.formatting import SPAN, format_age, format_local_time, localize, style_status, to_iso
 from stroma.cli.output import Part, emit_fields, err, out, table
 from stroma.cli.stores import Database, db_option
-from stroma.failures.classes import FailureClass
+from stroma.failures.classes import FailureClass, describe_class
 from stroma.trace.result import RunStatus
 
 _STATUSES: Final = [QUEUED, "RUNNING", *RunStatus]
+_MAX_COUNTED: Final = 10_000
+_MAX_CAUSES: Final = 10
 
 
 def run_data(record: RunRecord) -> dict[str, Any]:
@@ -89,6 +95,46 @@ def cause_data(cause: Cause) -> dict[str, Any]:
     }
 
 
+def filter_options(func: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that select runs to a command, which gets them as ``query``."""
+
+    @click.option("--failed", is_flag=True, help="Only runs that are FAILED or PARTIAL.")
+    @click.option(
+        "--status",
+        "statuses",
+        type=click.Choice(_STATUSES, case_sensitive=False),
+        multiple=True,
+        help="Only runs with this status; may be repeated.",
+    )
+    @click.option(
+        "--since", type=SPAN, metavar="SPAN", help="Maximum age: a number and s, m, h, d or w (1h)."
+    )
+    @click.option("--pipeline", metavar="NAME", help="Only runs of this pipeline.")
+    @click.option("--tag", metavar="TAG", help="Only runs with this tag.")
+    @click.option(
+        "--class",
+        "failure_class",
+        type=click.Choice(list(FailureClass), case_sensitive=False),
+        help="Only runs with a failed attempt of this class.",
+    )
+    @click.option("--node", metavar="NODE", help="Only runs with an attempt of this node that failed.")
+    @click.option("--blocked", is_flag=True, help="Only runs that code could not continue.")
+    @click.option(
+        "--search", "text", metavar="TEXT", help="Only runs with TEXT in their id, pipeline or error."
+    )
+    @functools.wraps(func)
+    def call(*, failed: bool, statuses: tuple[str, ...], since: timedelta | None, **options: Any) -> Any:
+        if failed and statuses:
+            raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; pass one of them")
+        wanted_statuses = FAILED if failed else tuple(dict.fromkeys(status.upper() for status in statuses))
+        since_ms = None if since is None else int((time.time() - since.total_seconds()) * 1000)
+        fields = {one.name for one in dataclasses.fields(RunQuery)} & options.keys()
+        filters = {name: options.pop(name) for name in fields}
+        return func(query=RunQuery(statuses=wanted_statuses, since_ms=since_ms, **filters), **options)
+
+    return call
+
+
 @click.command()
 @click.option(
     "--limit",
@@ -98,88 +144,81 @@ def cause_data(cause: Cause) -> dict[str, Any]:
     metavar="N",
     help="Maximum number of runs.",
 )
-@click.option("--failed", is_flag=True, help="Only runs that are FAILED or PARTIAL.")
-@click.option(
-    "--status",
-    "statuses",
-    type=click.Choice(_STATUSES, case_sensitive=False),
-    multiple=True,
-    help="Only runs with this status; may be repeated.",
-)
-@click.option("--since", type=SPAN, metavar="SPAN", help="Maximum age: a number and s, m, h, d or w (1h).")
-@click.option("--pipeline", metavar="NAME", help="Only runs of this pipeline.")
-@click.option("--tag", metavar="TAG", help="Only runs with this tag.")
-@click.option(
-    "--class",
-    "failure_class",
-    type=click.Choice(list(FailureClass), case_sensitive=False),
-    help="Only runs with a failed attempt of this class.",
-)
-@click.option("--node", metavar="NODE", help="Only runs with an attempt of this node that failed.")
-@click.option("--blocked", is_flag=True, help="Only runs that code could not continue.")
-@click.option("--search", "text", metavar="TEXT", help="Only runs with TEXT in their id, pipeline or error.")
+@filter_options
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.runs/1".')
 @db_option
-def runs(
-    limit: int,
-    failed: bool,
-    statuses: tuple[str, ...],
-    since: timedelta | None,
-    as_json: bool,
-    db: str | None,
-    **options: Any,
-) -> None:
+def runs(query: RunQuery, limit: int, as_json: bool, db: str | None) -> None:
     """List the runs in a store, newest first.
 
     NODES counts finished positions; while the first one is a flow or group in progress, the calls done in it.
     A run whose process died is INTERRUPTED until it is resumed. A blocked run is as it was before some code
-    tried to continue it, and could not: code that fits continues it.
+    tried to continue it, and could not: code that fits continues it. The totals below count all runs that
+    match, 10,000 at most.
     """
-    if failed and statuses:
-        raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; pass one of them")
-    wanted_statuses = FAILED if failed else tuple(dict.fromkeys(status.upper() for status in statuses))
-    since_ms = None if since is None else int((time.time() - since.total_seconds()) * 1000)
-    query = RunQuery(statuses=wanted_statuses, since_ms=since_ms, **options)
     database = Database.from_option(db)
     store = database.reader
-    records: list[RunRecord] = []
-    if not database.is_empty:
-        records = History(store).runs(query, limit)
-    _print(database, records, query, limit, as_json)
-
-
-def _print(database: Database, records: list[RunRecord], query: RunQuery, limit: int, as_json: bool) -> None:
-    if as_json:
-        emit_fields("stroma.runs/1", runs=[run_data(record) for record in records])
+    records = [] if database.is_empty else History(store).runs(query, max(limit, _MAX_COUNTED))
+    if records or as_json:
+        print_runs(database, records, limit, as_json=as_json)
         return
-    if not records:
-        if query != RunQuery():
-            err.line(f"no run matches in {database.name}; list all: ", database.hint("runs"))
-        else:
-            err.line(f"no runs yet in {database.name}; begin one: ", database.hint("run", "FILE.py:NAME"))
-        for line in database.other_stores if isinstance(database, Database) else ():
-            err.line(f"  {line}")
+    if query != RunQuery():
+        err.line(f"no run matches in {database.name}; list all: ", database.hint("runs"))
+    else:
+        err.line(f"no runs yet in {database.name}; begin one: ", database.hint("run", "FILE.py:NAME"))
+    for line in database.other_stores:
+        err.line(f"  {line}")
+
+
+def print_runs(database: Database, records: Sequence[RunRecord], limit: int, *, as_json: bool) -> None:
+    """Print the first ``limit`` runs on stdout; with them, or on stderr, the totals of all."""
+    shown, totals = records[:limit], _totals(records)
+    if as_json:
+        emit_fields("stroma.runs/1", runs=[run_data(record) for record in shown], totals=totals)
         return
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "MESSAGE")
     table(
         out,
         header,
-        [_row(record) for record in records],
+        [_row(record) for record in shown],
         right=frozenset({3, 4, 5, 7}),
         spare=(4, 6, 3, 1, 7),
     )
-    reasons: set[Literal["resume", "budget"]] = {
-        one.waits_for for one in records if one.waits_for is not None
-    }
+    reasons: set[Literal["resume", "budget"]] = {one.waits_for for one in shown if one.waits_for is not None}
     for reason in sorted(reasons):
         from stroma.cli.suspended import held_hints  # It needs what runs pipelines.
 
         for line in held_hints(database, "RUN", reason):
             err.line(line)
-    if any(map(is_interrupted, records)):
+    if any(map(is_interrupted, shown)):
         err.line("resume a run without owner: ", database.hint("resume", "RUN", "FILE.py:NAME"))
-    if len(records) == limit:
-        err.line(("the newest ", "dim"), (f"{pluralize(limit, 'run')}; more with --limit", "dim"))
+    if len(records) > 1:
+        _print_totals(totals, len(shown))
+
+
+def _totals(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return the numbers of runs by status and by cause, in the form of the JSON schemas."""
+    counts = Counter(map(status_of, records))
+    return {
+        "runs": len(records),
+        "statuses": {status: counts[status] for status in _STATUSES if counts[status]},
+        "causes": [
+            {"node_id": node_id, "class": failure_class, "reason": reason, "runs": count}
+            for (node_id, failure_class, reason), count in count_causes(records)
+        ],
+    }
+
+
+def _print_totals(totals: dict[str, Any], shown: int) -> None:
+    count, causes = totals["runs"], totals["causes"]
+    runs = f"{count:,}{'+' if count == _MAX_COUNTED else ''} runs"
+    statuses = ", ".join(f"{number:,} {status}" for status, number in totals["statuses"].items())
+    more = f"; the newest {shown:,} are listed, more with --limit" if shown < count else ""
+    err.line((f"{runs}: {statuses}{more}", "dim"))
+    for cause in causes[:_MAX_CAUSES]:
+        why = describe_class(cause["class"], cause["reason"])
+        err.line((f"  {cause['runs']:,} stopped by node {clean(cause['node_id'], 60)!r}: {why}", "dim"))
+    if len(causes) > _MAX_CAUSES:
+        err.line((f"  and {pluralize(len(causes) - _MAX_CAUSES, 'other cause')}", "dim"))
 
 
 def _row(record: RunRecord) -> list[Part]:
