@@ -409,7 +409,7 @@ def _value_of(state: Mapping[str, Any]) -> tuple[Any, type[BaseModel] | None]:
 
 
 def _has_data_as_keys(state: Mapping[str, Any]) -> bool:
-    """Return True for the state of a root model, such as a dict by address: its keys are not names of fields."""
+    """Return True for the state of a root model, such as a dict by address: its keys are not field names."""
     return (
         isinstance(state, UnreadState) and state.schema.is_root and not isinstance(state.model, UntypedState)
     )
