@@ -356,3 +356,44 @@ def test_a_run_that_sleeps_after_its_answer(stroma, inside, fails):
     late = inside("approve", "s", "later.py:later", '{"ok": true}', "--question", asked[0]["question"])
     fails(late, 2, "is closed: the run no longer waits for its answer")
     assert "waits     sleeping until " in shown
+
+
+DOTTED = """
+    from pydantic import BaseModel
+    from stroma import *
+
+    class Yes(BaseModel):
+        ok: bool
+
+    @stroma_node("clerk.tools.pay", effect=True)
+    async def pay(state: Yes) -> Yes:
+        raise TimeoutError("no answer")
+
+    @stroma_flow("clerk")
+    async def clerk(flow: Flow, state: Yes) -> Yes:
+        await flow.wait_for(Yes, reason="now?", key="ask.first")
+        return await flow.step(pay, state)
+"""
+
+
+def test_places_are_shown_as_they_are_written(stroma, inside):
+    """Ids with dots and other signs are read as they are in places; --question takes both forms."""
+    stroma.file("dotted.py", DOTTED)
+    run = inside("run", "dotted.py:clerk", '{"ok": true}', "--run-id", "x")
+    assert "node 'clerk' (at 0.!#ask.first): now?" in run.err
+    done = inside("approve", "x", "dotted.py:clerk", '{"ok": true}', "--question", "0.!#ask.first:1")
+    assert "node 'clerk' (at 0.!#ask.first) of run x is answered" in done.err
+    inside("resume", "x", "dotted.py:clerk")
+    texts = [
+        inside(*words)
+        for words in (["show", "x"], ["show", "x", "--tree"], ["tail", "x"], ["diff", "x", "x"])
+    ]
+    for done in texts:
+        text = re.sub("--question '.*?'", "", done.out + done.err)
+        assert "clerk.tools.pay#0" in text
+        assert "%" not in text
+    data = json.loads(inside("show", "x", "--json").out)
+    assert data["attempts"][-1]["branch"] == "clerk%2Etools%2Epay#0"
+    command = ("approve", "x", "dotted.py:clerk", "--done", '{"ok": true}')
+    assert inside(*command, "--question", "0.clerk.tools.pay#0:2").code == 0
+    assert inside(*command, "--question", "0.clerk%2Etools%2Epay#0:2").code == 0

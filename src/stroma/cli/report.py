@@ -27,6 +27,7 @@ from stroma.failures.classes import FailureClass, describe_class
 from stroma.failures.errors import SharedBudgetExceeded
 from stroma.failures.failure import Failure
 from stroma.trace.events import place_text
+from stroma.trace.outline import shown_place
 from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult, RunStatus, Total
 
@@ -274,7 +275,7 @@ class RunReport:
             groups.insert(0, f" in {clean(event.node_id, 100)}")
             # The first child that failed cancelled its siblings; its last attempt counts.
             event = [child for child in children if child.branch == children[0].branch][-1]
-        at = place_text(event.position, event.branch)
+        at = shown_place(place_text(event.position, event.branch))
         attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
         return f"node {clean(event.node_id, 100)!r} (at {at}{attempt}){''.join(groups)}"
 

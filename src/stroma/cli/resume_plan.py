@@ -27,6 +27,7 @@ from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.restore import check_place, check_unfinished_call, read_output
 from stroma.runner.pipeline import Pipeline
+from stroma.trace.outline import shown_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +281,7 @@ def _change_lines(changes: Sequence[Incompatibility]) -> list[str]:
     for change in changes:
         by_node.setdefault((change.at.partition(".")[0], change.node_id), []).append(change)
     return [
-        f"{first.at}  {clean(first.node_id, 60)}: {clean(first.message, 1000)}"
+        f"{shown_place(first.at)}  {clean(first.node_id, 60)}: {clean(first.message, 1000)}"
         + (f" (and {pluralize(len(others), 'other output')} of this node)" if others else "")
         for first, *others in by_node.values()
     ]

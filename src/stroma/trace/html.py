@@ -228,7 +228,7 @@ def _attempt(bar: Bar) -> str:
     )
     return (
         f'<details class="attempt" id="{bar.key}"><summary><span class="mono dim">'
-        f"{as_xml(bar.at)}</span> {as_xml(bar_title(bar))}"
+        f"{as_xml(shown_place(bar.at))}</span> {as_xml(bar_title(bar))}"
         f" · {format_tokens(bar.tokens)} · {format_usd(bar.cost_usd)}{model}</summary>{key}{message}"
         f'{rejected}<div class="two">{states}</div></details>'
     )

@@ -118,7 +118,7 @@ def _attempt_row(attempt: AttemptRecord, address: str, place: str, restored: Col
     cost = format_usd(attempt.cost_usd) if attempt.tokens or attempt.cost_usd else ""
     message = escape(clean(attempt.text, 160)) if attempt.text else ""
     return (
-        f'<tr data-row><td class="mono" data-name="At">{as_xml(clean(shown_place(place), 80))}</td>'
+        f'<tr data-row><td class="mono" data-name="At">{as_xml(shown_place(place))}</td>'
         f'<td data-name="Node"><a data-open href="{as_xml(address)}">'
         f"{as_xml(clean(attempt.node_id, 60))}</a></td>"
         f'<td class="num" data-name="Try">{attempt.attempt}</td><td data-name="Outcome">'

@@ -28,6 +28,7 @@ from stroma.checkpoint.queue import QUEUED, ServedCode
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord, end_of_page
 from stroma.failures.tracebacks import FailureSite
 from stroma.trace.html import cause, document, rejected_output
+from stroma.trace.outline import shown_place
 from stroma.trace.story import Story, awaited_topics, fields_named
 from stroma.trace.timeline import Timeline, idle_ms, legend
 from stroma.ui.actions import can_fork, can_resume, controls_of, may_receive
@@ -250,7 +251,7 @@ class RunPages:
             here="runs",
             record=record,
             this=this,
-            place=place_of(this),
+            place=shown_place(place_of(this)),
             attempts=[(one, attempt_address(record, one)) for one in attempts],
             input=state_tree(inputs, invalid_fields if side == "input" else []),
             output=state_tree(output, invalid_fields if side == "output" else []),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from stroma._utils.text import format_utc
@@ -120,12 +121,12 @@ def wait_bars(
     for one in waiting:
         if not _is_wait(one.branch):  # A node that waits has an attempt.
             continue
-        at, place = f"{one.position}.{one.branch}", f"{one.position}:%s:{one.branch}"
+        at, note_key = f"{one.position}.{one.branch}", partial(_note_key, one.position, one.branch)
         label, answer = f"question: {one.reason}", one.schema_ref.rpartition(":")[2]
-        began = _read(notes, place % "w")
+        began = _read(notes, note_key("w"))
         began_ms = until_ms if began is None else began
-        wake = _read(notes, place % "s")
-        if place % "x" in notes or one.payload == WITHDRAWN:
+        wake = _read(notes, note_key("s"))
+        if note_key("x") in notes or one.payload == WITHDRAWN:
             add(at, label, "expired", began_ms, began_ms if wake is None else wake[0], answer)
         elif one.payload is None:
             add(at, label, "open", began_ms, until_ms, answer)
@@ -136,11 +137,11 @@ def wait_bars(
         wait = _read(notes, key) if kind == "r" else None
         if wait is not None:
             topic, began_ms = wait
-            place, outcome, ended_ms = f"{position}:%s:{branch}", "receiving", until_ms
-            wake, message = _read(notes, place % "s"), _read(notes, place % "m")
+            note_key, outcome, ended_ms = partial(_note_key, position, branch), "receiving", until_ms
+            wake, message = _read(notes, note_key("s")), _read(notes, note_key("m"))
             if message is not None:
                 outcome, ended_ms = "received", message.at_ms
-            elif place % "x" in notes:
+            elif note_key("x") in notes:
                 outcome, ended_ms = "missed", began_ms if wake is None else wake[0]
             add(f"{position}.{branch}", message_label(topic), outcome, began_ms, ended_ms, topic)
     for key in notes:
@@ -158,8 +159,12 @@ def wait_bars(
 
 def failed_input(notes: Mapping[str, bytes], position: int, branch: str) -> bytes | None:
     """Return the input of a call that failed, in stored form; None if there is none."""
-    fields: FailureNote | None = _read(notes, f"{position}:f:{branch}")
+    fields: FailureNote | None = _read(notes, _note_key(position, branch, "f"))
     return None if fields is None or fields.input_key is None else fields.input_key.encode()
+
+
+def _note_key(position: int | str, branch: str, kind: str) -> str:
+    return f"{position}:{kind}:{branch}"
 
 
 def _is_wait(branch: str) -> bool:

@@ -14,6 +14,7 @@ from stroma.checkpoint.entries import Intent, RunFacts, Waiting
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import FAILED, FINISHED, RunRecord
 from stroma.trace.events import place_text
+from stroma.trace.outline import shown_place
 
 
 def is_interrupted(record: RunRecord) -> bool:
@@ -44,7 +45,7 @@ def count_causes(records: Iterable[RunRecord]) -> list[tuple[tuple[str, str, str
 
 def node_text(one: Waiting) -> str:
     """Return the node that asks a question, and its place in the run."""
-    return f"node {clean(one.node_id, 100)!r} (at {place_text(one.position, one.branch)})"
+    return f"node {clean(one.node_id, 100)!r} (at {shown_place(place_text(one.position, one.branch))})"
 
 
 def answer_type(one: Waiting) -> str:
@@ -121,7 +122,7 @@ def _effects(
     """
     questions = {(one.position, one.branch, one.call_number) for one in waiting}
     for (position, branch), call in calls.items():
-        effect = f"{clean(call.node_id, 100)} (at {clean(place_text(position, branch), 200)})"
+        effect = f"{clean(call.node_id, 100)} (at {shown_place(place_text(position, branch))})"
         began, key = format_utc(call.started_ms), clean(call.key, 200)
         about = f"call {call.number} since {began}, idempotency key {key}"
         state = effect_state(record, call)

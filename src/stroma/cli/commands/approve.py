@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import click
 
@@ -244,7 +245,7 @@ def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], r
     waiting = [] if record.status in FINISHED else unanswered(every)
     # An answered question may be named, or be the only one: the same answer again is fine.
     known = every if request.question is not None or not waiting else waiting
-    matching = [one for one in known if request.question in (None, one.id)]
+    matching = [one for one in known if request.question in (None, one.id, unquote(one.id))]
     # What is stated about an effect is about one call: by now the question may be about another one.
     if len(matching) == 1 and (request.question is not None or matching[0].effect is None):
         return matching[0]

@@ -17,6 +17,7 @@ from stroma.cli.formatting import style_status
 from stroma.cli.output import Part, emit_fields, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
+from stroma.trace.outline import shown_place
 
 _SIGNS = {"added": "+", "removed": "-", "changed": "~"}
 _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
@@ -112,7 +113,7 @@ def _print_diff(
         if one.same and only_changed:
             continue
         attempts = _attempts(one)
-        name = f"{place_of(attempts[0])}  {clean(attempts[0].node_id, 100)}"
+        name = f"{shown_place(place_of(attempts[0]))}  {clean(attempts[0].node_id, 100)}"
         out.line()
         if one.a is None or one.b is None:
             out.fitted((name, "bold"), f"  only in {'A' if one.b is None else 'B'}")

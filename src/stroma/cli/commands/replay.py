@@ -27,6 +27,7 @@ from stroma.runner.runner import StromaRunner
 from stroma.testing.recording import RecordedRun
 from stroma.testing.replaying import Replay
 from stroma.testing.replaying import replay as run_again
+from stroma.trace.outline import shown_place
 from stroma.trace.plain import jsonable
 
 
@@ -74,7 +75,7 @@ def replay_run(recorded: RecordedRun, pipeline: Pipeline) -> Replay:
 
 def _print_replay(outcome: Replay) -> None:
     for difference in outcome.differences:
-        where = f"{difference.at} {clean(difference.node_id, 60)}  " if difference.at else ""
+        where = f"{shown_place(difference.at)} {clean(difference.node_id, 60)}  " if difference.at else ""
         kind = (f"{difference.kind:<9}", "yellow")
         out.fitted(kind, f" {where}{clean(difference.message, 1000)}", indent=10)
     result, run_id = outcome.result, clean(outcome.recorded.run_id)

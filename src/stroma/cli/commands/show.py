@@ -43,7 +43,7 @@ from stroma.cli.suspended import (
 )
 from stroma.runner.follow import decode_events
 from stroma.trace.events import place_text
-from stroma.trace.outline import duration, fold, outline
+from stroma.trace.outline import duration, fold, outline, shown_place
 from stroma.trace.rejected import MISSING, RejectedOutput
 from stroma.trace.story import Bar, Story, waits
 from stroma.trace.terminal import RunLine, lines_of
@@ -110,7 +110,7 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
     _print_all_rejected(history, record, selected)
     for one in attempts:
         if one.damaged:
-            output = f"the output of node {clean(one.node_id, 100)!r} at {place_of(one)}"
+            output = f"the output of node {clean(one.node_id, 100)!r} at {shown_place(place_of(one))}"
             err.line(("stroma: ", "bold red"), f"{output} is damaged; resume from there to recompute it")
     if record.status not in FINISHED:
         is_plain_code = any(one.identity for one in attempts)
@@ -232,7 +232,9 @@ def _print_states(selected: list[AttemptRecord], states: list[list[_State]], cod
     for one, payloads in zip(selected, states, strict=True):
         for what, payload in payloads:
             if several:
-                out.line(f"# {place_of(one)} {clean(one.node_id, 100)}, attempt {one.attempt}: {what}")
+                out.line(
+                    f"# {shown_place(place_of(one))} {clean(one.node_id, 100)}, attempt {one.attempt}: {what}"
+                )
             if payload.problem is None:
                 emit(payload.value)
                 continue
@@ -302,7 +304,7 @@ def _started_nodes(store: AsyncStates, record: RunRecord) -> dict[str, str]:
         for _, event in decode_events(record.run_id, page, last):
             at = place_text(event.position, event.branch)
             if event.kind == "node_start":
-                node = f"{clean(str(event.node_id), 100)} (at {clean(at, 200)})"
+                node = f"{clean(str(event.node_id), 100)} (at {shown_place(at)})"
                 started[at] = f"{node}: attempt {event.attempt}"
             elif event.kind.startswith("node_") and event.kind not in ("node_event", "node_retry"):
                 started.pop(at, None)
@@ -469,7 +471,7 @@ def _print_all_rejected(history: History, record: RunRecord, selected: Sequence[
 def _print_rejected(attempt: AttemptRecord, rejected: RejectedOutput) -> None:
     """Print the value beside each complaint of the contract."""
     out.line()
-    node = f"{clean(attempt.node_id, 100)} at {place_of(attempt)}, attempt {attempt.attempt}"
+    node = f"{clean(attempt.node_id, 100)} at {shown_place(place_of(attempt))}, attempt {attempt.attempt}"
     out.line((f"rejected output of {node}", "bold"))
     for one in rejected.complaints[:_SHOWN_COMPLAINTS]:
         value = rejected.at(one.path)

@@ -27,6 +27,7 @@ from stroma.cli.stores import Database, db_option
 from stroma.runner.events import StreamEvent
 from stroma.runner.follow import decode_events
 from stroma.trace.events import place_text
+from stroma.trace.outline import shown_place
 from stroma.trace.redaction import Redact
 from stroma.trace.terminal import cells_of, style_of
 
@@ -187,7 +188,7 @@ class _Follower:
             return
         texts = ["".join(shown)] if all(type(one) is str for one in shown) else map(json.dumps, shown)
         for text in texts:
-            place = place_text(first.position, first.branch)
+            place = shown_place(place_text(first.position, first.branch))
             node = f"{place:<6} {clean(str(first.node_id), 40)}  #{first.attempt}  "
             out.fitted(f"{'':8}  {node}", (clean(name, 20), "cyan"), f"  {clean(text, _MAX_CHARACTERS)}")
 
