@@ -90,6 +90,7 @@ NAV: dict[str, list[str]] = {
         "changelog.md",
         "performance.md",
         "scale.md",
+        "crash-tests.md",
         "contributing.md",
         "code-of-conduct.md",
         "security.md",

@@ -201,7 +201,7 @@ def guarantees_page() -> str:
         "# Guarantees",
         "",
         "This page is for anyone who relies on Stroma. It lists the guarantees, with their limits and some of",
-        "their tests. Most tests run on every store. [Durable runs](durability.md#figures) has the results of",
+        "their tests. Most tests run on every store. [Crash tests](crash-tests.md) has the results of",
         "thousands of runs with `kill -9`, power cuts, full disks and lost connections.",
         "",
         "A guarantee holds for one *execution* of a run. Across processes, G4, G5, G6, G10 and G13 need a",
