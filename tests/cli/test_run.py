@@ -116,6 +116,7 @@ def test_budget(stroma):
     assert (done.code, done.out) == (5, "")
     assert re.search(r"first +BUDGET ", done.err)
     mend = re.search(r"resume with more: stroma (resume .* --budget-tokens 200)\n", done.err)
+    assert re.search(r"resume with more: stroma resume .* --budget-usd USD\n", stroma("show", "last").err)
     resumed = stroma(*mend[1].split())
     assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
     assert stroma.calls() == ["first", "second", "third"]
@@ -484,6 +485,9 @@ def test_colours_only_on_a_terminal(stroma):
         ("NotImplementedError()", "a retry will not help: fix the cause, then resume with: stroma resume x "),
     ],
 )
-def test_the_hint_after_a_failure_fits_its_class(ran, error, hint):
-    """Only a RECOVERABLE failure is said to go away by itself; an AMBIGUOUS one may be a mistake."""
+def test_the_hint_after_a_failure_fits_its_class(ran, inside, error, hint):
+    """Only a RECOVERABLE failure is said to go away by itself; an AMBIGUOUS one may be a mistake. `show`
+    gives the same advice.
+    """
     assert hint in ran("x", code=1, SECOND=f"raise {error}").err
+    assert hint in inside("show", "x").err

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -16,10 +15,10 @@ from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import answer_type, node_text, unanswered
 from stroma.checkpoint.records import describe_wait
 from stroma.cli.errors import Code, is_debugging, last_frame
-from stroma.cli.formatting import format_local_time, id_word, localize
+from stroma.cli.formatting import id_word, localize
 from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import Database
-from stroma.cli.suspended import FIX_THEN_RESUME, WORKER_CONTINUES, waiting_data, waiting_hints
+from stroma.cli.suspended import resume_advice, waiting_data, waiting_hints
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
 from stroma.cost.usage import NO_MODEL
@@ -198,18 +197,6 @@ class RunReport:
         if failure is not None and self.db.is_durable and not self.is_suspended:
             err.hint(f"  details: {self.db.hint('show', id_word(result.run_id))}")
 
-    @property
-    def waits_for(self) -> Literal["resume", "budget"] | None:
-        """The need of a run in a durable store that no answer continues."""
-        record = self.db.get_run(self.result.run_id)
-        return None if record is None else record.waits_for
-
-    @property
-    def is_asleep(self) -> bool:
-        """True for a suspended run that waits for a time only."""
-        is_asking = not self.is_suspended or self.result.questions
-        return not is_asking and all(one.startswith("sleeping until ") for one in self.result.suspended)
-
     def _print_suspension(self) -> None:
         run_id = self.result.run_id
         reasons = self.result.suspended
@@ -288,30 +275,15 @@ class RunReport:
                 f"{self.db.name} is not durable, so the run cannot be resumed; use a file next time: "
                 "--db FILE"
             )
-        action, exceeded = "it may work later; resume with", self.exceeded
-        if self.waits_for is not None:
-            action = "or continue it here"
-        elif self.is_suspended:
-            action = (
-                "a worker continues it when it is due, or resume with" if self.is_asleep else WORKER_CONTINUES
-            )
-        elif failure is None:
-            action = "resume with"
-        elif isinstance(exceeded, SharedBudgetExceeded):
-            action = "when the shared budget has room, resume with"
-        elif exceeded is not None:
-            action = "resume with more"
-            if exceeded.dimension == "latency":
-                action = "raise max_latency_ms in the pipeline's budget, then resume with"
-        elif failure.reason == "store":
+        record = self.db.get_run(self.result.run_id)
+        if failure is not None and failure.reason == "store":
             action = "fix the store, then resume with"
-        elif failure.failure_class is FailureClass.TERMINAL:
-            action = FIX_THEN_RESUME
-        elif failure.retry_after_seconds is not None:
-            when = format_local_time(int(1000 * (time.time() + failure.retry_after_seconds)))
-            action = f"the server asks to wait until {when}; then resume with"
-        elif failure.failure_class is FailureClass.AMBIGUOUS:  # Often a mistake in the code.
-            action = "see why it failed, fix what is wrong, then resume with"
+        elif self.exceeded is not None and self.exceeded.dimension == "latency":
+            action = "raise max_latency_ms in the pipeline's budget, then resume with"
+        elif record is None:
+            action = "resume with"
+        else:
+            action = resume_advice(record, None if failure is None else failure.retry_after_seconds)
         return f"{action}: {self._resume_command(self.db.hint)}"
 
     def _resume_command(self, command: Callable[..., str]) -> str:

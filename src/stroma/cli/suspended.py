@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Final, Literal
@@ -12,14 +13,15 @@ from pydantic import BaseModel
 from stroma.checkpoint.entries import WITHDRAWN, Waiting
 from stroma.checkpoint.history import History
 from stroma.checkpoint.manager import resolve_schema
-from stroma.checkpoint.records import RunRecord
-from stroma.cli.formatting import id_word
+from stroma.checkpoint.records import FAILED, RunRecord
+from stroma.cli.formatting import format_local_time, id_word
 from stroma.cli.stores import Database
 from stroma.contracts.examples import NoExampleError, example_of
+from stroma.failures.classes import FailureClass
 from stroma.trace.story import awaited_topics
 
-#: Goes before the command that resumes a run that would fail again.
-FIX_THEN_RESUME: Final = "a retry will not help: fix the cause, then resume with"
+#: Goes before the command that resumes a run with a larger budget.
+RESUME_WITH_MORE: Final = "resume with more"
 #: Goes before the command that resumes a run with open questions.
 WORKER_CONTINUES: Final = "then a worker of its pipeline continues the run; or continue it here"
 
@@ -55,6 +57,35 @@ def find_schema(one: Waiting, modules: Sequence[ModuleType] = ()) -> type[BaseMo
         except (LookupError, TypeError):
             continue
     return None
+
+
+def resume_advice(record: RunRecord, retry_after_seconds: float | None = None) -> str:
+    """Return what goes before the command that resumes a run. ``retry_after_seconds``: as its server asks."""
+    if record.waits_for is not None:
+        return "or continue it here"
+    if record.blocked is not None:
+        return f"deploy code that fits, {WORKER_CONTINUES}"
+    if record.is_due_at_once:
+        return WORKER_CONTINUES.removeprefix("then ")
+    if record.status == "SUSPENDED":
+        is_asleep = (record.error or "").startswith("sleeping until ")
+        return "a worker continues it when it is due, or resume with" if is_asleep else WORKER_CONTINUES
+    kind = (record.error or "").partition(": ")[0]
+    if kind == "SharedBudgetExceeded":
+        return "when the shared budget has room, resume with"
+    if kind == "BudgetExceeded":
+        return RESUME_WITH_MORE
+    failure_class = None if record.cause is None else record.cause.failure_class
+    if record.status not in FAILED or failure_class is None:
+        return "resume with"
+    if failure_class == FailureClass.TERMINAL:
+        return "a retry will not help: fix the cause, then resume with"
+    if retry_after_seconds is not None:
+        when = format_local_time(int(1000 * (time.time() + retry_after_seconds)))
+        return f"the server asks to wait until {when}; then resume with"
+    if failure_class == FailureClass.AMBIGUOUS:  # Often a mistake in the code.
+        return "see why it failed, fix what is wrong, then resume with"
+    return "it may work later; resume with"
 
 
 def held_hints(db: Database, run_id: str, waits_for: Literal["resume", "budget"]) -> list[str]:

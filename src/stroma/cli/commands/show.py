@@ -35,12 +35,7 @@ from stroma.cli.formatting import format_age, format_local_time, id_word, locali
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import TARGET, Database, db_option
-from stroma.cli.suspended import (
-    FIX_THEN_RESUME,
-    WORKER_CONTINUES,
-    waiting_data,
-    waiting_hints,
-)
+from stroma.cli.suspended import RESUME_WITH_MORE, resume_advice, waiting_data, waiting_hints
 from stroma.runner.follow import decode_events
 from stroma.trace.events import place_text
 from stroma.trace.outline import duration, fold, outline, shown_place
@@ -359,14 +354,9 @@ def _print_next_steps(
     if is_plain_code:
         err.line(f"continue it with its program, under run_id={record.run_id!r} and resume=True")
         return
-    verb = FIX_THEN_RESUME if record.status == "FAILED" else "resume with"
-    if record.waits_for is not None:
-        verb = "or continue it here"
-    elif record.blocked is not None:
-        verb = f"deploy code that fits, {WORKER_CONTINUES}"
-    elif record.status == "SUSPENDED" and waiting:
-        verb = WORKER_CONTINUES if unanswered(waiting) else WORKER_CONTINUES.removeprefix("then ")
-    _print_hint(f"{verb}: {database.hint('resume', name, target)}", place)
+    advice = resume_advice(record)
+    options = ("--budget-usd", "USD") if advice == RESUME_WITH_MORE else ()
+    _print_hint(f"{advice}: {database.hint('resume', name, target, options=options)}", place)
 
 
 def _print_hint(command: str, place: str) -> None:
