@@ -85,6 +85,24 @@ async def test_a_recorded_effect_outlives_its_execution(store: Any, error: Excep
     assert shop.calls == calls + 1
 
 
+async def test_a_fork_has_the_recorded_effects_that_it_copied(store: Any) -> None:
+    """G13. run() of the id of a fork that has the output of an effect is RunExists, as for its original."""
+    shop = Shop()
+    runner, nodes = shop_of(store, shop)
+
+    @runner.node("ship", input=Receipt, output=Receipt)
+    async def ship(receipt: Receipt) -> Receipt:
+        return receipt
+
+    nodes.append(ship)
+    await runner.run(nodes, Order(), run_id="r")
+    fork = await runner.fork("r", nodes, at="ship", new_run_id="fork")
+    assert (fork.status, shop.calls) == (RunStatus.RESUMED, 1)
+    with pytest.raises(RunExists, match="'charge' again"):
+        await runner.run(nodes, Order(), run_id="fork")
+    assert shop.calls == 1
+
+
 @pytest.mark.core
 async def test_an_answer_is_not_thrown_away(store: Any) -> None:
     """run() of an id that waits, or has its answer, is RunExists; a resume uses the answer."""

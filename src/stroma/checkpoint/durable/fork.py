@@ -88,6 +88,10 @@ def fork_run(
     copied = RunRecords(rows, fence.run, opening.run_id, fence.execution, payloads)
     if cut is not None:
         _copy_flow(recorded, copied, before, cut, notes)
+    called = {row.branch for row in recorded.all(Annotation.EFFECT)}
+    record_notes(
+        copied, {(Annotation.EFFECT, row.node_id): b"called" for row in steps if row.node_id in called}
+    )
     copied.put(Annotation.PARENT, "", source, Step("", "", b"", b"", before))
     copied.put(Annotation.ATTRIBUTION, "session", source)
     for row in recorded.all(*FORKED):
