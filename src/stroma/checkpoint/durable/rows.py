@@ -9,14 +9,21 @@ import itertools
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, Protocol
 
 from stroma.checkpoint.durable.owner import Owner, is_gone
 from stroma.checkpoint.events import EventPlace
-from stroma.checkpoint.queue import BlockedMark, Candidate, ClaimRequest, QueueEntry, QueueFigures
+from stroma.checkpoint.queue import (
+    QUEUED,
+    BlockedMark,
+    Candidate,
+    ClaimRequest,
+    QueueEntry,
+    QueueFigures,
+)
 from stroma.checkpoint.records import (
     AttemptRecord,
     RunQuery,
@@ -243,6 +250,29 @@ class RunExtras(NamedTuple):
     failed: list[AttemptRecord]
 
 
+class Delay(NamedTuple):
+    """A time in so many milliseconds, as the value of a field of a run."""
+
+    ms: int
+
+
+NOW: Final = Delay(0)
+#: Fields of times by the clock of leases: until when a run has its owner, and its claim.
+LEASE_TIMES: Final = ("until_ms", "claim_until_ms")
+_MARK: Final = ("blocked", "blocked_since_ms", "blocked_until_ms", "blocked_codes")
+#: Fields that every opening and every end deletes.
+_UNMARKED: Final[dict[str, Any]] = dict.fromkeys((*_MARK, "claim", "claim_until_ms"))
+_COUNTS: Final = ("tokens", "cost_pico", "latency_ns", "attempt_count", "commit_count")
+#: Fields of a run whose execution begins.
+_NEW: Final[dict[str, Any]] = {
+    **dict.fromkeys(_COUNTS, 0),
+    "started_ms": NOW,
+    "priority": 0,
+    "key": None,
+    "expires_ms": None,
+}
+
+
 class Rows(Protocol):
     """The rows of a store inside one transaction. An exception rolls it back.
 
@@ -255,20 +285,69 @@ class Rows(Protocol):
         """Return a run, or None. With ``lock`` no other transaction changes it before this one ends."""
         ...
 
+    def add_execution(self, run: RunRow | None, opening: Opening, execution: int) -> Any:
+        """Add an execution without attempts, with its input, to a run; None: to a new one. Return its key.
+
+        Tags and events of the execution before are deleted, and so are its commits where only the last ones
+        are stored.
+        """
+        ...
+
+    def continue_execution(self, run: RunRow, discard_from: int | None) -> Any:
+        """Discard the commits of the last execution from a position on; None: none. Return its key."""
+        ...
+
+    def add_tags(self, run: Any, tags: Sequence[str]) -> None:
+        """Add tags to the last execution."""
+
+    def update(
+        self, run: Any, fields: Mapping[str, Any], *, fence: Fence | None = None, is_news: bool = False
+    ) -> bool:
+        """Set fields of a run: those of a RunRow, and ``until_ms`` and ``claim_until_ms``, see LEASE_TIMES.
+
+        A value may be a :class:`Delay`. Returns False if the fence refuses it. ``is_news``: workers that
+        listen are woken.
+        """
+        ...
+
     def begin(self, run: RunRow | None, opening: Opening) -> Fence:
         """Begin an execution: number 1, or the next one of an existing run. Increments the epoch."""
-        ...
+        execution, epoch = (1, 1) if run is None else (run.execution + 1, run.epoch + 1)
+        key = self.add_execution(run, opening, execution)
+        fields = _NEW | {"pipeline": opening.pipeline, "execution": execution}
+        return self._write_opening(key, execution, epoch, opening, fields)
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
         """Take over the last execution, without its commits from ``discard_from`` on. Increments the epoch.
 
         Adds the tags. Deletes its mark.
         """
-        ...
+        first = None if opening.discard_from is None else max(opening.discard_from, 0)
+        key = self.continue_execution(run, first)
+        return self._write_opening(key, run.execution, run.epoch + 1, opening, {})
+
+    def _write_opening(
+        self, run: Any, execution: int, epoch: int, opening: Opening, fields: Mapping[str, Any]
+    ) -> Fence:
+        opened = {
+            "status": "RUNNING",
+            "error": None,
+            "owner": opening.owner,
+            "epoch": epoch,
+            "until_ms": Delay(int(opening.lease_seconds * 1000)),
+            "updated_ms": NOW,
+            "wake_ms": None,
+            "version": opening.version,
+        }
+        self.update(run, {**fields, **opened, **_UNMARKED})
+        if opening.tags:
+            self.add_tags(run, opening.tags)
+        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
 
     def replace_owner(self, run: RunRow, owner: str) -> Fence:
         """Give the last execution to another owner, which only ends it. Fences off the one before."""
-        ...
+        self.update(run.run, {"owner": owner})
+        return Fence(run.run, run.execution, run.epoch, owner, 0.0)
 
     def input(self, run: Any, execution: int) -> tuple[str, bytes, bytes] | None:
         """Return (contract, input, sha256) of an execution, or None."""
@@ -305,18 +384,26 @@ class Rows(Protocol):
 
         Deletes its mark.
         """
-        ...
+        fields = end._asdict() | _UNMARKED | {"until_ms": None}
+        if end.updated_ms is None:
+            fields["updated_ms"] = NOW
+        return self.update(fence.run, fields, fence=fence)
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         """Set from when on a run is due if it is suspended, or will be; 0: at once, None: never by itself."""
+        self.update(run.run, {"wake_ms": wake_ms}, is_news=wake_ms == 0)
 
     def block(self, run: RunRow, mark: BlockedMark | None) -> None:
         """Mark a run without an owner as blocked, with the message in stored form; None deletes the mark."""
+        values = (None,) * 4 if mark is None else (*mark[:3], " ".join(mark.codes))
+        self.update(run.run, dict(zip(_MARK, values, strict=True)))
 
     # ---- queue
     def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
         """Release an execution that has not started as QUEUED, until a worker opens it."""
-        ...
+        place = {"priority": entry.priority, "key": entry.key, "expires_ms": entry.expires_ms}
+        released = {"status": QUEUED, "error": None, "until_ms": None, "wake_ms": entry.due_ms}
+        self.update(fence.run, place | released, is_news=True)
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         """Return runs of a pipeline that are due and have no claim; see ``session_open.is_due``.

@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, cast
 
@@ -15,11 +15,12 @@ from stroma.checkpoint.decisions import ENDED, MESSAGE_SENT, UNFINISHED, has_exp
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.integrity import seal
 from stroma.checkpoint.durable.rows import (
+    LEASE_TIMES,
     Annotation,
+    Delay,
     EventRow,
     Fence,
     Opening,
-    RunEnd,
     RunExtras,
     RunRow,
     ScannedRows,
@@ -35,10 +36,8 @@ from stroma.checkpoint.payloads import UnencodedState
 from stroma.checkpoint.queue import (
     POSTPONED,
     QUEUED,
-    BlockedMark,
     Candidate,
     ClaimRequest,
-    QueueEntry,
     QueueFigures,
 )
 from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, parse_run_mark
@@ -48,7 +47,6 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.trace.events import AttemptRow, contract_of
 
 _NUMBERS: Final = itertools.count(1)
-_NOT_QUEUED: Final = QueueEntry(0)
 
 Place = tuple[int, str]
 #: A place, or the position alone of one without a branch: a tuple for each node costs 5 % of a node.
@@ -66,6 +64,7 @@ class MemoryRun:
     """One run.
 
     Attributes:
+        row: its row, except for its key and what is counted when the row is read.
         steps: outputs, and at the position of SAVED the states that ``save()`` stored; the newest last. Most
             are the row of the attempt, whose output is a snapshot.
         calls: the calls of the outputs that are such rows.
@@ -77,19 +76,7 @@ class MemoryRun:
         failure_sites: (attempt, start, function that encodes the frames) of the last failure at a place.
     """
 
-    execution: int = 0
-    pipeline: str = ""
-    status: str = "RUNNING"
-    error: str | None = None
-    started_ms: int = 0
-    updated_ms: int = 0
     number: int = 0
-    owner: str | None = None
-    epoch: int = 0
-    version: str = ""
-    wake_ms: int | None = None
-    queue: QueueEntry = _NOT_QUEUED
-    mark: BlockedMark | None = None
     claim: tuple[str, float] | None = None
     tags: tuple[str, ...] = ()
     input: tuple[str, Any, Any] | None = None
@@ -97,7 +84,7 @@ class MemoryRun:
     session: Callable[[], Any] | None = None
 
     def __init__(self, run_id: str) -> None:
-        self.run_id = run_id
+        self.row = RunRow(None, run_id, "", 0, "RUNNING", None, 0, 0, 0, 0, 0, None, 0, -1.0, 0)
         self.annotations: dict[Place, StepRow] = {}
         self.steps: dict[Key, AttemptRow | _Commit] = {}
         self.empty()
@@ -111,9 +98,9 @@ class MemoryRun:
         self.failure_sites: dict[Place, tuple[int, int, Callable[[], bytes]]] = {}
 
     @property
-    def blocked(self) -> str | None:
-        """The message of its mark."""
-        return None if self.mark is None else self.mark.message
+    def place(self) -> tuple[int, int]:
+        """Its place in the list of all runs."""
+        return self.row.started_ms, self.number
 
     @property
     def live_claim(self) -> str | None:
@@ -124,7 +111,7 @@ class MemoryRun:
     def is_held(self) -> bool:
         """Return True if a session that records its end has the run."""
         session = None if self.session is None else self.session()
-        return self.status == "RUNNING" and session is not None and session.owns_run
+        return self.row.status == "RUNNING" and session is not None and session.owns_run
 
     def commit(self, row: AttemptRow, schema: Schema, output: Any, call: StepCall | None) -> None:
         """Store the output of an attempt."""
@@ -162,7 +149,7 @@ class MemoryRun:
         committed_by = (entry.attempt if isinstance(entry, _Commit) else entry for entry in entries)
         for row in (*self.log, *committed_by):
             if row is not None and id(row) not in known:
-                key = (self.epoch, row.position, row.started_ns, row.branch, row.attempt)
+                key = (self.row.epoch, row.position, row.started_ns, row.branch, row.attempt)
                 attempts.setdefault(key, row)
         return attempts
 
@@ -251,18 +238,14 @@ class MemoryRows(ScannedRows):
         run = self._runs.get(run_id)
         return None if run is None else _run_row(run)
 
-    def begin(self, run: RunRow | None, opening: Opening) -> Fence:
+    def add_execution(self, run: RunRow | None, opening: Opening, execution: int) -> MemoryRun:
         one = self._existing(opening.run_id)
         if run is not None:
             one.discard(0)
             one.empty()
-            one.tags, one.queue, one.events = (), _NOT_QUEUED, None
-        one.execution += 1
-        one.pipeline, one.version = opening.pipeline, opening.version
-        one.input = (opening.contract, opening.input, opening.sha256)
-        fence = self._claim(one, opening)
-        one.started_ms, one.number = one.updated_ms, next(_NUMBERS)
-        return fence
+            one.tags, one.events = (), None
+        one.input, one.number = (opening.contract, opening.input, opening.sha256), next(_NUMBERS)
+        return one
 
     def _existing(self, run_id: str) -> MemoryRun:
         run = self._runs.get(run_id)
@@ -270,28 +253,32 @@ class MemoryRows(ScannedRows):
             run = self._runs[run_id] = MemoryRun(run_id)
         return run
 
-    def take_over(self, run: RunRow, opening: Opening) -> Fence:
+    def continue_execution(self, run: RunRow, discard_from: int | None) -> MemoryRun:
         one: MemoryRun = run.run
         one.end_epoch()
-        if opening.discard_from is not None:
-            one.discard(max(opening.discard_from, 0))
-        one.version = opening.version
-        return self._claim(one, opening)
+        if discard_from is not None:
+            one.discard(discard_from)
+        return one
 
-    def _claim(self, run: MemoryRun, opening: Opening) -> Fence:
-        if opening.tags:
-            run.tags = tuple(dict.fromkeys((*run.tags, *opening.tags)))
-        run.status, run.error, run.owner, run.updated_ms = "RUNNING", None, opening.owner, _now_ms()
-        run.wake_ms = run.claim = run.mark = None
-        run.epoch += 1
-        return Fence(run, run.execution, run.epoch, opening.owner, math.inf, leased_at=math.inf)
+    def add_tags(self, run: MemoryRun, tags: Sequence[str]) -> None:
+        run.tags = tuple(dict.fromkeys((*run.tags, *tags)))
 
-    def replace_owner(self, run: RunRow, owner: str) -> Fence:
-        run.run.owner = owner
-        return Fence(run.run, run.execution, run.epoch, owner, 0.0)
+    def update(
+        self, run: MemoryRun, fields: Mapping[str, Any], *, fence: Fence | None = None, is_news: bool = False
+    ) -> bool:
+        if fence is not None and (run.row.epoch, run.row.owner) != (fence.epoch, fence.owner):
+            return False
+        values = {name: value for name, value in fields.items() if name not in LEASE_TIMES}
+        for name, value in values.items():
+            if isinstance(value, Delay):
+                values[name] = _now_ms() + value.ms
+        if "claim" in fields:
+            run.claim = None
+        run.row = run.row._replace(**values)
+        return True
 
     def input(self, run: MemoryRun, execution: int) -> tuple[str, Any, Any] | None:
-        return run.input if execution == run.execution else None
+        return run.input if execution == run.row.execution else None
 
     def steps(
         self, run: MemoryRun, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()
@@ -306,7 +293,7 @@ class MemoryRows(ScannedRows):
     def steps_at(
         self, run: MemoryRun, execution: int, position: int, branches: Sequence[str]
     ) -> list[StepRow]:
-        places = [(position, branch) for branch in branches] if execution == run.execution else []
+        places = [(position, branch) for branch in branches] if execution == run.row.execution else []
         return list(run.steps_at(places))
 
     def identities(self, run: MemoryRun, execution: int) -> list[tuple[str, int]]:
@@ -314,7 +301,7 @@ class MemoryRows(ScannedRows):
 
     def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
         run: MemoryRun = fence.run
-        if run.epoch != fence.epoch:
+        if run.row.epoch != fence.epoch:
             return False
         if (fence.epoch, *attempt.key) not in run.attempts:
             run.attempts[fence.epoch, *attempt.key] = attempt
@@ -325,48 +312,20 @@ class MemoryRows(ScannedRows):
                 run.replace(_key_of(place), _Commit(StepRow(*place, attempt.node_id, step), attempt))
         return True
 
-    def finish(self, fence: Fence, end: RunEnd) -> bool:
-        run: MemoryRun = fence.run
-        if (run.epoch, run.owner) != (fence.epoch, fence.owner):
-            return False
-        run.status, run.error, run.wake_ms = end.status, end.error, end.wake_ms
-        run.claim = run.mark = None
-        run.updated_ms = _now_ms() if end.updated_ms is None else end.updated_ms
-        return True
-
-    def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
-        run.run.wake_ms = wake_ms
-
-    def block(self, run: RunRow, mark: BlockedMark | None) -> None:
-        run.run.mark = mark
-
     # ------------------------------------------------------------------ queue
-
-    def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
-        run: MemoryRun = fence.run
-        run.status, run.error, run.wake_ms, run.queue = QUEUED, None, entry.due_ms, entry
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         code = request.code_of(pipeline)
         candidates: list[Candidate] = []
         for run in self._of(pipeline, code.versions):
-            is_lost = run.status == "RUNNING" and request.with_lost and not run.is_held
-            is_due = run.status in UNFINISHED and run.wake_ms is not None and run.wake_ms <= request.now_ms
-            mark = run.mark
+            row, mark = run.row, run.row.mark
+            is_lost = row.status == "RUNNING" and request.with_lost and not run.is_held
+            is_due = row.status in UNFINISHED and row.wake_ms is not None and row.wake_ms <= request.now_ms
             is_kept = mark is not None and mark.until_ms > request.now_ms and code.name in mark.codes
             if (is_lost or is_due) and not is_kept and run.live_claim is None:
-                place, is_over = run.queue, has_expired(run.status, run.queue.expires_ms, _now_ms())
-                candidates.append(
-                    Candidate(
-                        run,
-                        run.run_id,
-                        pipeline,
-                        place.priority,
-                        run.wake_ms or 0,
-                        place.key,
-                        has_expired=is_over and mark is None,
-                    )
-                )
+                is_over = mark is None and has_expired(row.status, row.expires_ms, _now_ms())
+                place = row.priority or 0, row.wake_ms or 0, row.key
+                candidates.append(Candidate(run, row.run_id, pipeline, *place, has_expired=is_over))
         return candidates
 
     def _of(self, pipeline: str, versions: Sequence[str]) -> list[MemoryRun]:
@@ -374,14 +333,14 @@ class MemoryRows(ScannedRows):
         return [
             run
             for run in list(self._runs.values())
-            if run.execution and run.pipeline == pipeline and run.version in ("", *versions)
+            if run.row.execution and run.row.pipeline == pipeline and run.row.version in ("", *versions)
         ]
 
     def live_runs(self, pipeline: str) -> dict[str | None, int]:
         live: dict[str | None, int] = {}
         for run in list(self._runs.values()):
-            if run.pipeline == pipeline and (run.live_claim not in (None, POSTPONED) or run.is_held):
-                live[run.queue.key] = live.get(run.queue.key, 0) + 1
+            if run.row.pipeline == pipeline and (run.live_claim not in (None, POSTPONED) or run.is_held):
+                live[run.row.key] = live.get(run.row.key, 0) + 1
         return live
 
     def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
@@ -390,16 +349,16 @@ class MemoryRows(ScannedRows):
         return list(candidates)
 
     def queue_figures(self, pipeline: str, versions: Sequence[str], now_ms: int) -> QueueFigures:
-        runs = self._of(pipeline, versions)
-        since = [run.mark.since_ms for run in runs if run.mark is not None]
-        runs = [run for run in runs if run.status in UNFINISHED and run.mark is None]
-        due = [ms for run in runs if MESSAGE_SENT < (ms := run.wake_ms or 0) <= now_ms]
-        queued = sum(run.status == QUEUED for run in runs)
+        rows = [run.row for run in self._of(pipeline, versions)]
+        since = [row.mark.since_ms for row in rows if row.mark is not None]
+        rows = [row for row in rows if row.status in UNFINISHED and row.mark is None]
+        due = [ms for row in rows if MESSAGE_SENT < (ms := row.wake_ms or 0) <= now_ms]
+        queued = sum(row.status == QUEUED for row in rows)
         return QueueFigures(queued, min(due, default=None), len(since), min(since, default=None))
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         runs = map(self._runs.get, run_ids)
-        return {run.run_id: run.status for run in runs if run is not None and run.execution}
+        return {run.row.run_id: run.row.status for run in runs if run is not None and run.row.execution}
 
     def renew(self, fences: list[Fence]) -> list[Fence]:
         return fences
@@ -442,7 +401,9 @@ class MemoryRows(ScannedRows):
     def delete(self, run_id: str) -> None:
         run = self._runs.pop(run_id, None)
         if run is not None:
-            run.epoch += 1  # Fences off the session that has the run open.
+            run.row = run.row._replace(
+                epoch=run.row.epoch + 1
+            )  # Fences off the session that has the run open.
 
     # ------------------------------------------------------------------ events
 
@@ -452,7 +413,7 @@ class MemoryRows(ScannedRows):
             if run.events is None:
                 run.events = deque(maxlen=MAX_BATCHES)
             is_new = not run.events or run.events[-1].last < one.last
-            if is_new and run.execution == one.execution and self._runs.get(run.run_id) is run:
+            if is_new and run.row.execution == one.execution and self._runs.get(run.row.run_id) is run:
                 run.events.append(one)
 
     def events(self, run: MemoryRun, execution: int, after: EventPlace, limit: int) -> list[EventRow]:
@@ -471,8 +432,8 @@ class MemoryRows(ScannedRows):
         return _now_ms()
 
     def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
-        runs = [run for run in list(self._runs.values()) if run.updated_ms < before_ms]
-        return [run.run_id for run in runs if unfinished or (run.execution and run.status in ENDED)][:limit]
+        rows = [run.row for run in list(self._runs.values()) if run.row.updated_ms < before_ms]
+        return [row.run_id for row in rows if unfinished or (row.execution and row.status in ENDED)][:limit]
 
     def blobs(self) -> Iterable[bytes]:
         return ()
@@ -486,12 +447,12 @@ class MemoryRows(ScannedRows):
         runs = [
             run
             for run in list(self._runs.values())
-            if run.execution and (run.started_ms, run.number) < end and matches(query, run, run.tags)
+            if run.row.execution and run.place < end and matches(query, run.row, run.tags)
             if query.failure_class is query.node is None or any(map(query.matches_failure, _failed(run)))
         ]
-        runs.sort(key=lambda run: (run.started_ms, run.number), reverse=True)
+        runs.sort(key=lambda run: run.place, reverse=True)
         page = runs[:limit]
-        following = f"{page[-1].started_ms}.{page[-1].number}" if len(runs) > limit else None
+        following = "{}.{}".format(*page[-1].place) if len(runs) > limit else None
         return list(map(_run_row, page)), following
 
     def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
@@ -504,9 +465,9 @@ class MemoryRows(ScannedRows):
         return extras
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
-        runs = [run for run in list(self._runs.values()) if run.execution and run.run_id.startswith(prefix)]
-        runs.sort(key=lambda run: (run.run_id == prefix, run.started_ms, run.number), reverse=True)
-        return [run.run_id for run in runs[:limit]]
+        runs = [run for run in list(self._runs.values()) if run.row.run_id.startswith(prefix)]
+        runs.sort(key=lambda run: (run.row.run_id == prefix, run.place), reverse=True)
+        return [run.row.run_id for run in runs if run.row.execution][:limit]
 
     def attempts(self, run: MemoryRun, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
         for record in _records(run, execution):
@@ -537,43 +498,26 @@ def _now_ms() -> int:
 
 
 def _run_row(run: MemoryRun) -> RunRow:
-    records = _records(run, run.execution)
+    row, records = run.row, _records(run, run.row.execution)
     ends = [(one.started_ns + one.duration_ns) // 1_000_000 for one in records]
-    places, mark = list(run.committed()), run.mark
-    return RunRow(
+    places = list(run.committed())
+    return row._replace(
         run=run,
-        run_id=run.run_id,
-        pipeline=run.pipeline,
-        execution=run.execution,
-        status=run.status,
-        error=run.error,
-        started_ms=run.started_ms,
-        updated_ms=max([run.updated_ms, *ends]) if run.status == "RUNNING" else run.updated_ms,
+        updated_ms=max([row.updated_ms, *ends]) if row.status == "RUNNING" else row.updated_ms,
         tokens=sum(one.tokens for one in records),
         cost_pico=sum(one.cost_pico for one in records),
         latency_ns=sum(one.function_ns for one in records if not one.branch),
-        owner=run.owner,
-        epoch=run.epoch,
         left_seconds=math.inf if run.is_held else -1.0,
         nodes=sum(not branch for _, branch in places),
         attempt_count=len(records),
         commit_count=len(places),
-        wake_ms=run.wake_ms,
-        expires_ms=run.queue.expires_ms,
-        priority=run.queue.priority,
-        key=run.queue.key,
-        version=run.version,
-        blocked=run.blocked,
-        blocked_since_ms=mark and mark.since_ms,
-        blocked_until_ms=mark and mark.until_ms,
-        blocked_codes=mark and " ".join(mark.codes),
         claim=run.live_claim,
     )
 
 
 def _records(run: MemoryRun, execution: int) -> list[AttemptRecord]:
     """Return the attempts of the last execution in their order; ``output_bytes`` is 0 for each commit."""
-    if execution != run.execution:
+    if execution != run.row.execution:
         return []
     positions = {position: identity for identity, position in list(run.identities.items())}
     records: list[AttemptRecord] = []
@@ -593,5 +537,5 @@ def _records(run: MemoryRun, execution: int) -> list[AttemptRecord]:
 
 def _failed(run: MemoryRun) -> list[AttemptRecord]:
     """Return the failed attempts of the last execution, the latest end first."""
-    failed = [one for one in _records(run, run.execution) if one.failure_class is not None]
+    failed = [one for one in _records(run, run.row.execution) if one.failure_class is not None]
     return sorted(failed, key=lambda one: one.started_ns + one.duration_ns, reverse=True)

@@ -102,7 +102,7 @@ class MemorySession(DurableSession):
             pass  # It is fenced off.
 
     def _require_fence(self, rows: Rows) -> None:
-        if self._run.epoch != self.epoch:
+        if self._run.row.epoch != self.epoch:
             raise fence_error(rows, self.fence, self.run_id)
 
     def record(
@@ -110,7 +110,7 @@ class MemorySession(DurableSession):
     ) -> None:
         run = self._run
         with memory_lock():
-            if run.epoch != self.epoch:
+            if run.row.epoch != self.epoch:
                 raise fence_error(self._rows, self.fence, self.run_id)
             self.completed = None
             if output is None or schema is None:
@@ -142,14 +142,14 @@ class MemorySession(DurableSession):
         return True
 
     def note_call(self, position: int, identity: str) -> None:
-        if self._run.epoch == self.epoch:
+        if self._run.row.epoch == self.epoch:
             self._run.identities[identity] = position
 
     def record_failure_site(
         self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
     ) -> None:
         """See Session. The frames are encoded when they are read."""
-        if self._run.epoch == self.epoch:
+        if self._run.row.epoch == self.epoch:
             self._run.failure_sites[position, branch] = (attempt, started_ns, write)
 
     def abandon(self) -> None:

@@ -12,16 +12,16 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 from stroma.checkpoint.decisions import COMPLETE, ENDED
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.operations import fence_error
-from stroma.checkpoint.durable.rows import Annotation, EventRow, Fence, Opening, RunEnd, RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, Delay, EventRow, Fence, Opening, RunRow, Step, StepRow
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.queue import QUEUED, BlockedMark, Candidate, QueueEntry
+from stroma.checkpoint.queue import Candidate
 from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.redis.format import (
     NodeFacts,
@@ -53,7 +53,7 @@ class _Write(NamedTuple):
 
     prefix: str
     values: tuple[Any, ...]
-    on_reply: Callable[[Any], None] | None = None
+    on_reply: Callable[[Any], object] | None = None
 
 
 class RedisRows(RedisReader):
@@ -99,34 +99,42 @@ class RedisRows(RedisReader):
             self._locked[run_id] = row
         return row
 
-    def begin(self, run: RunRow | None, opening: Opening) -> Fence:
+    def add_execution(self, run: RunRow | None, opening: Opening, execution: int) -> RedisRun:
         token = os.urandom(8).hex() if run is None else run.run.token
-        fence = self._fence(run, token, 1 if run is None else run.execution + 1, opening)
         data = pack_step("", Step(opening.contract, "", opening.input, opening.sha256))
-        fields = _opened_fields(fence, opening, ()) | dict.fromkeys(_COUNTS, 0)
-        fields |= {"token": token, "run_id": opening.run_id, "pipeline": opening.pipeline}
-        fields |= {"execution": fence.execution, "started_ms": _NOW}
-        fields |= dict.fromkeys(("priority", "key", "expires_ms"))
-        self._append(fence, "begin", opening.run_id, fence.execution, data, *_pairs(fields))
-        return fence
+        return self._opened(run, opening.run_id, token, "begin", execution, token, data)
 
-    def take_over(self, run: RunRow, opening: Opening) -> Fence:
-        fence = self._fence(run, run.run.token, run.execution, opening)
-        discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
-        fields = _opened_fields(fence, opening, run.run.tags)
-        self._append(fence, "take_over", opening.run_id, run.execution, discard, *_pairs(fields))
-        return fence
+    def continue_execution(self, run: RunRow, discard_from: int | None) -> RedisRun:
+        discard = "" if discard_from is None else discard_from
+        key = self._opened(run, run.run_id, run.run.token, "take_over", run.execution, discard)
+        key.tags = run.run.tags
+        return key
 
-    def _fence(self, run: RunRow | None, token: str, execution: int, opening: Opening) -> Fence:
-        self._owners[opening.run_id] = opening.owner
+    def _opened(self, run: RunRow | None, run_id: str, token: str, operation: str, *values: Any) -> RedisRun:
+        """Collect an opening, and return the key of the run after it."""
         epoch, writes = (1, 1) if run is None else (run.epoch + 1, run.run.writes + 1)
-        key = RedisRun(opening.run_id, token, epoch, writes)
-        return Fence(key, execution, epoch, opening.owner, opening.lease_seconds)
+        key = RedisRun(run_id, token, epoch, writes)
+        on_reply = partial(is_recorded, key, server=self._link.server.name)
+        self._writes.append(_Write(key.prefix, (operation, run_id, *values), on_reply))
+        return key
 
-    def replace_owner(self, run: RunRow, owner: str) -> Fence:
-        self._owners[run.run_id] = owner
-        self._update(run.run, {"owner": owner})
-        return Fence(run.run, run.execution, run.epoch, owner, 0.0)
+    def add_tags(self, run: RedisRun, tags: Sequence[str]) -> None:
+        self.update(run, {"tags": json.dumps(list(dict.fromkeys((*run.tags, *tags))))})
+
+    def update(
+        self, run: RedisRun, fields: Mapping[str, Any], *, fence: Fence | None = None, is_news: bool = False
+    ) -> bool:
+        # A refusal raises Fenced in flush(), when the reply is known.
+        if "owner" in fields:
+            self._owners[run.run_id] = fields["owner"]
+        pairs = [part for name, value in fields.items() for part in (name, _field(value))]
+        if fence is None:
+            self._write(run.prefix, "update", run.run_id, int(is_news), *pairs)
+        else:
+            ttl = self._ttl if fields["status"] in COMPLETE else ""
+            values = (run.token, fence.execution, fence.epoch, fence.owner, run.writes, ttl)
+            self._append(fence, "finish", run.run_id, *values, *pairs)
+        return True
 
     def input(self, run: RedisRun, execution: int) -> tuple[str, bytes, bytes] | None:
         token = ("HGET", f"{run.prefix}run", "token")
@@ -206,32 +214,6 @@ class RedisRows(RedisReader):
         self._owners[fence.run.run_id] = fence.owner
         self._append(fence, *_commit_values(fence, attempt, step))
         return True
-
-    def finish(self, fence: Fence, end: RunEnd) -> bool:
-        run = fence.run
-        ttl = self._ttl if end.status in COMPLETE else ""
-        fields = end._asdict() | _UNMARKED | {"until_ms": None}
-        if end.updated_ms is None:
-            fields["updated_ms"] = _NOW
-        values = (run.token, fence.execution, fence.epoch, fence.owner, run.writes, ttl)
-        self._append(fence, "finish", run.run_id, *values, *_pairs(fields))
-        return True
-
-    def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
-        self._update(run.run, {"wake_ms": wake_ms}, is_news=wake_ms == 0)
-
-    def block(self, run: RunRow, mark: BlockedMark | None) -> None:
-        values = (None,) * 4 if mark is None else (*mark[:3], " ".join(mark.codes))
-        self._update(run.run, dict(zip(_MARK, values, strict=True)))
-
-    def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
-        place = {"priority": entry.priority, "key": entry.key, "expires_ms": entry.expires_ms}
-        released = {"status": QUEUED, "error": None, "until_ms": None, "wake_ms": entry.due_ms}
-        self._update(fence.run, place | released, is_news=True)
-
-    def _update(self, run: RedisRun, fields: Mapping[str, Any], *, is_news: bool = False) -> None:
-        """Change fields of a run; None deletes one."""
-        self._write(run.prefix, "update", run.run_id, int(is_news), *_pairs(fields))
 
     def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
         claimed: list[Candidate] = []
@@ -426,43 +408,9 @@ def is_recorded(run: RedisRun, reply: Any, server: str) -> bool:
     )
 
 
-#: The present time of the server, in a field of a run; see ``change`` in the script.
-_NOW: Final = "+0"
-_MARK: Final = ("blocked", "blocked_since_ms", "blocked_until_ms", "blocked_codes")
-#: Fields that every opening and every end of a run delete.
-_UNMARKED: Final[dict[str, Any]] = dict.fromkeys((*_MARK, "claim", "claim_until_ms"))
-_COUNTS: Final = (
-    "tokens",
-    "cost_pico",
-    "latency_ns",
-    "nodes",
-    "commit_count",
-    "attempt_count",
-    "identities",
-)
-
-
-def _opened_fields(fence: Fence, opening: Opening, tags_before: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of a run that a session has opened. ``tags_before``: those of the execution."""
-    tags = list(dict.fromkeys((*tags_before, *opening.tags)))
-    return _UNMARKED | {
-        "status": "RUNNING",
-        "error": None,
-        "owner": opening.owner,
-        "epoch": fence.epoch,
-        "until_ms": f"+{_lease_ms(fence)}",
-        "updated_ms": _NOW,
-        "wake_ms": None,
-        "version": opening.version,
-        "tags": json.dumps(tags) if tags else None,
-    }
-
-
-def _pairs(fields: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the names and values of fields; None deletes one."""
-    for name, value in fields.items():
-        yield name
-        yield "" if value is None else value
+def _field(value: Any) -> Any:
+    """Return a value of a field of a run as ``change`` in the script takes it."""
+    return "" if value is None else f"+{value.ms}" if isinstance(value, Delay) else value
 
 
 def _lease_ms(fence: Fence) -> int:

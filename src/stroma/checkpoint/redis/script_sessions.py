@@ -25,7 +25,7 @@ local function keep(id, execution)
   redis.call('ZREM', ENDED, id)
 end
 
-function ops.begin(id, execution, input, ...)
+function ops.begin(id, execution, token, input)
   local us = now_us()
   if redis.call('HSETNX', run, 'order', us) == 1 then
     -- Keys that eviction left of an earlier run of this id.
@@ -33,15 +33,16 @@ function ops.begin(id, execution, input, ...)
   else redis.call('DEL', p .. 'events') end
   for _, name in ipairs(EXECUTION_KEYS) do redis.call('DEL', p .. name .. ':' .. execution) end
   redis.call('HSET', p .. 'inputs', execution, input)
+  redis.call('HSET', run, 'token', token, 'run_id', id, 'nodes', 0, 'identities', 0)
+  redis.call('HDEL', run, 'tags')
   redis.call('ZADD', RUNS, us, id)
   note_format()
   keep(id, execution)
-  change(id, ...)
   sweep(10)
   return redis.call('HINCRBY', run, 'writes', 1)
 end
 
-function ops.take_over(id, execution, discard, ...)
+function ops.take_over(id, execution, discard)
   if not is_complete(execution) then return 'lost' end
   redis.call('ZADD', RUNS, 'NX', now_us(), id)
   if discard ~= '' then
@@ -58,7 +59,6 @@ function ops.take_over(id, execution, discard, ...)
     redis.call('HSET', run, 'commit_count', commits, 'nodes', top)
   end
   keep(id, execution)
-  change(id, ...)
   return redis.call('HINCRBY', run, 'writes', 1)
 end
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from stroma.checkpoint.durable.rows import (
     Annotation,
+    Delay,
     EventRow,
     Fence,
     Opening,
-    RunEnd,
+    Rows,
     RunExtras,
     RunRow,
     Step,
@@ -21,7 +22,7 @@ from stroma.checkpoint.durable.rows import (
 )
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES, EventPlace
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.queue import BlockedMark, Candidate, ClaimRequest, QueueEntry, QueueFigures
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
 from stroma.checkpoint.records import (
     ATTEMPT_COLUMNS,
     AttemptMark,
@@ -42,7 +43,7 @@ _INDEXED_CHARACTERS: Final = 64  # of an id
 _LAST_CHARACTERS: Final = "\U0010ffff" * (_INDEXED_CHARACTERS + 1)
 
 
-class SqlRows(ABC):
+class SqlRows(Rows):
     """See :class:`stroma.checkpoint.durable.rows.Rows`. The caller begins and ends the transaction."""
 
     def __init__(self) -> None:
@@ -73,8 +74,9 @@ class SqlRows(ABC):
         """Return the beginning of the owners of runs whose end may be known before their lease ends."""
         return ""
 
-    def _notify(self) -> None:  # noqa: B027 - SQLite has nothing to notify.
-        """Wake workers that listen."""
+    def _notify(self) -> None:
+        """Wake workers that listen. SQLite has nothing to notify."""
+        return
 
     def _all(self, statement: str, **values: Any) -> list[Any]:
         rows: list[Any] = self._execute(statement, values).fetchall()
@@ -99,9 +101,8 @@ class SqlRows(ABC):
         """Create a run without an execution, and return its number."""
         return self._one(sql.NEW_RUN, run_key=key(run_id), run_id=run_id)[0]
 
-    def begin(self, run: RunRow | None, opening: Opening) -> Fence:
+    def add_execution(self, run: RunRow | None, opening: Opening, execution: int) -> Any:
         number = self._new_run(opening.run_id) if run is None else run.run
-        execution = 1 if run is None else run.execution + 1
         # Earlier executions stay in the history; their commits are no longer read.
         self._run(
             sql.NEW_INPUT,
@@ -111,40 +112,33 @@ class SqlRows(ABC):
             input=opening.input,
             sha256=opening.sha256,
         )
-        fence = self._execute_opening(sql.BEGIN, number, execution, opening)
         if execution > 1:
             self._run(sql.UNTAG, run=number)
             self._run(sql.DISCARD_EVENTS, run=number)
-        self._tag(number, opening)
-        return fence
+        return number
 
-    def take_over(self, run: RunRow, opening: Opening) -> Fence:
-        if opening.discard_from is not None:
-            first = max(opening.discard_from, 0)
-            discarded = self._run(sql.DISCARD, run=run.run, execution=run.execution, position=first)
-            self._run(sql.COUNT_DISCARDED, run=run.run, discarded=discarded)
-        self._tag(run.run, opening)
-        return self._execute_opening(sql.TAKE_OVER, run.run, run.execution, opening)
+    def continue_execution(self, run: RunRow, discard_from: int | None) -> Any:
+        if discard_from is not None:
+            place = {"run": run.run, "execution": run.execution, "position": discard_from}
+            self._run(sql.COUNT_DISCARDED, run=run.run, discarded=self._run(sql.DISCARD, **place))
+        return run.run
 
-    def _execute_opening(self, statement: str, run: Any, execution: int, opening: Opening) -> Fence:
-        (epoch,) = self._one(
-            statement,
-            run=run,
-            execution=execution,
-            pipeline=opening.pipeline,
-            version=opening.version,
-            owner=opening.owner,
-            lease_ms=int(opening.lease_seconds * 1000),
-        )
-        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
-
-    def _tag(self, run: Any, opening: Opening) -> None:
-        for tag in opening.tags:
+    def add_tags(self, run: Any, tags: Sequence[str]) -> None:
+        for tag in tags:
             self._run(sql.TAG, run=run, tag=tag)
 
-    def replace_owner(self, run: RunRow, owner: str) -> Fence:
-        self._run(sql.REPLACE_OWNER, run=run.run, owner=owner)
-        return Fence(run.run, run.execution, run.epoch, owner, 0.0)
+    def update(
+        self, run: Any, fields: Mapping[str, Any], *, fence: Fence | None = None, is_news: bool = False
+    ) -> bool:
+        values = {
+            f"new_{name}": value.ms if isinstance(value, Delay) else value for name, value in fields.items()
+        }
+        kinds = tuple((name, isinstance(value, Delay)) for name, value in fields.items())
+        where = {"run": run} if fence is None else _fence_values(fence)
+        is_done = self._run(sql.update_run(kinds, is_fenced=fence is not None), **values, **where) == 1
+        if is_news:
+            self._notify()
+        return is_done
 
     def input(self, run: Any, execution: int) -> tuple[str, bytes, bytes] | None:
         row: tuple[str, bytes, bytes] | None = self._one(sql.INPUT, run=run, execution=execution)
@@ -173,20 +167,6 @@ class SqlRows(ABC):
     def identities(self, run: Any, execution: int) -> list[tuple[str, int]]:
         return self._all(sql.IDENTITIES, run=run, execution=execution)
 
-    def finish(self, fence: Fence, end: RunEnd) -> bool:
-        return self._run(sql.FINISH, **end._asdict(), **_fence_values(fence)) == 1
-
-    def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
-        self._run(sql.WAKE, run=run.run, wake_ms=wake_ms)
-        if wake_ms == 0:
-            self._notify()
-
-    def block(self, run: RunRow, mark: BlockedMark | None) -> None:
-        values = dict.fromkeys(BlockedMark._fields) if mark is None else mark._asdict()
-        if mark is not None:
-            values["codes"] = " ".join(mark.codes)
-        self._run(sql.BLOCK, **values, run=run.run)
-
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         return dict(self._all(sql.STATUSES, run_keys=list(map(key, run_ids))))
 
@@ -203,10 +183,6 @@ class SqlRows(ABC):
                 self._run(statement, run=row[0])
 
     # ------------------------------------------------------------------ queue
-
-    def enqueue(self, fence: Fence, entry: QueueEntry) -> None:
-        self._run(sql.ENQUEUE, **entry._asdict(), run=fence.run)
-        self._notify()
 
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         code = request.code_of(pipeline)

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Final
 
 from stroma.checkpoint.decisions import ENDED, MESSAGE_SENT
-from stroma.checkpoint.durable.rows import Annotation, Step
+from stroma.checkpoint.durable.rows import LEASE_TIMES, Annotation, Step
 from stroma.checkpoint.queue import MAX_CLAIM_SECONDS
 from stroma.checkpoint.records import ATTEMPT_COLUMNS
 from stroma.checkpoint.sql.tables import ATTEMPT_TYPES, STEP_TYPES
@@ -72,15 +72,6 @@ LOCK_MANY: Final = f"""SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = ANY(:r
 NEW_RUN: Final = """INSERT INTO runs (run_key, run_id, pipeline, execution, status, started_ms,
     updated_ms, tokens, cost_pico, latency_ns, lease_epoch) VALUES (:run_key, :run_id, '', 0,
     'RUNNING', now_ms(), now_ms(), 0, 0, 0, 0) ON CONFLICT DO NOTHING RETURNING run"""
-_NO_MARK: Final = "blocked = NULL, blocked_since_ms = NULL, blocked_until_ms = NULL, blocked_codes = NULL"
-_OPEN: Final = f"""status = 'RUNNING', error = NULL, updated_ms = now_ms(), lease_owner = :owner,
-    lease_until_ms = clock_ms() + :lease_ms, wake_ms = NULL, claim = NULL, claim_until_ms = NULL, {_NO_MARK},
-    lease_epoch = lease_epoch + 1 WHERE run = :run RETURNING lease_epoch"""
-BEGIN: Final = f"""UPDATE runs SET execution = :execution, pipeline = :pipeline, version = :version,
-    started_ms = now_ms(), tokens = 0, cost_pico = 0, latency_ns = 0, attempt_count = 0, commit_count = 0,
-    priority = 0, queue_key = NULL, expires_ms = NULL, {_OPEN}"""
-TAKE_OVER: Final = f"UPDATE runs SET version = :version, {_OPEN}"
-REPLACE_OWNER: Final = "UPDATE runs SET lease_owner = :owner WHERE run = :run"
 NEW_INPUT: Final = """INSERT INTO inputs (run, execution, contract, input, sha256)
     VALUES (:run, :execution, :contract, :input, :sha256)"""
 INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = :run AND execution = :execution"
@@ -92,14 +83,29 @@ ROW_COUNTS: Final = """SELECT (SELECT count(*) FROM attempts WHERE run = :run AN
 # attempts that were acknowledged to it.
 FENCE: Final = """WHERE run = :run AND lease_epoch = :epoch AND lease_owner = :owner
     AND attempt_count >= :acknowledged"""
-FINISH: Final = f"""UPDATE runs SET status = :status, error = :error, wake_ms = :wake_ms,
-    updated_ms = coalesce(:updated_ms, now_ms()), lease_until_ms = NULL, claim = NULL, claim_until_ms = NULL,
-    {_NO_MARK} {FENCE}"""
+#: Columns that have other names than the fields of a RunRow.
+_COLUMNS: Final = {
+    "owner": "lease_owner",
+    "epoch": "lease_epoch",
+    "until_ms": "lease_until_ms",
+    "key": "queue_key",
+}
+
+
+@cache
+def update_run(fields: tuple[tuple[str, bool], ...], *, is_fenced: bool) -> str:
+    """Return the statement that sets fields of a run: their names, and True for a time from now on."""
+
+    def value(name: str, is_delay: bool) -> str:
+        clock = "clock_ms()" if name in LEASE_TIMES else "now_ms()"
+        return f"{clock} + :new_{name}" if is_delay else f":new_{name}"
+
+    values = ", ".join(f"{_COLUMNS.get(name, name)} = {value(name, is_delay)}" for name, is_delay in fields)
+    return f"UPDATE runs SET {values} {FENCE if is_fenced else 'WHERE run = :run'}"
+
+
 RENEW: Final = f"""UPDATE runs SET lease_until_ms = clock_ms() + :lease_ms {FENCE} AND lease_until_ms
     IS NOT NULL RETURNING run"""
-WAKE: Final = "UPDATE runs SET wake_ms = :wake_ms WHERE run = :run"
-BLOCK: Final = """UPDATE runs SET blocked = :message, blocked_since_ms = :since_ms, blocked_until_ms =
-    :until_ms, blocked_codes = :codes WHERE run = :run"""
 TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT run, :tag, started_ms FROM runs WHERE
     run = :run ON CONFLICT DO NOTHING"""
 UNTAG: Final = "DELETE FROM tags WHERE run = :run"
@@ -229,8 +235,6 @@ TALLY: Final = """SELECT bucket, pipeline, node_id, model, failure_class, count(
 
 # ---------------------------------------------------------------------- queue
 
-ENQUEUE: Final = """UPDATE runs SET status = 'QUEUED', error = NULL, lease_until_ms = NULL, wake_ms = :due_ms,
-    priority = :priority, queue_key = :key, expires_ms = :expires_ms WHERE run = :run"""
 _CANDIDATE: Final = "SELECT r.run, r.run_id, r.pipeline, r.priority, r.wake_ms, r.queue_key FROM runs r"
 _SERVED: Final = "(r.version = '' OR r.version = ANY(:versions))"
 _BLOCK_OVER: Final = "(r.blocked_until_ms <= :now OR strpos(r.blocked_codes, :code) = 0)"
