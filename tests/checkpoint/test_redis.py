@@ -15,7 +15,7 @@ import subprocess
 import textwrap
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -48,6 +48,8 @@ from stroma.checkpoint import (
     Waiting,
     open_store,
 )
+from stroma.checkpoint.durable.operations import Transaction
+from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.queue import ClaimRequest, QueueEntry, RunLimits, ServedCode
 from stroma.checkpoint.redis import reader as redis_reading
 from stroma.checkpoint.redis.store import RedisStore, SyncRedisStore
@@ -137,6 +139,10 @@ def replicated() -> Iterator[tuple[RedisServer, RedisServer]]:
             assert time.monotonic() < deadline, "the replica does not come up"
             time.sleep(0.02)
         yield primary, replica
+
+
+async def submit(store: RedisStore, operation: Callable[[Rows], None]) -> None:
+    await store._submit(Transaction("run", operation))
 
 
 def keys(server: RedisServer) -> set[str]:
@@ -498,6 +504,31 @@ class TestAmbiguous:
             monkeypatch.setattr(session, "put_waiting", interrupted)
             await owner.suspend(row(1), question)
             assert store.waiting("run") == [answered]
+
+    async def test_an_operation_is_repeated_if_the_row_has_changed_since_it_was_read(
+        self, server: RedisServer
+    ) -> None:
+        """A due time that another process sets between the read and the write of an operation is read."""
+        read: list[int | None] = []
+
+        async with RedisStore(server.url) as store, RedisStore(server.url) as other:
+            await finish(await begin(store), "PARTIAL")
+
+            def wake(rows: Rows) -> None:
+                run = rows.find("run", lock=True)
+                assert run is not None
+                rows.wake(run, 5)
+
+            def forget(rows: Rows) -> None:
+                run = rows.find("run", lock=True)
+                assert run is not None
+                read.append(run.wake_ms)
+                if len(read) == 1:
+                    asyncio.run(submit(other, wake))
+                rows.wake(run, None)
+
+            await submit(store, forget)
+            assert read == [None, 5]
 
 
 class TestRetention:
