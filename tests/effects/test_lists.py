@@ -12,7 +12,18 @@ from tests.fixtures import store_fixture
 from tests.kit import THRICE, open_question
 from tests.shared_stores import FAMILIES
 
-from stroma import Flow, NodeHooks, NotDone, Pipeline, RunStatus, StoreError, StromaRunner, Suspend, Unknown
+from stroma import (
+    Flow,
+    NodeHooks,
+    NotDone,
+    Pipeline,
+    RunStatus,
+    StoreError,
+    StromaRunner,
+    Suspend,
+    Unknown,
+    parallel,
+)
 from stroma.engine import attempt
 from stroma.testing import crash_at
 
@@ -191,6 +202,31 @@ async def test_reconcile_is_asked_again_after_a_time(store: Any, shape: str) -> 
     for seconds in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="retry_seconds must be above 0"):
             Unknown(retry_seconds=seconds)
+
+
+async def test_an_interrupted_run_does_not_wait_for_an_effect(store: Any) -> None:
+    """A run that is shut down beside an effect with Unknown(retry_seconds=...) is due at once."""
+    shop = Shop(after=[ConnectionResetError("no answer")])
+    asked, never = asyncio.Event(), asyncio.Event()
+
+    async def reconcile(order: Order, key: str) -> Unknown:
+        asked.set()
+        return Unknown(retry_seconds=3600)
+
+    runner, (before, charge, _) = pipeline(shop, store, reconcile)
+
+    @runner.node("slow", input=Order, output=Order)
+    async def slow(order: Order) -> Order:
+        await never.wait()
+        return order
+
+    run = asyncio.create_task(runner.run([before, parallel(charge, slow)], Order(), run_id="r"))
+    await asked.wait()
+    while not store.waiting("r"):
+        await asyncio.sleep(0.01)
+    await runner.shutdown(drain_seconds=0)
+    assert (await run).status is RunStatus.INTERRUPTED
+    assert store.get_run("r").due_ms == 0
 
 
 @pytest.mark.core

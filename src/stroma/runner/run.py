@@ -344,6 +344,8 @@ class RunExecution:
         ctx, status, failure = self.ctx, self._status, self._failure
         if status is RunStatus.SUSPENDED:
             ctx.account.note_open_questions(ctx.session.waiting.values())
+        else:
+            ctx.journal.wake_ms = None  # Other work of the run is not finished, and waits for no time.
         result = ctx.build_result(status, self.state, failure)
         error = str(failure) if failure is not None else ctx.account.describe_suspension()
         if self._has_setback or ctx.journal.session.notes:
