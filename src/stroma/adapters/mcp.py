@@ -23,7 +23,7 @@ except ImportError as error:
 
 from stroma.adapters._delegation import wrap_method
 from stroma.adapters._state_views import parse_text
-from stroma.adapters._step import GuardedStep
+from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 
 warn_if_untested("mcp")
@@ -56,9 +56,19 @@ def attach(session: T, guard: Guard, contracts: Contracts | None = None) -> T:
                 by_name.get(name),
                 input_view=lambda *_: dict(arguments or {}),
                 output_view=_result,
+                control=_control,
                 role="tool",
             )
-            return await guard.acall(step, bare, self, name, arguments, *args, **kwargs)
+            try:
+                return await guard.acall(step, answered, self, name, arguments, *args, **kwargs)
+            except _ErrorResult as error:
+                return error.result
+
+        async def answered(*args: Any, **kwargs: Any) -> Any:
+            result = await bare(*args, **kwargs)
+            if getattr(result, "isError", False) or getattr(result, "is_error", False):
+                raise _ErrorResult(result)
+            return result
 
         return call_tool
 
@@ -78,12 +88,23 @@ def attach(session: T, guard: Guard, contracts: Contracts | None = None) -> T:
     return session
 
 
+class _ErrorResult(Exception):
+    """A result by which the server says that the tool failed: no output, and no second call."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__(_text(result))
+        self.result = result
+
+
+def _control(error: BaseException) -> Control | None:
+    return Control("passed") if isinstance(error, _ErrorResult) else None
+
+
+def _text(result: Any) -> str:
+    return "".join(getattr(part, "text", "") for part in getattr(result, "content", ()))
+
+
 def _result(result: Any) -> Any:
     """Return the structured content of a result, or its text, parsed if that is JSON."""
     structured = getattr(result, "structuredContent", None) or getattr(result, "structured_content", None)
-    if structured is not None:
-        return structured
-    text = "".join(getattr(part, "text", "") for part in getattr(result, "content", ()))
-    if getattr(result, "isError", False) or getattr(result, "is_error", False):
-        return {"error": text}
-    return parse_text(text)
+    return parse_text(_text(result)) if structured is None else structured

@@ -9,17 +9,23 @@ from typing import Any
 
 import pytest
 from mcp import ClientSession
+from pydantic import BaseModel
 from tests.frameworks.contract import City, Narrow, Strict, Weather
 from tests.frameworks.kit import PAID, Seen, guard_of, lines_of, pay, result_of, spent
 
-from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus
+from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, NodeContract, RunStatus
 from stroma.adapters import Guard, UnknownNode
 from stroma.adapters.mcp import attach
+from stroma.engine.effects import UnknownOutcome
 
 try:
     from mcp.server.mcpserver import MCPServer
 except ImportError:  # Before 2.0.
     from mcp.server.fastmcp import FastMCP as MCPServer
+
+
+class Nothing(BaseModel):
+    pass
 
 
 class Session(ClientSession):
@@ -101,12 +107,26 @@ async def test_a_violation_is_caught_at_its_tool(contract: Any, direction: str) 
     assert result_of(guard).status is RunStatus.FAILED
 
 
-async def test_a_result_that_says_it_is_an_error_is_returned_as_it_is() -> None:
-    """A tool that fails in the server has answered: its caller decides."""
+@pytest.mark.parametrize("contracts", [None, {"broken": (Nothing, Weather)}])
+async def test_an_error_result_is_returned_unchanged(contracts: Any) -> None:
+    """A tool that fails in the server has answered: its caller decides, also under an output contract."""
     guard = guard_of()
-    async with session_of(guard) as session, guard.run():
+    async with session_of(guard, contracts) as session, guard.run():
         assert "Error executing tool" in text_of(await session.call_tool("broken"))
-    assert (session.calls, lines_of(guard)) == (1, ["broken success"])
+    assert (session.calls, lines_of(guard)) == (1, ["broken failure"])
+    assert result_of(guard).status is RunStatus.COMPLETED
+
+
+async def test_an_error_result_of_an_effect_leaves_its_outcome_unknown() -> None:
+    """The effect may have happened before it failed: it is not called again before somebody states so."""
+    guard = guard_of()
+    contract = NodeContract(node_id="broken", input_schema=Nothing, output_schema=Weather, effect=True)
+    async with session_of(guard, {"broken": contract}) as session:
+        with pytest.raises(UnknownOutcome):
+            async with guard.run():
+                assert "Error executing tool" in text_of(await session.call_tool("broken"))
+                await session.call_tool("broken")
+    assert (session.calls, result_of(guard).status) == (1, RunStatus.SUSPENDED)
 
 
 async def test_a_contract_of_an_unknown_tool_is_an_error() -> None:
