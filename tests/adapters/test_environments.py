@@ -62,13 +62,8 @@ def test_every_framework_has_tests_a_page_and_an_example(folder: Path) -> None:
 @pytest.mark.slow
 def test_an_unknown_framework_is_named() -> None:
     """./dev says which there are, and installs nothing."""
-    done = subprocess.run(
-        [sys.executable, "dev", "test", "--framework", "lnagraph"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "dev", "test", "--framework", "lnagraph"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "which framework? One of: " + ", ".join(folder.name for folder in FOLDERS) in done.stderr
 
@@ -76,11 +71,6 @@ def test_an_unknown_framework_is_named() -> None:
 @pytest.mark.slow
 def test_without_their_environment_the_tests_of_frameworks_are_not_collected() -> None:
     """The main environment has none of them; what it cannot run is not counted as run."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "tests/frameworks", "-q", "-p", "no:cacheprovider", "--co"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, "-m", "pytest", "tests/frameworks", "-q", "-p", "no:cacheprovider", "--co"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 5, done.stdout  # No tests were collected.

@@ -652,10 +652,8 @@ def test_a_level_that_is_given_a_policy_does_try_again() -> None:
     """``node_policies`` with an outer step's id asks for what is otherwise not done."""
     flaky = Flaky(*[TimeoutError("slow")] * 4)
     once = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1, backoff_seconds=0)}
-    guard = guard_of(
-        policy_map=once,
-        node_policies={"outer": {**once, FailureClass.AMBIGUOUS: once[FailureClass.RECOVERABLE]}},
-    )
+    policies = {"outer": {**once, FailureClass.AMBIGUOUS: once[FailureClass.RECOVERABLE]}}
+    guard = guard_of(policy_map=once, node_policies=policies)
     inner = guard.wrap("inner", flaky.step)
     with pytest.raises(TimeoutError):
         guard.wrap("outer", lambda: inner())()
@@ -682,9 +680,8 @@ def test_a_failure_that_the_framework_handles_stops_nothing() -> None:
 
 def test_a_timeout_of_an_async_step_is_a_timeout() -> None:
     """``node_timeouts`` bound a step like a node."""
-    guard = guard_of(
-        node_timeouts={"it": 10}, policy_map={FailureClass.RECOVERABLE: FailurePolicy(max_retries=0)}
-    )
+    policies = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=0)}
+    guard = guard_of(node_timeouts={"it": 10}, policy_map=policies)
 
     async def stuck() -> None:
         await asyncio.Event().wait()
@@ -755,11 +752,8 @@ def test_only_the_innermost_step_books_what_was_used() -> None:
     with guard.run() as run:
         agent()
     assert run.result.total_tokens == 38
-    assert [(event.node_id, event.usage.tokens) for event in run.result.trace.walk()] == [
-        ("agent", 8),
-        ("model", 15),
-        ("model", 15),
-    ]
+    spent = [(event.node_id, event.usage.tokens) for event in run.result.trace.walk()]
+    assert spent == [("agent", 8), ("model", 15), ("model", 15)]
 
 
 @pytest.mark.core
@@ -796,12 +790,8 @@ def test_tokens_of_failed_attempts_count() -> None:
     """G6: The tokens of failed attempts and of invalid answers count."""
     guard = guard_of(contract_retries={"it": 1})
     answers = [{"code": 1}, {"code": "T"}]
-    step = guard.wrap(
-        "it",
-        lambda: answers.pop(0),
-        contract=NodeContract(node_id="it", input_schema=Kept_(), output_schema=Ticket),
-        usage=lambda _: Usage(10, 1),
-    )
+    contract = NodeContract(node_id="it", input_schema=Kept_(), output_schema=Ticket)
+    step = guard.wrap("it", lambda: answers.pop(0), contract=contract, usage=lambda _: Usage(10, 1))
 
     @guard.step("outer")
     def outer() -> Any:
@@ -1284,9 +1274,8 @@ def test_a_run_that_is_resumed_remembers_the_bill_and_calls_anew(tmp_path: Any) 
     """A framework has its own way of going on: the guard returns nothing recorded, but its budget goes on."""
     with SQLiteStore(tmp_path / "runs.db") as store:
         for n in range(2):
-            guard = guard_of(
-                store=store, run_id="r1", resume=True, budget=ExecutionBudget(max_tokens_total=15)
-            )
+            budget = ExecutionBudget(max_tokens_total=15)
+            guard = guard_of(store=store, run_id="r1", resume=True, budget=budget)
             flaky = Flaky()
             step = guard.wrap("model", flaky.step, usage=lambda _: Usage(10))
             if n == 0:

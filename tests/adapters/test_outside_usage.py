@@ -85,8 +85,7 @@ def test_what_no_step_has_used_is_stored_at_once(tmp_path: Path) -> None:
     file = tmp_path / "r.db"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(file)], check=False, timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    runner = StromaRunner.quick(
-        store=str(file), run_id="r", resume=True, budget=ExecutionBudget(max_tokens_total=50)
-    )
+    budget = ExecutionBudget(max_tokens_total=50)
+    runner = StromaRunner.quick(store=str(file), run_id="r", resume=True, budget=budget)
     with pytest.raises(BudgetExceeded, match="60"), Guard(runner).run("q") as run:
         run.usage.check_budget()

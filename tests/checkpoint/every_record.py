@@ -54,11 +54,8 @@ async def write_every_kind(store: Any, run_id: str, text: str) -> Any:
     session = await store.open_run(request)
     session.note_call(0, text)
     failed = row(0, text, branch=text, failure=FailureClass.TERMINAL, message=text)
-    failed = failed._replace(
-        failure=Failed(FailureClass.TERMINAL, text, text, text),
-        group=text,
-        usage=AttemptUsage(1, 1, 0.1, text),
-    )
+    failure = Failed(FailureClass.TERMINAL, text, text, text)
+    failed = failed._replace(failure=failure, group=text, usage=AttemptUsage(1, 1, 0.1, text))
     await settled(session.record(failed, None, None))
     for position, one in enumerate((state, State(text=text * 1000))):
         attempt = row(position, text, output=schema.snapshot(one), schema=schema, branch=text)

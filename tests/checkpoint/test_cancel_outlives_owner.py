@@ -183,10 +183,8 @@ async def test_plain_code_that_was_fenced_off_calls_nothing_more(
             assert await other.cancel("r") is True
             first.gate.set()
             results = await owner
-        assert [(one.status, one.failure.node_id) for one in results] == [
-            ("PARTIAL", "first"),
-            ("PARTIAL", "second"),
-        ]
+        ends = [(one.status, one.failure.node_id) for one in results]
+        assert ends == [("PARTIAL", "first"), ("PARTIAL", "second")]
         assert all(isinstance(one.failure.exception, Fenced) for one in results)
         assert (first.calls, second.calls) == (1, 0)
         assert other.get_run("r").status == "CANCELLED"

@@ -195,9 +195,8 @@ async def test_messages_and_questions_are_sealed(open_store: Open) -> None:
         assert "no budget for alice" in record.error
         assert record.cause.message == "no budget for alice"
         assert [a.message for a in store.attempts("failed") if a.message] == ["no budget for alice"]
-        assert [a.message for a in store.attempt_page("failed").attempts if a.message] == [
-            "no budget for alice"
-        ]
+        messages = [a.message for a in store.attempt_page("failed").attempts if a.message]
+        assert messages == ["no budget for alice"]
         assert [w.reason for w in store.waiting("asking")] == ["may alice have it?"]
         assert "alice" in store.list_runs()[0].error
     async with open_store() as store:

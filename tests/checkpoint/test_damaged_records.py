@@ -87,9 +87,8 @@ async def fill(store: Any, run_id: str) -> None:
     await settled(session.record(attempt, SCHEMA, State(n=2), StepCall(1, b"{}")))
     await commit(session, 1, State(n=3), "m", branch="0")
     failed = row(1, "m", branch="1", failure=FailureClass.RECOVERABLE, message="no")
-    failed = failed._replace(
-        started_ns=5, failure=Failed(FailureClass.RECOVERABLE, "no", "contract", "ValueError")
-    )
+    failure = Failed(FailureClass.RECOVERABLE, "no", "contract", "ValueError")
+    failed = failed._replace(started_ns=5, failure=failure)
     session.record_failure_site(1, "1", 1, failed.started_ns, lambda: FRAMES)
     session.record_rejected(1, "1", failed.started_ns, REJECTED)
     await settled(session.record(failed, None, None))
@@ -415,9 +414,8 @@ class Go(BaseModel):
 
 def build(path: Path) -> tuple[StromaRunner, Any]:
     """Return a runner, and a flow with a failure, a value, a sleep, and a question with a time limit."""
-    runner = StromaRunner.quick(
-        store=SQLiteStore(path), inline_wait_seconds=1, policy_map={"AMBIGUOUS": {"max_retries": 0}}
-    )
+    policies = {"AMBIGUOUS": {"max_retries": 0}}
+    runner = StromaRunner.quick(store=SQLiteStore(path), inline_wait_seconds=1, policy_map=policies)
 
     @runner.node("bad", input=Num, output=Num)
     async def bad(state: Num) -> Num:

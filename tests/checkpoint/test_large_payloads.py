@@ -306,10 +306,8 @@ async def test_a_very_large_state_is_a_warning(
         await other.run([grow], Flat(text="x" * LARGE), run_id="c")
         await other.aclose()
     texts = [one.getMessage() for one in caplog.records if " MB" in one.getMessage()]
-    assert [text.partition(" has ")[0] for text in texts] == [
-        "the output of node 'grow' in run 'a'",
-        "the input of run 'c'",
-    ]
+    subjects = [text.partition(" has ")[0] for text in texts]
+    assert subjects == ["the output of node 'grow' in run 'a'", "the input of run 'c'"]
     assert texts[0].endswith(
         "store large data in a file or an object store, and pass its path on in the state"
     )

@@ -31,10 +31,8 @@ async def test_an_output_belongs_to_the_attempt_that_committed_it() -> None:
     session = await begin(store, if_exists="resume", discard_from=0)
     again = row(0, tokens=4, output={"a picture": "for people"})
     await settled(session.record(again, schema, State(n=2)))
-    assert [(one.tokens, one.output) for one in store.attempts("run")] == [
-        (3, None),
-        (4, schema.encode(State(n=2))),
-    ]
+    records = [(one.tokens, one.output) for one in store.attempts("run")]
+    assert records == [(3, None), (4, schema.encode(State(n=2)))]
 
 
 async def test_a_row_of_another_schema_is_not_read_by_its_own() -> None:

@@ -399,10 +399,8 @@ async def test_the_figures_of_a_queue(store: Any) -> None:
     assert store.queue_figures(p, NOW) == {"p": QueueFigures(0, None)}
     await submit(store, "later", due_ms=NOW + 50)
     await submit(store, "other", pipeline="q", due_ms=NOW - 90)
-    assert store.queue_figures({**p, "q": ServedCode()}, NOW) == {
-        "p": QueueFigures(1, None),
-        "q": QueueFigures(1, NOW - 90),
-    }
+    figures = store.queue_figures({**p, "q": ServedCode()}, NOW)
+    assert figures == {"p": QueueFigures(1, None), "q": QueueFigures(1, NOW - 90)}
     await submit(store, "urgent", due_ms=NOW - 2, priority=-1)
     await submit(store, "old", due_ms=NOW - 9, priority=3)
     await submit(store, "keyed", due_ms=NOW - 7, priority=1, key="k")
@@ -587,11 +585,12 @@ async def test_runs_that_are_opened_together(store: Any, monkeypatch: pytest.Mon
         from stroma.checkpoint.postgres.connection import PostgresRows
 
         execute = PostgresRows._execute
-        monkeypatch.setattr(
-            PostgresRows,
-            "_execute",
-            lambda self, text, values: (statements.append(text), execute(self, text, values))[1],
-        )
+
+        def note(self: Any, text: Any, values: Any) -> Any:
+            statements.append(text)
+            return execute(self, text, values)
+
+        monkeypatch.setattr(PostgresRows, "_execute", note)
     run_ids = [f"r{n}" for n in range(8)]
     for n, run_id in enumerate(run_ids):
         await submit(store, run_id, n=n)

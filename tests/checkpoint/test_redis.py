@@ -175,10 +175,8 @@ class TestCrash:
                 server.kill()
                 server.start()
                 again = await begin(store, if_exists="resume", if_running="take_over")
-                assert restored(again) == {
-                    **{(p, ""): State(n=p) for p in range(8)},
-                    **{(p, "0"): State(n=p) for p in (0, 3, 6)},
-                }
+                children = {(p, "0"): State(n=p) for p in (0, 3, 6)}
+                assert restored(again) == {**{(p, ""): State(n=p) for p in range(8)}, **children}
                 assert again.prior.tokens == 11 == len(store.attempts("run"))
 
     async def test_nothing_is_lost_or_doubled_in_mid_stream(self) -> None:
@@ -710,10 +708,8 @@ class TestOwners:
         process = child(code, server.url)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-        assert sorted(RedisStore(server.url).find_run("a") + RedisStore(server.url).find_run("b")) == [
-            "a",
-            "b",
-        ]
+        known = sorted(RedisStore(server.url).find_run("a") + RedisStore(server.url).find_run("b"))
+        assert known == ["a", "b"]
 
 
 class TestExpiry:
@@ -930,10 +926,8 @@ class TestServer:
             server.execute("HSET", "stroma:{run}:steps:1", "1:", bad)
             with pytest.raises(CorruptCheckpoint, match=r"'second' at position 1 of run 'run'.*resume_from"):
                 await begin(store, if_exists="resume")
-            assert [(a.damaged, a.output is None) for a in store.attempts("run")] == [
-                (False, False),
-                (True, True),
-            ]
+            states = [(a.damaged, a.output is None) for a in store.attempts("run")]
+            assert states == [(False, False), (True, True)]
             with pytest.raises(CorruptCheckpoint):
                 await store.load("run", "second")
         again = await begin(store, if_exists="resume", discard_from=1)
@@ -975,9 +969,8 @@ class TestServer:
     def test_a_url(self, server: RedisServer) -> None:
         """open_store takes redis:// and rediss:// URLs; anything else is a ValueError without a request."""
         assert isinstance(open_store("redis://127.0.0.1:1/0"), RedisStore)
-        assert (
-            repr(open_store("rediss://me:secret@h:7/2")) == "RedisStore('rediss://h:7/2', ttl_seconds=3600.0)"
-        )
+        shown = repr(open_store("rediss://me:secret@h:7/2"))
+        assert shown == "RedisStore('rediss://h:7/2', ttl_seconds=3600.0)"
         for wrong in ("http://h", "nonsense"):
             with pytest.raises(ValueError):
                 RedisStore(wrong)

@@ -243,11 +243,8 @@ async def test_a_codec_that_gives_other_bytes_each_time(path: Path) -> None:
         codec.opened = 0
         again = await begin(store, state=State(n=0), if_exists="resume")
         assert codec.opened == 2  # The input, and what the first step was given.
-        assert [one.step for one in again.restored.values()] == [
-            StepCall(2, b"given"),
-            StepCall(3, None),
-            None,
-        ]
+        steps = [one.step for one in again.restored.values()]
+        assert steps == [StepCall(2, b"given"), StepCall(3, None), None]
         assert restored(again) == {(n, ""): State(n=n) for n in range(3)}
         assert codec.opened == 5
     async with SQLiteStore(path) as plain:

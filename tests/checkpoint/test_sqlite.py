@@ -218,9 +218,8 @@ class TestProcesses:
         store = SQLiteStore(path)
         runs = store.list_runs(limit=1000)
         assert len(runs) == 4 * processes
-        assert {(run.status, run.nodes, run.tokens, run.cost_usd) for run in runs} == {
-            ("COMPLETED", 25, 25, 0.025)
-        }
+        totals = {(run.status, run.nodes, run.tokens, run.cost_usd) for run in runs}
+        assert totals == {("COMPLETED", 25, 25, 0.025)}
         for run in runs:
             assert [a.position for a in store.attempts(run.run_id)] == list(range(25))
         with raw(path) as db:
@@ -560,11 +559,8 @@ class TestFaults:
             await begin(store, if_exists="resume", if_running="take_over")
         with pytest.raises(CorruptCheckpoint, match=damaged):
             await store.load_typed("run", "n1", State)
-        assert [(a.damaged, a.output is None) for a in store.attempts("run")] == [
-            (False, False),
-            (True, True),
-            (False, False),
-        ]
+        states = [(a.damaged, a.output is None) for a in store.attempts("run")]
+        assert states == [(False, False), (True, True), (False, False)]
         await commit(session, 3)  # The refused resume has fenced nobody, and left no statement open.
         again = await begin(store, if_exists="resume", if_running="take_over", discard_from=1)
         await commit(again, 1, 1, "n1")

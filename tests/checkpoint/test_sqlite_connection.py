@@ -285,9 +285,8 @@ def test_a_file_that_cannot_be_opened(bench: Bench, tmp_path: Path) -> None:
     bench.connection = SqliteConnection(DatabaseFile(str(bench.path), "normal", bench._connect, 0.0))
     bench.waiting = [Job(put("b"), None)]
     jobs, poisoned = bench.apply(put("a"))
-    assert [str(job.error) for job in jobs] == [
-        f"there is no directory {tmp_path / 'none'}; create it, or use another path"
-    ] * 2
+    errors = [str(job.error) for job in jobs]
+    assert errors == [f"there is no directory {tmp_path / 'none'}; create it, or use another path"] * 2
     assert len({id(job.error) for job in jobs}) == 2
     assert all(isinstance(job.error, StoreError) and not job.error.transient for job in jobs)
     assert poisoned is None

@@ -134,11 +134,8 @@ def test_leases_are_renewed_each_for_its_time(rows: SqliteRows, clock: Clock) ->
     ]
     clock.now, clock.lease = 2000, 600_000
     rows.renew(fences[:2])
-    assert [(one[7], one[13]) for one in table(rows, "runs")] == [
-        (1000, 630_000),
-        (1000, 605_000),
-        (1000, 530_000),
-    ]
+    ages = [(one[7], one[13]) for one in table(rows, "runs")]
+    assert ages == [(1000, 630_000), (1000, 605_000), (1000, 530_000)]
 
 
 @pytest.mark.parametrize(
@@ -199,9 +196,8 @@ def test_a_run_is_deleted_from_all_tables(rows: SqliteRows) -> None:
         rows.annotate(run_id, Annotation.SAVED, "n", "n", step())
     rows.delete("s")
     names = ("runs", "inputs", "tags", "attempts", "steps")
-    assert [{one[0] if name != "steps" else one[1] for one in table(rows, name)} for name in names] == [
-        {1}
-    ] * 5
+    numbers = [{one[0] if name != "steps" else one[1] for one in table(rows, name)} for name in names]
+    assert numbers == [{1}] * 5
     assert len(table(rows, "steps")) == 2
     rows.delete("nobody")
     assert rows.begin(None, opening("s")).run == 3

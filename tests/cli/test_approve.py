@@ -349,10 +349,8 @@ def test_a_run_that_sleeps_after_its_answer(stroma, inside, fails):
     shown = inside("show", "s").out
     assert 'closed    later: Now? it is not answered\nanswered  later: Send it? {"ok": true}\n' in shown
     asked = json.loads(inside("show", "s", "--json").out)["suspended"]
-    assert [(one["answered"], one["closed"], one["answer"]) for one in asked] == [
-        (False, True, None),
-        (True, False, {"ok": True}),
-    ]
+    rows = [(one["answered"], one["closed"], one["answer"]) for one in asked]
+    assert rows == [(False, True, None), (True, False, {"ok": True})]
     late = inside("approve", "s", "later.py:later", '{"ok": true}', "--question", asked[0]["question"])
     fails(late, 2, "is closed: the run no longer waits for its answer")
     assert "waits     sleeping until " in shown

@@ -174,15 +174,12 @@ def test_bytes_that_are_no_text(inside, fails):
 
 def test_first_nodes_without_one_contract(files, inside, fails):
     """Nodes side by side each find their fields; their contracts are checked before anything runs."""
-    assert json.loads(inside("run", "open.py:bare_first", '{"a": [1, null]}', "-q").out) == {
-        "saw": {"a": [1, None]}
-    }
+    seen = json.loads(inside("run", "open.py:bare_first", '{"a": [1, null]}', "-q").out)
+    assert seen == {"saw": {"a": [1, None]}}
     assert json.loads(inside("run", "open.py:both", '{"left": "x", "right": 2}', "-q").out) == {"n": 1}
     fails(inside("run", "open.py:both", '{"left": "x"}'), 2, "'r'", "right: Field required")
-    assert json.loads(inside("run", "open.py:mapped", '{"items": [1, 2]}', "-q").out)["sums"] == [
-        {"n": 2},
-        {"n": 4},
-    ]
+    done = inside("run", "open.py:mapped", '{"items": [1, 2]}', "-q")
+    assert json.loads(done.out)["sums"] == [{"n": 2}, {"n": 4}]
     fails(inside("run", "open.py:mapped", '{"items": 1}'), 2, "items: Input should be a valid ")
     assert json.loads(inside("run", "open.py:same", GOOD, "-q").out) == {"n": 1}
     assert json.loads(inside("run", "open.py:empty", '{"a": 1}', "-q").out) == {"a": 1}
@@ -378,12 +375,8 @@ def test_a_driver_that_is_not_installed(inside, fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
     monkeypatch.setitem(sys.modules, "redis", None)
     fails(inside("runs", "--db", "postgresql://host/db"), 3, "pip install 'stroma-runner[postgres]'")
-    fails(
-        inside("runs", "--db", "redis://:geheim@host/0"),
-        3,
-        "redis://:***@host/0",
-        "pip install 'stroma-runner[redis]'",
-    )
+    done = inside("runs", "--db", "redis://:geheim@host/0")
+    fails(done, 3, "redis://:***@host/0", "pip install 'stroma-runner[redis]'")
 
 
 @pytest.mark.slow

@@ -128,9 +128,8 @@ def test_a_dry_run_names_what_must_be_settled(shop, inside, ran):
         changed.out.split()
     )
     shop.file("shop.py", SHOP)
-    assert (
-        inside("approve", "x", "shop.py:pipeline", "--done", '{"number": 1}', "--question", "0:1").code == 0
-    )
+    done = inside("approve", "x", "shop.py:pipeline", "--done", '{"number": 1}', "--question", "0:1")
+    assert done.code == 0
     assert inside("resume", "x", "shop.py:pipeline", "-q").code == 0
     assert "settles" not in inside("resume", "x", "shop.py:pipeline", "--dry-run").out
 
@@ -234,9 +233,8 @@ def test_a_call_in_flight_is_shown(shop, inside, paying, target):
     assert re.fullmatch(rf"{call}; {gone} and reconcile or a person states it", shown["unknown"])
     assert re.match(rf"{place} is gone; last record", shown["owner"])
     assert shown["deaths"] == "a process died under the run 1 time"
-    assert (
-        f"<b>deaths</b> {shown['deaths']}<" in inside("export", "p", "--format", "html", "--db", "p.db").out
-    )
+    done = inside("export", "p", "--format", "html", "--db", "p.db")
+    assert f"<b>deaths</b> {shown['deaths']}<" in done.out
     assert json.loads(inside("export", "p", "--db", "p.db").out)["deaths"] == 1
     shop.file("well", "")
     assert inside("resume", "p", target, "-q", "--db", "p.db").code == 0

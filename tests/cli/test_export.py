@@ -156,12 +156,8 @@ def test_messages_are_redacted(stroma, inside, ran):
 def test_a_file_that_cannot_be_written(stroma, inside, fails):
     """An output that cannot be written is 3 and names the file; one that is there is replaced."""
     assert inside("run", "sums.py:pipeline", GOOD, "-q").code == 0
-    fails(
-        inside("export", "last", "-o", "no/such/x.json"),
-        3,
-        "cannot write no/such/x.json",
-        "pass another file",
-    )
+    done = inside("export", "last", "-o", "no/such/x.json")
+    fails(done, 3, "cannot write no/such/x.json", "pass another file")
     stroma.file("x.json", "something much longer than what comes" * 1000)
     assert inside("export", "last", "-o", "x.json").code == 0
     assert json.loads((stroma.home / "x.json").read_text())["schema"] == "stroma.export/1"

@@ -15,16 +15,8 @@ def old(stroma, inside, ran):
     """A store whose runs were last written two days ago: one ended, one gave up, one was killed."""
     ran("ended", "--db", "runs.db")
     ran("gave up", "--db", "runs.db", code=1, SECOND="raise TimeoutError")
-    stroma(
-        "run",
-        "sums.py:pipeline",
-        GOOD,
-        "--run-id",
-        "killed",
-        "--db",
-        "runs.db",
-        env={"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"},
-    )
+    env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
+    stroma("run", "sums.py:pipeline", GOOD, "--run-id", "killed", "--db", "runs.db", env=env)
     with sqlite3.connect(stroma.home / "runs.db") as db:
         db.execute("UPDATE runs SET updated_ms = updated_ms - 172800000")
     db.close()

@@ -33,9 +33,8 @@ def ask(stroma, inside, monkeypatch, ran):
     stroma.file("hides.py", HIDES)
     ran("good", "--db", "r.db")
     breaks = {"SECOND": "raise ContractViolation('second', 'output', {}, ['no luck'])"}
-    assert (
-        inside("run", "sums.py:pipeline", GOOD, "--run-id", "bad", "--db", "r.db", "-q", env=breaks).code == 1
-    )
+    done = inside("run", "sums.py:pipeline", GOOD, "--run-id", "bad", "--db", "r.db", "-q", env=breaks)
+    assert done.code == 1
     monkeypatch.chdir(stroma.home)
 
     def call(tool: str, *, redact: str | None = None, **arguments: Any) -> Any:
@@ -146,9 +145,8 @@ def test_no_answer_floods_an_agent(ask, stroma, inside):
     why = _data(ask("explain_failure", run="message"))
     assert "more characters" in why["run"]["error"]
     assert [one["attempt"] for one in why["failed_attempts"]] == [1, 2, 3, 4]
-    assert _data(ask("read_attempt", run="ok", node="half"))["output"] == {
-        "v": {"half \ufffd": ["half \ufffd", "nan"]}
-    }
+    output = _data(ask("read_attempt", run="ok", node="half"))["output"]
+    assert output == {"v": {"half \ufffd": ["half \ufffd", "nan"]}}
 
 
 @pytest.mark.parametrize(
@@ -184,21 +182,16 @@ def test_the_command_speaks_over_stdio(ask, stroma):
 
     async def main() -> Any:
         program = str(Path(sys.executable).with_name("stroma"))
-        server = StdioServerParameters(
-            command=program, args=["mcp", "--db", "r.db"], cwd=stroma.home, env=stroma.env
-        )
+        arguments = ["mcp", "--db", "r.db"]
+        server = StdioServerParameters(command=program, args=arguments, cwd=stroma.home, env=stroma.env)
         async with stdio_client(server) as streams, ClientSession(*streams) as session:
             await session.initialize()
             tools = await session.list_tools()
             return tools, await session.call_tool("explain_failure", {"run": "last"})
 
     tools, why = asyncio.run(asyncio.wait_for(main(), 60))
-    assert [tool.name for tool in tools.tools] == [
-        "list_runs",
-        "explain_failure",
-        "read_attempt",
-        "compare_runs",
-    ]
+    names = [tool.name for tool in tools.tools]
+    assert names == ["list_runs", "explain_failure", "read_attempt", "compare_runs"]
     assert _data(why)["run"]["cause"]["node_id"] == "second"
 
 

@@ -226,11 +226,8 @@ def test_fork(stroma, inside, fails):
 def test_what_cannot_be_forked(stroma, inside, fails, ran):
     """A node without a stored input and an output merged of children are refused; no run is made."""
     ran("x", code=1, SECOND="raise TimeoutError")
-    fails(
-        inside("resume", "x", "sums.py:pipeline", "--from", "third", "--fork", "-q"),
-        4,
-        "no output of node 'second'",
-    )
+    done = inside("resume", "x", "sums.py:pipeline", "--from", "third", "--fork", "-q")
+    fails(done, 4, "no output of node 'second'")
     stroma.file(
         "group.py",
         """

@@ -49,12 +49,8 @@ def test_a_model_nobody_knows(inside, options):
     assert "KNOWN_MODELS" in done.err
     assert "claude-haiku-4-5" in done.out
     if options:
-        assert json.loads(done.out)["models"][0] == {
-            "model": "gpt-4oo",
-            "source": None,
-            "listed_as": None,
-            "rates": {},
-        }
+        unknown = {"model": "gpt-4oo", "source": None, "listed_as": None, "rates": {}}
+        assert json.loads(done.out)["models"][0] == unknown
 
 
 def test_without_a_network_the_prices_are_shown_all_the_same(inside, offline):

@@ -53,17 +53,13 @@ def test_stores_can_be_chosen(stroma, inside):
     """--db wins over STROMA_DB, and that over XDG_DATA_HOME; a store in memory leaves no file."""
     data = {"XDG_DATA_HOME": str(stroma.home / "xdg")}
     inside("run", "sums.py:pipeline", GOOD, env=data)
-    named = inside(
-        "run", "sums.py:pipeline", GOOD, "--db", "sqlite:///a.db", env=data | {"STROMA_DB": "b.db"}
-    )
+    env = data | {"STROMA_DB": "b.db"}
+    named = inside("run", "sums.py:pipeline", GOOD, "--db", "sqlite:///a.db", env=env)
     assert "--db sqlite:///a.db" in named.err
     from_env = inside("run", "sums.py:pipeline", GOOD, env=data | {"STROMA_DB": "b.db"})
     assert "--db" not in from_env.err
-    assert sorted(p.relative_to(stroma.home).as_posix() for p in stroma.home.rglob("*.db")) == [
-        "a.db",
-        "b.db",
-        "xdg/stroma/runs.db",
-    ]
+    databases = sorted(p.relative_to(stroma.home).as_posix() for p in stroma.home.rglob("*.db"))
+    assert databases == ["a.db", "b.db", "xdg/stroma/runs.db"]
     passing = inside("run", "sums.py:pipeline", GOOD, "--db", "memory://")
     assert passing.code == 0
     assert "show" not in passing.err
@@ -388,12 +384,8 @@ def test_groups_and_items(stroma, inside):
         ])
         """,
     )
-    done = inside(
-        "run",
-        "fan.py:pipeline",
-        '{"start": 11}',
-        env={"ADD": "raise ContractViolation('x', 'output', {}, [])"},
-    )
+    env = {"ADD": "raise ContractViolation('x', 'output', {}, [])"}
+    done = inside("run", "fan.py:pipeline", '{"start": 11}', env=env)
     assert done.code == 1
     assert re.search(r"  map_over\(nums, second\) +start\n", done.err)
     assert not re.search(r"second\[\d+\] +start", done.err)

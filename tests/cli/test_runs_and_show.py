@@ -318,9 +318,8 @@ def test_a_node_in_flight_is_shown(stroma, inside, target):
         pipeline = Pipeline("seen", [first, second, third], config=RunConfig(events="store"))
         """,
     )
-    process = stroma.popen(
-        "run", target, '{"start": 1}', "--run-id", "x", env={"SECOND_AWAITS": "asyncio.sleep(60)"}
-    )
+    env = {"SECOND_AWAITS": "asyncio.sleep(60)"}
+    process = stroma.popen("run", target, '{"start": 1}', "--run-id", "x", env=env)
     wait_for(process, "second                          start")
     try:
         expected = r"in flight second \(at 1\): attempt 1\n"

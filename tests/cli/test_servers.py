@@ -19,9 +19,8 @@ def test_a_store_on_a_server(url, stroma, inside, fails):
     """Every command works on PostgreSQL and Redis as it does on a file and names the store in its advice."""
     assert inside("runs", "--db", url).code == 0
     fails(inside("show", "last", "--db", url), 4, "no runs in ")
-    failed = inside(
-        "run", "sums.py:pipeline", GOOD, "--run-id", "x", "--db", url, env={"SECOND": "raise TimeoutError"}
-    )
+    env = {"SECOND": "raise TimeoutError"}
+    failed = inside("run", "sums.py:pipeline", GOOD, "--run-id", "x", "--db", url, env=env)
     assert failed.code == 1
     go_on = re.search(r"resume with: stroma (resume .*)\n", failed.err)
     assert shlex.split(go_on[1]) == ["resume", "x", "sums.py:pipeline", "--db", url]

@@ -143,9 +143,8 @@ def test_a_question(stroma, inside):
 def test_a_signal_yields(stroma):
     """SIGTERM ends a driven run at the next step boundary with exit code 130; another call completes it."""
     stroma("submit", "sums.py:pipeline", INPUT, "--run-id", "r", *DB)
-    with stroma.popen(
-        "drive", "r", "sums.py:pipeline", *DB, env={"SECOND_AWAITS": "asyncio.sleep(1)"}
-    ) as process:
+    env = {"SECOND_AWAITS": "asyncio.sleep(1)"}
+    with stroma.popen("drive", "r", "sums.py:pipeline", *DB, env=env) as process:
         while "second" not in stroma.calls():
             assert process.poll() is None
             time.sleep(0.02)

@@ -54,14 +54,8 @@ def test_following_a_queued_run(stroma, inside):
 @pytest.mark.slow
 def test_a_run_whose_process_died(stroma, inside):
     """--follow ends when the owner of the run is lost, and prints how to resume it."""
-    killed = stroma(
-        "run",
-        "sums.py:pipeline",
-        GOOD,
-        "--run-id",
-        "x",
-        env={"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"},
-    )
+    env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
+    killed = stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x", env=env)
     assert killed.code == -9
     done = inside("tail", "x", "--follow")
     assert done.code == 0
@@ -146,11 +140,8 @@ def test_what_nodes_emit(db, stroma, inside):
     assert "sentence" not in hidden
     assert "hiddenhidden" in hidden
     events = [json.loads(line) for line in tail("x", "--json").out.splitlines()]
-    assert [(one["event"], one["node_event"]["data"]) for one in events] == [
-        ("node_event", "Half a "),
-        ("node_event", "sentence"),
-        ("node_event", {"done": 0.5}),
-    ]
+    expected = [("node_event", "Half a "), ("node_event", "sentence"), ("node_event", {"done": 0.5})]
+    assert [(one["event"], one["node_event"]["data"]) for one in events] == expected
     assert events[0]["node_event"]["cursor"] == "1-3"
     watch = stroma.popen("tail", "x", "--follow", "--interval", "0.05", env={"STROMA_DB": db})
     assert "delta  Half a sentence" in watch.stdout.readline()

@@ -113,9 +113,8 @@ def test_a_worker_of_a_place(stroma: Any, inside: Any, worker: Any, there: tuple
         pipeline = Pipeline("gpu", [first, stroma_node("big", contract)(big), third])
         """,
     )
-    place = stroma.popen(
-        "worker", "gpu.py:pipeline", *there, "--place", f"gpu-{queue}", env={"WHERE": "place"}
-    )
+    env = {"WHERE": "place"}
+    place = stroma.popen("worker", "gpu.py:pipeline", *there, "--place", f"gpu-{queue}", env=env)
     try:
         assert f"'gpu' at place 'gpu-{queue}' of" in wait_for(place, "worker ready: ")
         with worker("gpu.py:pipeline"):

@@ -81,9 +81,8 @@ async def test_broken_output_stops_at_its_boundary(name: str, grouped: bool) -> 
     store = InMemoryStore()
     seen: list[str] = []
     bad = node("bad", func, Num, Deep)
-    result = await quick(store=store, run_id="r", hooks=record_node_hooks(seen)).run(
-        [parallel(bad) if grouped else bad, node("after", after, Deep, Num)], Num(n=3)
-    )
+    nodes = [parallel(bad) if grouped else bad, node("after", after, Deep, Num)]
+    result = await quick(store=store, run_id="r", hooks=record_node_hooks(seen)).run(nodes, Num(n=3))
     assert result.status is RunStatus.FAILED
     assert isinstance(result.failure.exception, ContractViolation)
     assert (len(calls), others) == (1, [])
@@ -136,9 +135,8 @@ async def test_a_state_changed_between_nodes_is_validated_again() -> None:
         entries[0].n = "bad"
 
     func, calls = giving({"n": 2})
-    result = await quick(hooks=NodeHooks(on_node_success=spoil)).run(
-        [node("a", first), node("b", func)], Num()
-    )
+    hooks = NodeHooks(on_node_success=spoil)
+    result = await quick(hooks=hooks).run([node("a", first), node("b", func)], Num())
     assert result.status is RunStatus.COMPLETED
     assert calls == [Num(n=1)]
 

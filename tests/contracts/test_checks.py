@@ -167,10 +167,8 @@ def test_a_field_with_a_default_need_not_be_given() -> None:
 
 def test_a_name_that_is_almost_right_is_suggested() -> None:
     """The mend of a missing field names one that is spelt alike."""
-    finding = one(
-        node("a", output_model=create_model("A", sentence=(str, ...))),
-        node("b", create_model("B", sentences=(str, ...))),
-    )
+    source = node("a", output_model=create_model("A", sentence=(str, ...)))
+    finding = one(source, node("b", create_model("B", sentences=(str, ...))))
     assert "did you mean its 'sentence'?" in finding.fix
 
 
@@ -689,11 +687,8 @@ def test_validators_of_the_target_are_one_warning() -> None:
         called.append(value)
         return value
 
-    input_model = create_model(
-        "Taken",
-        a=(Annotated[int, AfterValidator(small)], ...),
-        b=(Annotated[int, BeforeValidator(small)], ...),
-    )
+    stricter = (Annotated[int, BeforeValidator(small)], ...)
+    input_model = create_model("Taken", a=(Annotated[int, AfterValidator(small)], ...), b=stricter)
     argument = create_model("Given", a=(int, ...), b=(int, ...))
     finding = one(node("a", output_model=argument), node("b", input_model))
     assert (finding.severity, finding.kind, finding.path) == ("warning", "undecidable", "a, b")
@@ -762,10 +757,8 @@ def test_nothing_is_claimed_about_nodes_without_contract() -> None:
     """A node without contract takes and gives anything; what stands behind it is not looked at."""
     assert check(node("a", output_model=Text), bare("free"), node("b", Item)) == []
     assert check(bare("free"), node("b", Item)) == []
-    assert (
-        check(node("a", output_model=Text), parallel(node("b", Text, Text), bare("free")), node("c", Item))
-        == []
-    )
+    group = parallel(node("b", Text, Text), bare("free"))
+    assert check(node("a", output_model=Text), group, node("c", Item)) == []
 
 
 def test_a_contract_that_cannot_be_read_is_a_warning() -> None:
@@ -795,12 +788,8 @@ def test_the_merged_state_is_checked_by_who_gave_each_field() -> None:
         node("a"), parallel(node("b", output_model=Text), node("c", output_model=Item)), node("d", both)
     )
     assert [(f.source, f.source_at, f.target, f.kind) for f in result] == [("b", "1.0", "d", "type")]
-    assert (
-        check(
-            node("a"), parallel(node("b", output_model=Text), node("c", output_model=Item)), node("d", Item)
-        )
-        == []
-    )
+    group = parallel(node("b", output_model=Text), node("c", output_model=Item))
+    assert check(node("a"), group, node("d", Item)) == []
 
 
 @pytest.mark.core
@@ -869,10 +858,8 @@ def test_what_map_over_collects_is_checked_further_on() -> None:
     assert check(node("a", output_model=value), work, node("b", fine)) == []
     wrong = create_model("Wrong", y=(list[Text], ...), kept=(str, ...))
     result = check(node("a", output_model=value), work, node("b", wrong))
-    assert [(f.source, f.kind, f.path) for f in result] == [
-        ("work", "missing", "y[].text"),
-        ("a", "type", "kept"),
-    ]
+    problems = [(f.source, f.kind, f.path) for f in result]
+    assert problems == [("work", "missing", "y[].text"), ("a", "type", "kept")]
 
 
 def test_an_output_list_that_replaces_a_field_is_told() -> None:
@@ -1014,10 +1001,8 @@ async def test_a_run_that_cannot_work_is_refused_before_the_store_is_opened(tmp_
 @pytest.mark.core
 async def test_warnings_refuse_no_run() -> None:
     """A run with warnings alone runs with check=True; without it what cannot work is FAILED."""
-    nodes = [
-        node("a", output_model=model_of(str), returned={"x": "1"}),
-        node("b", model_of(int), Text, {"text": ""}),
-    ]
+    source = node("a", output_model=model_of(str), returned={"x": "1"})
+    nodes = [source, node("b", model_of(int), Text, {"text": ""})]
     assert [f.severity for f in check(*nodes)] == ["warning"]
     assert (await result_of(*nodes, check=True)).status is RunStatus.COMPLETED
     wrong = [node("a", output_model=Text, returned={"text": ""}), node("b", Item)]

@@ -89,9 +89,8 @@ async def test_what_a_child_does_to_its_state_no_sibling_sees() -> None:
         seen.append(state.i)
         return {"b": state.i}
 
-    result = await StromaRunner.quick().run(
-        [parallel(unmarked("changes", changes), unmarked("looks", looks))], State(i=1)
-    )
+    nodes = [parallel(unmarked("changes", changes), unmarked("looks", looks))]
+    result = await StromaRunner.quick().run(nodes, State(i=1))
     assert seen == [1]
     assert result.trace.replay().__next__().input_state == {"i": 1, "s": ""}
 
@@ -112,9 +111,8 @@ async def test_what_a_child_returned_is_kept_as_it_was(output: dict[str, Any]) -
         output["new"] = output["a" if "a" in output else "k1"] = "changed"
         return {}
 
-    result = await StromaRunner.quick().run(
-        [parallel(unmarked("gives", gives), unmarked("changes", changes))], State()
-    )
+    nodes = [parallel(unmarked("gives", gives), unmarked("changes", changes))]
+    result = await StromaRunner.quick().run(nodes, State())
     assert result.final_state is not None, result.failure
     assert result.final_state.model_dump() == before
     value = next(event for event in result.trace.walk() if event.node_id == "gives")

@@ -154,9 +154,8 @@ async def test_dataclasses_that_do_more_than_hold_fields() -> None:
         outputs[0].doubling.n = 7
         return outputs[0]
 
-    result = await quick_without_retries().run(
-        [node("a", func, output=Holder), node("b", same, Holder, Holder)], Num()
-    )
+    nodes = [node("a", func, output=Holder), node("b", same, Holder, Holder)]
+    result = await quick_without_retries().run(nodes, Num())
     state = result.final_state
     assert isinstance(state, Holder), result.failure
     assert (state.doubling.n, state.doubling.twice, state.counting.n) == (7, 4, 3)

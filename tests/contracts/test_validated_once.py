@@ -137,11 +137,8 @@ async def test_text_of_another_class_is_decoded() -> None:
 @pytest.mark.core
 async def test_a_dict_that_is_a_root_model_merges() -> None:
     """A child whose output is a root model of a dict gives that dict's keys; one of a list gives "root"."""
-    group = parallel(
-        gives("a", {"x": 1, "n": 5}, RootModel[dict[str, int]]),
-        gives("b", [1], RootModel[list[int]]),
-        gives("c", {"n": 2}, Num),
-    )
+    first = gives("a", {"x": 1, "n": 5}, RootModel[dict[str, int]])
+    group = parallel(first, gives("b", [1], RootModel[list[int]]), gives("c", {"n": 2}, Num))
     instance, restored = await resumed(quick(), [group])
     assert held(instance) == held(restored) == {"x": 1, "root": [1], "n": 2}
 
@@ -158,9 +155,8 @@ async def test_excluded_fields_of_children_do_not_cross() -> None:
     instance, restored = await resumed(quick(), [group])
     assert held(instance) == held(restored) == {"kept": 1, "n": 2}
     wide = create_model("Wide", __base__=Half, values=(list[int], []))
-    result = await quick().run(
-        [map_over("values", gives("a", {"n": 1}, Num), into="out")], wide(kept=1, hidden=2)
-    )
+    nodes = [map_over("values", gives("a", {"n": 1}, Num), into="out")]
+    result = await quick().run(nodes, wide(kept=1, hidden=2))
     assert result.final_state is not None
     assert held(result.final_state) == {"kept": 1, "values": [], "out": []}
 
@@ -320,10 +316,8 @@ PETS = Annotated[Cat, Tag("cat")] | Annotated[Dog, Tag("dog")]
 @pytest.mark.core
 async def test_a_union_whose_class_a_function_picks(tmp_path: Path) -> None:
     """A union by a function is restored if the function knows dicts; else the store refuses it by name."""
-    both = create_model(
-        "Both",
-        pet=(Annotated[PETS, Discriminator(lambda v: v["kind"] if isinstance(v, dict) else v.kind)], ...),
-    )
+    kind = Discriminator(lambda v: v["kind"] if isinstance(v, dict) else v.kind)
+    both = create_model("Both", pet=(Annotated[PETS, kind], ...))
     instance, restored = await resumed(quick(tmp_path), [gives("a", {"pet": Dog()}, both)])
     assert instance.pet == restored.pet == Dog()
     instances = create_model("Instances", pet=(Annotated[PETS, Discriminator(lambda v: v.kind)], ...))

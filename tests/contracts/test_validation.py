@@ -206,10 +206,8 @@ async def test_a_strict_class_accepts_its_instances_of_enum_values(store: Any) -
     """A strict class that keeps the values of enum members accepts its own instances, also from a store."""
     paint = StrictPaint(colour=Colour.RED, more=[Colour.BLUE, None], extra="[1]")
     runner = quick_without_retries(store=store)
-    steps = [
-        node("a", returning(paint), output=StrictPaint),
-        node("b", same, input=StrictPaint, output=StrictPaint),
-    ]
+    last = node("b", same, input=StrictPaint, output=StrictPaint)
+    steps = [node("a", returning(paint), output=StrictPaint), last]
     result = await runner.run(steps, Num(), run_id="r")
     assert (result.status, result.final_state) == (RunStatus.COMPLETED, paint)
     again = await runner.run(steps, Num(), run_id="r", resume=True)
@@ -258,9 +256,8 @@ async def test_a_validator_that_raises_no_validation_error_is_a_violation(
         seen.append("run end")
 
     runner = quick(hooks=record_node_hooks(seen, on_run_end=end))
-    result = await runner.run(
-        [stroma_node("a", input=argument, output=promised)(returning({"n": 5}))], Num(n=5)
-    )
+    nodes = [stroma_node("a", input=argument, output=promised)(returning({"n": 5}))]
+    result = await runner.run(nodes, Num(n=5))
     assert result.status is RunStatus.FAILED
     assert result.failure.message.startswith(f"Contract violation for 'a' ({at})")
     assert seen == [*(["start"] if at == "output" else []), "failure", "run end"]

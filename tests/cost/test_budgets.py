@@ -127,11 +127,8 @@ def test_a_limit_that_is_misspelt_is_refused() -> None:
 
 def test_the_limits_that_are_set_are_listed() -> None:
     """In the order in which they are checked, zero among them."""
-    assert limits(ExecutionBudget(max_tokens_total=0, max_cost_usd=0, max_latency_ms=0)) == (
-        ("tokens", 0),
-        ("cost", 0.0),
-        ("latency", 0),
-    )
+    zeros = limits(ExecutionBudget(max_tokens_total=0, max_cost_usd=0, max_latency_ms=0))
+    assert zeros == (("tokens", 0), ("cost", 0.0), ("latency", 0))
     assert limits(ExecutionBudget(max_latency_ms=5, max_cost_usd=0.5)) == (("cost", 0.5), ("latency", 5))
     assert limits(ExecutionBudget(max_tokens_total=7)) == (("tokens", 7),)
 
@@ -365,14 +362,8 @@ def test_the_furthest_fallback_that_is_due() -> None:
     """By its share wherever it stands; chains too; none below every share, or without a limit."""
     rules = [FallbackPolicy("b", "c", 0.9), FallbackPolicy("a", "b", 0.5), FallbackPolicy("x", "y", 0.7)]
     budget = ExecutionBudget(max_cost_usd=1)
-    assert [fallback_due(spent(cost), budget, rules) for cost in (0.4, 0.5, 0.7, 0.89, 0.9, 2)] == [
-        None,
-        "b",
-        "y",
-        "y",
-        "c",
-        "c",
-    ]
+    chosen = [fallback_due(spent(cost), budget, rules) for cost in (0.4, 0.5, 0.7, 0.89, 0.9, 2)]
+    assert chosen == [None, "b", "y", "y", "c", "c"]
     assert fallback_due(spent(1), ExecutionBudget(max_tokens_total=1), rules) is None
     assert fallback_due(spent(1), budget, []) is None
     equal = [FallbackPolicy("a", "first", 0.5), FallbackPolicy("a", "second", 0.5)]

@@ -51,12 +51,8 @@ async def test_what_each_node_used_is_told_by_the_tracker() -> None:
     await execute_step("a", spend, Num(), ctx)
     await execute_step("g", parallel(node("b", spend), node("c", spend)), Num(), ctx)
     summary = ctx.cost_tracker.summary()
-    assert {name: used.tokens_used for name, used in summary.items()} == {
-        "a": 14,
-        "parallel(b, c)": 0,
-        "b": 7,
-        "c": 7,
-    }
+    tokens = {name: used.tokens_used for name, used in summary.items()}
+    assert tokens == {"a": 14, "parallel(b, c)": 0, "b": 7, "c": 7}
     assert (summary["a"].model, summary["a"].output_tokens) == ("gpt-4o-mini", 8)
     assert [event.usage.input_tokens for event in ctx.trace] == [3, 3, 0]
     looked_at = ctx.cost_tracker.summary()
@@ -195,9 +191,8 @@ async def test_a_cost_at_eighty_percent_warns(limit: float, monkeypatch: pytest.
     async def func(state: Num) -> Any:
         return {"n": 1}, round(limit * 80), "one cent"
 
-    runner = quick(
-        budget=ExecutionBudget(max_cost_usd=limit), hooks=NodeHooks(on_budget_warning=warn), run_id="r"
-    )
+    budget = ExecutionBudget(max_cost_usd=limit)
+    runner = quick(budget=budget, hooks=NodeHooks(on_budget_warning=warn), run_id="r")
     await runner.run([node("a", func)], Num())
     assert seen == ([("r", "cost", pytest.approx(0.8 * limit), limit)] if limit else [])
 
@@ -214,8 +209,7 @@ async def test_a_senseless_price_loses_no_output(price: Any, monkeypatch: pytest
     store = AsyncInMemoryStore()
     seen: list[str] = []
 
-    result = await quick(store=store, hooks=record_node_hooks(seen), run_id="r").run(
-        [node("a", returning(({"n": 7}, 5, "mine")))], Num()
-    )
+    runner = quick(store=store, hooks=record_node_hooks(seen), run_id="r")
+    result = await runner.run([node("a", returning(({"n": 7}, 5, "mine")))], Num())
     assert (result.status, result.total_tokens, result.total_cost_usd) == (RunStatus.FAILED, 5, 0.0)
     assert (await store.load("r", "a"), seen) == (Num(n=7), ["start", "failure"])

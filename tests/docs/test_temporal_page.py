@@ -41,9 +41,8 @@ def test_the_code_on_the_page_runs(tmp_path: Path, temporal_server: TemporalServ
         "--db",
         "runs.db",
     ]
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "stroma", "worker", *words], cwd=tmp_path, env=environment()
-    )
+    command = [sys.executable, "-m", "stroma", "worker", *words]
+    worker = subprocess.Popen(command, cwd=tmp_path, env=environment())
     try:
         assert run_alone(PAGE, tmp_path, {}, ("localhost:7233", temporal_server.address)) == 3
     finally:

@@ -204,10 +204,8 @@ def first_completed(world: World) -> Any:
     slow = node("slow", later)
 
     async def body(flow: Flow, state: Num) -> Num:
-        tasks = [
-            asyncio.create_task(flow.step(slow, Num(n=10))),
-            asyncio.create_task(flow.step(quick, Num(n=1))),
-        ]
+        slow_call = asyncio.create_task(flow.step(slow, Num(n=10)))
+        tasks = [slow_call, asyncio.create_task(flow.step(quick, Num(n=1)))]
         done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         has_first.set()
         first = sorted(task.result().n for task in done)[0]

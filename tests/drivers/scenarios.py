@@ -180,11 +180,8 @@ def measuring(
         calls.append("length")
         return {"length": len(state.word)}
 
-    return [
-        node("read", read, Text, Word),
-        node("doubled", doubled, Word, Word),
-        node("length", length, Word, Length),
-    ]
+    doubler = node("doubled", doubled, Word, Word)
+    return [node("read", read, Text, Word), doubler, node("length", length, Word, Length)]
 
 
 def branching(calls: list[str]) -> list[Any]:
@@ -210,11 +207,8 @@ def branching(calls: list[str]) -> list[Any]:
         calls.append("sum")
         return {"length": sum(one.length for one in state.lengths) + len(state.word)}
 
-    both = parallel(
-        map_over("words", lengths(calls), into="lengths"),
-        node("first", first, Words, Word),
-        max_concurrency=1,
-    )
+    lengths_of = map_over("words", lengths(calls), into="lengths")
+    both = parallel(lengths_of, node("first", first, Words, Word), max_concurrency=1)
     return [node("split", split, Text, Words), both, node("sum", total, Parts, Length)]
 
 

@@ -105,10 +105,8 @@ async def test_a_server_that_is_killed(tmp_path: pathlib.Path) -> None:
                 while True:
                     with contextlib.suppress(Exception):
                         client = await Client.connect(server.address)
-                        assert await client.get_workflow_handle(fleet.run_id).result() in (
-                            "COMPLETED",
-                            "RESUMED",
-                        )
+                        status = await client.get_workflow_handle(fleet.run_id).result()
+                        assert status in ("COMPLETED", "RESUMED")
                         break
                     await asyncio.sleep(0.2)
     finally:

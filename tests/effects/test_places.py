@@ -70,9 +70,8 @@ class Siblings:
 @pytest.mark.core
 async def test_a_child_of_a_group(store: Any) -> None:
     """G13. An effect whose sibling fails runs to its end; a retry of the group uses its output."""
-    runner = StromaRunner.quick(
-        store=store, policy_map=NEVER, node_policies={"parallel(charge, fail)": THRICE}
-    )
+    policies = {"parallel(charge, fail)": THRICE}
+    runner = StromaRunner.quick(store=store, policy_map=NEVER, node_policies=policies)
     siblings = Siblings(runner, fails=2)
     result = await runner.run([parallel(siblings.charge, siblings.fail)], Order(), run_id="r")
     assert (result.status, siblings.shop.calls, siblings.tries) == (RunStatus.COMPLETED, 1, 3)

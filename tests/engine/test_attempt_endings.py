@@ -86,9 +86,8 @@ async def test_a_run_in_a_task_that_was_cancelled_before() -> None:
 
     async def go() -> Any:
         await swallow()
-        return await StromaRunner.quick(policy_map=NEVER).run(
-            [node("a", failing_with(asyncio.CancelledError, "stray"))], Num()
-        )
+        nodes = [node("a", failing_with(asyncio.CancelledError, "stray"))]
+        return await StromaRunner.quick(policy_map=NEVER).run(nodes, Num())
 
     result = await asyncio.create_task(go())
     assert result.status is RunStatus.PARTIAL
@@ -123,10 +122,8 @@ async def test_a_cancellation_while_usage_is_priced_comes_out_once_the_attempt_i
         diary.journal()
     ends = {"success": "success", "failure": "failure", "bad output": "failure", "question": "suspended"}
     events = [line for line in diary.lines if line.startswith(("node_", "row a"))]
-    assert [line.split()[0] for line in events if " a " in line and "parallel" not in line][:2] == [
-        "node_start",
-        f"node_{ends[ending]}",
-    ]
+    kinds = [line.split()[0] for line in events if " a " in line and "parallel" not in line]
+    assert kinds[:2] == ["node_start", f"node_{ends[ending]}"]
     (row,) = [line for line in events if line.startswith("row a")]
     assert f"#1 {ends[ending]} ran" in row
     assert row.endswith(" 3 tokens 0 USD")
@@ -243,10 +240,8 @@ async def test_what_is_kept_of_a_question() -> None:
         ),
     ]
     await StromaRunner.quick(store=store).run(nodes, Num(), run_id="r")
-    assert [tuple(waiting)[:6] for waiting in store.waiting("r")] == [
-        (1, "0", "a", "which?", f"{M.__module__}:M", None),
-        (1, "1", "b", "why?", "", None),
-    ]
+    questions = [tuple(waiting)[:6] for waiting in store.waiting("r")]
+    assert questions == [(1, "0", "a", "which?", f"{M.__module__}:M", None), (1, "1", "b", "why?", "", None)]
 
 
 async def test_the_step_that_asks_is_no_failure() -> None:
@@ -439,9 +434,8 @@ async def test_a_hook_that_raises_is_listed_by_its_name_and_node() -> None:
         parallel(counted([], "b", {"n": 2})),
         counted([], "c", Suspend("may I?")),
     ]
-    runner = StromaRunner.quick(
-        store=store, hooks=angry.sets(), policy_map=ONCE, budget=ExecutionBudget(max_tokens_total=10)
-    )
+    budget = ExecutionBudget(max_tokens_total=10)
+    runner = StromaRunner.quick(store=store, hooks=angry.sets(), policy_map=ONCE, budget=budget)
     result = await runner.run(nodes, Num(), run_id="r")
     assert result.status is RunStatus.SUSPENDED
     first = [
@@ -461,11 +455,8 @@ async def test_a_hook_that_raises_is_listed_by_its_name_and_node() -> None:
     ]
     assert angry.listed == first
     await runner.run(nodes, Num(), run_id="r", resume=True)
-    assert angry.listed == [
-        ("on_run_start", None),
-        ("on_node_skipped", "a"),
-        ("on_node_skipped", "parallel(b)"),
-    ]
+    expected = [("on_run_start", None), ("on_node_skipped", "a"), ("on_node_skipped", "parallel(b)")]
+    assert angry.listed == expected
 
 
 async def test_a_deadline_is_a_budget_error_elsewhere() -> None:

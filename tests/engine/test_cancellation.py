@@ -295,9 +295,8 @@ async def test_an_interrupt_in_a_classifier_of_the_budget_loses_no_output(error:
         raise error
 
     budget = ExecutionBudget(max_tokens_total=1)
-    runner = quick(
-        store=store, run_id="r", classifiers=[classifier], budget=budget, hooks=record_node_hooks(seen)
-    )
+    hooks = record_node_hooks(seen)
+    runner = quick(store=store, run_id="r", classifiers=[classifier], budget=budget, hooks=hooks)
     with pytest.raises(error):
         await runner.run([node("a", returning(({"n": 7}, 5)))], Num())
     assert (await store.load("r", "a"), seen) == (Num(n=7), ["start", "failure"])

@@ -153,9 +153,8 @@ class Crowd:
         return state, 1000 if state.n % 11 == 0 else 0
 
     def runner(self, store: Any) -> StromaRunner:
-        return StromaRunner.quick(
-            store=store, hooks=self.hooks, policy_map=ONCE, budget=ExecutionBudget(max_tokens_total=100)
-        )
+        budget = ExecutionBudget(max_tokens_total=100)
+        return StromaRunner.quick(store=store, hooks=self.hooks, policy_map=ONCE, budget=budget)
 
     async def run(self, runner: StromaRunner, i: int) -> tuple[int, Any, dict[str, Any]]:
         context: dict[str, Any] = {"me": i}
@@ -400,12 +399,8 @@ async def test_nested_runs(store: Any) -> None:
         assert left <= 10
         return state, 5
 
-    top = await runner.run(
-        [node("top", work, Items, Items), node("top", work, Items, Items)],
-        Items(),
-        run_id="0",
-        context={"depth": 0, "id": "0"},
-    )
+    nodes = [node("top", work, Items, Items), node("top", work, Items, Items)]
+    top = await runner.run(nodes, Items(), run_id="0", context={"depth": 0, "id": "0"})
     # Each run has a budget of its own: none saw what the others spent.
     assert top.status is RunStatus.COMPLETED, top.failure
     assert top.total_tokens == 10
@@ -433,9 +428,8 @@ def test_nested_run_sync_in_a_thread(store: Any) -> None:
         result = runner.run_sync([node("inner", inner)] * 2, state, run_id=f"inner of {state.n}")
         return result.final_state, result.total_tokens
 
-    result = runner.run_sync(
-        [map_over("items", node("outer", outer), into="items")], Items(items=[{"n": 1}, {"n": 5}])
-    )
+    nodes = [map_over("items", node("outer", outer), into="items")]
+    result = runner.run_sync(nodes, Items(items=[{"n": 1}, {"n": 5}]))
     assert result.status is RunStatus.COMPLETED, result.failure
     assert result.final_state.model_dump()["items"] == [{"n": 3}, {"n": 7}]
     assert result.total_tokens == 12
@@ -523,14 +517,11 @@ def test_a_fork_in_the_middle_of_a_run(tmp_path: Path) -> None:
         )
         return {"n": report.n}, 1
 
-    result = runner.run_sync(
-        [node("a", _count), node("forks", forks), node("b", _count)], Num(), run_id="parent"
-    )
+    nodes = [node("a", _count), node("forks", forks), node("b", _count)]
+    result = runner.run_sync(nodes, Num(), run_id="parent")
     assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=12)), result.failure
-    assert {row.run_id: row.status for row in store.list_runs()} == {
-        "parent": "COMPLETED",
-        "child": "COMPLETED",
-    }
+    statuses = {row.run_id: row.status for row in store.list_runs()}
+    assert statuses == {"parent": "COMPLETED", "child": "COMPLETED"}
     store.close()
 
 

@@ -403,11 +403,8 @@ async def test_the_timeout_of_a_group_is_its_own(clock: FakeClock) -> None:
         "the call shorter"
     )
     assert clock.elapsed == pytest.approx(0.7, abs=0.001)
-    assert [(e.node_id, e.outcome) for e in result.trace.walk()] == [
-        ("parallel(a, x)", "failure"),
-        ("a", "success"),
-        ("x", "cancelled"),
-    ]
+    ends = [(e.node_id, e.outcome) for e in result.trace.walk()]
+    assert ends == [("parallel(a, x)", "failure"), ("a", "success"), ("x", "cancelled")]
 
 
 async def test_a_timeout_is_each_attempts_own(clock: FakeClock) -> None:
@@ -504,9 +501,8 @@ async def test_waits_between_attempts(clock: FakeClock, caplog: pytest.LogCaptur
 
     policy = FailurePolicy(max_retries=3, backoff_seconds=0.5, multiplier=3, jitter=False)
     errors = [ConnectionError("down") for _ in range(3)]
-    runner = StromaRunner.quick(
-        policy_map={FailureClass.RECOVERABLE: policy}, hooks=NodeHooks(on_node_retry=retry)
-    )
+    policies = {FailureClass.RECOVERABLE: policy}
+    runner = StromaRunner.quick(policy_map=policies, hooks=NodeHooks(on_node_retry=retry))
     with caplog.at_level("INFO", logger="stroma"):
         result = await runner.run([taking(clock, "a", 0, *errors)], Num())
     assert result.status is RunStatus.COMPLETED

@@ -158,9 +158,8 @@ async def test_aliases_cross_every_boundary(returned: Any) -> None:
         return state
 
     log = Log()
-    result = await quick(hooks=log.hooks).run(
-        [node("make", make, Num, Aliased), node("take", take, Aliased, Aliased)], Num()
-    )
+    nodes = [node("make", make, Num, Aliased), node("take", take, Aliased, Aliased)]
+    result = await quick(hooks=log.hooks).run(nodes, Num())
     want = {"first_name": "Ada", "born": 1815, "shown": "A"}
     assert result.status is RunStatus.COMPLETED, result.failure
     assert seen[0].__dict__ == want
@@ -189,9 +188,8 @@ async def test_computed_fields_do_not_break_a_closed_contract() -> None:
     async def same(state: Invoice) -> Invoice:
         return state
 
-    result = await quick().run(
-        [node("a", same, Invoice, Invoice), node("b", same, Invoice, Invoice)], Invoice(net=1, tax=2)
-    )
+    nodes = [node("a", same, Invoice, Invoice), node("b", same, Invoice, Invoice)]
+    result = await quick().run(nodes, Invoice(net=1, tax=2))
     assert result.status is RunStatus.COMPLETED, result.failure
     assert next(iter(result.trace)).output_state == {"net": 1, "tax": 2}
 
@@ -227,9 +225,8 @@ async def test_extra_fields_are_kept_where_they_are_allowed() -> None:
         seen.append(state)
         return state
 
-    result = await quick().run(
-        [node("add", add, Open, Open), node("open", take, Open, Open), node("num", take, Num, Num)], Open(n=1)
-    )
+    nodes = [node("add", add, Open, Open), node("open", take, Open, Open), node("num", take, Num, Num)]
+    result = await quick().run(nodes, Open(n=1))
     assert result.status is RunStatus.COMPLETED
     assert seen[0] == Open(n=1, more=[1, {"deep": "x"}])
     assert seen[1] == Num(n=1)
@@ -243,10 +240,8 @@ async def test_extra_fields_are_refused_where_they_are_forbidden() -> None:
         called.append(state)
         return {"n": 1}
 
-    result = await quick().run(
-        [node("add", returning({"n": 1, "more": 2}), Open, Open), node("closed", closed, Closed, Num)],
-        Open(n=1),
-    )
+    source = node("add", returning({"n": 1, "more": 2}), Open, Open)
+    result = await quick().run([source, node("closed", closed, Closed, Num)], Open(n=1))
     assert result.status is RunStatus.FAILED
     assert called == []
     assert isinstance(result.failure.exception, ContractViolation)
@@ -269,9 +264,8 @@ async def test_root_models_cross_boundaries() -> None:
         return state
 
     log = Log()
-    result = await quick(hooks=log.hooks).run(
-        [node("split", split, Text, Words), node("add", add, Words, Words)], Text(text="a b")
-    )
+    nodes = [node("split", split, Text, Words), node("add", add, Words, Words)]
+    result = await quick(hooks=log.hooks).run(nodes, Text(text="a b"))
     assert result.final_state == Words(["a", "b", "!"])
     assert [e.input_state for e in result.trace] == [{"text": "a b"}, {"root": ["a", "b"]}]
     assert log.events[2] == ("start", "add", {"root": ["a", "b"]})
@@ -681,9 +675,8 @@ async def test_a_timeout_error_of_the_nodes_own_is_its_own() -> None:
     """A TimeoutError that the node raises itself comes out as it is."""
     own = TimeoutError("the database was slow")
     func, _ = raising(own)
-    result = await quick(node_timeouts={"a": 10_000}, policy_map=fast(recoverable=0)).run(
-        [node("a", func)], Num()
-    )
+    runner = quick(node_timeouts={"a": 10_000}, policy_map=fast(recoverable=0))
+    result = await runner.run([node("a", func)], Num())
     assert result.failure.exception is own
 
 
@@ -852,11 +845,8 @@ async def test_known_models_win_over_the_price_data(monkeypatch: pytest.MonkeyPa
 
 
 def fallback_runner(context: dict[str, Any], *rules: FallbackPolicy) -> StromaRunner:
-    return quick(
-        budget=ExecutionBudget(max_cost_usd=1.0),
-        context=context,
-        model_fallbacks=list(rules) or [FallbackPolicy("gpt-4o", "gpt-4o-mini", 0.5)],
-    )
+    fallbacks = list(rules) or [FallbackPolicy("gpt-4o", "gpt-4o-mini", 0.5)]
+    return quick(budget=ExecutionBudget(max_cost_usd=1.0), context=context, model_fallbacks=fallbacks)
 
 
 @pytest.mark.core
@@ -886,13 +876,8 @@ async def test_the_fallback_signal_appears_at_its_share() -> None:
         (False, True, "gpt-4o-mini", "gpt-4o-mini"),
         (False, True, "gpt-4o-mini", "gpt-4o-mini"),
     ]
-    assert seen[3][4] == {
-        "kept": 1,
-        "written0": 0,
-        "written1": 1,
-        "written2": 2,
-        "_stroma_model": "gpt-4o-mini",
-    }
+    noted = {"kept": 1, "written0": 0, "written1": 1, "written2": 2, "_stroma_model": "gpt-4o-mini"}
+    assert seen[3][4] == noted
     assert context == {"kept": 1, "written0": 0, "written1": 1, "written2": 2, "written3": 3}
 
 

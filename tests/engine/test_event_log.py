@@ -392,10 +392,8 @@ async def unread_contract(diary: Diary) -> None:
 async def side_by_side(diary: Diary) -> None:
     """Groups have no usage of their own, and their events are around those of their children."""
     inner = parallel(giving("b", ({"m": 2}, 5), output=M))
-    nodes = [
-        parallel(giving("a", ({"n": 1}, 4)), inner, max_concurrency=1),
-        giving("c", {"n": 9}, input=Both),
-    ]
+    group = parallel(giving("a", ({"n": 1}, 4)), inner, max_concurrency=1)
+    nodes = [group, giving("c", {"n": 9}, input=Both)]
     await diary.run(nodes, Num())
 
 
@@ -493,9 +491,8 @@ async def not_stored(diary: Diary) -> None:
 async def not_called(diary: Diary) -> None:
     """A shared budget that is spent: the first attempt is refused, and nothing is told of a start."""
     shared = SharedBudget("told", max_tokens=10, store=AsyncInMemoryStore())
-    await diary.run(
-        [giving("a", ({"n": 1}, 10)), giving("b", {})], Num(), shared_budgets=shared, policy_map=ONCE
-    )
+    nodes = [giving("a", ({"n": 1}, 10)), giving("b", {})]
+    await diary.run(nodes, Num(), shared_budgets=shared, policy_map=ONCE)
 
 
 @scenario

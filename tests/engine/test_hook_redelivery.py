@@ -178,9 +178,8 @@ async def test_suspended_and_cancelled_attempts_are_owed_too(tmp_path: pathlib.P
             raise KeyboardInterrupt  # As good as a death: the hook has not ended.
         events.append(("suspended", reason, current_node().redelivered))
 
-    runner = StromaRunner.quick(
-        store=store, hooks=NodeHooks(on_node_suspended=suspended), hook_delivery="at_least_once"
-    )
+    hooks = NodeHooks(on_node_suspended=suspended)
+    runner = StromaRunner.quick(store=store, hooks=hooks, hook_delivery="at_least_once")
 
     @runner.node("ask", input=State, output=State)
     async def ask(state: State) -> State:
@@ -200,9 +199,8 @@ async def test_suspended_and_cancelled_attempts_are_owed_too(tmp_path: pathlib.P
 async def test_a_store_without_a_journal_cannot_promise_it() -> None:
     """A store of the simple protocol is refused with what to do; in-memory stores end with the process."""
     for store, refused in ((SimpleStore(), True), (InMemoryStore(), False)):
-        runner = StromaRunner.quick(
-            store=store, hooks=NodeHooks(on_node_start=None), hook_delivery="at_least_once"
-        )
+        hooks = NodeHooks(on_node_start=None)
+        runner = StromaRunner.quick(store=store, hooks=hooks, hook_delivery="at_least_once")
 
         async def tell(*_: Any) -> None: ...
 

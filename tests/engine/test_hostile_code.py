@@ -640,9 +640,8 @@ async def test_tasks_that_a_node_starts_are_its_own() -> None:
         left.append(asyncio.create_task(later()))
         return {"n": 1}, 1
 
-    result = await quick(budget=ExecutionBudget(max_tokens_total=10)).run(
-        [node("a", starts), node("b", _good)], Num()
-    )
+    budget = ExecutionBudget(max_tokens_total=10)
+    result = await quick(budget=budget).run([node("a", starts), node("b", _good)], Num())
     assert result.status is RunStatus.COMPLETED
     assert not left[0].done()
     assert await left[0] == "done"
@@ -868,12 +867,8 @@ async def test_cancelled_anywhere_then_resumed(
             await asyncio.sleep(0)
 
         slow = NodeHooks(**dict.fromkeys(EVENTS, dawdle))
-        runner = quick(
-            store=store,
-            policy_map=ONCE,
-            hooks=[pairs.hooks, slow],
-            budget=ExecutionBudget(max_tokens_total=1000),
-        )
+        budget = ExecutionBudget(max_tokens_total=1000)
+        runner = quick(store=store, policy_map=ONCE, hooks=[pairs.hooks, slow], budget=budget)
         task = asyncio.create_task(runner.run(nodes, Num(), run_id=run_id))
         for _ in range(at):
             await asyncio.sleep(0)
@@ -1139,9 +1134,8 @@ def test_control_c(during: str, store: Any) -> None:
     slow = {c: FailurePolicy(max_retries=1, backoff_seconds=5, jitter=False) for c in FailureClass}
     pairs = Pairs()
     nodes = [node("first", first), node("second", second), node("last", last)]
-    runner = quick(
-        store=store, run_id="r", policy_map=slow, hooks=[pairs.hooks, NodeHooks(on_node_success=hook)]
-    )
+    hooks = [pairs.hooks, NodeHooks(on_node_success=hook)]
+    runner = quick(store=store, run_id="r", policy_map=slow, hooks=hooks)
     begin = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         runner.run_sync(nodes, Num())

@@ -124,9 +124,8 @@ async def test_a_plain_function_renews_its_limit_from_its_thread() -> None:
         with FakeClock() as clock:
             context = {"clock": clock, "silent": silent, "over": over}
             limits = {"a": NodeTimeout(idle_ms=1000)}
-            result = await quick(node_timeouts=limits, policy_map=NEVER, context=context).run(
-                [node("a", func)], Num()
-            )
+            runner = quick(node_timeouts=limits, policy_map=NEVER, context=context)
+            result = await runner.run([node("a", func)], Num())
         over.set()
         assert result.status is (RunStatus.PARTIAL if silent else RunStatus.COMPLETED)
 

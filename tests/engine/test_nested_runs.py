@@ -62,9 +62,8 @@ async def _deadline() -> None:
     async def slow(state: Num) -> Any:
         await forever()
 
-    result = await quick_without_retries(budget=ExecutionBudget(max_latency_ms=1)).run(
-        [node("i", slow)], Num()
-    )
+    budget = ExecutionBudget(max_latency_ms=1)
+    result = await quick_without_retries(budget=budget).run([node("i", slow)], Num())
     result.raise_for_status()
 
 

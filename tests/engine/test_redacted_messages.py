@@ -341,12 +341,8 @@ async def test_what_the_users_code_raises_is_logged_by_its_type(caplog: pytest.L
     async def use(state: Person) -> Done:
         raise ValueError(f"bad ssn {state.ssn}")
 
-    runner = quick(
-        redact=hide,
-        hooks=NodeHooks(on_node_failure=on_node_failure),
-        classifiers=[classify],
-        policy_map=NEVER,
-    )
+    hooks = NodeHooks(on_node_failure=on_node_failure)
+    runner = quick(redact=hide, hooks=hooks, classifiers=[classify], policy_map=NEVER)
     result = await runner.run([runner.node(use)], Person(ssn=SSN))
     assert "RuntimeError: [redacted]" in caplog.text
     assert "LookupError: [redacted]" in caplog.text

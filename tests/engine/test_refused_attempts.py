@@ -97,11 +97,8 @@ async def test_a_classifier_is_told_where_it_is_asked() -> None:
         contract_retries={"b": 1},
         budget=ExecutionBudget(max_tokens_total=10),
     )
-    nodes = [
-        counted([], "a", ValueError("no"), {"n": 1}),
-        counted([], "b", BAD, {"n": 2}),
-        counted([], "c", ({"n": 3}, 11)),
-    ]
+    flaky = counted([], "a", ValueError("no"), {"n": 1})
+    nodes = [flaky, counted([], "b", BAD, {"n": 2}), counted([], "c", ({"n": 3}, 11))]
     await runner.run(nodes, Num(), run_id="told")
     await runner.run([counted([], "d", {}, input=Positive)], Num(), run_id="told too")
     assert requests == [

@@ -410,11 +410,8 @@ async def test_changes_may_be_allowed(store: Any) -> None:
     async def later(state: Any) -> Any:
         return {"n": state.n + 100}
 
-    nodes = [
-        node("A", later, output=Other),
-        node("B", later, input=Other, output=Other),
-        node("C", later, input=Other),
-    ]
+    middle = node("B", later, input=Other, output=Other)
+    nodes = [node("A", later, output=Other), middle, node("C", later, input=Other)]
     with pytest.raises(PipelineChanged):
         await quick(store, resume=True).run(nodes, Num())
     result = await quick(store, resume=True, allow_changes=True).run(nodes, Num())
@@ -772,9 +769,8 @@ async def test_a_damaged_child_names_the_group_to_resume_from(tmp_path: Path) ->
         with sqlite3.connect(tmp_path / "runs.db") as db:
             db.execute("UPDATE steps SET output = x'7b7d'")
         db.close()
-        with pytest.raises(
-            CorruptCheckpoint, match=re.escape("group around it (resume_from='parallel(a, b)')")
-        ):
+        message = re.escape("group around it (resume_from='parallel(a, b)')")
+        with pytest.raises(CorruptCheckpoint, match=message):
             await quick(store).run(sequence, Num(), resume=True)
         work.failing = set()
         result = await quick(store).run(sequence, Num(), resume_from="parallel(a, b)")

@@ -166,19 +166,14 @@ async def test_an_id_that_stands_twice(kind: type[BaseModel], returns: str) -> N
     async def begin(state: Word) -> Any:
         return kind()
 
-    nodes = [
-        stroma_node("a", input=Word, output=kind)(begin),
-        *(desk.node(letter, node_id="a") for letter in "bcd"),
-    ]
+    first = stroma_node("a", input=Word, output=kind)(begin)
+    nodes = [first, *(desk.node(letter, node_id="a") for letter in "bcd")]
     result = await StromaRunner.quick().run(nodes, Word(text="w"))
     assert result.failure is None
     assert desk.received == [[], ["b"], ["b", "c"]]
     assert words(result.final_state) == ["b", "c", "d"]
-    assert [words(event.output_state) for event in list(result.trace)[1:]] == [
-        ["b"],
-        ["b", "c"],
-        ["b", "c", "d"],
-    ]
+    outputs = [words(event.output_state) for event in list(result.trace)[1:]]
+    assert outputs == [["b"], ["b", "c"], ["b", "c", "d"]]
     assert [words(event.input_state) for event in list(result.trace)[1:]] == [[], ["b"], ["b", "c"]]
 
 
@@ -221,9 +216,8 @@ async def test_an_id_whose_contracts_have_nothing_in_common(
 
     nodes = [node(pair, Start, kind), node(end, End, End), node(end, End, End)]
     store = AsyncInMemoryStore()
-    result = await StromaRunner.quick(store=store, hooks=[hooks()] if watched else []).run(
-        nodes, Start(), run_id="r"
-    )
+    runner = StromaRunner.quick(store=store, hooks=[hooks()] if watched else [])
+    result = await runner.run(nodes, Start(), run_id="r")
     assert result.final_state == End(more="m!!")
     outputs = {"more": "m", "words": words_of_it}
     assert [(event.input_state, event.output_state) for event in result.trace] == [
@@ -246,10 +240,8 @@ async def test_children_of_a_group_have_copies_of_their_own(kind: type[BaseModel
     assert words(result.final_state) == ["a", "c", "d"]
     assert [words(event.output_state) for event in result.trace] == [["a"], ["a", "c"], ["a", "c", "d"]]
     children = list(result.trace)[1].children
-    assert [(words(e.input_state), words(e.output_state)) for e in children] == [
-        (["a"], ["a", "b"]),
-        (["a"], ["a", "c"]),
-    ]
+    states = [(words(e.input_state), words(e.output_state)) for e in children]
+    assert states == [(["a"], ["a", "b"]), (["a"], ["a", "c"])]
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -265,11 +257,8 @@ async def test_the_state_of_a_run_that_failed_is_the_last_output(
     result = await runner.run(nodes, kind(), run_id="r")
     assert result.failure is not None
     assert words(result.final_state) == ["a", "b"]
-    assert [event.output_state and words(event.output_state) for event in result.trace] == [
-        ["a"],
-        ["a", "b"],
-        None,
-    ]
+    outputs = [event.output_state and words(event.output_state) for event in result.trace]
+    assert outputs == [["a"], ["a", "b"], None]
     for old in desk.snapshots:
         write(old, "!")
     assert words(result.final_state) == ["a", "b"]
@@ -286,9 +275,8 @@ async def test_items_are_copies_too() -> None:
     """What an item's node does to its item is not seen in the list, nor in what comes of the others."""
     desk = Scribblers(Listed, "itself")
     batch = Batch(items=[Listed(seen=["1"]), Listed(seen=["2"])])
-    result = await StromaRunner.quick().run(
-        [map_over("items", desk.node("x"), into="made", max_concurrency=1)], batch
-    )
+    nodes = [map_over("items", desk.node("x"), into="made", max_concurrency=1)]
+    result = await StromaRunner.quick().run(nodes, batch)
     assert result.final_state.model_dump() == {
         "items": [{"seen": ["1"]}, {"seen": ["2"]}],
         "made": [{"seen": ["1", "x"]}, {"seen": ["2", "x"]}],
@@ -318,11 +306,8 @@ async def test_nodes_without_contracts_have_copies_of_their_own(watched: bool) -
 
         return bare(node_id, func)
 
-    nodes = [
-        node("a", lambda: {"list": ["a"]}),
-        node("b", lambda: {"list": ["b"], "model": Word(text="w")}),
-        node("c", lambda: {"list": [{"deep": ["c"]}]}),
-    ]
+    middle = node("b", lambda: {"list": ["b"], "model": Word(text="w")})
+    nodes = [node("a", lambda: {"list": ["a"]}), middle, node("c", lambda: {"list": [{"deep": ["c"]}]})]
     result = await StromaRunner.quick(hooks=[hooks()] if watched else []).run(nodes, Flat())
     assert inputs == ["first", {"list": ["a"]}, {"list": ["b"], "model": {"text": "w", "weight": 0.5}}]
     assert result.final_state.model_dump() == {"list": [{"deep": ["c"]}]}

@@ -224,15 +224,10 @@ async def test_children_of_a_group_wait(store: Any) -> None:
     assert calls == ["x", "y", "z"]
     (group,) = result.trace
     assert group.outcome == "suspended"
-    assert [(e.node_id, e.outcome) for e in group.children] == [
-        ("x", "suspended"),
-        ("y", "success"),
-        ("z", "suspended"),
-    ]
-    assert [(one.kind, one.node_id, one.reason) for one in result.questions] == [
-        ("approval", "x", "may x?"),
-        ("approval", "z", "may z?"),
-    ]
+    outcomes = [(e.node_id, e.outcome) for e in group.children]
+    assert outcomes == [("x", "suspended"), ("y", "success"), ("z", "suspended")]
+    asked = [(one.kind, one.node_id, one.reason) for one in result.questions]
+    assert asked == [("approval", "x", "may x?"), ("approval", "z", "may z?")]
     with pytest.raises(ValueError, match="2 open questions; pass question="):
         await runner(store).signal("r", {"approved": True})
     for one in result.questions:
@@ -270,9 +265,8 @@ async def test_a_failure_beats_a_question(store: Any) -> None:
         await asyncio.sleep(0.01)
         raise ValueError("broken")
 
-    result = await StromaRunner.quick(store=store, policy_map=NEVER).run(
-        [parallel(node("ask", failing_with(Suspend, "well?")), node("broken", broken))], Num()
-    )
+    nodes = [parallel(node("ask", failing_with(Suspend, "well?")), node("broken", broken))]
+    result = await StromaRunner.quick(store=store, policy_map=NEVER).run(nodes, Num())
     assert result.status is RunStatus.PARTIAL
     assert result.failure.message == "broken"
 

@@ -193,11 +193,8 @@ async def test_the_end_of_a_queue_worker_cancels_no_run(
         module = imported("dispatch_arq")
         queue = await create_pool(RedisSettings(unix_socket_path=server.socket))
         await module.submit(queue, "r", module.Letter(text="hello"))
-        env = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(tmp_path)]),
-            "REDIS_URL": server.url,
-        }
+        folders = os.pathsep.join([str(EXAMPLES), str(tmp_path)])
+        env = {**os.environ, "PYTHONPATH": folders, "REDIS_URL": server.url}
         command = [sys.executable, "-m", "arq", "slow.WorkerSettings"]
         worker = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
         async with asyncio.timeout(60):

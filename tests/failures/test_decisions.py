@@ -340,11 +340,8 @@ def test_the_policies_that_hold_where_nobody_gave_any() -> None:
     """Three retries, none, one; in dicts and policies of their own."""
     one, other = default_policy_map(), default_policy_map()
     assert one == other
-    assert {kind: (p.max_retries, p.backoff_seconds) for kind, p in one.items()} == {
-        RECOVERABLE: (3, 1.0),
-        TERMINAL: (0, 0.0),
-        AMBIGUOUS: (1, 0.5),
-    }
+    retries = {kind: (p.max_retries, p.backoff_seconds) for kind, p in one.items()}
+    assert retries == {RECOVERABLE: (3, 1.0), TERMINAL: (0, 0.0), AMBIGUOUS: (1, 0.5)}
     for kind, policy in one.items():
         assert policy is not other[kind]
         assert policy.model_dump(exclude={"max_retries", "backoff_seconds"}) == {

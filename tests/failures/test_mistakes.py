@@ -116,10 +116,8 @@ async def wrong_call(state: Any) -> Any:
 @pytest.mark.parametrize("place", ["node", "child"])
 async def test_the_same_bug_twice_is_not_tried_a_third_time(func: Any, place: str) -> None:
     """A TypeError or AttributeError at the same line with the same text ends after two attempts."""
-    runner = StromaRunner.quick(
-        policy_map=PATIENT,
-        node_policies={"broken": {"AMBIGUOUS": FailurePolicy(max_retries=9, backoff_seconds=0)}},
-    )
+    policies = {"broken": {"AMBIGUOUS": FailurePolicy(max_retries=9, backoff_seconds=0)}}
+    runner = StromaRunner.quick(policy_map=PATIENT, node_policies=policies)
     node = runner.node("broken", input=Text, output=Text)(func)
     nodes: list[Any] = [node] if place == "node" else [parallel(node)]
     result = await runner.run(nodes, Text())

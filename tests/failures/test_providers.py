@@ -697,10 +697,8 @@ def coded(code: str) -> Any:
 
 def aws(status: int, code: str, message: str = "no", **headers: str) -> dict[str, Any]:
     shown = {key.replace("_", "-"): value for key, value in headers.items()}
-    return {
-        "Error": {"Code": code, "Message": message},
-        "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": shown},
-    }
+    metadata = {"HTTPStatusCode": status, "HTTPHeaders": shown}
+    return {"Error": {"Code": code, "Message": message}, "ResponseMetadata": metadata}
 
 
 TOO_LARGE_FOR_A_MINUTE = (

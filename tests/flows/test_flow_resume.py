@@ -759,9 +759,8 @@ async def test_a_renamed_step_is_found_while_other_tasks_of_the_loop_are_at_work
     await world.live(run, "last 1")
     name = new
     other = asyncio.ensure_future(asyncio.sleep(60))
-    with pytest.raises(
-        PipelineChanged, match=re.escape("makes step 'new' (call 1) now, and step 'old' (call 1) is recorded")
-    ):
+    message = re.escape("makes step 'new' (call 1) now, and step 'old' (call 1) is recorded")
+    with pytest.raises(PipelineChanged, match=message):
         await run()
     other.cancel()
     assert world.calls == ["old 0", "last 1"]

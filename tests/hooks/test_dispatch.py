@@ -146,14 +146,10 @@ def test_all_ends_are_fired_if_asked_for() -> None:
 
     sets = (NodeHooks(on_node_success=hook, on_node_start=hook),)
     instance = Hooks(sets, run_id="run", limit_seconds=None, failures=[], delivers=True)
-    assert {name: getattr(instance, name) for name in ENDS} == {
-        **dict.fromkeys(ENDS, ()),
-        "on_node_success": ((0, hook),),
-    }
-    assert {name: getattr(instance, name) for name in STARTS} == {
-        **dict.fromkeys(STARTS),
-        "on_node_start": ((0, hook),),
-    }
+    ends = {name: getattr(instance, name) for name in ENDS}
+    assert ends == {**dict.fromkeys(ENDS, ()), "on_node_success": ((0, hook),)}
+    starts = {name: getattr(instance, name) for name in STARTS}
+    assert starts == {**dict.fromkeys(STARTS), "on_node_start": ((0, hook),)}
 
 
 def test_nobody_watches_a_run_without_hooks() -> None:

@@ -75,9 +75,8 @@ async def test_a_hook_that_cannot_be_interrupted_by_throwing() -> None:
         def __next__(self) -> None:
             return None
 
-    result = await quick_without_retries(
-        hooks=NodeHooks(on_node_start=lambda *_: Bare()), hook_timeout_ms=20
-    ).run([node("a", same)], Num())
+    hooks = NodeHooks(on_node_start=lambda *_: Bare())
+    result = await quick_without_retries(hooks=hooks, hook_timeout_ms=20).run([node("a", same)], Num())
     assert result.status is RunStatus.COMPLETED
     assert [type(error.exception).__name__ for error in result.hook_errors] == ["HookTimeout"]
 

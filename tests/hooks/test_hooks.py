@@ -240,10 +240,8 @@ async def test_success_has_the_validated_output(seen: Recorder) -> None:
         return {"value": "7", "unasked": 1}, 10, 5, "gpt-4o"
 
     await quick(seen).run([n, plus], State())
-    assert seen.of(SUCCESS) == [
-        ("r", "n", {"value": 7, "items": []}, 15),
-        ("r", "plus", {"value": 8, "items": []}, 0),
-    ]
+    first = {"value": 7, "items": []}
+    assert seen.of(SUCCESS) == [("r", "n", first, 15), ("r", "plus", {"value": 8, "items": []}, 0)]
 
 
 @pytest.mark.core
@@ -334,10 +332,8 @@ async def test_retry(seen: Recorder) -> None:
     exact = FailurePolicy(max_retries=5, backoff_seconds=0.001, multiplier=2, jitter=False)
     policies = {FailureClass.RECOVERABLE: exact}
     await quick(seen, policy_map=policies).run([flaky(2)], State())
-    assert seen.of(RETRY) == [
-        ("r", "flaky", 2, 0.001, FailureClass.RECOVERABLE),
-        ("r", "flaky", 3, 0.002, FailureClass.RECOVERABLE),
-    ]
+    retry = ("r", "flaky", 2, 0.001, FailureClass.RECOVERABLE)
+    assert seen.of(RETRY) == [retry, ("r", "flaky", 3, 0.002, FailureClass.RECOVERABLE)]
     one = [START, FAILURE, RETRY]
     assert seen.names == [RUN_START, *one, *one, START, SUCCESS, RUN_END]
 
@@ -383,10 +379,8 @@ async def test_skipped_on_resume_from(seen: Recorder) -> None:
     runner = quick(seen, store=store, resume_from="flaky")
     result = await runner.run([plus, plus_two, flaky(0)], State())
     assert result.status is RunStatus.RESUMED
-    assert seen.of(SKIPPED) == [
-        ("r", "plus", {"value": 1, "items": []}),
-        ("r", "plus two", {"value": 3, "items": []}),
-    ]
+    state = {"value": 1, "items": []}
+    assert seen.of(SKIPPED) == [("r", "plus", state), ("r", "plus two", {"value": 3, "items": []})]
     assert sorted(seen.names) == sorted([RUN_START, SKIPPED, SKIPPED, START, SUCCESS, RUN_END])
     assert seen.names[0] == RUN_START, "a run's first event is on_run_start"
 
@@ -455,10 +449,8 @@ async def test_budget_warning_per_dimension(monkeypatch: pytest.MonkeyPatch, see
     budget = ExecutionBudget(max_tokens_total=200_000, max_cost_usd=1.0)
     result = await quick(seen, budget=budget).run([ask], State())
     assert result.total_tokens == 180_000
-    assert [(d, round(used, 6), limit) for _, d, used, limit in seen.of(WARNING)] == [
-        ("cost", 0.9, 1.0),
-        ("tokens", 180_000, 200_000),
-    ]
+    reported = [(d, round(used, 6), limit) for _, d, used, limit in seen.of(WARNING)]
+    assert reported == [("cost", 0.9, 1.0), ("tokens", 180_000, 200_000)]
 
 
 # ---------------------------------------------------------------------- several sets
@@ -1383,9 +1375,8 @@ async def test_what_start_sets_is_current_in_items() -> None:
         return {"text": str(state.n)}
 
     runner = quick(NodeHooks(on_node_start=set_mark))
-    result = await asyncio.create_task(
-        runner.run([map_over("items", item, into="out")], State(items=[1, 2, 3]))
-    )
+    nodes = [map_over("items", item, into="out")]
+    result = await asyncio.create_task(runner.run(nodes, State(items=[1, 2, 3])))
     assert result.status is RunStatus.COMPLETED
     assert findings == ["/map_over(items, item)/item"] * 3
 
@@ -1613,12 +1604,8 @@ async def test_group_hooks_fire_around_its_children(seen: Recorder) -> None:
     assert inner[0][:3] == (START, "r", "parallel(plus, ask)")
     assert inner[-1][0] == SUCCESS
     assert inner[-1][2:] == ("parallel(plus, ask)", {"value": 9, "items": []}, 0)
-    assert {(e[0], e[2]) for e in inner[1:-1]} == {
-        (START, "plus"),
-        (SUCCESS, "plus"),
-        (START, "ask"),
-        (SUCCESS, "ask"),
-    }
+    events = {(e[0], e[2]) for e in inner[1:-1]}
+    assert events == {(START, "plus"), (SUCCESS, "plus"), (START, "ask"), (SUCCESS, "ask")}
     assert [e[-1] for e in inner if e[0] == SUCCESS and e[2] == "ask"] == [7]
     seen.assert_paired()
 
@@ -1686,9 +1673,8 @@ async def run_group(seen: Recorder) -> None:
 
 async def run_group_retried(seen: Recorder) -> None:
     policies = {"parallel(plus, flaky)": ONCE}
-    result = await quick(seen, policy_map=NEVER, node_policies=policies).run(
-        [parallel(plus, flaky())], State()
-    )
+    runner = quick(seen, policy_map=NEVER, node_policies=policies)
+    result = await runner.run([parallel(plus, flaky())], State())
     assert result.status is RunStatus.COMPLETED
 
 
@@ -1727,20 +1713,16 @@ async def run_broken_store(seen: Recorder) -> None:
 
 
 async def run_over_budget(seen: Recorder) -> None:
-    await quick(seen, budget=ExecutionBudget(max_tokens_total=5)).run(
-        [parallel(spender, plus), plus], State()
-    )
+    budget = ExecutionBudget(max_tokens_total=5)
+    await quick(seen, budget=budget).run([parallel(spender, plus), plus], State())
 
 
 async def run_cancelled_in_group(seen: Recorder) -> None:
     waits, started = waiting()
     task = asyncio.create_task(quick(seen).run([parallel(plus, parallel(waits))], State()))
     await cancelled_after(task, started)
-    assert {n for _, n in seen.of(CANCELLED)} == {
-        "waiting",
-        "parallel(waiting)",
-        "parallel(plus, parallel(waiting))",
-    }
+    cancelled = {n for _, n in seen.of(CANCELLED)}
+    assert cancelled == {"waiting", "parallel(waiting)", "parallel(plus, parallel(waiting))"}
 
 
 async def run_cancelled_in_thread(seen: Recorder) -> None:

@@ -210,10 +210,8 @@ async def test_an_attempt_that_waits_already_is_told() -> None:
     assert (first.status, second.status) == (RunStatus.PARTIAL, RunStatus.COMPLETED)
     label = f"limit '{program.name}'"
     assert [reason for _, reason, _ in program.waits] == [f"{label}: concurrent", f"{label}: cooldown"]
-    assert [(mark.kind, mark.reason) for mark in second.trace.marks] == [
-        ("wait", f"{label}: concurrent"),
-        ("wait", f"{label}: cooldown"),
-    ]
+    marks = [(mark.kind, mark.reason) for mark in second.trace.marks]
+    assert marks == [("wait", f"{label}: concurrent"), ("wait", f"{label}: cooldown")]
 
 
 async def test_a_probe_that_is_refused_closes_the_limit_again() -> None:
@@ -325,11 +323,8 @@ async def test_an_endless_retry_after() -> None:
         assert len(begun) == 1
         clock.advance(3_600)
         third = await program.run(2)
-    assert [one.status for one in (first, second, third)] == [
-        RunStatus.PARTIAL,
-        RunStatus.PARTIAL,
-        RunStatus.COMPLETED,
-    ]
+    statuses = [one.status for one in (first, second, third)]
+    assert statuses == [RunStatus.PARTIAL, RunStatus.PARTIAL, RunStatus.COMPLETED]
     assert isinstance(second.failure.exception, WaitedTooLong)
     assert second.failure.reason == "limit"
     assert second.failure.retry_after_seconds == pytest.approx(3_600, abs=1)
@@ -351,9 +346,8 @@ async def test_a_wait_for_the_end_of_a_cooldown_is_bounded() -> None:
             f"node 'call' waited 2 s at limit '{program.name}', which is closed because the provider asked "
             f"to wait" in result.failure.message
         )
-        hurried = Program(
-            Limit(concurrent=5), function, policy_map=NO_RETRY, budget=ExecutionBudget(max_latency_ms=500)
-        )
+        budget = ExecutionBudget(max_latency_ms=500)
+        hurried = Program(Limit(concurrent=5), function, policy_map=NO_RETRY, budget=budget)
         await hurried.run(0)
         result = await hurried.run(1)
     assert (result.status, result.failure.reason) == (RunStatus.PARTIAL, "budget")

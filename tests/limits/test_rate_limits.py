@@ -263,9 +263,8 @@ async def test_which_nodes_go_by_a_limit() -> None:
     named, _ = node("draft", during=hold("draft"))
     own, _ = node("llm", during=hold("llm"))
     other, _ = node("parse", during=hold("parse"))
-    runner = StromaRunner.quick(
-        limits={"llm": Limit(concurrent=1, store=AsyncInMemoryStore())}, node_limits={"draft": "llm"}
-    )
+    limits = {"llm": Limit(concurrent=1, store=AsyncInMemoryStore())}
+    runner = StromaRunner.quick(limits=limits, node_limits={"draft": "llm"})
     report = asyncio.Event()
 
     async def wait(*_: Any) -> None:
@@ -376,9 +375,8 @@ async def test_a_limit_and_a_budget_are_given_back() -> None:
         report.set()
 
     call, _ = node(during=free.wait)
-    runner = runner_of(
-        Limit(concurrent=1, store=store), shared_budgets=shared, hooks=NodeHooks(on_node_wait=wait)
-    )
+    hooks = NodeHooks(on_node_wait=wait)
+    runner = runner_of(Limit(concurrent=1, store=store), shared_budgets=shared, hooks=hooks)
     first = asyncio.create_task(runner.run([call], State()))
     second = asyncio.create_task(runner.run([call], State()))
     await report.wait()

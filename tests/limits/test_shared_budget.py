@@ -291,9 +291,8 @@ async def test_a_run_that_is_refused_goes_on_later(tmp_path: Path) -> None:
         first, calls = node("first", cents=60)
         second, later = node("second", cents=60)
         low = SharedBudget("team", max_cost_usd=1, per="day", store=store, reserve_usd=0.6)
-        result = await StromaRunner.quick(store=store, shared_budgets=low).run(
-            [first, second], State(), run_id="r"
-        )
+        runner = StromaRunner.quick(store=store, shared_budgets=low)
+        result = await runner.run([first, second], State(), run_id="r")
         assert (result.status, result.final_state, later) == (RunStatus.PARTIAL, State(n=1), [])
         assert (result.failure.failure_class, result.failure.reason) == (FailureClass.RECOVERABLE, "budget")
         message = str(result.failure.exception)
@@ -307,9 +306,8 @@ async def test_a_run_that_is_refused_goes_on_later(tmp_path: Path) -> None:
         assert (str(again), type(again)) == (message, SharedBudgetExceeded)
         del low, result
         high = anew(lambda: SharedBudget("team", max_cost_usd=2, per="day", store=store, reserve_usd=0.6))
-        result = await StromaRunner.quick(store=store, shared_budgets=high).run(
-            [first, second], State(), run_id="r", resume=True
-        )
+        runner = StromaRunner.quick(store=store, shared_budgets=high)
+        result = await runner.run([first, second], State(), run_id="r", resume=True)
         assert (result.status, calls, later) == (RunStatus.RESUMED, [60], [60])
         outcome = await high.state()
         assert cents(outcome.spent_usd) == 120

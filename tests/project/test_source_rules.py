@@ -53,11 +53,8 @@ def test_no_module_of_ours_can_execute_data() -> None:
 def test_only_plain_data_is_pickled() -> None:
     """G11: the pickles of copies and snapshots name only classes of plain values, and no store gets one."""
     moment = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
-    plain = {
-        "a": [1, 2.5, None, True, b"x", "y", (1, {2}), frozenset({3})],
-        "at": moment,
-        "id": uuid.UUID(int=1),
-    }
+    values = [1, 2.5, None, True, b"x", "y", (1, {2}), frozenset({3})]
+    plain = {"a": values, "at": moment, "id": uuid.UUID(int=1)}
     pickled = pickle_data(plain)
     assert pickled is not None
     assert pickle.loads(pickled) == plain

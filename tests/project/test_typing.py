@@ -53,11 +53,8 @@ def test_a_node_typed_for_the_wrong_model_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "users_file.py"
     file.write_text(USERS_FILE)
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", file.name]
-    environment = os.environ | {
-        "MYPYPATH": str(SOURCE),
-        "MYPY_CACHE_DIR": str(tmp_path / "cache"),
-        "NO_COLOR": "1",
-    }
+    settings = {"MYPYPATH": str(SOURCE), "MYPY_CACHE_DIR": str(tmp_path / "cache"), "NO_COLOR": "1"}
+    environment = os.environ | settings
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60
     )

@@ -40,11 +40,8 @@ class PrometheusServer:
         self._child = Child("prometheus")
         self.url = f"http://127.0.0.1:{(port := free_port())}"
         config = self._child.home / "prometheus.yml"
-        config.write_text(
-            _CONFIG.format(
-                targets=", ".join(map(repr, targets)), rules=", ".join(repr(str(r)) for r in rules)
-            )
-        )
+        shown = ", ".join(repr(str(r)) for r in rules)
+        config.write_text(_CONFIG.format(targets=", ".join(map(repr, targets)), rules=shown))
         command = [program, f"--config.file={config}", f"--storage.tsdb.path={self._child.home / 'data'}"]
         command += [f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
         self._child.start(command, lambda: answers(f"{self.url}/-/ready"))

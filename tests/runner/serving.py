@@ -17,12 +17,8 @@ class Serving:
         self.outcomes: dict[str, list[Any]] = {}
         self._news = asyncio.Event()
         self.health = WorkerHealth()
-        self.task = asyncio.ensure_future(
-            runner.serve(
-                *pipelines,
-                **{"poll_seconds": 0.02, "health": self.health, "on_result": self._note, **options},
-            )
-        )
+        settings = {"poll_seconds": 0.02, "health": self.health, "on_result": self._note, **options}
+        self.task = asyncio.ensure_future(runner.serve(*pipelines, **settings))
 
     def _note(self, run_id: str, outcome: Any) -> None:
         self.outcomes.setdefault(run_id, []).append(outcome)

@@ -65,13 +65,8 @@ def test_every_change_is_told() -> None:
         (3, ""): recorded_run("e"),
     }
     result = changes(commits, node("a"), grouped, node("d", Longer))
-    assert [(change.at, change.node_id) for change in result] == [
-        ("0", "old"),
-        ("1.0", "b"),
-        ("1.1", "c"),
-        ("2", "d"),
-        ("3", "e"),
-    ]
+    places = [(change.at, change.node_id) for change in result]
+    assert places == [("0", "old"), ("1.0", "b"), ("1.1", "c"), ("2", "d"), ("3", "e")]
     words = [
         "the pipeline has 'a' there",
         "was made for",

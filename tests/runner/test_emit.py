@@ -150,9 +150,8 @@ async def test_a_reader_that_stands_still() -> None:
             current_node().emit(index)
         return {"n": 1}
 
-    async with quick(policy_map=NEVER).stream(
-        [node("a", func), node("b", func), node("c", func)], Num()
-    ) as stream:
+    nodes = [node("a", func), node("b", func), node("c", func)]
+    async with quick(policy_map=NEVER).stream(nodes, Num()) as stream:
         await asyncio.wait({stream._run._task})
         events = [event async for event in stream]
     assert [(event.kind, event.details.get("dropped")) for event in events if event.kind != "node_event"] == [
@@ -261,12 +260,8 @@ async def test_each_attempt_has_an_id_of_its_own() -> None:
     for event in events:
         if event.attempt_id is not None:
             ids.setdefault(event.attempt_id, []).append(event)
-    assert [event.kind for event in events if event.attempt_id is None and event.node_id] == [
-        "node_retry",
-        "node_retry",
-        "map_progress",
-        "map_progress",
-    ]
+    others = [event.kind for event in events if event.attempt_id is None and event.node_id]
+    assert others == ["node_retry", "node_retry", "map_progress", "map_progress"]
     # Three attempts of the group and of its child, those of the two items, and that of the map.
     assert len(ids) == 3 + 3 + 2 + 1
     for same_attempt in ids.values():
@@ -287,9 +282,8 @@ async def test_ids_of_attempts_differ_over_processes(tmp_path: Path) -> None:
             runner = quick(store=store, run_id="run")
             if answer is not None:
                 await runner.signal("run", answer)
-            events = await events_of(
-                runner, [node("a", failing_with(Suspend, "may I?"))], resume=answer is not None
-            )
+            nodes = [node("a", failing_with(Suspend, "may I?"))]
+            events = await events_of(runner, nodes, resume=answer is not None)
             ids += [event.attempt_id for event in events if event.kind == "node_start"]
     assert len(ids) == len(set(ids)) == 3
 
@@ -367,12 +361,8 @@ async def test_models_and_copies() -> None:
 
     events = await events_of(quick(), [node("a", func)])
     hidden = "**********"
-    assert emitted(events) == [
-        {"done": 3, "secret": hidden},
-        {"inside": [{"done": 4, "secret": hidden}]},
-        {"list": [1]},
-        None,
-    ]
+    inside = {"inside": [{"done": 4, "secret": hidden}]}
+    assert emitted(events) == [{"done": 3, "secret": hidden}, inside, {"list": [1]}, None]
 
 
 @pytest.mark.core
@@ -462,11 +452,8 @@ async def test_what_an_end_says_as_json() -> None:
     assert "event" not in success
     stream = runner.stream([node("b", fails)], Num(n=777_777))
     failure = next(e.to_dict() for e in [event async for event in stream] if e.kind == "node_failure")
-    assert failure["details"]["failure"] == {
-        "class": "RECOVERABLE",
-        "message": "too late for n=[redacted]",
-        "reason": "timeout",
-    }
+    expected = {"class": "RECOVERABLE", "message": "too late for n=[redacted]", "reason": "timeout"}
+    assert failure["details"]["failure"] == expected
 
 
 @pytest.mark.core

@@ -117,13 +117,8 @@ async def test_a_follow_has_text_with_a_lone_surrogate(store: Any) -> None:
     runner = runner_of(store)
     await runner.run([node("cut", cut, output=Text)], Num(), run_id="run")
     events = await collect(runner.follow("run"))
-    assert [event.kind for event in events] == [
-        "run_start",
-        "node_start",
-        "node_event",
-        "node_success",
-        "run_end",
-    ]
+    kinds = [event.kind for event in events]
+    assert kinds == ["run_start", "node_start", "node_event", "node_success", "run_end"]
     assert events[2].data == "cut \ud83d"
     assert events[3].state == {"text": "\ud83d"}
 

@@ -115,9 +115,8 @@ async def test_a_group_over_the_budget_is_not_tried_again() -> None:
     """Neither by its own policy nor by the run's: nothing more is called, and the run is PARTIAL."""
     calls: list[str] = []
     nodes = [parallel(counted(calls, "a", ({"n": 1}, 11))), counted(calls, "b", {})]
-    runner = StromaRunner.quick(
-        policy_map=ONCE, node_policies={"parallel(a)": ONCE}, budget=ExecutionBudget(max_tokens_total=10)
-    )
+    budget = ExecutionBudget(max_tokens_total=10)
+    runner = StromaRunner.quick(policy_map=ONCE, node_policies={"parallel(a)": ONCE}, budget=budget)
     result = await runner.run(nodes, Num())
     assert (result.status, calls, len(result.trace)) == (RunStatus.PARTIAL, ["a"], 1)
     assert isinstance(result.failure.exception, BudgetExceeded)
@@ -205,11 +204,8 @@ async def test_a_group_whose_childs_failure_was_not_kept_is_not_tried_again() ->
 
     inner = parallel(counted(calls, "a", ValueError("no")))
     outer = parallel(inner)
-    runner = StromaRunner.quick(
-        store=Journal(between),
-        policy_map=ONCE,
-        node_policies=dict.fromkeys((outer.node_id, inner.node_id), ONCE),
-    )
+    policies = dict.fromkeys((outer.node_id, inner.node_id), ONCE)
+    runner = StromaRunner.quick(store=Journal(between), policy_map=ONCE, node_policies=policies)
     result = await runner.run([outer], Num())
     assert (result.status, calls) == (RunStatus.PARTIAL, ["a"])
     failure = result.failure
@@ -287,11 +283,8 @@ async def test_where_a_restored_node_stands_is_told() -> None:
             f"{node_id} {state} @ {here().kind} {here().position} [{here().branch}] #{here().attempt}"
         )
 
-    nodes = [
-        counted([], "z", {"n": 3}),
-        parallel(counted([], "a", {"n": 1})),
-        counted([], "x", ValueError("no")),
-    ]
+    group = parallel(counted([], "a", {"n": 1}))
+    nodes = [counted([], "z", {"n": 3}), group, counted([], "x", ValueError("no"))]
     await StromaRunner.quick(store=store, policy_map=NEVER).run(nodes, Num(), run_id="r")
     runner = StromaRunner.quick(store=store, policy_map=NEVER, hooks=NodeHooks(on_node_skipped=skipped))
     await runner.run(nodes, Num(), run_id="r", resume=True)

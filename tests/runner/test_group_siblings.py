@@ -136,9 +136,8 @@ async def test_a_child_that_was_restored_is_restored_once() -> None:
     assert (
         await quick_without_retries(store=store).run(nodes, Num(), run_id="r")
     ).status is RunStatus.PARTIAL
-    runner = quick_without_retries(
-        store=store, node_policies={"parallel(a, b)": ONCE}, hooks=record_hooks(seen)
-    )
+    policies = {"parallel(a, b)": ONCE}
+    runner = quick_without_retries(store=store, node_policies=policies, hooks=record_hooks(seen))
     result = await runner.run(nodes, Num(), run_id="r", resume=True)
     assert result.status is RunStatus.RESUMED
     assert seen.count("skipped a") == 1
@@ -297,13 +296,8 @@ async def test_steps_side_by_side_do_not_forget_each_others_children() -> None:
             other_done.set()
 
     group = parallel(bare("a", a), bare("b", b))
-    ctx = context(
-        RunConfig(
-            policy_map=NEVER,
-            node_policies={group.node_id: {A: TWICE[A]}},
-            hooks=NodeHooks(on_node_failure=failure, on_node_success=success),
-        )
-    )
+    hooks = NodeHooks(on_node_failure=failure, on_node_success=success)
+    ctx = context(RunConfig(policy_map=NEVER, node_policies={group.node_id: {A: TWICE[A]}}, hooks=hooks))
     first, second = await asyncio.gather(
         execute_step("g", group, Num(), ctx), execute_step("other", other, Num(), ctx)
     )

@@ -112,10 +112,8 @@ class Log:
 
 async def test_the_merged_state_is_a_model_for_the_next_node() -> None:
     """The merged state is a model instance that the next node's contract accepts."""
-    group = parallel(
-        node("l", giving({"left": 1, "both": "l"}), Num, Left),
-        node("r", giving(Right(right=2, both="r")), Num, Right),
-    )
+    right = node("r", giving(Right(right=2, both="r")), Num, Right)
+    group = parallel(node("l", giving({"left": 1, "both": "l"}), Num, Left), right)
 
     result = await quick().run([group, node("same", same, Both, Both)], Num())
     assert result.final_state == Both(left=1, right=2, both="r")
@@ -189,11 +187,8 @@ async def test_the_trace_of_a_group() -> None:
     assert event.output_state == {"a": 1, "b": 1}
     assert event.input_state == {"n": 0}
     assert (event.usage.tokens, event.usage.cost_usd) == (0, 0.0)
-    assert sorted((c.node_id, c.attempt, c.failure, c.usage.tokens) for c in event.children) == [
-        ("a", 1, None, 7),
-        ("b", 1, R, 0),
-        ("b", 2, None, 5),
-    ]
+    attempts = sorted((c.node_id, c.attempt, c.failure, c.usage.tokens) for c in event.children)
+    assert attempts == [("a", 1, None, 7), ("b", 1, R, 0), ("b", 2, None, 5)]
     assert {(c.position, c.branch) for c in event.children} == {(0, "0"), (0, "1")}
     assert next(e.node_id for e in trace.walk()) == "parallel(a, b)"
     assert Counter(e.node_id for e in trace.walk()) == {"parallel(a, b)": 1, "a": 1, "b": 2, "c": 1}
@@ -221,9 +216,8 @@ async def test_the_first_failing_child_cancels_and_awaits_its_siblings() -> None
         raise boom
 
     log = Log()
-    result = await quick(hooks=log.hooks, policy_map=NEVER).run(
-        [parallel(bare("hangs", hangs), bare("fails", fails))], Num()
-    )
+    nodes = [parallel(bare("hangs", hangs), bare("fails", fails))]
+    result = await quick(hooks=log.hooks, policy_map=NEVER).run(nodes, Num())
     assert cleaned == ["sibling"]
     assert len(asyncio.all_tasks()) == 1
     assert result.status is RunStatus.PARTIAL
@@ -370,9 +364,8 @@ async def test_a_child_that_refuses_to_be_cancelled_is_kept() -> None:
         await started.wait()
         raise ValueError
 
-    result = await quick(store=store, run_id="r", policy_map=NEVER).run(
-        [parallel(bare("stubborn", stubborn), bare("fails", fails))], Num()
-    )
+    nodes = [parallel(bare("stubborn", stubborn), bare("fails", fails))]
+    result = await quick(store=store, run_id="r", policy_map=NEVER).run(nodes, Num())
     assert isinstance(result.failure.exception, ValueError)
     assert result.total_tokens == 5
     outcomes = {c.node_id: c.outcome for e in result.trace for c in e.children}
@@ -629,9 +622,8 @@ async def test_items_are_retried_on_their_own() -> None:
         return state
 
     two = {R: FailurePolicy(max_retries=2, backoff_seconds=0)}
-    result = await quick(policy_map=two).run(
-        [map_over("items", node("flaky", flaky), into="out")], Items(items=[{"n": i} for i in range(3)])
-    )
+    nodes = [map_over("items", node("flaky", flaky), into="out")]
+    result = await quick(policy_map=two).run(nodes, Items(items=[{"n": i} for i in range(3)]))
     assert result.status is RunStatus.COMPLETED
     assert calls == {0: 1, 1: 2, 2: 3}
     (event,) = result.trace
@@ -656,13 +648,11 @@ async def test_scalar_items() -> None:
     async def add(state: Root) -> Any:
         return state.root + 1
 
-    result = await quick().run(
-        [map_over("items", node("shout", shout, Word, Word), into="out")], Items(items=["a", "b"])
-    )
+    nodes = [map_over("items", node("shout", shout, Word, Word), into="out")]
+    result = await quick().run(nodes, Items(items=["a", "b"]))
     assert [w["word"] for w in result.final_state.model_dump()["out"]] == ["A", "B"]
-    result = await quick().run(
-        [map_over("items", node("add", add, Root, Root), into="out")], Items(items=[1, 2])
-    )
+    nodes = [map_over("items", node("add", add, Root, Root), into="out")]
+    result = await quick().run(nodes, Items(items=[1, 2]))
     assert result.status is RunStatus.COMPLETED, result.failure
     assert result.final_state.model_dump()["out"] == [2, 3]
 
@@ -808,9 +798,8 @@ async def test_a_failing_item_cancels_the_others() -> None:
         finally:
             ended.append(state.n)
 
-    result = await quick(policy_map=NEVER).run(
-        [map_over("items", node("work", work), into="out")], Items(items=[{"n": i} for i in range(3)])
-    )
+    nodes = [map_over("items", node("work", work), into="out")]
+    result = await quick(policy_map=NEVER).run(nodes, Items(items=[{"n": i} for i in range(3)]))
     assert isinstance(result.failure.exception, LookupError)
     assert sorted(ended) == [0, 2]
 

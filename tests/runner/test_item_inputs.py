@@ -126,9 +126,8 @@ async def test_an_item_of_a_group_that_has_not_ended_has_its_own_input(store: An
             await asyncio.Event().wait()
         return {"n": 1}
 
-    task = asyncio.ensure_future(
-        runner.run([map_over("items", slow, into="out", max_concurrency=1)], value, run_id="r")
-    )
+    nodes = [map_over("items", slow, into="out", max_concurrency=1)]
+    task = asyncio.ensure_future(runner.run(nodes, value, run_id="r"))
     await seen.wait()
     history = History(store)
     result = await asyncio.to_thread(attempts_of, history)

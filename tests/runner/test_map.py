@@ -327,9 +327,8 @@ async def test_an_endless_source_is_read_as_far_as_needed(doubler: Doubler) -> N
             n += 1
 
     work = map_over(endless, doubler.node, into=Journal(), max_concurrency=2)
-    result = await quick(AsyncInMemoryStore(), budget=ExecutionBudget(max_tokens_total=30)).run(
-        [work], State()
-    )
+    budget = ExecutionBudget(max_tokens_total=30)
+    result = await quick(AsyncInMemoryStore(), budget=budget).run([work], State())
     assert isinstance(result.failure and result.failure.exception, BudgetExceeded)
     assert len(taken) < 20
 

@@ -80,9 +80,8 @@ async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
     async def end(run_id: str, result: Any) -> None:
         ended.append(result.status)
 
-    task = asyncio.create_task(
-        quick(store, hooks=NodeHooks(on_run_end=end)).run(work.nodes, Num(), run_id="r")
-    )
+    runner = quick(store, hooks=NodeHooks(on_run_end=end))
+    task = asyncio.create_task(runner.run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
     assert await quick(store).cancel("r")
     result = await asyncio.wait_for(task, 10)
@@ -220,11 +219,8 @@ async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -
     loose._stroma_contract = None
     work = Work()
     work.gate.set()
-    nodes = [
-        parallel(work.nodes[0], work.nodes[1]),
-        loose,
-        stroma_node("last", input=Free, output=Free)(last),
-    ]
+    group = stroma_node("last", input=Free, output=Free)(last)
+    nodes = [parallel(work.nodes[0], work.nodes[1]), loose, group]
     result = await quick(store).run(nodes, Num(), run_id="r")
     assert result.final_state == Free(n=20, more="made"), result.failure
     forked = await quick(store).fork("r", nodes, at="last", state=Free(n=7, more="edited"), input_schema=Num)
@@ -577,9 +573,8 @@ async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_a
             raise ConnectionError("lost") from error
 
     runner = StromaRunner.quick(store=store, policy_map=THRICE)
-    task = asyncio.create_task(
-        runner.run([stroma_node("a", input=Num, output=Num)(wrapping)], Num(), run_id="r")
-    )
+    nodes = [stroma_node("a", input=Num, output=Num)(wrapping)]
+    task = asyncio.create_task(runner.run(nodes, Num(), run_id="r"))
     await inside.wait()
     await runner.cancel("r")
     result = await task

@@ -167,12 +167,8 @@ async def test_items_do_not_wait_for_each_other(world: World) -> None:
             held.set()  # The last item is through all nodes while the first one is in its first.
         return {"answer": state.kind}
 
-    work = map_over(
-        "tickets",
-        (node("slow", slow, Text, Class), node("last", last, Class, Answer)),
-        into="answers",
-        max_concurrency=2,
-    )
+    steps = (node("slow", slow, Text, Class), node("last", last, Class, Answer))
+    work = map_over("tickets", steps, into="answers", max_concurrency=2)
     result = await asyncio.wait_for(quick_without_retries().run([work], Tickets()), 10)
     assert answers(result) == ["a", "b", "c"]
     assert most == 2
@@ -260,11 +256,8 @@ async def test_groups_and_maps_inside(world: World, store: Any) -> None:
         return {"answer": f"{state.first}{sum(state.sizes)}"}
 
     sizes = map_over("parts", node("size", size, Text, RootModel[int]), into="sizes")
-    steps = [
-        node("split", split, Text, Parts),
-        parallel(sizes, node("first", first, Parts, First)),
-        node("join", join, Both, Answer),
-    ]
+    group = parallel(sizes, node("first", first, Parts, First))
+    steps = [node("split", split, Text, Parts), group, node("join", join, Both, Answer)]
     work = parallel(map_over("tickets", steps, into="answers"), node("classes", _tickets, Tickets, Tickets))
     assert quick_without_retries().check([work]) == []
     runner = quick_without_retries(store=store)
@@ -311,9 +304,8 @@ async def test_no_item_that_has_ended_takes_memory(world: World, store: Any) -> 
         held.append(len(current_node().ctx.handover.done))
 
     work = map_over("tickets", world.nodes, into=Journal(), max_concurrency=1)
-    runner = quick_without_retries(
-        store=store, node_policies={work.node_id: ONCE}, hooks=NodeHooks(on_node_start=hook)
-    )
+    hooks = NodeHooks(on_node_start=hook)
+    runner = quick_without_retries(store=store, node_policies={work.node_id: ONCE}, hooks=hooks)
     result = await runner.run([work], Tickets(tickets=["a"] * 50), run_id="run")
     assert result.status is RunStatus.COMPLETED, result.failure
     assert max(held) == 2
@@ -431,12 +423,8 @@ async def test_an_item_fails_with_one_of_its_nodes(world: World, store: Any) -> 
 async def test_a_failure_of_a_group_names_the_node_inside() -> None:
     """An item that is a parallel() fails with one of its children, the node of its ItemFailure."""
 
-    work = map_over(
-        "tickets",
-        parallel(node("bad", failing_with(ValueError, "no"), Text)),
-        into="out",
-        on_item_failure="collect",
-    )
+    group = parallel(node("bad", failing_with(ValueError, "no"), Text))
+    work = map_over("tickets", group, into="out", on_item_failure="collect")
     result = await quick_without_retries().run([work], Tickets(tickets=["a"]))
     assert [one.node_id for one in result.final_state.out_failures] == ["bad"]  # type: ignore[attr-defined]
 
@@ -555,12 +543,8 @@ async def test_what_follows_a_map_whose_failed_items_are_tried_again(store: Any)
     sizes = map_over(
         "parts", node("size", size, Text, RootModel[int]), into="sizes", on_item_failure="collect"
     )
-    steps = [
-        node("split", split, Text, Parts),
-        sizes,
-        node("total", total, Sizes, Answer),
-        parallel(node("same", same, Answer, Answer)),
-    ]
+    last = parallel(node("same", same, Answer, Answer))
+    steps = [node("split", split, Text, Parts), sizes, node("total", total, Sizes, Answer), last]
     work = map_over("tickets", steps, into="answers")
     runner = quick_without_retries(store=store)
     first = await runner.run([work], Tickets(tickets=["x"]), run_id="run")
@@ -633,9 +617,8 @@ async def test_a_cancellation_that_a_node_has_left_behind() -> None:
         node("leaves", leaves_one, Text, Text),
         node("raises", failing_with(asyncio.CancelledError, "a stray one"), Text, Text),
     ]
-    result = await quick_without_retries().run(
-        [map_over("tickets", steps, into="out")], Tickets(tickets=["a"])
-    )
+    nodes = [map_over("tickets", steps, into="out")]
+    result = await quick_without_retries().run(nodes, Tickets(tickets=["a"]))
     assert (result.status, result.failure.message) == (RunStatus.PARTIAL, "a stray one")
 
 
@@ -687,11 +670,8 @@ async def test_a_new_schema_of_the_last_node(world: World, store: Any, into: str
         outputs: Any = [output async for _, output in runner.map_outputs("run", work)]
     else:
         outputs = result.final_state.answers  # type: ignore[union-attr]
-    assert outputs == [
-        More(answer="a123", sure=False),
-        More(answer="b123", sure=False),
-        More(answer="c12", sure=True),
-    ]
+    second = More(answer="a123", sure=False)
+    assert outputs == [second, More(answer="b123", sure=False), More(answer="c12", sure=True)]
 
 
 # ---------------------------------------------------------------------- checks and lineage
@@ -704,9 +684,8 @@ def test_two_nodes_of_a_sequence_that_do_not_fit(world: World) -> None:
         words: int
 
     other = node("other", world.draft, Class, Other)
-    findings = quick_without_retries().check(
-        [map_over("tickets", [world.classify, other, world.check], into="x")]
-    )
+    nodes = [map_over("tickets", [world.classify, other, world.check], into="x")]
+    findings = quick_without_retries().check(nodes)
     assert [(f.severity, f.kind, f.source, f.target, f.path, f.source_at, f.target_at) for f in findings] == [
         ("error", "missing", "other", "check", "draft", "0.0.1", "0.0.2")
     ]
@@ -723,9 +702,8 @@ def test_a_field_that_a_node_in_the_middle_drops(world: World) -> None:
         kind: str
 
     last = node("last", world.check, Wanted, Answer)
-    (finding,) = quick_without_retries().check(
-        [map_over("tickets", [world.classify, world.draft, last], into="x")]
-    )
+    nodes = [map_over("tickets", [world.classify, world.draft, last], into="x")]
+    (finding,) = quick_without_retries().check(nodes)
     assert "'classify' gave it, and 'draft' does not hand it on" in finding.message
 
 
@@ -797,9 +775,8 @@ async def test_messages_hide_what_earlier_nodes_made(world: World, tmp_path: Pat
     def redact(state: dict[str, Any]) -> dict[str, Any]:
         return {key: "hidden" if key == "kind" else value for key, value in state.items()}
 
-    work = map_over(
-        "tickets", [node("secret", secret, Text, Class), node("fails", fails, Class, Draft)], into="drafts"
-    )
+    nodes = [node("secret", secret, Text, Class), node("fails", fails, Class, Draft)]
+    work = map_over("tickets", nodes, into="drafts")
     with SQLiteStore(tmp_path / "runs.db") as store:
         result = await quick_without_retries(store=store, redact=redact).run(
             [work], Tickets(tickets=["a"]), run_id="run"
@@ -809,10 +786,8 @@ async def test_messages_hide_what_earlier_nodes_made(world: World, tmp_path: Pat
         attempts, _ = history.attempts("run", 100)
         single = [one for at in ("", "0", "0.1") for one in history.store.attempts_at("run", 0, at)]
         record = history.store.get_run("run")
-    messages = [one.message for one in (*attempts, *single) if one.message] + [
-        record.error,
-        record.cause.message,
-    ]
+    stored = [one.message for one in (*attempts, *single) if one.message]
+    messages = [*stored, record.error, record.cause.message]
     assert len(messages) == 8
     assert {str(message).removeprefix("ValueError: ") for message in messages} == {"cannot draft [redacted]"}
     assert "sesame" not in caplog.text

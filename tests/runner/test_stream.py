@@ -114,10 +114,8 @@ async def test_a_stream_is_as_quick_as_the_run() -> None:
 
 async def test_groups_and_maps_are_told() -> None:
     """Children of groups have their place; a map tells how far it is; a group's event holds no child's."""
-    pipeline = [
-        parallel(node("a"), node("b")),
-        map_over(lambda s: [{"n": 1}, {"n": 2}], node("c"), into="made"),
-    ]
+    group = map_over(lambda s: [{"n": 1}, {"n": 2}], node("c"), into="made")
+    pipeline = [parallel(node("a"), node("b")), group]
     events = [event async for event in quick().stream(pipeline, Num())]
     places = [(e.node_id, e.position, e.branch) for e in events if e.kind == "node_success"]
     assert sorted(places[:3], key=str) == [("a", 0, "0"), ("b", 0, "1"), ("parallel(a, b)", 0, "")]
@@ -137,11 +135,8 @@ async def test_suspended_skipped_cancelled_and_budgets_are_told(tmp_path: Path) 
         assert ("node_suspended", "b") in summary_of(first)
         details = next(e for e in first if e.kind == "node_suspended").details
         assert (details["reason"], details["question"]["id"]) == ("may I?", "1:1")
-        assert next(e for e in first if e.kind == "budget_warning").details == {
-            "dimension": "tokens",
-            "used": 5,
-            "limit": 6,
-        }
+        warning = next(e for e in first if e.kind == "budget_warning")
+        assert warning.details == {"dimension": "tokens", "used": 5, "limit": 6}
         again = [event async for event in runner.stream(nodes, Num(), resume=True)]
         assert summary_of(again)[1] == ("node_skipped", "a")
         assert again[1].state == {"n": 1}
@@ -156,9 +151,8 @@ async def test_own_hooks_and_configs_stay() -> None:
     async def start(run_id: str, node_id: str, state: Any) -> None:
         seen.append(node_id)
 
-    config = RunConfig(
-        run_id="mine", hooks=NodeHooks(on_node_start=start), redact=lambda state: {"hidden": 1}
-    )
+    hooks = NodeHooks(on_node_start=start)
+    config = RunConfig(run_id="mine", hooks=hooks, redact=lambda state: {"hidden": 1})
     pipeline = Pipeline("named", [node("a")], config=config)
     events = [event async for event in quick_bare().stream(pipeline, Num(n=777_777_777_777))]
     assert (seen, events[0].run_id, events[0].details) == (["a"], "mine", {"pipeline": "named"})
@@ -254,12 +248,8 @@ async def test_reading_may_time_out_and_go_on() -> None:
                 go.set()
             except StopAsyncIteration:
                 break
-    assert summary_of(events) == [
-        ("run_start", None),
-        ("node_start", "a"),
-        ("node_success", "a"),
-        ("run_end", None),
-    ]
+    summary = summary_of(events)
+    assert summary == [("run_start", None), ("node_start", "a"), ("node_success", "a"), ("run_end", None)]
 
 
 class Slow:

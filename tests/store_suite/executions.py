@@ -279,12 +279,8 @@ class ExecutionTests:
         assert (fork.parent, fork.execution, fork.status, fork.tokens) == ("run", 1, "INTERRUPTED", 0)
         assert (fork.nodes, fork.holder) == (3, None)
         session = await begin(store, "f", State(n=-1), if_exists="resume")
-        assert restored(session) == {
-            (0, ""): State(n=0),
-            (1, ""): State(n=1),
-            (2, ""): State(n=99),
-            (2, "0"): State(n=20),
-        }
+        states = {(0, ""): State(n=0), (1, ""): State(n=1), (2, ""): State(n=99), (2, "0"): State(n=20)}
+        assert restored(session) == states
         await settled(store.fork("run", "g", 0, state=(schema, State(n=5))))
         assert (await begin(store, "g", State(n=5), if_exists="resume")).continued
         with pytest.raises(RunExists):

@@ -348,12 +348,8 @@ class ReadingTests:
         await commit(session, 1, State(n=2), "b", branch="0")
         await settled(session.record(group, schema_of(State), State(n=3)))
         listed = store.attempts("run")
-        assert [(a.node_id, a.branch, a.attempt) for a in listed] == [
-            ("a", "", 1),
-            ("a", "", 2),
-            ("g", "", 1),
-            ("b", "0", 1),
-        ]
+        places = [(a.node_id, a.branch, a.attempt) for a in listed]
+        assert places == [("a", "", 1), ("a", "", 2), ("g", "", 1), ("b", "0", 1)]
         first = listed[0]
         assert (first.tokens, first.output_tokens, first.cost_usd, first.duration_ms) == (4, 2, 0.25, 7.0)
         assert (first.outcome, first.failure_class, first.message) == ("failure", "RECOVERABLE", "no")

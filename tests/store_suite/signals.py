@@ -173,11 +173,8 @@ class SignalTests:
             again = await begin(store, if_exists="resume", deliver=True)
             due = list(again.undelivered)
             usages = [AttemptUsage() if r.usage is None else r.usage for r in due]
-            assert [(r.position, r.branch, r.node_id) for r in due] == [
-                (0, "", "node"),
-                (1, "0.2", "b é"),
-                (2, "", "c"),
-            ]
+            places = [(r.position, r.branch, r.node_id) for r in due]
+            assert places == [(0, "", "node"), (1, "0.2", "b é"), (2, "", "c")]
             assert [(usage.tokens, usage.cost_usd) for usage in usages] == [(3, 0.0), (5, 0.25), (0, 0.0)]
             again.delivered(due[1])
             await commit(again, 3, State())  # operations are executed in order
@@ -186,10 +183,8 @@ class SignalTests:
             assert [r.position for r in third.undelivered] == [0, 2, 3]
             third.abandon()
         assert list((await begin(store, if_exists="restart", deliver=True)).undelivered) == []
-        assert (
-            list((await begin(store, if_exists="resume", if_running="take_over", deliver=True)).undelivered)
-            == []
-        )
+        session = begin(store, if_exists="resume", if_running="take_over", deliver=True)
+        assert list((await session).undelivered) == []
 
     async def test_a_held_run_is_asked_to_end(self, store: Any) -> None:
         """cancel() reaches the owner of the run, once; the next owner does not see it."""

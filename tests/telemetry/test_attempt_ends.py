@@ -193,10 +193,8 @@ async def test_a_contract_that_cannot_be_read() -> None:
 
     result = await runner.run([half], State())
     assert result.status is RunStatus.FAILED
-    assert seen.tree() == [
-        ("invoke_workflow pipeline", None),
-        ("stroma.node half", "invoke_workflow pipeline"),
-    ]
+    expected = [("invoke_workflow pipeline", None), ("stroma.node half", "invoke_workflow pipeline")]
+    assert seen.tree() == expected
     await runner.run([parallel(whole, half)], State())
     assert seen.total("stroma.node.executions") == len(seen.spans) - 2
 

@@ -201,9 +201,8 @@ def test_an_sdk_that_is_missing(
     for name in [name for name in sys.modules if name == module or name.startswith(f"{module}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        ImportError, match=f"is required for .*{line}".replace("[", r"\[").replace("(", r"\(")
-    ):
+    message = f"is required for .*{line}".replace("[", r"\[").replace("(", r"\(")
+    with pytest.raises(ImportError, match=message):
         factory()
 
 

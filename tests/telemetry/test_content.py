@@ -463,14 +463,8 @@ def test_a_guarded_value_is_shown_as_what_it_is(content: Any) -> None:
     roots = [dict(span.attributes or {}) for span in seen.named("invoke_workflow pipeline")]
     assert not any("input.value" in root or "stroma.input" in root for root in roots)
     if content == "none":
-        assert [shape for _, _, shape in shown.values()] == [
-            '"str[4]"',
-            '"str[31]"',
-            '"list[2]"',
-            '"int"',
-            None,
-            '{"root": "int"}',
-        ]
+        shapes = [shape for _, _, shape in shown.values()]
+        assert shapes == ['"str[4]"', '"str[31]"', '"list[2]"', '"int"', None, '{"root": "int"}']
         return
     text, data = "text/plain", "application/json"
     assert list(shown.values()) == [

@@ -32,11 +32,8 @@ class Systems:
         from ddtrace.trace import tracer
 
         tracer.enabled = False
-        return (
-            otel_hooks(tracer=self.tracer, meter=MeterProvider([self.reader]))
-            | prometheus_hooks(registry=self.registry)
-            | datadog_hooks(statsd=self)
-        )
+        otel = otel_hooks(tracer=self.tracer, meter=MeterProvider([self.reader]))
+        return otel | prometheus_hooks(registry=self.registry) | datadog_hooks(statsd=self)
 
     def increment(self, name: str, value: float = 1, tags: Any = ()) -> None:
         self.statsd[name][tuple(tag.partition(":")[2] for tag in tags)] += value

@@ -103,11 +103,8 @@ def test_a_killed_and_resumed_run_is_one_trace_with_one_root(
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert run(tmp_path, dies=False, traceparent=traceparent).status is RunStatus.RESUMED
     first, second, root = map(json.loads, (tmp_path / "spans").read_text().splitlines())
-    assert [span["name"] for span in (first, second, root)] == [
-        "stroma.node first",
-        "stroma.node second",
-        "invoke_workflow pipeline",
-    ]
+    names = [span["name"] for span in (first, second, root)]
+    assert names == ["stroma.node first", "stroma.node second", "invoke_workflow pipeline"]
     assert first["parent"] == second["parent"] == root["id"]
     assert first["trace_id"] == second["trace_id"] == root["trace_id"]
     outer = None if traceparent is None else int(traceparent.split("-")[2], 16)

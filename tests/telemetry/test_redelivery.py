@@ -68,11 +68,8 @@ def test_a_redelivered_end_is_a_whole_span(
     entry, registry = InMemorySpanExporter(), CollectorRegistry()
     tracer = TracerProvider()
     tracer.add_span_processor(SimpleSpanProcessor(entry))
-    sets = [
-        otel_hooks(tracer=tracer),
-        prometheus_hooks(registry=registry),
-        sentry_hooks(client=sentry.client),
-    ]
+    metrics = prometheus_hooks(registry=registry)
+    sets = [otel_hooks(tracer=tracer), metrics, sentry_hooks(client=sentry.client)]
     result = run(tmp_path, sets)
     assert result.status is RunStatus.RESUMED
     assert [dict(hooks.errors) for hooks in sets] == [{}, {}, {}]

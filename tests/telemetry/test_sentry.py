@@ -60,30 +60,21 @@ def node(runner: StromaRunner, name: str, error: type[Exception] | None = None, 
 async def test_a_final_failure_is_one_issue_at_the_nodes_span(sentry: RecordedSentry) -> None:
     """One event per run that failed: grouped by what failed, pointing at the span of the node that did."""
     runner = quick(sentry)
-    result = await runner.run(
-        Pipeline("letters", [node(runner, "good"), node(runner, "bad", QuotaError)]), State()
-    )
+    nodes = [node(runner, "good"), node(runner, "bad", QuotaError)]
+    result = await runner.run(Pipeline("letters", nodes), State())
     assert result.status is RunStatus.PARTIAL
     (event,) = sentry.transport.events
     span = sentry.transport.span("bad")
-    assert event["fingerprint"] == [
-        "stroma",
-        "letters",
-        "bad",
-        "AMBIGUOUS",
-        "tests.telemetry.test_sentry.QuotaError",
-    ]
+    command = ["stroma", "letters", "bad", "AMBIGUOUS", "tests.telemetry.test_sentry.QuotaError"]
+    assert event["fingerprint"] == command
     assert event["contexts"]["trace"]["span_id"] == span["span_id"]
     assert event["contexts"]["trace"]["trace_id"] == span["trace_id"]
     assert event["contexts"]["stroma"]["run_id"] == result.run_id
     assert event["tags"]["stroma.node"] == "bad"
     run = sentry.transport.span("letters")
     assert span["parent_span_id"] == run["span_id"]
-    assert [s["status"] for s in (run, span, sentry.transport.span("good"))] == [
-        "unavailable",
-        "internal_error",
-        "ok",
-    ]
+    statuses = [s["status"] for s in (run, span, sentry.transport.span("good"))]
+    assert statuses == ["unavailable", "internal_error", "ok"]
     # The frames are those of the node, the engine's are not the application's.
     frames = event["exception"]["values"][-1]["stacktrace"]["frames"]
     assert [frame["function"] for frame in frames if frame["in_app"]][-1] == "call"

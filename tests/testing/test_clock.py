@@ -52,10 +52,8 @@ async def test_waits_between_attempts_take_no_time():
 def test_it_works_around_code_that_makes_its_own_event_loop():
     """run_sync() inside of the clock goes by it, and the next loop after it does not."""
     with FakeClock() as clock:
-        assert (
-            patient(3600).run_sync([failing("a", 1, TimeoutError("x"))], Number()).status
-            is RunStatus.COMPLETED
-        )
+        nodes = [failing("a", 1, TimeoutError("x"))]
+        assert patient(3600).run_sync(nodes, Number()).status is RunStatus.COMPLETED
     assert clock.elapsed == pytest.approx(3600)
 
     async def now():

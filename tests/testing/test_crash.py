@@ -73,9 +73,8 @@ async def test_a_process_that_has_died_says_nothing_more(store):
     events = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled", "on_run_end")
     hooks = NodeHooks(**{event: note(event) for event in events})
     with crash_at("after_node", "a"):
-        await StromaRunner.quick(store=store, hooks=hooks).run(
-            [parallel(counted("a", calls), counted("b", calls)), counted("c", calls)], Number(), run_id="r"
-        )
+        nodes = [parallel(counted("a", calls), counted("b", calls)), counted("c", calls)]
+        await StromaRunner.quick(store=store, hooks=hooks).run(nodes, Number(), run_id="r")
     assert {name for name, _ in reports} == {"on_node_start"}
     assert "c" not in calls
     assert [a.node_id for a in store.attempts("r") if a.output is not None] in ([], ["b"])
@@ -90,9 +89,8 @@ async def test_the_attempt_and_the_branch_say_which(store):
     assert [(a.attempt, a.outcome) for a in store.attempts("r")] == [(1, "failure")]
 
     with crash_at("after_commit", branch="1") as crash:
-        await StromaRunner.quick(store=store).run(
-            [parallel(counted("a", calls), counted("b", calls))], Number()
-        )
+        nodes = [parallel(counted("a", calls), counted("b", calls))]
+        await StromaRunner.quick(store=store).run(nodes, Number())
     assert crash.boundary.node_id == "b"
 
 
@@ -182,9 +180,8 @@ def test_a_real_kill(tmp_path):
         """)
     )
     env = {**environment(), "PYTHONPATH": ":".join(p for p in sys.path if p)}
-    died = subprocess.run(
-        [sys.executable, script, "die"], cwd=tmp_path, env=env, check=False, capture_output=True
-    )
+    command = [sys.executable, script, "die"]
+    died = subprocess.run(command, cwd=tmp_path, env=env, check=False, capture_output=True)
     assert died.returncode == -9, died.stderr.decode()
     after = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, check=False, capture_output=True)
     assert after.stdout.decode().split() == ["RESUMED", "c"], after.stderr.decode()

@@ -34,10 +34,8 @@ async def test_a_planned_failure_takes_the_place_of_the_call():
     with FaultPlan().fail("a", TimeoutError("too slow")) as plan:
         result = await patient().run([counted("a", calls), counted("b", calls)], Number())
     assert (result.status, calls) == (RunStatus.COMPLETED, ["a", "b"])
-    assert [(event.attempt, event.failure) for event in result.trace.events_for("a")] == [
-        (1, FailureClass.RECOVERABLE),
-        (2, None),
-    ]
+    attempts = [(event.attempt, event.failure) for event in result.trace.events_for("a")]
+    assert attempts == [(1, FailureClass.RECOVERABLE), (2, None)]
     assert plan.injected == [("fail", "a", 0, "", 1)]
 
 
@@ -80,9 +78,8 @@ async def test_a_malformed_output_breaks_the_contract(output):
 
     plan = FaultPlan().malform("a") if output is None else FaultPlan().malform("a", output)
     with plan:
-        result = await patient(contract_retries={"a": 1}).run(
-            [make("a", returning(({"n": 1}, 10, 5, "gpt-4o-mini")))], Number()
-        )
+        nodes = [make("a", returning(({"n": 1}, 10, 5, "gpt-4o-mini")))]
+        result = await patient(contract_retries={"a": 1}).run(nodes, Number())
     assert result.status is RunStatus.COMPLETED
     assert [event.reason for event in result.trace] == ["contract", None]
     assert result.total_tokens == 30

@@ -57,9 +57,8 @@ def test_the_plugin_is_light():
         "import stroma.testing.plugin, sys; print([m for m in sys.modules if m.split('.')[0] in "
         "('stroma', 'pydantic', 'hypothesis')])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
     modules = [
         "stroma._utils",
         "stroma._utils.distributions",
@@ -78,9 +77,8 @@ def test_the_core_does_not_import_the_test_kit():
         "import sys, stroma, stroma.runner; print([m for m in sys.modules if 'testing' in m or 'pytest' "
         "in m])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
     assert done.stdout.strip() == "[]"
 
 
@@ -127,10 +125,8 @@ def test_snapshots_are_written_when_asked_for(session):
     first.assert_outcomes(failed=1)
     first.stdout.fnmatch_lines(["*no snapshot*--stroma-update-snapshots*"])
     session(body, "--stroma-update-snapshots").assert_outcomes(passed=1)
-    assert sorted(path.name for path in (session.path / "snapshots" / "test_it").iterdir()) == [
-        "test_it.trace.txt",
-        "test_it.txt",
-    ]
+    names = sorted(path.name for path in (session.path / "snapshots" / "test_it").iterdir())
+    assert names == ["test_it.trace.txt", "test_it.txt"]
     session(body).assert_outcomes(passed=1)
     changed = session(body.replace("add_one)", "lambda state: add_one(Number(n=4)))"))
     changed.assert_outcomes(failed=1)

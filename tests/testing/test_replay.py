@@ -107,9 +107,8 @@ async def differences(recorded, nodes, runner=None):
 @pytest.mark.core
 async def test_unchanged_code_goes_the_same_way_without_a_call(store, nodes, calls):
     """Contracts, retries, groups, maps and totals come out as they were, and no node is called."""
-    recorded = await record(
-        store, nodes, faults=FaultPlan().fail("check", TimeoutError("x")).fail("item", attempt=1)
-    )
+    plan = FaultPlan().fail("check", TimeoutError("x")).fail("item", attempt=1)
+    recorded = await record(store, nodes, faults=plan)
     calls.calls.clear()
     result, text = await differences(recorded, nodes)
     result.assert_same()
@@ -166,10 +165,8 @@ async def test_a_schema_that_has_changed(store, nodes, calls):
     contract = NodeContract(
         node_id="read", input_schema=Order, output_schema=Renamed, upcast=lambda raw: {**raw, "note": "new"}
     )
-    result, text = await differences(
-        recorded,
-        [stroma_node("read", contract)(failing_with(AssertionError, "it is not called")), *nodes[1:]],
-    )
+    uncalled = stroma_node("read", contract)(failing_with(AssertionError, "it is not called"))
+    result, text = await differences(recorded, [uncalled, *nodes[1:]])
     assert text == [("output", "read")]
     assert 'output.note is new: "new"' in result.differences[0].message
 
@@ -418,9 +415,8 @@ async def test_the_config_of_the_pipeline_counts(store, nodes):
     from stroma import NodeHooks
 
     policy = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=0, backoff_seconds=0)}
-    config = RunConfig(
-        policy_map=policy, hooks=NodeHooks(on_node_success=hook, on_run_end=hook), run_id="own"
-    )
+    hooks = NodeHooks(on_node_success=hook, on_run_end=hook)
+    config = RunConfig(policy_map=policy, hooks=hooks, run_id="own")
     recorded = await record(store, nodes, faults=FaultPlan().fail("check"))
     before = len(store.list_runs())
     result = await replay(recorded, Pipeline("orders", nodes, config=config))

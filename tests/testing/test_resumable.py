@@ -239,17 +239,15 @@ async def test_effects_on_files_are_seen_across_processes(tmp_path):
 async def test_retries_are_boundaries_and_wait_for_nothing(processes):
     """A death between two attempts is tried, and no wait takes any time."""
     with FaultPlan().fail("a"):
-        proven = await assert_resumable(
-            [make("a", add_one)], Number(), runner=patient(3600), processes=processes
-        )
+        nodes = [make("a", add_one)]
+        proven = await assert_resumable(nodes, Number(), runner=patient(3600), processes=processes)
     assert {b.attempt for b in proven.boundaries if b.point == "after_commit"} == {1, 2}
 
 
 async def test_most_spreads_the_boundaries():
     """Of many boundaries as many are tried as were asked for, from the first on."""
-    proven = await assert_resumable(
-        [make(str(i), add_one) for i in range(10)], Number(), most=5, processes=False
-    )
+    nodes = [make(str(i), add_one) for i in range(10)]
+    proven = await assert_resumable(nodes, Number(), most=5, processes=False)
     assert len(proven.boundaries) == 5
     assert proven.boundaries[0].node_id == "0"
     with pytest.raises(ValueError, match="most must be at least 1"):
@@ -260,12 +258,8 @@ async def test_a_pipeline_that_fails_is_not_proven():
     """The undisturbed run has to complete."""
 
     with pytest.raises(AssertionError, match="ends as PARTIAL, node 'broken': PermissionError: no"):
-        await assert_resumable(
-            [make("broken", failing_with(PermissionError, "no"))],
-            Number(),
-            runner=patient(0, 0),
-            processes=False,
-        )
+        nodes = [make("broken", failing_with(PermissionError, "no"))]
+        await assert_resumable(nodes, Number(), runner=patient(0, 0), processes=False)
     with pytest.raises(TypeError, match="async function of"):
         await assert_resumable(broken_sync, Number())
 

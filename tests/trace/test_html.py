@@ -108,9 +108,8 @@ async def test_secrets_and_redaction() -> None:
     async def keep(state: Any) -> Any:
         return state
 
-    result = await StromaRunner.quick().run(
-        [stroma_node("keep", input=Private, output=Private)(keep)], Private()
-    )
+    nodes = [stroma_node("keep", input=Private, output=Private)(keep)]
+    result = await StromaRunner.quick().run(nodes, Private())
     assert "Ada Lovelace" in result.to_html()
     assert "hunter2" not in result.to_html()
     assert "Ada" not in result.to_html(redact=lambda state: {**state, "name": "***"})
@@ -126,9 +125,8 @@ async def test_secrets_and_redaction() -> None:
         def _no_names(cls, value: str) -> str:
             raise ValueError(f"{value} is a person")
 
-    failed = await StromaRunner.quick().run(
-        [stroma_node("quotes", input=Private, output=Quoting)(quotes)], Private(name="x")
-    )
+    nodes = [stroma_node("quotes", input=Private, output=Quoting)(quotes)]
+    failed = await StromaRunner.quick().run(nodes, Private(name="x"))
     assert "Ada" in failed.to_html()
     hidden = failed.to_html(redact=lambda state: {})
     assert "Ada" not in hidden
@@ -147,9 +145,8 @@ async def test_messages_are_redacted(tmp_path: Path) -> None:
     async def bills(state: Any) -> Any:
         raise ValueError(f"cannot bill {state.name[:25]}... or {json.dumps(state.name)} at {state.age}")
 
-    result = await StromaRunner.quick().run(
-        [stroma_node("bills", input=Private, output=Private)(bills)], Private()
-    )
+    nodes = [stroma_node("bills", input=Private, output=Private)(bills)]
+    result = await StromaRunner.quick().run(nodes, Private())
 
     def redact(state: dict[str, Any]) -> dict[str, Any]:
         return {**state, "name": "***"} if "name" in state else state
@@ -212,10 +209,8 @@ def test_hidden_values_that_begin_alike() -> None:
     for text in (f"no: {urls[0]} or {urls[1]}.", f"no: {urls[1]} or {urls[0]}."):
         assert without(text, urls) == "no: [redacted] or [redacted]."
     assert without(f"no: {urls[0][:-2]}...", urls) == "no: [redacted]..."
-    assert (
-        without("redacted is Redacted", ["redacted", "https://example.com/reset/"])
-        == "[redacted] is [redacted]"
-    )
+    scrubbed = without("redacted is Redacted", ["redacted", "https://example.com/reset/"])
+    assert scrubbed == "[redacted] is [redacted]"
     assert without("İ Ada Lovelace İ", ["ada lovelace"]) == "İ [redacted] İ"
 
 

@@ -18,9 +18,8 @@ from stroma.trace.story import Bar, StopCause, Story
 def test_equal_traces_differ_in_nothing() -> None:
     """Ids of runs, times, usage, places and reasons are not compared; nor is the order of children."""
     x, y, z = row("x", branch="0"), failed("y", branch="1"), row("z", branch="1.0")
-    one = trace(
-        row("a"), row("g", children=[x, failed("h", branch="1", children=[y, z])]), failed("a", attempt=2)
-    )
+    children = [x, failed("h", branch="1", children=[y, z])]
+    one = trace(row("a"), row("g", children=children), failed("a", attempt=2))
     other = trace(
         row("a", started=1, took=1, usage=USED, position=5),
         row("g", children=[failed("h", branch="1", children=[z, y]), x._replace(**{x._fields[9]: 7})]),
@@ -185,10 +184,8 @@ def test_the_story_of_a_trace() -> None:
 
 def test_the_story_of_events() -> None:
     """Those read or made know their start to the microsecond and whole milliseconds of work."""
-    held = trace(
-        failed_event("x", branch="3", usage=USED, children=[event("in", duration_ms=7)]),
-        row("later", started=START + 1_000_000, took=6_000_000),
-    )
+    first = failed_event("x", branch="3", usage=USED, children=[event("in", duration_ms=7)])
+    held = trace(first, row("later", started=START + 1_000_000, took=6_000_000))
     used = {"tokens": 7, "output_tokens": 2, "cost_usd": 0.5, "model": "m"}
     story = held._story()
     assert story == Story(

@@ -88,9 +88,8 @@ async def test_whatever_redact_makes_every_hook_is_called(redact: Any, root: boo
     kind: type[BaseModel] = Pair if root else Num
     state = Pair([7]) if root else Num(n=7)
     hooks = record_node_hooks(seen, on_run_start=start, on_run_end=end)
-    result = await quick(hooks=hooks, redact=redact).run(
-        [stroma_node("a", input=kind, output=kind)(same)], state
-    )
+    nodes = [stroma_node("a", input=kind, output=kind)(same)]
+    result = await quick(hooks=hooks, redact=redact).run(nodes, state)
     assert (result.status, result.final_state, result.hook_errors) == (RunStatus.COMPLETED, state, [])
     assert seen == ["run start", "start", "success", "run end"]
     assert type(shown[0]) is kind

@@ -278,9 +278,8 @@ async def test_the_line_of_an_item_that_is_left_out_is_one_line(log: Log) -> Non
 
     runner = StromaRunner.quick(policy_map=NEVER)
     (call,) = failing(runner, ConnectionResetError(FORGED))
-    result = await runner.run(
-        [map_over("calls", call, into="done", on_item_failure="collect")], Calls(calls=[Call()])
-    )
+    nodes = [map_over("calls", call, into="done", on_item_failure="collect")]
+    result = await runner.run(nodes, Calls(calls=[Call()]))
     assert result.failed_items == 1
     line = next(line for line in log.text.split("\n") if "failed and is skipped" in line)
     assert line.endswith("ConnectionResetError: no\\r\\n2026-01-01 ERROR forged\\u001b[2J\\u202egnp.exe")

@@ -159,13 +159,8 @@ async def make_map(store: Any, items: int, run_id: str) -> None:
         return state
 
     quick = FailurePolicy(max_retries=2, backoff_seconds=0.01)
-    group = map_over(
-        "pages",
-        _node("read page", read, Page, Page),
-        into="words",
-        max_concurrency=16,
-        on_item_failure="collect",
-    )
+    reader = _node("read page", read, Page, Page)
+    group = map_over("pages", reader, into="words", max_concurrency=16, on_item_failure="collect")
     pipeline = Pipeline("book", [group, _node("bind", bind, Book, Book)])
     runner = StromaRunner.quick(store=store, policy_map={"RECOVERABLE": quick, "AMBIGUOUS": quick})
     await runner.run(pipeline, Book(pages=[Page(text=f"page {n}") for n in range(items)]), run_id=run_id)

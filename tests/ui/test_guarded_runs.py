@@ -73,11 +73,8 @@ def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.C
 
     assert stroma_command(["show", done, "--tree", "--db", str(Path(store.path))]) == 0
     shown = capsys.readouterr().out
-    assert [line.split()[1:3] for line in shown.splitlines() if line.startswith("0.")] == [
-        ["├─", "model"],
-        ["├─", "model"],
-        ["└─", "weather"],
-    ]
+    steps = [line.split()[1:3] for line in shown.splitlines() if line.startswith("0.")]
+    assert steps == [["├─", "model"], ["├─", "model"], ["└─", "weather"]]
     assert "the provider took too long" in shown
     assert stroma_command(["show", failed, "--db", str(Path(store.path))]) == 0
     assert f"continue it with its program, under run_id='{failed}' and resume=True" in capsys.readouterr().err

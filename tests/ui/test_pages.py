@@ -208,13 +208,8 @@ def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:
     async def strict(state: Any) -> Any:
         return state
 
-    pipeline = Pipeline(
-        "p",
-        [
-            stroma_node("loose", input=Loose, output=Loose)(loose),
-            stroma_node("strict", input=Strict, output=Strict)(strict),
-        ],
-    )
+    strict_node = stroma_node("strict", input=Strict, output=Strict)(strict)
+    pipeline = Pipeline("p", [stroma_node("loose", input=Loose, output=Loose)(loose), strict_node])
     asyncio.run(StromaRunner.quick(store=store).run(pipeline, Loose(), run_id="x"))
     site = serve(store)
     page = site.ask("GET", attempts_of(site, "x")[-1]).text
@@ -414,10 +409,8 @@ def test_overview(site: Site) -> None:
     assert (cards["Runs"], cards["Success rate"], cards["Attempts"]) == ("2", "50.0%", "13")
     assert "<small>3 failed</small>" in text
     assert re.fullmatch(r"\$0\.00001\d", cards["Wasted"])
-    assert re.findall(r'<rect class="c-(\w+)"[^>]*><title>[^<]*: ([A-Z]+), (\d) attempts?<', text) == [
-        ("terminal", "TERMINAL", "1"),
-        ("recoverable", "RECOVERABLE", "2"),
-    ]
+    marks = re.findall(r'<rect class="c-(\w+)"[^>]*><title>[^<]*: ([A-Z]+), (\d) attempts?<', text)
+    assert marks == [("terminal", "TERMINAL", "1"), ("recoverable", "RECOVERABLE", "2")]
     report = rows(text)
     assert re.findall(r"1 run (succeeded|failed)</title>", text) == ["succeeded", "failed"]
     assert '<td data-name="Reason">contract</td>' in text
@@ -504,12 +497,8 @@ def test_restored_nodes(store: SQLiteStore, serve: Any) -> None:
     site = serve(store)
     assert [row[3] for row in rows(site.get("/run", id="x").text)] == ["success", "failure", "failure"]
     make_runs(store, ("x", pipeline), resume=True)
-    assert [row[3] for row in rows(site.get("/run", id="x").text)] == [
-        "success restored",
-        "failure",
-        "failure",
-        "success",
-    ]
+    statuses = [row[3] for row in rows(site.get("/run", id="x").text)]
+    assert statuses == ["success restored", "failure", "failure", "success"]
 
 
 def test_live(site: Site) -> None:
@@ -554,17 +543,8 @@ def test_the_command(stop: signal.Signals, tmp_path: Path) -> None:
     """`stroma ui` prints its address once it answers there, and ends at a signal, also with a page open."""
     (tmp_path / "flow.py").write_text("from tests.ui.conftest import GOOD as pipeline\n")
     root = str(Path(__file__).parents[2])
-    command = [
-        str(Path(sys.executable).with_name("stroma")),
-        "ui",
-        "flow.py:pipeline",
-        "--port",
-        "0",
-        "--db",
-        "x.db",
-        "--token",
-        "",
-    ]
+    program = str(Path(sys.executable).with_name("stroma"))
+    command = [program, "ui", "flow.py:pipeline", "--port", "0", "--db", "x.db", "--token", ""]
     env = dict(os.environ, PYTHONPATH=root)
     process = subprocess.Popen(
         command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -644,11 +624,11 @@ def test_the_page_of_a_run_reads_its_attempts_once(
             return getattr(self.rows, name)
 
     read = type(store).read
-    monkeypatch.setattr(
-        type(store),
-        "read",
-        lambda self, query, nothing: read(self, lambda rows: query(Counting(rows)), nothing),
-    )
+
+    def count_reads(self: Any, query: Any, nothing: Any) -> Any:
+        return read(self, lambda rows: query(Counting(rows)), nothing)
+
+    monkeypatch.setattr(type(store), "read", count_reads)
     monkeypatch.setattr("stroma.ui.run_pages._MAX_LISTED", 10)
     monkeypatch.setattr("stroma.ui.run_pages._LISTED_OF_MORE", 5)
     site: Site = serve(store)

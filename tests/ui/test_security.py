@@ -404,13 +404,8 @@ def test_fifty_megabytes(store: SQLiteStore, serve: Any) -> None:
     async def grow(state: Any) -> Any:
         return {"text": "x" * 50_000_000}
 
-    pipeline = Pipeline(
-        "big",
-        [
-            stroma_node("grow", input=Big, output=Big)(grow),
-            stroma_node("again", input=Big, output=Big)(lambda state: state),
-        ],
-    )
+    again = stroma_node("again", input=Big, output=Big)(lambda state: state)
+    pipeline = Pipeline("big", [stroma_node("grow", input=Big, output=Big)(grow), again])
     asyncio.run(StromaRunner.quick(store=store).run(pipeline, Big(), run_id="big"))
     site = serve(store)
     for path in ("/", "/run?id=big", *attempts_of(site, "big")):

@@ -123,11 +123,8 @@ def test_control_of_a_queued_run(store: SQLiteStore, site: Site) -> None:
 @pytest.mark.core
 def test_one_form_submits_one_run(store: SQLiteStore, site: Site) -> None:
     """A form that is sent twice submits one run and leads to its page; other content submits another."""
-    form = form_of(site.get("/submit").text, "submit") | {
-        "input": '{"n": 3}',
-        "priority": "2",
-        "queue_key": "k",
-    }
+    values = {"input": '{"n": 3}', "priority": "2", "queue_key": "k"}
+    form = form_of(site.get("/submit").text, "submit") | values
     answers = [site.post("/submit", form) for _ in range(2)]
     assert {one.status for one in answers} == {303}
     assert answers[0].headers["location"] == answers[1].headers["location"]

@@ -28,10 +28,8 @@ def draw(
 
 def test_a_wait_in_which_the_run_was_continued() -> None:
     """A gap with a stretch after which the run was continued is not called a wait after the failure."""
-    bars = [
-        Bar("ask", "0", 1, 0, 10, "failure", "RECOVERABLE", "rate_limit", is_committed=False),
-        Bar("ask", "0", 2, 5000, 10, "success"),
-    ]
+    asking = Bar("ask", "0", 1, 0, 10, "failure", "RECOVERABLE", "rate_limit", is_committed=False)
+    bars = [asking, Bar("ask", "0", 2, 5000, 10, "success")]
     assert "waited 4.99 s after RECOVERABLE (rate_limit) in attempt 1" in draw(bars)
     drawn = draw(bars, resumes=[(200.0, 5000.0, "its process stopped or died")])
     assert "4.99 s until attempt 2; the run was continued in between" in drawn
@@ -62,22 +60,13 @@ def test_the_axis_is_round(end: float) -> None:
 
 def test_places_on_the_axis() -> None:
     """Bars stand where the axis says, and a wait says after which failure it came."""
-    bars = [
-        Bar("a", "0", 1, 0, 100, "failure", "RECOVERABLE", "rate_limit"),
-        Bar("a", "0", 2, 300, 100, "success"),
-    ]
+    failed = Bar("a", "0", 1, 0, 100, "failure", "RECOVERABLE", "rate_limit")
+    bars = [failed, Bar("a", "0", 2, 300, 100, "success")]
     text = draw(bars)
-    assert re.findall(r'<text x="([\d.]+)%"[^>]*>([^<]*)<', text)[::2] == [
-        ("0", "0"),
-        ("25", "100 ms"),
-        ("50", "200 ms"),
-        ("75", "300 ms"),
-    ]
-    assert re.findall(r'<rect class="b-(\w+)" x="([\d.]+)%" y="\d+" width="([\d.]+)%"', text) == [
-        ("wait", "25.00", "50.00"),
-        ("failure", "0.00", "25.00"),
-        ("success", "75.00", "25.00"),
-    ]
+    ticks = [("0", "0"), ("25", "100 ms"), ("50", "200 ms"), ("75", "300 ms")]
+    assert re.findall(r'<text x="([\d.]+)%"[^>]*>([^<]*)<', text)[::2] == ticks
+    drawn = [("wait", "25.00", "50.00"), ("failure", "0.00", "25.00"), ("success", "75.00", "25.00")]
+    assert re.findall(r'<rect class="b-(\w+)" x="([\d.]+)%" y="\d+" width="([\d.]+)%"', text) == drawn
     assert "waited 0.20 s after RECOVERABLE (rate_limit) in attempt 1" in text
     zoomed = draw(bars, window=(300.0, 400.0))
     assert re.findall(r'<rect class="b-(\w+)"', zoomed) == ["success"]
@@ -136,12 +125,8 @@ def test_the_cost_of_a_flow_counts_each_call_once() -> None:
         Bar("judge", f"0.judge#{call}", 1, call, 1, "success", tokens=5, cost_usd=0.01) for call in range(2)
     ]
     text = draw(bars)
-    assert re.findall(r"<span>(\$[\d.]+)</span>", text) == [
-        "$0.020000",
-        "$0.020000",
-        "$0.010000",
-        "$0.010000",
-    ]
+    costs = re.findall(r"<span>(\$[\d.]+)</span>", text)
+    assert costs == ["$0.020000", "$0.020000", "$0.010000", "$0.010000"]
 
 
 def test_ten_thousand_items_are_one_strip() -> None:

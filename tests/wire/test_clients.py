@@ -34,9 +34,8 @@ async def read(protocol: str, scenes: list[Scene]) -> list[Any]:
     ]
     code = (_HERE / "clients.mjs").read_text("utf-8")
     command = [node, "--input-type=module", "--eval", code]
-    done = subprocess.run(
-        command, cwd=home, input=json.dumps(streams), capture_output=True, text=True, timeout=120
-    )
+    given = json.dumps(streams)
+    done = subprocess.run(command, cwd=home, input=given, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     results: list[Any] = json.loads(done.stdout)
     return results
