@@ -21,10 +21,14 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from stroma import (
+    CheckpointManager,
+    ContractRegistry,
     FailureClass,
     FailurePolicy,
     NodeExecution,
     NodeHooks,
+    ReliabilityContext,
+    RunConfig,
     StromaRunner,
     current_node,
     stroma_node,
@@ -114,6 +118,16 @@ def quick(**config: Any) -> StromaRunner:
 def quick_without_retries(**config: Any) -> StromaRunner:
     """Return a runner that retries nothing, unless ``config`` has policies."""
     return StromaRunner.quick(**{"policy_map": NEVER, **config})
+
+
+def context_of(runner: StromaRunner, config: RunConfig | None = None) -> ReliabilityContext:
+    """Return a context for steps of plain code, on the store of a runner."""
+    return ReliabilityContext.for_run(config or runner.config, runner.registry, runner.checkpoint_manager)
+
+
+def context_on(store: Any, config: RunConfig | None = None) -> ReliabilityContext:
+    """Return a context for steps of plain code, on a store."""
+    return ReliabilityContext.for_run(config or RunConfig(), ContractRegistry(), CheckpointManager(store))
 
 
 async def same(state: BaseModel) -> Any:

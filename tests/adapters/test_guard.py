@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
+from tests.kit import context_of
 
 from stroma import (
     BudgetExceeded,
@@ -46,7 +47,6 @@ from stroma.adapters import (
     extract_state_dict,
     what_stopped,
 )
-from stroma.engine import ReliabilityContext
 
 AT_ONCE = {
     FailureClass.RECOVERABLE: FailurePolicy(max_retries=2, backoff_seconds=0),
@@ -1366,7 +1366,7 @@ def test_one_function_has_one_guard() -> None:
 async def test_a_guard_over_a_context_adds_steps_to_it() -> None:
     """Inside a node of a pipeline, steps of the same context are the node's children."""
     runner = StromaRunner.quick(run_id="mine")
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     guard = Guard(ctx)
     tool = guard.wrap("tool", lambda: {"a": 1}, usage=lambda _: Usage(7))
 

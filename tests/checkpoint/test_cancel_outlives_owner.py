@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 from tests.checkpoint.dying_helper import State, pipeline
-from tests.kit import read_line, start_python
+from tests.kit import context_of, read_line, start_python
 from tests.shared_stores import opened
 
 from stroma import (
     ExecutionResult,
     Limit,
     Pipeline,
-    ReliabilityContext,
     SQLiteStore,
     StromaRunner,
     current_run,
@@ -290,11 +289,6 @@ async def test_is_true_if_the_answer_of_an_earlier_try_was_lost(
             patched.setattr(store, "_submit", twice)
             assert await store.cancel("r") is True
         assert await store.cancel("r") is False
-
-
-def context_of(runner: StromaRunner) -> ReliabilityContext:
-    """Return the context of a new run."""
-    return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
 
 
 class Paid:

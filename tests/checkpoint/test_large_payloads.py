@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field, SecretStr
 from tests.kit import Note as Inner
-from tests.kit import ended, start_python
+from tests.kit import context_of, ended, start_python
 from tests.shared_stores import SHARED, opened, place
 
 from stroma import (
     AsyncInMemoryStore,
     CorruptCheckpoint,
     FailurePolicy,
-    ReliabilityContext,
     RunStatus,
     StromaRunner,
     execute_step,
@@ -204,7 +203,7 @@ async def test_maps_and_steps_refer_to_their_states_too(store: Any) -> None:
         (child.output_state or {})["text"] for child in event.children
     ]  # In the order in which they ended.
     assert sorted(texts) == [item.text * 3 for item in value.items]
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     state: Any = Flat(text="0" * LARGE)
 
     async def add(state: Any) -> Any:

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretBytes, SecretStr
-from tests.kit import NEVER, Note, failing_with
+from tests.kit import NEVER, Note, context_of, failing_with
 from tests.store_suite.journal import JournalStoreTests
 
 from stroma import (
     CorruptCheckpoint,
     NotSerialisable,
     PipelineChanged,
-    ReliabilityContext,
     RunExists,
     RunStatus,
     SQLiteStore,
@@ -119,7 +118,7 @@ async def test_every_payload_goes_through_the_codec(tmp_path: Path) -> None:
         await store.save("r", "by hand", Note(text="canary by hand"))
         steps = StromaRunner.quick(store=store, run_id="steps", resume=True)
         for _ in range(2):
-            ctx = ReliabilityContext.for_run(steps.config, steps.registry, steps.checkpoint_manager)
+            ctx = context_of(steps)
             async with ctx:
                 await execute_step("s", nodes[0], Note(text="canary given"), ctx)
         assert calls == ["first", "second", "second", "first"]

@@ -8,17 +8,9 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field, RootModel
-from tests.kit import quick
+from tests.kit import context_of, quick
 
-from stroma import (
-    AsyncInMemoryStore,
-    NodeContract,
-    NodeHooks,
-    ReliabilityContext,
-    StromaRunner,
-    execute_step,
-    stroma_node,
-)
+from stroma import AsyncInMemoryStore, NodeContract, NodeHooks, StromaRunner, execute_step, stroma_node
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
 
@@ -99,7 +91,7 @@ async def test_what_a_node_keeps_of_its_output_is_not_what_hooks_see(root: Any) 
 async def test_plain_code_between_steps_may_change_the_state(one: Any, two: Any) -> None:
     """What plain code does to the state that a step gave is what the next step gets."""
     runner = StromaRunner.quick()
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
 
     async def keep(state: Any) -> Any:
         return {"n": 1, "rows": state.rows}

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
-from tests.kit import Note
+from tests.kit import Note, context_of
 
 from stroma import (
     ContractViolation,
     FailureClass,
     NodeContract,
-    ReliabilityContext,
     RunStatus,
     StromaRunner,
     execute_step,
@@ -102,7 +101,7 @@ async def test_what_a_function_returned_by_mistake_is_named(func: Any, says: str
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # No "coroutine was never awaited" beside the message.
         if place == "step":
-            ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+            ctx = context_of(runner)
             result = await execute_step("ask", func, Note(), ctx, contract=contract)
         else:
             node = runner.node("ask", input=Note, output=Note)(func)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from tests.kit import Num, One, give_one, node, quick_without_retries, same
+from tests.kit import Num, One, context_of, give_one, node, quick_without_retries, same
 
 from stroma import (
     ExecutionBudget,
@@ -38,7 +38,7 @@ def test_a_misspelt_setting_is_refused(kind: Any, misspelt: dict[str, Any]) -> N
 
 def context(**config: Any) -> ReliabilityContext:
     runner = quick_without_retries(**config)
-    return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    return context_of(runner)
 
 
 def test_a_function_that_was_marked_by_hand_is_looked_at_once() -> None:

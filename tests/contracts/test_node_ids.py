@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Note, Num
+from tests.kit import Note, Num, context_of
 
 from stroma import (
     AsyncInMemoryStore,
@@ -20,7 +20,6 @@ from stroma import (
     NodeContract,
     NodeHooks,
     Pipeline,
-    ReliabilityContext,
     RunConfig,
     RunStatus,
     SharedBudget,
@@ -97,7 +96,7 @@ async def test_an_old_step_under_a_new_contract_is_refused() -> None:
     """``execute_step`` refuses it, too, but where the contract is given."""
     runner = StromaRunner.quick()
     first, second = two_of_one_id(runner)
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     with pytest.raises(ValueError, match=REFUSED):
         await execute_step("a", first, Note(), ctx)
     assert (await execute_step("a", second, Note(), ctx)).final_state == Num(n=1)

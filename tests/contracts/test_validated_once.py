@@ -19,11 +19,10 @@ from pydantic import (
     create_model,
     field_validator,
 )
-from tests.kit import NEVER, Num, node, same
+from tests.kit import NEVER, Num, context_of, node, same
 
 from stroma import (
     NodeHooks,
-    ReliabilityContext,
     RunConfig,
     RunStatus,
     SQLiteStore,
@@ -270,7 +269,7 @@ async def test_a_final_state_is_not_trusted_any_more() -> None:
     assert isinstance(first.final_state, Positive)
     first.final_state.n = -5
     assert (await runner.run([same], first.final_state)).status is RunStatus.FAILED
-    ctx = ReliabilityContext.for_run(RunConfig(policy_map=NEVER), runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner, RunConfig(policy_map=NEVER))
     step = await execute_step("a", same, Positive(n=1), ctx)
     assert isinstance(step.final_state, Positive)
     step.final_state.n = -5
@@ -329,9 +328,7 @@ async def test_a_union_whose_class_a_function_picks(tmp_path: Path) -> None:
 
 async def test_a_step_whose_input_is_of_another_type_warns_of_nothing() -> None:
     """A step's input that breaks its own class is a FAILED result, also with warnings as errors."""
-    ctx = ReliabilityContext.for_run(
-        RunConfig(policy_map=NEVER), quick().registry, quick().checkpoint_manager
-    )
+    ctx = context_of(quick(), RunConfig(policy_map=NEVER))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = await execute_step("a", gives("a", {"n": 1}, Num), Num.model_construct(n="x"), ctx)

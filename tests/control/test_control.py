@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
-from tests.kit import node
+from tests.kit import context_of, node
 from tests.shared_stores import DURABLE, FAMILIES, opened, place
 from tests.store_suite.helpers import due_runs
 
@@ -32,7 +32,6 @@ from stroma import (
     stroma_flow,
 )
 from stroma.checkpoint.durable.store import LeaseRenewer
-from stroma.engine.context import ReliabilityContext
 from stroma.failures import FailurePolicy
 from stroma.runner.steps import execute_step
 
@@ -291,7 +290,7 @@ async def test_a_pause_of_plain_code(store: Any) -> None:
 
     async def code() -> list[Any]:
         config = gate.runner.config.model_copy(update={"run_id": "r", "resume": True})
-        ctx = ReliabilityContext.for_run(config, gate.runner.registry, gate.runner.checkpoint_manager)
+        ctx = context_of(gate.runner, config)
         results = []
         async with ctx:
             for name in "ab":

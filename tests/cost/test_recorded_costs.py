@@ -13,6 +13,7 @@ from tests.kit import (
     Num,
     One,
     Two,
+    context_of,
     node,
     plus,
     quick,
@@ -36,7 +37,7 @@ from stroma.cost import KNOWN_MODELS, UsageError, prices
 
 def context(**config: Any) -> ReliabilityContext:
     runner = quick_without_retries(**config)
-    return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    return context_of(runner)
 
 
 @pytest.mark.core

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Note
+from tests.kit import Note, context_of
 
 from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
     Flow,
-    ReliabilityContext,
     RunConfig,
     RunStatus,
     SharedBudget,
@@ -112,7 +111,7 @@ async def test_an_unknown_model_stops_steps_and_groups_under_a_cost_limit(limit:
     runner = StromaRunner.quick(**limit())
     ask = ask_node(runner, calls)
     if shape == "step":
-        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        ctx = context_of(runner)
         result = await execute_step("ask", ask, Note(), ctx)
     elif shape == "parallel":
         result = await runner.run([parallel(ask), ask], Note())
@@ -168,7 +167,7 @@ async def test_tokens_without_a_model_are_refused_under_a_cost_limit(limit: Any,
         ask = ask_node(runner, calls, returned)
     result: Any
     if shape == "step":
-        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        ctx = context_of(runner)
         result = await execute_step("ask", ask, Note(), ctx)
     elif shape == "map":
         nodes = [map_over("items", ask, into="out", max_concurrency=1)]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.effects.shop import Order, Receipt
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, open_question, same
+from tests.kit import NEVER, THRICE, context_of, open_question, same
 
 from stroma import (
     NodeContract,
@@ -127,7 +127,7 @@ async def in_a_node(till: SlowTill) -> Any:
 
 async def in_plain_code(till: SlowTill) -> Any:
     runner = till.runner
-    context = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    context = context_of(runner)
     async with context as ctx:
         try:
             return await insist(till, lambda: till.step(ctx))
@@ -183,7 +183,7 @@ async def test_a_step_that_was_asked_about_is_not_called_again(store: Any) -> No
     """G13. Code that ignores a suspended step and repeats the effect's call does not reach the function."""
     till = SlowTill(store, reconciles=False, node_timeouts={"charge": 50})
     runner = till.runner
-    async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
+    async with context_of(runner) as ctx:
         for _ in range(3):
             with pytest.raises(Suspend):
                 await till.step(ctx)
@@ -198,7 +198,7 @@ async def test_two_calls_with_the_same_input_are_two_effects(store: Any) -> None
     till = SlowTill(store)
     till.calls = 1
     runner = till.runner
-    async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
+    async with context_of(runner) as ctx:
         await till.step(ctx)
         await asyncio.gather(till.step(ctx), till.step(ctx))
     assert len(till.charges) == len({key for key, _ in till.charges}) == 3
@@ -253,9 +253,7 @@ async def test_another_input_in_another_process(store: Any) -> None:
     runner = till.runner
 
     async def process(cents: int) -> Any:
-        async with ReliabilityContext.for_run(
-            runner.config, runner.registry, runner.checkpoint_manager
-        ) as ctx:
+        async with context_of(runner) as ctx:
             await execute_step("begin", same, Order(), ctx)
             return await till.step(ctx, cents)
 

@@ -15,7 +15,7 @@ import pytest
 from pydantic import BaseModel
 from tests.effects.shop import Order, Receipt
 from tests.fixtures import store_fixture
-from tests.kit import NEVER
+from tests.kit import NEVER, context_of
 from tests.shared_stores import opened
 
 from stroma import (
@@ -31,7 +31,6 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.engine.context import ReliabilityContext
 from stroma.engine.effects import Effect
 
 store = store_fixture("async-memory", "sqlite")
@@ -115,7 +114,7 @@ class Shop:
             return orders
 
         if place == "step":
-            context = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+            context = context_of(runner)
             async with context as ctx:
                 result = await execute_step("charge", self._charge, Order(), ctx, contract=contract)
         else:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 from tests.effects.shop import Order, Receipt, Shop
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, THRICE, open_question
+from tests.kit import NEVER, ONCE, THRICE, context_of, open_question
 
 from stroma import (
     Flow,
@@ -20,7 +20,6 @@ from stroma import (
     map_over,
     parallel,
 )
-from stroma.engine.context import ReliabilityContext
 from stroma.testing import crash_at
 
 store = store_fixture("async-memory", "sqlite")
@@ -188,16 +187,12 @@ async def test_a_step_of_plain_code(store: Any) -> None:
     shop = Shop(after=[TimeoutError()])
     contract = NodeContract(node_id="charge", input_schema=Order, output_schema=Receipt, effect=True)
     runner = StromaRunner.quick(store=store, resume=True, run_id="r", policy_map=THRICE)
-
-    def context() -> ReliabilityContext:
-        return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
-
     for _ in range(2):
-        async with context() as ctx:
+        async with context_of(runner) as ctx:
             step = await execute_step("charge", shop.charge, Order(), ctx, contract=contract)
         assert (step.status, shop.calls) == (RunStatus.SUSPENDED, 1)
     await runner.signal("r", Receipt(number=3), question=open_question(store, "r"))
-    async with context() as ctx:
+    async with context_of(runner) as ctx:
         step = await execute_step("charge", shop.charge, Order(), ctx, contract=contract)
     assert (step.final_state, shop.calls) == (Receipt(number=3), 1)
 

@@ -10,21 +10,10 @@ import pytest
 from pydantic import BaseModel
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
+from tests.kit import context_on
 from tests.shared_stores import STORES
 
-from stroma import (
-    CheckpointManager,
-    ContractRegistry,
-    Flow,
-    NodeContract,
-    Pipeline,
-    ReliabilityContext,
-    RunConfig,
-    RunExists,
-    RunStatus,
-    StromaRunner,
-    execute_step,
-)
+from stroma import Flow, NodeContract, Pipeline, RunConfig, RunExists, RunStatus, StromaRunner, execute_step
 from stroma.adapters import Guard
 
 store = store_fixture(*STORES)
@@ -169,7 +158,7 @@ async def test_an_interrupted_run_keeps_its_outputs(store: Any) -> None:
             await guarded("")
     contract = NodeContract(node_id="first", input_schema=Letter, output_schema=Letter)
     config = RunConfig(run_id="r")
-    ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(store))
+    ctx = context_on(store, config)
     with pytest.raises(RunExists, match=loss):
         await execute_step("first", first, Letter(), ctx, contract=contract)
 

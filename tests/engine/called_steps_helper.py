@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from pydantic import BaseModel
+from tests.kit import context_of
 from tests.shared_stores import opened
 
 from stroma import ReliabilityContext, StromaRunner, current_node, current_run, execute_step, stroma_node
@@ -60,7 +61,7 @@ async def main(kind: str, where: str, side_file: str, way: str, life: int) -> No
             result = await runner.run([answer], Text())
             print(result.final_state.text)
             return
-        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        ctx = context_of(runner)
         async with ctx:
             print(await all_of(ctx))
 

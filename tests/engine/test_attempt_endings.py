@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field, RootModel
 from tests.engine.event_log import Between, Diary, Journal, M, counted, same, swallow
-from tests.kit import NEVER, ONCE, THRICE, Num, Positive, failing_with, here, node, returning
+from tests.kit import NEVER, ONCE, THRICE, Num, Positive, context_of, failing_with, here, node, returning
 
 from stroma import (
     AsyncInMemoryStore,
@@ -21,7 +21,6 @@ from stroma import (
     FailureClass,
     FallbackPolicy,
     NodeHooks,
-    ReliabilityContext,
     RunStatus,
     StromaRunner,
     Suspend,
@@ -247,7 +246,7 @@ async def test_what_is_kept_of_a_question() -> None:
 async def test_the_step_that_asks_is_no_failure() -> None:
     """A step of plain code that waits is SUSPENDED with its reason, and has no failure."""
     runner = StromaRunner.quick(store=AsyncInMemoryStore())
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     result = await execute_step("a", counted([], "a", Suspend("may I?")), Num(n=2), ctx)
     assert (result.status, result.failure, result.suspended) == (RunStatus.SUSPENDED, None, ["may I?"])
     assert result.final_state == Num(n=2)

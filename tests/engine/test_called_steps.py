@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Note, ended, start_python
+from tests.kit import Note, context_of, ended, start_python
 from tests.shared_stores import SHARED, STORES, place, store_of
 
 from stroma import (
@@ -70,7 +70,7 @@ def runner_on(store: Any, **config: Any) -> StromaRunner:
 
 def context_on(store: Any, **config: Any) -> ReliabilityContext:
     runner = runner_on(store, **config)
-    return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    return context_of(runner)
 
 
 class World:
@@ -549,7 +549,7 @@ async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) ->
         calls.append("second")
         return {"text": "second"}
 
-    async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
+    async with context_of(runner) as ctx:
         under_way = asyncio.ensure_future(execute_step("first", first, Note(), ctx))
         await started.wait()
         assert await runner.cancel("r")
@@ -579,6 +579,6 @@ async def test_a_step_that_waits_for_its_retry_when_the_run_is_cancelled() -> No
         raise ValueError("no")
 
     runner = StromaRunner.quick(run_id="r", policy_map=RETRIED, hooks=NodeHooks(on_node_retry=cancel))
-    async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
+    async with context_of(runner) as ctx:
         result = await execute_step("fails", fails, Note(), ctx)
     assert (result.status, calls) == (RunStatus.PARTIAL, 1)

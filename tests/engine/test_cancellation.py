@@ -17,6 +17,7 @@ from tests.kit import (
     One,
     SimpleStore,
     Two,
+    context_of,
     fail,
     failing_with,
     forever,
@@ -142,7 +143,7 @@ async def test_a_cancelled_attempt_is_no_failure() -> None:
 
 def context(**config: Any) -> ReliabilityContext:
     runner = quick_without_retries(**config)
-    return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    return context_of(runner)
 
 
 @pytest.mark.core

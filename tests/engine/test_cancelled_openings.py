@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from tests.engine.awaits import Awaits
 from tests.fixtures import store_fixture
-from tests.kit import Num, node, quick
+from tests.kit import Num, context_of, node, quick
 from tests.shared_stores import FAMILIES, opened
 
-from stroma import NodeContract, ReliabilityContext, SQLiteStore, execute_step
+from stroma import NodeContract, SQLiteStore, execute_step
 from stroma.checkpoint import RunRequest
 from stroma.contracts.schema import schema_of
 
@@ -35,7 +35,7 @@ def a_list(store: Any, run_id: str, **more: Any) -> Coroutine[Any, Any, Any]:
 async def plain_code(store: Any, run_id: str, **more: Any) -> Any:
     runner = quick(store=store, run_id=run_id, **more)
     contract = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
-    async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
+    async with context_of(runner) as ctx:
         return await execute_step("a", add, Num(), ctx, contract=contract)
 
 

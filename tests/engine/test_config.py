@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 import pytest
-from tests.kit import Num
+from tests.kit import Num, context_on
 
 from stroma import (
     AsyncInMemoryStore,
@@ -21,7 +21,6 @@ from stroma import (
     FailurePolicy,
     FallbackPolicy,
     NodeHooks,
-    ReliabilityContext,
     RunConfig,
     StromaRunner,
     current_run,
@@ -150,7 +149,7 @@ def test_a_run_has_what_its_config_has() -> None:
     """A context's budget, policies and hooks are its config's own objects, asked for on either side first."""
     for first in ("config", "context"):
         config = RunConfig()
-        ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
+        ctx = context_on(AsyncInMemoryStore(), config)
         for field in FIELDS:
             sides = {"config": config, "context": ctx}
             before = getattr(sides[first], field)

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 from tests.kit import Item as Base
-from tests.kit import Num, Text, node, returning
+from tests.kit import Num, Text, context_of, node, returning
 
 from stroma import (
     KNOWN_MODELS,
@@ -317,7 +317,7 @@ async def test_pristine_input_without_a_contract() -> None:
         return {"n": 1}
 
     runner = quick()
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     await execute_step("spoil", spoil, Nested(items=[{"a": []}], loose=[]), ctx)
     assert len(seen) == 2
     assert seen[0] == seen[1]
@@ -916,7 +916,7 @@ async def test_text_that_no_store_can_keep_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="node id"):
         quick().node(text, input=Num, output=Num)(func)
     runner = quick()
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     with pytest.raises(ValueError, match="node id"):
         await execute_step(text, func, Num(), ctx)
     assert calls == []
@@ -1020,7 +1020,7 @@ async def test_builders_do_not_touch_a_shared_config() -> None:
 
 def step_context(**config: Any) -> ReliabilityContext:
     runner = quick(**config)
-    return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    return context_of(runner)
 
 
 async def test_execute_step_without_a_contract_refuses_nothing() -> None:

@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import ONCE, Item, SimpleStore
+from tests.kit import ONCE, Item, SimpleStore, context_of
 from tests.kit import Item as Made
 
 from stroma import (
     FailureClass,
     InMemoryStore,
     NodeHooks,
-    ReliabilityContext,
     RunStatus,
     SQLiteStore,
     StoreError,
@@ -238,7 +237,7 @@ async def test_steps_of_plain_code_are_owed_too(tmp_path: pathlib.Path) -> None:
             run_id="r",
             **config,
         )
-        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        ctx = context_of(runner)
         async with ctx:
             result = await execute_step("step", step, State(), ctx)
             assert result.final_state is not None

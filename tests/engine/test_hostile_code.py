@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, field_validator
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, Num, failing_with, node
+from tests.kit import NEVER, ONCE, Num, context_of, failing_with, node
 
 from stroma import (
     ExecutionBudget,
@@ -24,7 +24,6 @@ from stroma import (
     FailurePolicy,
     NodeContract,
     NodeHooks,
-    ReliabilityContext,
     RunStatus,
     SQLiteStore,
     StromaRunner,
@@ -1157,7 +1156,7 @@ def test_control_c(during: str, store: Any) -> None:
 async def test_hostile_steps(name: str) -> None:
     """A step is as safe as a node: a wrong output and an error are results; nothing is left."""
     runner = quick()
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     contract: NodeContract[Any, Any] = NodeContract(node_id="bad", input_schema=Num, output_schema=Num)
 
     async def hostile(state: Num) -> Any:

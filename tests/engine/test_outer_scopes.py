@@ -11,7 +11,7 @@ import anyio
 import pytest
 from tests.engine.awaits import Awaits
 from tests.fixtures import store_fixture
-from tests.kit import Num, node, quick
+from tests.kit import Num, context_of, node, quick
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -19,7 +19,6 @@ from stroma import (
     Flow,
     NodeContract,
     NodeHooks,
-    ReliabilityContext,
     SharedBudget,
     StromaRunner,
     execute_step,
@@ -67,7 +66,7 @@ async def plain_code(store: Any, run_id: str) -> None:
     runner = runner_of(store)
     runner.config = runner.config.model_copy(update={"run_id": run_id})
     contract = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
-    async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
+    async with context_of(runner) as ctx:
         await execute_step("a", add, Num(), ctx, contract=contract)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict
-from tests.kit import NEVER, quick
+from tests.kit import NEVER, context_of, quick
 
 from stroma import (
     Flow,
@@ -32,7 +32,6 @@ from stroma import (
 from stroma.adapters import Guard
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.history import History
-from stroma.engine.context import ReliabilityContext
 from stroma.testing import RecordedRun
 from stroma.trace.redaction import forms_to_hide, hide_words, removed_values
 
@@ -359,9 +358,7 @@ async def test_an_error_of_code_around_steps_is_recorded_by_its_type(
     async def find(state: Done) -> Person:
         return Person(ssn=SSN)
 
-    ctx = ReliabilityContext.for_run(
-        runner.config.model_copy(update={"run_id": "r"}), runner.registry, runner.checkpoint_manager
-    )
+    ctx = context_of(runner, runner.config.model_copy(update={"run_id": "r"}))
     with pytest.raises(ValueError, match=SSN):
         async with ctx:
             found = await execute_step("find", find, Done(), ctx)

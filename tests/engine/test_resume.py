@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 from tests.checkpoint.damage import reseal
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, node, returning
+from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, context_of, node, returning
 from tests.kit import Text as Wrong
 from tests.shared_stores import LOCAL
 
@@ -571,7 +571,7 @@ async def test_steps_return_what_they_recorded(store: Any) -> None:
 
     async def run(fail: bool) -> Any:
         runner = quick(store, resume=True)
-        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        ctx = context_of(runner)
 
         async def add(state: Num) -> Any:
             calls[f"add {state.n}"] += 1
@@ -606,7 +606,7 @@ class Steps:
 
     def context(self, **config: Any) -> ReliabilityContext:
         runner = quick(self.store, resume=True, **config)
-        return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        return context_of(runner)
 
     async def step(self, ctx: ReliabilityContext, step_id: str, n: int) -> Any:
         async def add(state: Num) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num, SimpleStore, failing_with, node
+from tests.kit import NEVER, THRICE, Num, SimpleStore, context_of, failing_with, node
 from tests.kit import Many as Items
 from tests.shared_stores import IN_PROCESS
 
@@ -16,7 +16,6 @@ from stroma import (
     CheckpointNotFound,
     ExecutionBudget,
     NodeHooks,
-    ReliabilityContext,
     RequestRefused,
     RunStatus,
     SQLiteStore,
@@ -307,7 +306,7 @@ async def test_steps_of_plain_code_wait(store: Any) -> None:
 
     async def plain() -> Any:
         instance = runner(store, resume=True)
-        ctx = ReliabilityContext.for_run(config, instance.registry, instance.checkpoint_manager)
+        ctx = context_of(instance, config)
         async with ctx:
             first = await execute_step("a", desk.a, Num(), ctx)
             return await execute_step("ask", desk.ask, first.final_state, ctx)

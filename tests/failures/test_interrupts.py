@@ -8,18 +8,9 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, field_validator
-from tests.kit import Note, failing_with
+from tests.kit import Note, context_of, failing_with
 
-from stroma import (
-    NodeHooks,
-    ReliabilityContext,
-    RunStatus,
-    SQLiteStore,
-    StromaRunner,
-    execute_step,
-    map_over,
-    parallel,
-)
+from stroma import NodeHooks, RunStatus, SQLiteStore, StromaRunner, execute_step, map_over, parallel
 from stroma.adapters import Guard
 
 
@@ -120,7 +111,7 @@ async def test_what_is_no_exception_passes_through_steps() -> None:
     seen: list[str] = []
     runner = StromaRunner.quick(hooks=watch(seen))
 
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     with pytest.raises(StopNow):
         async with ctx:
             await execute_step("stops", failing_with(StopNow, "now"), Note(), ctx)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, create_model
 from tests.flows.steps import Text, World
-from tests.kit import NEVER, Num, node, quick, returning
+from tests.kit import NEVER, Num, context_of, node, quick, returning
 
 from stroma import (
     ContractViolation,
@@ -276,10 +276,9 @@ async def test_a_flow_in_the_place_of_a_node() -> None:
         parallel(f)
     with pytest.raises(TypeError, match="flow 'f' cannot be in a group"):
         map_over("items", f, into="done")
-    from stroma import ReliabilityContext
 
     runner = quick(policy_map=NEVER)
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     result = await execute_step("x", f, Num(), ctx)
     assert result.failure is not None
     assert "run it with" in result.failure.message

@@ -8,14 +8,23 @@ import types
 from typing import Any
 
 import pytest
-from tests.kit import Num, node, plus, quick, quick_without_retries, record_hooks, record_node_hooks, same
+from tests.kit import (
+    Num,
+    context_of,
+    node,
+    plus,
+    quick,
+    quick_without_retries,
+    record_hooks,
+    record_node_hooks,
+    same,
+)
 
 from stroma import (
     CheckpointNotFound,
     ExecutionResult,
     HookError,
     NodeHooks,
-    ReliabilityContext,
     RunConfig,
     RunStatus,
     StromaRunner,
@@ -181,7 +190,7 @@ async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:
 
     runner = quick()
     config = RunConfig(hooks=NodeHooks(on_node_success=lambda *_: None))
-    ctx = ReliabilityContext.for_run(config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner, config)
     with pytest.raises(TypeError, match="on_node_success") as caught:
         await execute_step("a", same, Num(), ctx)
     result = caught.value.result

@@ -14,13 +14,11 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import NEVER, ONCE, TWICE, SimpleStore, Text
+from tests.kit import NEVER, ONCE, TWICE, SimpleStore, Text, context_on
 
 from stroma import (
     AsyncInMemoryStore,
     BudgetExceeded,
-    CheckpointManager,
-    ContractRegistry,
     ContractViolation,
     ExecutionBudget,
     ExecutionResult,
@@ -31,7 +29,6 @@ from stroma import (
     InMemoryStore,
     NodeHooks,
     Pipeline,
-    ReliabilityContext,
     RunConfig,
     RunStatus,
     StromaRunner,
@@ -255,7 +252,7 @@ async def test_failure_fires_after_each_failed_attempt() -> None:
         seen.append(arguments)
 
     config = RunConfig(hooks=NodeHooks(on_node_failure=on_failure), policy_map=ONCE, run_id="r")
-    ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(InMemoryStore()))
+    ctx = context_on(InMemoryStore(), config)
     result = await execute_step("bad", bad, State(), ctx)
     assert result.status is RunStatus.PARTIAL
     assert lengths == [1, 2]

@@ -8,7 +8,7 @@ import gc
 from typing import Any
 
 import pytest
-from tests.kit import ONCE, Num, failing_with, same
+from tests.kit import ONCE, Num, context_of, failing_with, same
 
 from stroma import (
     FailureClass,
@@ -346,28 +346,25 @@ async def test_plain_code_is_a_run_to_its_hooks() -> None:
     hooks = NodeHooks(on_run_start=start, on_run_end=end, on_node_start=node)
     runner = StromaRunner.quick(hooks=hooks, run_id="r", pipeline="loop")
 
-    def context() -> ReliabilityContext:
-        return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
-
     async def good(state: Num) -> Num:
         return state
 
-    async with context() as ctx:
+    async with context_of(runner) as ctx:
         await asyncio.gather(execute_step("a", good, Num(n=1), ctx), execute_step("b", good, Num(n=2), ctx))
     began = ("start", "r", "loop", {"n": 1})
     assert seen == [began, "a", "b", ("end", "r", "COMPLETED", None, 2)]
     seen.clear()
-    async with context() as ctx:
+    async with context_of(runner) as ctx:
         await execute_step("bad", failing_with(ValueError, "no"), Num(n=1), ctx)
     assert seen == [began, "bad", "bad", ("end", "r", "PARTIAL", "ValueError", 2)]
     seen.clear()
     with pytest.raises(KeyError):
-        async with context() as ctx:
+        async with context_of(runner) as ctx:
             await execute_step("a", good, Num(n=1), ctx)
             raise KeyError
     assert seen == [began, "a", ("end", "r", "INTERRUPTED", None, 1)]
     seen.clear()
-    async with context():
+    async with context_of(runner):
         pass  # Nothing was begun.
     assert seen == []
 
@@ -386,9 +383,7 @@ async def test_plain_code_that_is_closed_tells_its_end() -> None:
     runner = StromaRunner.quick(hooks=NodeHooks(on_run_start=start, on_run_end=end))
 
     async def code() -> None:
-        async with ReliabilityContext.for_run(
-            runner.config, runner.registry, runner.checkpoint_manager
-        ) as ctx:
+        async with context_of(runner) as ctx:
             await execute_step("a", same, Num(), ctx)
             await asyncio.sleep(9)
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, environment
+from tests.kit import TWICE, context_of, environment
 from tests.limits.budget_helper import CONTRACT, RESERVE_CENTS, State, budget, spend
 from tests.servers import RedisServer
 from tests.shared_stores import IN_PROCESS, SHARED, STORES, opened, place, store_of
@@ -28,7 +28,6 @@ from stroma import (
     AsyncInMemoryStore,
     FailureClass,
     NodeHooks,
-    ReliabilityContext,
     RunConfig,
     RunStatus,
     SharedBudget,
@@ -479,7 +478,7 @@ async def test_plain_code_with_steps() -> None:
     shared = SharedBudget("team", max_cost_usd=0.1, store=AsyncInMemoryStore(), reserve_usd=0.1)
     runner = StromaRunner.quick(shared_budgets=shared)
     call, calls = node()
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     result = await execute_step("call", call, State(), ctx, contract=CONTRACT)
     assert (result.status, result.final_state) == (RunStatus.COMPLETED, State(n=1))
     result = await execute_step("call", call, State(), ctx, contract=CONTRACT)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.engine.event_log import Between, Journal, M, contract, counted
-from tests.kit import NEVER, ONCE, THRICE, TWICE, Many, Num, here, node, retry_policies
+from tests.kit import NEVER, ONCE, THRICE, TWICE, Many, Num, context_of, here, node, retry_policies
 
 from stroma import (
     AsyncInMemoryStore,
@@ -15,7 +15,6 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     NodeHooks,
-    ReliabilityContext,
     RunStatus,
     StoreError,
     StromaRunner,
@@ -230,7 +229,7 @@ async def test_a_group_deep_inside_which_a_child_was_not_kept_is_not_tried_again
 async def test_a_step_over_the_budget_has_its_output() -> None:
     """The result of a step of plain code has what was kept, also of one that took the run over its limit."""
     runner = StromaRunner.quick(budget=ExecutionBudget(max_tokens_total=10))
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     result = await execute_step("a", counted([], "a", ({"n": 5}, 11)), Num(), ctx)
     assert (result.status, result.final_state) == (RunStatus.PARTIAL, Num(n=5))
     again = await execute_step("b", counted([], "b", {"n": 6}), Num(n=7), ctx)
@@ -306,7 +305,7 @@ async def test_groups_side_by_side_in_plain_code() -> None:
     first = parallel(counted(calls, "a", {"n": 1}), node("b", waits, Num, M), max_concurrency=1)
     second = parallel(counted(calls, "c", {"n": 3}))
     runner = StromaRunner.quick(policy_map=NEVER, node_policies={first.node_id: ONCE})
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
 
     async def then() -> Any:
         while "b" not in calls:
@@ -327,7 +326,7 @@ async def test_a_step_that_was_kept_under_a_contract_of_its_own() -> None:
 
     async def plain() -> list[Any]:
         runner = StromaRunner.quick(store=store, run_id="r", resume=True)
-        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        ctx = context_of(runner)
         async with ctx:
             results = [
                 await execute_step(

@@ -16,6 +16,7 @@ from tests.kit import (
     Three,
     Two,
     bare,
+    context_on,
     forever,
     node,
     quick,
@@ -29,8 +30,6 @@ from tests.shared_stores import IN_PROCESS
 from stroma import (
     AsyncInMemoryStore,
     BudgetExceeded,
-    CheckpointManager,
-    ContractRegistry,
     ExecutionBudget,
     FailureClass,
     InMemoryStore,
@@ -175,7 +174,7 @@ R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOU
 
 
 def context(config: RunConfig) -> ReliabilityContext:
-    return ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
+    return context_on(AsyncInMemoryStore(), config)
 
 
 store = store_fixture(*IN_PROCESS)
@@ -309,7 +308,7 @@ async def test_steps_side_by_side_do_not_forget_each_others_children() -> None:
 
 async def test_many_steps_of_one_context_at_once(store: Any) -> None:
     """Steps begun side by side on one context open its run once, each with its place, key and event."""
-    ctx = ReliabilityContext.for_run(RunConfig(run_id="side"), ContractRegistry(), CheckpointManager(store))
+    ctx = context_on(store, RunConfig(run_id="side"))
     keys: list[str] = []
 
     async def step(state: Num) -> Any:

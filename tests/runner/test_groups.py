@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel
-from tests.kit import NEVER, ONCE, Num, node, returning, same
+from tests.kit import NEVER, ONCE, Num, context_of, node, returning, same
 
 from stroma import (
     AsyncInMemoryStore,
@@ -22,7 +22,6 @@ from stroma import (
     InMemoryStore,
     NodeContract,
     NodeHooks,
-    ReliabilityContext,
     RunConfig,
     RunStatus,
     StromaRunner,
@@ -525,7 +524,7 @@ async def test_a_group_called_by_hand_that_fails() -> None:
 async def test_a_group_as_a_step() -> None:
     """execute_step takes a group in place of a function."""
     runner = quick()
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     result = await execute_step("g", parallel(bare("a", giving({"a": 1}))), Num(), ctx)
     assert result.final_state.model_dump() == {"a": 1}
 

@@ -15,16 +15,14 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, RootModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, TWICE, SimpleStore, failing_with
+from tests.kit import NEVER, ONCE, TWICE, SimpleStore, context_on, failing_with
 from tests.kit import Item as Num
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     AsyncInMemoryStore,
     BudgetExceeded,
-    CheckpointManager,
     CheckpointNotFound,
-    ContractRegistry,
     ContractViolation,
     ExecutionBudget,
     FailureClass,
@@ -1146,7 +1144,7 @@ async def test_a_map_as_a_step_of_plain_code(tmp_path: Path, doubler: Doubler) -
 
         def context(**config: Any) -> ReliabilityContext:
             instance = RunConfig(run_id="run", policy_map=NEVER, **config)
-            return ReliabilityContext.for_run(instance, ContractRegistry(), CheckpointManager(store))
+            return context_on(store, instance)
 
         async with context() as ctx:
             first = await execute_step(work.node_id, work, State(), ctx)

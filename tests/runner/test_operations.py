@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num, SimpleStore
+from tests.kit import NEVER, THRICE, Num, SimpleStore, context_of
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -17,7 +17,6 @@ from stroma import (
     NodeContract,
     NodeHooks,
     Pipeline,
-    ReliabilityContext,
     RunExists,
     RunStatus,
     SQLiteStore,
@@ -112,7 +111,7 @@ async def test_steps_of_a_cancelled_run_are_not_called(store: Any) -> None:
     task = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
     runner = quick(store, run_id="r", if_running="attach")
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
     step = asyncio.create_task(execute_step("c", work.make("c"), Num(), ctx))
     assert await quick(store).cancel("r")
     await task

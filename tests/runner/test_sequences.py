@@ -17,6 +17,7 @@ from tests.kit import (
     ONCE,
     Text,
     bare,
+    context_on,
     failing_with,
     node,
     open_question,
@@ -26,7 +27,6 @@ from tests.kit import (
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
-    CheckpointManager,
     ContractRegistry,
     ContractViolation,
     ExecutionBudget,
@@ -38,7 +38,6 @@ from stroma import (
     NodeHooks,
     Pipeline,
     PipelineChanged,
-    ReliabilityContext,
     RunConfig,
     RunStatus,
     SQLiteStore,
@@ -331,7 +330,7 @@ async def test_as_a_step(world: World, store: Any) -> None:
     assert world.calls == ["check b", "classify c", "draft c", "check c"]
 
     config = RunConfig(run_id="steps", policy_map=NEVER)
-    ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(store))
+    ctx = context_on(store, config)
     step = await execute_step("work", work, Tickets(), ctx)
     assert answers(step) == ["a123", "b123", "c123"]
 

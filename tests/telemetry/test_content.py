@@ -13,10 +13,11 @@ from urllib.parse import quote
 import pytest
 from prometheus_client import CollectorRegistry
 from pydantic import AliasChoices, BaseModel, Field, RootModel, Secret, SecretBytes, SecretStr
+from tests.kit import context_of
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_opentelemetry import Seen, quick
 
-from stroma import NodeHooks, ReliabilityContext, StromaRunner, execute_step
+from stroma import NodeHooks, StromaRunner, execute_step
 from stroma.adapters import Guard
 from stroma.contracts.schema import Schema, schema_of
 from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
@@ -66,7 +67,7 @@ async def test_a_message_says_no_secret(redact: Any, step: bool) -> None:
         )
 
     if step:
-        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        ctx = context_of(runner)
         await execute_step("node", node, State(), ctx)
     else:
         await runner.run([node], State())

@@ -16,18 +16,15 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry, generate_latest
-from tests.kit import Num, retry_policies, same
+from tests.kit import Num, context_on, retry_policies, same
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_counted_once import Otel, Statsd, Tracer, runner_of, total
 
 from stroma import (
     AsyncInMemoryStore,
-    CheckpointManager,
-    ContractRegistry,
     Limit,
     NodeHooks,
     Pipeline,
-    ReliabilityContext,
     RunConfig,
     StromaRunner,
     current_node,
@@ -96,7 +93,7 @@ async def test_exceptions_of_hooks_of_plain_steps_are_counted() -> None:
 
     registry = CollectorRegistry()
     config = RunConfig(hooks=[prometheus_hooks(registry=registry), NodeHooks(on_node_success=bad)])
-    ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
+    ctx = context_on(AsyncInMemoryStore(), config)
 
     for _ in range(3):
         await execute_step("s", same, Num(), ctx)
@@ -144,12 +141,10 @@ async def test_a_resumed_run_links_to_the_trace_of_its_own_system(order: str, tm
 def test_trace_contexts_as_one_text() -> None:
     """A text names each system's trace context; a plain one is that of all systems without their own."""
     plain, own = "00-a-b-01", "00-c-d-01"
-    run = ReliabilityContext.for_run(RunConfig(), ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
+    run = context_on(AsyncInMemoryStore())
     assert (run.all_traces(), run.outer_trace("otel")) == (None, None)
     run.keep_trace("otel", own)
-    later = ReliabilityContext.for_run(
-        RunConfig(), ContractRegistry(), CheckpointManager(AsyncInMemoryStore())
-    )
+    later = context_on(AsyncInMemoryStore())
     later.journal.traceparent = run.all_traces()
     assert (later.outer_trace("otel"), later.outer_trace("sentry")) == (own, None)
     later.journal.traceparent = plain

@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from pydantic import BaseModel, SecretStr
-from tests.kit import Item, retry_policies
+from tests.kit import Item, context_of, retry_policies
 from tests.receivers.otlp import OtlpReceiver
 
 from stroma import (
@@ -29,7 +29,6 @@ from stroma import (
     FailurePolicy,
     NodeHooks,
     Pipeline,
-    ReliabilityContext,
     RunStatus,
     SQLiteStore,
     StromaRunner,
@@ -242,7 +241,7 @@ class TestNesting:
     async def test_steps_of_plain_code_are_under_what_is_current(self, seen: Seen) -> None:
         """execute_step without a run around it makes a node's span under the caller's."""
         runner = quick(seen.hooks())
-        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        ctx = context_of(runner)
 
         async def step(state: State) -> State:
             seen.user.start_span("inside").end()

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import sentry_sdk
 from pydantic import BaseModel, SecretStr
-from tests.kit import ONCE, failing_with, retry_policies
+from tests.kit import ONCE, context_of, failing_with, retry_policies
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import (
     ExecutionBudget,
     NodeHooks,
     Pipeline,
-    ReliabilityContext,
     RunStatus,
     StromaRunner,
     Suspend,
@@ -221,7 +220,7 @@ async def test_a_budget_that_refuses_a_node_is_an_issue(sentry: RecordedSentry) 
 async def test_steps_of_plain_code(sentry: RecordedSentry) -> None:
     """A step without a run around it is captured when no attempt follows."""
     runner = quick(sentry, retries=1)
-    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    ctx = context_of(runner)
 
     await execute_step("step", failing_with(ValueError, "no"), State(), ctx)
     (event,) = sentry.transport.events

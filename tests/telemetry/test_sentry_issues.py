@@ -10,18 +10,11 @@ import pytest
 import sentry_sdk
 from sentry_sdk.integrations.logging import LoggingIntegration
 from tests.kit import Item as Out
+from tests.kit import context_of
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_sentry import QuotaError, State, node, quick
 
-from stroma import (
-    FailureClass,
-    FailurePolicy,
-    ReliabilityContext,
-    RunStatus,
-    StromaRunner,
-    execute_step,
-    parallel,
-)
+from stroma import FailureClass, FailurePolicy, RunStatus, StromaRunner, execute_step, parallel
 from stroma.telemetry import log_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
@@ -109,7 +102,7 @@ class TestSteps:
 
         async def one(n: int) -> None:
             config = runner.config.model_copy(update={"run_id": f"r{n}"})
-            ctx = ReliabilityContext.for_run(config, runner.registry, runner.checkpoint_manager)
+            ctx = context_of(runner, config)
 
             async def step(_: State) -> State:
                 await asyncio.sleep(0)
@@ -129,7 +122,7 @@ class TestSteps:
         """A group as a step, and a run inside of a step, are one issue each: where the failure arose."""
         runner = quick(sentry, retries=0)
         config = runner.config.model_copy(update={"run_id": "steps"})
-        ctx = ReliabilityContext.for_run(config, runner.registry, runner.checkpoint_manager)
+        ctx = context_of(runner, config)
         group = parallel(node(runner, "a"), parallel(node(runner, "b", ValueError)))
         await execute_step("group", group, State(), ctx)
 
@@ -146,7 +139,7 @@ class TestSteps:
         runner = quick(sentry)
         policy = FailurePolicy(max_retries=1, backoff_seconds=60, jitter=False)
         runner = runner.with_policy_map(dict.fromkeys(FailureClass, policy))
-        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        ctx = context_of(runner)
         failed = asyncio.Event()
 
         async def step(_: State) -> State:

@@ -6,20 +6,10 @@ import textwrap
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import environment
+from tests.kit import context_on, environment
 from tests.testing.pipelines import Number, counted, patient
 
-from stroma import (
-    CheckpointManager,
-    ContractRegistry,
-    NodeHooks,
-    ReliabilityContext,
-    RunConfig,
-    RunStatus,
-    StromaRunner,
-    execute_step,
-    parallel,
-)
+from stroma import NodeHooks, RunConfig, RunStatus, StromaRunner, execute_step, parallel
 from stroma.testing import POINTS, Crashed, FaultPlan, crash_at
 
 store = store_fixture("async-memory", "sqlite")
@@ -100,7 +90,7 @@ async def test_a_step_of_plain_code_dies(store):
 
     async def work(run_id, resume):
         config = RunConfig(run_id=run_id, resume=resume)
-        ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(store))
+        ctx = context_on(store, config)
         async with ctx:
             state = Number()
             for node_id in "ab":
@@ -120,7 +110,7 @@ async def test_a_step_of_plain_code_dies_after_its_hooks(store):
     """After a death behind a step that went well, the plain code around it does nothing more either."""
     with crash_at("after_hooks", "a"):
         config = RunConfig(run_id="r")
-        async with ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(store)) as ctx:
+        async with context_on(store, config) as ctx:
             await execute_step("a", counted("a", []), Number(), ctx)
             raise AssertionError("the code went on after the death")
     assert store.get_run("r").status == "RUNNING"

@@ -4,20 +4,10 @@ import asyncio
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import returning
+from tests.kit import context_on, returning
 from tests.testing.pipelines import Number, add_one, counted, make, patient
 
-from stroma import (
-    CheckpointManager,
-    ContractRegistry,
-    FailureClass,
-    InMemoryStore,
-    ReliabilityContext,
-    RunStatus,
-    execute_step,
-    map_over,
-    parallel,
-)
+from stroma import FailureClass, InMemoryStore, RunStatus, execute_step, map_over, parallel
 from stroma.testing import FakeClock, FaultPlan, Transient
 
 
@@ -109,7 +99,7 @@ async def test_faults_reach_steps_of_plain_code():
     """execute_step meets them, in a context that is made inside of the plan."""
     with FaultPlan().fail("step"):
         config = patient().config.model_copy(update={"run_id": "r"})
-        ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(InMemoryStore()))
+        ctx = context_on(InMemoryStore(), config)
         result = await execute_step("step", add_one, Number(), ctx)
     assert (result.status, len(result.trace)) == (RunStatus.COMPLETED, 2)
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretStr
-from tests.kit import NEVER, same
+from tests.kit import NEVER, context_of, same
 
 from stroma import (
     AsyncInMemoryStore,
     Flow,
-    ReliabilityContext,
     RunStatus,
     StromaRunner,
     execute_step,
@@ -73,7 +72,7 @@ async def test_the_end_of_plain_code_is_masked(caplog: pytest.LogCaptureFixture)
 
     with pytest.raises(ValueError, match=SECRET):
         config = runner.config.with_run_id("r")
-        async with ReliabilityContext.for_run(config, runner.registry, runner.checkpoint_manager) as ctx:
+        async with context_of(runner, config) as ctx:
             await execute_step("step", same, Call(), ctx)
             raise ValueError(f"401 for {SECRET}")
     assert store.get_run("r").error == "ValueError: 401 for **********"
