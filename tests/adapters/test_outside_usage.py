@@ -28,9 +28,7 @@ def test_usage_outside_of_steps_costs_what_it_costs_in_a_step() -> None:
     assert outside.result.total_cost_usd == inside.result.total_cost_usd > 0
 
 
-def test_a_model_without_a_price_that_no_step_has_called_is_refused_under_a_cost_limit(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_model_without_a_price_is_refused_under_a_cost_limit(caplog: pytest.LogCaptureFixture) -> None:
     """As in a step: a limit in US dollars could not count it. Otherwise it counts as 0, with a warning."""
     used = Usage(input_tokens=8, output_tokens=2, model="nobody-knows-it")
     limited = Guard(StromaRunner.quick(budget=ExecutionBudget(max_cost_usd=1)))

@@ -190,9 +190,7 @@ async def test_plain_code_that_was_fenced_off_calls_nothing_more(
 
 
 @pytest.mark.core
-async def test_a_guard_that_was_fenced_off_calls_nothing_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_guard_that_was_fenced_calls_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if the code around its steps catches their exceptions: the run of the guard is PARTIAL."""
     first, second = Paid("first", waits=True), Paid("second")
 
@@ -273,9 +271,7 @@ async def test_a_guard_without_a_run_of_its_own_is_cancelled(tmp_path: Path) -> 
 
 
 @pytest.mark.core
-async def test_is_true_if_the_answer_of_an_earlier_try_was_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_is_true_if_an_earlier_answer_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that was lost after it had committed repeats the operation: this call cancelled the run."""
     async with SQLiteStore(tmp_path / "runs.db") as store:
         await StromaRunner.quick(store=store, run_id="r").run([Paid("fails", fails=True).node()], State())

@@ -49,9 +49,7 @@ async def test_a_row_of_another_schema_is_not_read_by_its_own() -> None:
 
 @pytest.mark.core
 @pytest.mark.parametrize("store", IN_PROCESS)
-async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
-    store: str, tmp_path: Path
-) -> None:
+async def test_an_attempt_whose_place_is_committed_again_stays(store: str, tmp_path: Path) -> None:
     """A failed item that is run again, and the map around it: earlier attempts are shown, without output."""
     entry = AsyncInMemoryStore() if store == "memory" else SQLiteStore(tmp_path / "runs.db")
     runner, broken = StromaRunner.quick(store=entry), [True]

@@ -177,9 +177,7 @@ async def test_another_format_is_refused(
         store.list_runs()
 
 
-async def test_tables_of_others_are_left_alone(
-    server: PostgresServer, store: PostgresStore, schema: str
-) -> None:
+async def test_tables_of_others_stay(server: PostgresServer, store: PostgresStore, schema: str) -> None:
     """A schema in which another program has tables of our names is not touched."""
     server.execute(f"CREATE SCHEMA {schema}")
     server.execute(f"CREATE TABLE {schema}.runs (a int)")
@@ -238,9 +236,7 @@ async def test_long_ids_of_any_characters(store: PostgresStore) -> None:
 # ---------------------------------------------------------------------- one owner
 
 
-async def test_a_lease_goes_by_the_clock_of_the_server(
-    server: PostgresServer, store: PostgresStore, schema: str
-) -> None:
+async def test_a_lease_goes_by_the_server(server: PostgresServer, store: PostgresStore, schema: str) -> None:
     """An owner on another machine that is silent keeps the run until its lease expires, and no longer."""
     session = await begin(store, lease_seconds=30)
     session.ended = True  # Nobody renews it.
@@ -269,9 +265,7 @@ async def test_leases_are_renewed(server: PostgresServer, store: PostgresStore, 
     assert held
 
 
-async def test_a_run_that_was_taken_over_elsewhere(
-    server: PostgresServer, store: PostgresStore, schema: str
-) -> None:
+async def test_a_run_taken_over_elsewhere(server: PostgresServer, store: PostgresStore, schema: str) -> None:
     """Commits of many runs in one batch: those of a run taken over are fenced, the rest is kept."""
     sessions = [await begin(store, f"run {i}") for i in range(10)]
     with PostgresStore(server.dsn, schema=schema) as other:
@@ -391,9 +385,7 @@ async def test_a_deadlock_is_nobodys_fault(server: PostgresServer, store: Postgr
 # ---------------------------------------------------------------------- connections that break
 
 
-async def test_connections_that_the_server_ends(
-    server: PostgresServer, store: PostgresStore, schema: str
-) -> None:
+async def test_connections_are_ended(server: PostgresServer, store: PostgresStore, schema: str) -> None:
     """Commits go on while connections are ended under them, each is kept once."""
     sessions = [await begin(store, f"run {i}") for i in range(4)]
     stop = threading.Event()

@@ -106,9 +106,7 @@ async def test_a_restart_has_nothing_of_the_execution_before(at: tuple[str, str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["delete", "gc"])
-async def test_a_new_run_of_the_id_has_nothing_of_the_old_one(
-    at: tuple[str, str], way: str, tmp_path: Path
-) -> None:
+async def test_a_new_run_has_nothing_of_the_old_one(at: tuple[str, str], way: str, tmp_path: Path) -> None:
     """A new run with the id of a deleted run has none of its records."""
     kind, where = at
     async with opened_with_blobs(kind, where, tmp_path) as store:

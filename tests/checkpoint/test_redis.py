@@ -611,9 +611,7 @@ class TestOwners:
             await finish(session)
         assert keys(server) == {"stroma:format"}
 
-    async def test_lists_of_waiting_runs_follow_from_the_row(
-        self, store: RedisStore, server: RedisServer
-    ) -> None:
+    async def test_lists_of_waiting_runs(self, store: RedisStore, server: RedisServer) -> None:
         """A run is in the lists that its status, times, key and version say, and in none once it ended."""
         later = time.time_ns() // 1_000_000 + 60_000
 
@@ -866,9 +864,7 @@ class TestServer:
             assert re.search(text, record.getMessage())
             assert "; set " in record.getMessage()
 
-    async def test_a_server_that_forbids_the_question(
-        self, server: RedisServer, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    async def test_a_server_forbids_it(self, server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
         """Where CONFIG and INFO are forbidden, and all keys but ours, the store works, without a warning."""
         server.execute("ACL", "SETUSER", "me", "on", ">secret", "~stroma:*", "+@all", "-config", "-info")
         with proxied(server) as proxy:

@@ -61,9 +61,7 @@ class TestLink:
             ours.send([("BLPOP", "nothing", "1")])
         assert ours.send([("GET", "k")]) == [b"mine"]
 
-    def test_a_server_that_is_gone(
-        self, server: RedisServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_dead_server(self, server: RedisServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
         """A try to reach it connects once: each may take seconds."""
         ours = link(proxy.url)
         assert ours.send([("PING",)]) == [True]
@@ -96,9 +94,7 @@ class TestLink:
 
 class TestStore:
     @pytest.mark.parametrize("protocol", [2, 3])
-    async def test_a_connection_that_was_closed_while_it_was_idle(
-        self, server: RedisServer, protocol: int
-    ) -> None:
+    async def test_a_connection_closed_while_idle(self, server: RedisServer, protocol: int) -> None:
         """The next commit goes through at once, also where nothing is tried again."""
         async with subclass_of(RedisStore, _patience_seconds=0.0)(
             f"{server.url}?protocol={protocol}"
@@ -110,9 +106,7 @@ class TestStore:
             await commit(session, 3, State(n=3))
             assert [a.position for a in store.attempts("run")] == [0, 1, 2, 3]
 
-    async def test_what_nobody_asked_for_acknowledges_nothing(
-        self, server: RedisServer, proxy: Proxy
-    ) -> None:
+    async def test_what_nobody_asked_for_is_no_answer(self, server: RedisServer, proxy: Proxy) -> None:
         """A session that was taken over is told so, whatever replies were left over."""
         async with RedisStore(proxy.url) as store:
             session = await begin(store)
@@ -127,9 +121,7 @@ class TestStore:
             assert [a.position for a in store.attempts("run")] == [0, 1]
 
     @pytest.mark.parametrize("sent", [1, 2])
-    async def test_a_peer_that_goes_in_the_middle_of_a_reply(
-        self, server: RedisServer, proxy: Proxy, sent: int
-    ) -> None:
+    async def test_a_peer_that_goes_in_a_reply(self, server: RedisServer, proxy: Proxy, sent: int) -> None:
         """The commit is sent again, and kept once: what was read of the reply counts for nothing."""
         async with RedisStore(proxy.url) as store:
             session = await begin(store)

@@ -118,9 +118,7 @@ async def test_what_a_process_that_died_had_tried(store: SQLiteStore, path: Path
     ("branch", "target"),
     [("", r"that node \(resume_from='node'\)"), ("1", r"the outermost group around it \(resume_from='g'\)")],
 )
-async def test_a_damaged_commit_is_named_with_its_place(
-    store: SQLiteStore, path: Path, branch: str, target: str
-) -> None:
+async def test_a_damaged_commit_is_named(store: SQLiteStore, path: Path, branch: str, target: str) -> None:
     """A resume, and a session that reads it, names the node, its place and the target of the next resume."""
     session = await begin(store)
     attempt = row(1, branch=branch)._replace(group="g" if branch else None)

@@ -161,9 +161,7 @@ class TestCommit:
 
 
 class TestFence:
-    async def test_a_replaced_file_fences_the_sessions_of_the_old_one(
-        self, store: SQLiteStore, path: pathlib.Path
-    ) -> None:
+    async def test_a_replaced_file_fences_sessions(self, store: SQLiteStore, path: pathlib.Path) -> None:
         """If the file is deleted while in use, nothing more is acknowledged; new runs get a new file."""
         stale = await begin(store)
         await commit(stale, 0)
@@ -227,9 +225,7 @@ class TestProcesses:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("acknowledged", [1, 40, 300])
-    async def test_what_was_acknowledged_survives_sigkill(
-        self, path: pathlib.Path, acknowledged: int
-    ) -> None:
+    async def test_what_was_acknowledged_survives_kills(self, path: pathlib.Path, acknowledged: int) -> None:
         """After kill -9 in mid-stream acknowledged commits are there, totals agree and runs are resumable."""
         process = child(ENDLESS, path)
         events = [process.stdout.readline() for _ in range(acknowledged)]
@@ -750,9 +746,7 @@ class TestReading:
 
 
 class TestUrls:
-    def test_urls_and_paths_name_stores(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
-    ) -> None:
+    def test_urls_and_paths_name_store(self, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
         """sqlite:///relative, sqlite:////absolute, a bare path and memory:// are understood."""
         monkeypatch.chdir(tmp_path)
         here = str(tmp_path)

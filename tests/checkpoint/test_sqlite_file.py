@@ -157,9 +157,7 @@ class Time:
     "code",
     [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_BUSY_SNAPSHOT, sqlite3.SQLITE_BUSY_RECOVERY],
 )
-def test_a_lock_is_waited_for_until_the_patience_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_a_lock_is_waited_for_in_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     """At its last moment it is tried once more; tries are at most two random milliseconds apart."""
     clock, tries = Time(monkeypatch), list[float]()
 
@@ -178,9 +176,7 @@ def test_a_lock_is_waited_for_until_the_patience_ends(
 @pytest.mark.parametrize(
     "error", [error_of(sqlite3.SQLITE_FULL), error_of(None), error_of(sqlite3.SQLITE_IOERR)]
 )
-def test_nothing_but_a_lock_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_only_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     clock = Time(monkeypatch)
 
     def call() -> None:
@@ -193,9 +189,7 @@ def test_nothing_but_a_lock_is_waited_for(
 
 
 @pytest.mark.parametrize(("synchronous", "number", "fullfsync"), [("full", 2, 1), ("normal", 1, 0)])
-def test_the_settings_of_the_connection_that_writes(
-    tmp_path: Path, synchronous: str, number: int, fullfsync: int
-) -> None:
+def test_the_settings_of_the_writer(tmp_path: Path, synchronous: str, number: int, fullfsync: int) -> None:
     db = database(tmp_path / "runs.db", synchronous).open()
     names = (
         "journal_mode",

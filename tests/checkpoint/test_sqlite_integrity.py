@@ -64,9 +64,7 @@ async def test_a_refused_operation_leaves_nothing_behind(store: SQLiteStore) -> 
 
 
 @pytest.mark.core
-async def test_the_smallest_costs_are_kept_exactly(
-    store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_smallest_costs_are_exact(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token may cost less than a millionth of a dollar: a run's cost in the store is still the sum."""
     monkeypatch.setitem(KNOWN_MODELS, "a-model-of-ours", (0.15, 0.6))
 

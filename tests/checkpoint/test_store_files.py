@@ -36,9 +36,7 @@ def _synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not say what is synced")
-def test_a_new_directory_of_blobs_survives_a_power_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_new_directory_of_blobs_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever put() made, directories too, is synced into what names it before put() returns."""
     synced = _synced(monkeypatch)
     root = tmp_path / "state" / "blobs"

@@ -102,9 +102,7 @@ def test_a_recorded_test_holds_halves_of_characters(
 
 
 @pytest.mark.parametrize("bits", [0o622, 0o602, 0o620])
-def test_a_store_that_others_can_write_is_a_warning(
-    command: Command, tmp_path: Path, capsys: Any, bits: int
-) -> None:
+def test_a_store_writable_by_others_warns(command: Command, tmp_path: Path, capsys: Any, bits: int) -> None:
     """Commands, and doctor among its findings, warn of a file that other users can change."""
     assert command("runs") == 0
     assert "other users" not in capsys.readouterr().err

@@ -234,9 +234,7 @@ async def test_a_violation_of_the_nodes_own_making_is_shown() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, LookupError])
 @pytest.mark.parametrize("at", ["input", "output"])
-async def test_a_validator_that_raises_no_validation_error_is_a_violation(
-    kind: type[BaseException], at: str
-) -> None:
+async def test_a_validator_that_raises_otherwise_is_a_violation(kind: type[BaseException], at: str) -> None:
     """A validator that raises a CancelledError refused a value: FAILED, each start and the run ended."""
 
     class Refusing(BaseModel):

@@ -347,9 +347,7 @@ async def test_no_attempt_begins_after_a_cancel_has_returned(store: Any) -> None
     assert record_of(gate).status == "CANCELLED"
 
 
-async def test_a_cancel_of_a_run_that_completes_first(
-    one_store: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_cancel_of_a_run_that_completes(one_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """cancel() returns False if the run completed before its owner read the request."""
     monkeypatch.setattr(LeaseRenewer, "_read_requests", lambda *_: None)
     gate = gate_of(one_store)

@@ -327,9 +327,7 @@ def test_the_records_have_their_defaults() -> None:
         (0.1, 3.0, 0.1 + 0.2, True),
     ],
 )
-def test_a_share_of_a_limit_is_reached_exactly(
-    share: float, limit: float, cost: float, expected: bool
-) -> None:
+def test_a_share_of_a_limit_is_exact(share: float, limit: float, cost: float, expected: bool) -> None:
     """To the billionth of a dollar; what earlier processes spent counts."""
     rule = FallbackPolicy("a", "b", share)
     earlier = CostTracker()

@@ -263,9 +263,7 @@ def test_a_plain_call_costs_the_same_the_short_way(rates: Rates, size: int, made
 
 
 @given(RATE, RATE, st.lists(usages(), max_size=5))
-def test_calls_at_one_rate_cost_what_their_sum_does(
-    given_price: float, made_price: float, calls: list[Usage]
-) -> None:
+def test_calls_at_one_rate_cost_their_sum(given_price: float, made_price: float, calls: list[Usage]) -> None:
     """Without steps, several calls cost what one of all their tokens would."""
     rates = Rates(((-1, given_price),), ((-1, made_price),))
     whole = Usage(sum(c.input_tokens for c in calls), sum(c.output_tokens for c in calls))

@@ -74,9 +74,7 @@ async def test_an_unknown_model_stops_a_run_under_a_cost_limit(limit: Any) -> No
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-async def test_an_unknown_model_counts_as_nothing_under_a_cost_limit_if_the_config_says_so(
-    limit: Any,
-) -> None:
+async def test_an_unknown_model_counts_as_nothing_under_a_cost_limit_if_so_configured(limit: Any) -> None:
     """``unknown_model="warn"`` counts a model without a known price as 0 USD, whatever the limits are."""
     runner = StromaRunner.quick(**limit(), unknown_model="warn")
     ask = ask_node(runner, [])

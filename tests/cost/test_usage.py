@@ -551,9 +551,7 @@ async def test_a_real_stream_that_was_not_asked_for_usage_is_said(
 
 @pytest.mark.core
 @pytest.mark.parametrize(("limit", "status"), [(5.0, RunStatus.FAILED), (None, RunStatus.COMPLETED)])
-async def test_a_response_that_names_no_model_is_refused_where_cost_is_limited(
-    limit: float | None, status: RunStatus
-) -> None:
+async def test_a_response_without_a_model_is_refused(limit: float | None, status: RunStatus) -> None:
     """A response with tokens but no model cannot be counted in dollars: a limit in dollars refuses it."""
     cohere = next(reply for reply in REPLIES if reply.what == "cohere").answer.body
     runner, ask = node_of(({"text": ""}, cohere), budget=ExecutionBudget(max_cost_usd=limit))

@@ -380,9 +380,7 @@ def test_the_queue_that_drives_runs_is_no_place(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("effect", [False, True])
-async def test_an_owner_that_is_killed(
-    temporal_server: TemporalServer, tmp_path: pathlib.Path, effect: bool
-) -> None:
+async def test_a_killed_owner(temporal_server: TemporalServer, tmp_path: pathlib.Path, effect: bool) -> None:
     """After SIGKILL of the owner the next one awaits the call in flight: the function is called once."""
     async with fleet_of(temporal_server, tmp_path) as (fleet, runner, store):
         pipeline = placed_pipeline(fleet.queue, effect=effect)
@@ -401,9 +399,7 @@ async def test_an_owner_that_is_killed(
         assert len(fleet.lines("call")) == 1
 
 
-async def test_a_worker_of_a_place_that_is_killed(
-    temporal_server: TemporalServer, tmp_path: pathlib.Path
-) -> None:
+async def test_a_killed_worker_of_a_place(temporal_server: TemporalServer, tmp_path: pathlib.Path) -> None:
     """An attempt whose place was killed fails as worker_lost, RECOVERABLE; another worker makes the next."""
     async with fleet_of(temporal_server, tmp_path) as (fleet, runner, store):
         pipeline = placed_pipeline(fleet.queue)

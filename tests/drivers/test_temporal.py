@@ -110,9 +110,7 @@ async def test_only_ids_cross(cluster: Cluster) -> None:
     assert "SECRET" not in history
 
 
-async def test_a_submitter_that_dies_before_the_workflow_starts(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_submitter_that_dies_too_early(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker starts the workflow of a submitted run that has none."""
     monkeypatch.setattr(worker_module, "REPAIR_SECONDS", 0.1)
     monkeypatch.setattr(worker_module, "MIN_AGE_SECONDS", 0.0)
@@ -181,9 +179,7 @@ async def test_a_cancelled_workflow_of_a_suspended_run(cluster: Cluster) -> None
         await cluster.until_status(run_id, "CANCELLED")
 
 
-async def test_a_terminated_workflow_leaves_the_run_resumable(
-    cluster: Cluster, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_terminated_workflow_is_resumed(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     """A run whose workflow was terminated is INTERRUPTED after the step in flight and can be resumed."""
     run_id = fresh_id()
     async with gated() as (pipeline, world, reached, opened), cluster.worker(pipeline):

@@ -175,9 +175,7 @@ CASES = [
 
 @pytest.mark.core
 @pytest.mark.parametrize(("change", "is_flow"), CASES)
-async def test_an_unknown_call_that_the_code_no_longer_makes(
-    store: Any, change: Change, is_flow: bool
-) -> None:
+async def test_an_unknown_call_that_code_no_longer_makes(store: Any, change: Change, is_flow: bool) -> None:
     """G13. If a process died in the call of an effect, code that renames, moves, replaces or removes its node
     does not continue the run: it calls nothing, and the code that made the call still settles it."""
     shop = Shop()

@@ -163,9 +163,7 @@ async def test_a_call_that_is_cut_off_and_made_again(store: Any, caller: Any, ta
 @pytest.mark.core
 @CALLERS
 @pytest.mark.parametrize("happened", [True, False])
-async def test_a_person_is_asked_about_a_call_that_is_cut_off(
-    store: Any, caller: Any, happened: bool
-) -> None:
+async def test_a_person_is_asked_about_a_cut_off_call(store: Any, caller: Any, happened: bool) -> None:
     """G13. Without reconcile each further call suspends the run; the answer is about the first call."""
     till = SlowTill(store, takes_first=happened, reconciles=False)
     for _ in range(2):

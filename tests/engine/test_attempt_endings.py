@@ -95,9 +95,7 @@ async def test_a_run_in_a_task_that_was_cancelled_before() -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("ending", ["success", "failure", "bad output", "question"])
-async def test_a_cancellation_while_usage_is_priced_comes_out_once_the_attempt_is_told(
-    ending: str, grouped: bool
-) -> None:
+async def test_a_cancellation_while_usage_is_priced_comes_out_afterwards(ending: str, grouped: bool) -> None:
     """Prices are read in a thread: what the attempt came to is kept and told, nothing more is called."""
     calls: list[str] = []
 

@@ -85,9 +85,7 @@ def interrupt(awaits: Awaits, work: Coroutine[Any, Any, Any]) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("way", [cancel_all, end_the_loop, interrupt])
 @pytest.mark.parametrize("work", [a_list, plain_code])
-def test_a_run_is_left_to_the_next_process(
-    store: Any, way: Callable[..., None], work: Callable[..., Any]
-) -> None:
+def test_a_run_is_left_to_others(store: Any, way: Callable[..., None], work: Callable[..., Any]) -> None:
     """A run whose tasks are all cancelled has no owner afterwards, at any await, and resumes at once."""
     check_all(store, way, work)
 

@@ -466,9 +466,7 @@ async def test_what_was_used_before_a_resume_counts(clock: FakeClock) -> None:
 
 @pytest.mark.core
 @pytest.mark.parametrize("outer", [None, 10_000])
-async def test_the_deadline_of_a_run_inside_a_node_is_not_the_runs(
-    outer: int | None, clock: FakeClock
-) -> None:
+async def test_the_deadline_of_a_run_inside_is_not_the_runs(outer: int | None, clock: FakeClock) -> None:
     """A node that runs a pipeline that meets its deadline has failed: it is retried as policies say."""
     calls: list[int] = []
 

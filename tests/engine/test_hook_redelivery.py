@@ -107,9 +107,7 @@ ALL = [
         None,
     ],
 )
-def test_what_a_killed_process_did_not_tell_is_told(
-    die_at: tuple[str, str] | None, tmp_path: pathlib.Path
-) -> None:
+def test_what_a_killed_process_did_not_call(die_at: tuple[str, str] | None, tmp_path: pathlib.Path) -> None:
     """A process is killed between a commit and its hook: the resume tells that event as redelivered."""
     url = f"sqlite:///{tmp_path / 'runs.db'}"
     program = (

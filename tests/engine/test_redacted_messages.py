@@ -349,9 +349,7 @@ async def test_what_the_users_code_raises_is_logged_by_its_type(caplog: pytest.L
     assert SSN in str(result.hook_errors[0].exception)
 
 
-async def test_an_error_of_code_around_steps_is_recorded_by_its_type(
-    runner: StromaRunner[Any], store: SQLiteStore
-) -> None:
+async def test_an_error_around_steps_has_only_its_type(runner: StromaRunner[Any], store: SQLiteStore) -> None:
     """With a redact, of an error of plain code only the type is recorded: it may quote any step."""
 
     @runner.node

@@ -181,9 +181,7 @@ async def test_what_redact_hides_is_not_stored(tmp_path: Path) -> None:
         ('{"stars": 3, "wh', True),
     ],
 )
-async def test_a_text_that_names_what_redact_hides_is_hidden(
-    tmp_path: Path, text: str, is_shown: bool
-) -> None:
+async def test_a_text_that_names_a_hidden_value_is_hidden(tmp_path: Path, text: str, is_shown: bool) -> None:
     """A text is stored if redact hides none of the fields that it names, also where the viewer redacts."""
     one = await stored(tmp_path, text, redact=drop_name)
     assert one.value == (text if is_shown else "[redacted]")

@@ -200,9 +200,7 @@ class End(BaseModel):
 @pytest.mark.parametrize(
     ("kind", "words_of_it"), [(Weighed, [{"text": "w", "weight": 0.5}]), (Free, {"k": [1]})]
 )
-async def test_an_id_whose_contracts_have_nothing_in_common(
-    kind: type[BaseModel], words_of_it: Any, watched: bool
-) -> None:
+async def test_an_id_with_unlike_contracts(kind: type[BaseModel], words_of_it: Any, watched: bool) -> None:
     """Each event is told with the fields of its own contract, whatever the id stood for before."""
 
     async def pair(state: Start) -> Any:

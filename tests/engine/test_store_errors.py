@@ -124,9 +124,7 @@ async def test_a_run_whose_input_cannot_be_stored_starts_and_ends(tmp_path: Path
 @pytest.mark.core
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException, ValueError])
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
-async def test_a_store_that_raises_no_exception_has_refused(
-    kind: type[BaseException], is_async: bool
-) -> None:
+async def test_a_store_that_raises_odd_things_has_refused(kind: type[BaseException], is_async: bool) -> None:
     """Whatever a store raises at a commit but KeyboardInterrupt and SystemExit: PARTIAL, hooks pair."""
 
     class Refusing(SimpleStore):
@@ -192,9 +190,7 @@ async def test_a_store_that_stays_down_stops_the_run(error: type[Exception], no_
 
 
 @pytest.mark.parametrize(("refusals", "status"), [(2, RunStatus.COMPLETED), (99, RunStatus.PARTIAL)])
-async def test_a_simple_store_that_raises_is_tried_again(
-    refusals: int, status: RunStatus, no_delays: None
-) -> None:
+async def test_a_simple_store_is_tried_again(refusals: int, status: RunStatus, no_delays: None) -> None:
     """G5: a custom sync store that raises at save is tried again, and the node is called once either way."""
     left = [OSError("no space left on device")] * refusals
     calls: list[int] = []

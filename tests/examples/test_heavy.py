@@ -182,9 +182,7 @@ dispatch_arq.runner.config = dispatch_arq.runner.config.model_copy(update=update
 """
 
 
-async def test_the_end_of_a_queue_worker_cancels_no_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_end_of_a_worker_cancels_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At SIGTERM arq cancels its tasks; the current run ends its step, is not CANCELLED, and is repeated."""
     monkeypatch.setenv("RUNS", str(tmp_path / "runs.db"))
     (tmp_path / "slow.py").write_text(SLOW)
@@ -248,9 +246,7 @@ def temporal() -> Iterator[str]:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("task", EXPECTED)
-def test_programs_of_the_comparison_do_the_same(
-    task: str, system: str, temporal: str, tmp_path: Path
-) -> None:
+def test_programs_of_the_comparison_agree(task: str, system: str, temporal: str, tmp_path: Path) -> None:
     """Each program of a task prints the same, and repeats nothing after a kill."""
     env = {**os.environ, "TEMPORAL": temporal}
     printed: list[str] = []

@@ -96,9 +96,7 @@ class OurTimeout(TimeoutError):
         (KeyError, AMBIGUOUS, None),
     ],
 )
-def test_the_class_and_the_reason_of_an_exception(
-    kind: Any, failure_class: FailureClass, reason: str | None
-) -> None:
+def test_class_and_reason_of_an_exception(kind: Any, failure_class: FailureClass, reason: str | None) -> None:
     """Our own errors and time limits are known by their type, all else is ambiguous."""
     error = (
         exception_with(kind, dimension="cost", limit=1, actual=2, node_id="a")

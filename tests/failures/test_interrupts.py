@@ -52,9 +52,7 @@ def watch(seen: list[str]) -> NodeHooks:
 @pytest.mark.parametrize("sync", [False, True], ids=["async", "thread"])
 @pytest.mark.parametrize("name", [*RAISED])
 @pytest.mark.parametrize("place", ["node", "child", "item"])
-def test_what_is_no_exception_ends_the_run_and_is_no_failure(
-    name: str, sync: bool, place: str, tmp_path: Path
-) -> None:
+def test_what_is_no_exception_ends_the_run(name: str, sync: bool, place: str, tmp_path: Path) -> None:
     """A BaseException that is no Exception comes out of ``run()``; the INTERRUPTED run can be resumed."""
     calls: list[str] = []
     seen: list[str] = []

@@ -299,9 +299,7 @@ def test_retry_after_in_all_its_forms(
     assert read_provider_error(error) == again("rate_limit", seconds)
 
 
-def test_a_date_without_zone_is_gmt_wherever_the_machine_is(
-    monkeypatch: pytest.MonkeyPatch, frozen: None
-) -> None:
+def test_a_date_without_zone_is_gmt_everywhere(monkeypatch: pytest.MonkeyPatch, frozen: None) -> None:
     """The machine's own time zone does not shift a server's date."""
     import time
 
@@ -405,9 +403,7 @@ HTTPX = [httpx, httpx2]
     ],
     ids=str,
 )
-def test_what_an_http_status_error_means(
-    client: Any, answer: Answer, expected: Verdict, provider: Server
-) -> None:
+def test_what_an_http_error_means(client: Any, answer: Answer, expected: Verdict, provider: Server) -> None:
     """A bare HTTP client's status error is read from its response: status, headers and body."""
     error = error_of(lambda: client.post(provider.url(answer)).raise_for_status())
     assert type(error).__name__ == "HTTPStatusError"
@@ -636,9 +632,7 @@ def group(*errors: Exception) -> ExceptionGroup[Exception]:
     ],
     ids=range(12),
 )
-def test_a_group_is_what_its_worst_member_is(
-    error: Callable[[], Exception], expected: Verdict | None
-) -> None:
+def test_a_group_is_its_worst_member(error: Callable[[], Exception], expected: Verdict | None) -> None:
     """Calls in a node's own TaskGroup fail together: the worst decides, and the longest wait is waited."""
     assert read_provider_error(error()) == expected
     assert diagnose(error(), HERE).retry_after_seconds == (expected and expected.retry_after)

@@ -108,9 +108,7 @@ CERTAIN = {
 @pytest.mark.core
 @pytest.mark.parametrize("name", [*REPLIES, "silent", *sorted(CONNECTIONS)])
 @pytest.mark.parametrize("post", CERTAIN)
-def test_requests_of_real_clients(
-    server: Callable[[str], str], post: Callable[[str], None], name: str
-) -> None:
+def test_requests_of_clients(server: Callable[[str], str], post: Callable[[str], None], name: str) -> None:
     """A 4xx and a connection never made are refusals; 408, 409, 5xx, a timeout, a lost connection are not."""
     with pytest.raises(Exception) as caught:  # Each client has its own.
         post(server(name))

@@ -109,9 +109,7 @@ async def test_an_effect_of_a_cleanup_is_made_for_each_input(kind: str, way: str
 
 @pytest.mark.parametrize("kind", IN_PROCESS)
 @pytest.mark.parametrize("way", ["step", "map", "flow", "pipeline", "sleep", "question"])
-async def test_a_fallback_that_is_under_way_when_the_flow_ends_need_not_come_again(
-    kind: str, way: str
-) -> None:
+async def test_a_fallback_under_way_when_the_flow_ends_need_not_come_again(kind: str, way: str) -> None:
     """A branch falls back on other calls while its sibling ends the flow: no change if neither step fails."""
     world = World()
     world.failing |= {"bad", "worse"}

@@ -53,9 +53,7 @@ async def test_a_flow_submits_runs(store: Any) -> None:
 
 @pytest.mark.core
 @pytest.mark.parametrize("dies_in", ["before", "after", "submission"])
-async def test_a_crash_submits_no_other_run(
-    store: Any, dies_in: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_crash_submits_no_others(store: Any, dies_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flow whose process dies around a submission has submitted one run, with the same id."""
     world, ids = World(), list[str]()
     before, after = world.step("before"), world.step("after")

@@ -405,9 +405,7 @@ async def test_effects_with_an_unknown_outcome_count(stated: Any) -> None:
     assert [round(seconds) for seconds in closed] == [7]
 
 
-async def test_a_wait_for_a_circuit_ends_with_the_latency_budget(
-    server: Server, client: httpx.AsyncClient
-) -> None:
+async def test_a_wait_for_a_circuit_ends_with_the_budget(server: Server, client: httpx.AsyncClient) -> None:
     """Who has less time left than the circuit stays open is told at once."""
     broken, _ = breaker(max_wait_seconds=None)
     budget = ExecutionBudget(max_latency_ms=20_000)
@@ -445,9 +443,7 @@ async def test_a_probe_that_is_cancelled(server: Server, client: httpx.AsyncClie
     assert broken.states() == {"127.0.0.1": "closed"}
 
 
-async def test_who_may_not_wait_does_not_wait_for_a_probe_either(
-    server: Server, client: httpx.AsyncClient
-) -> None:
+async def test_who_may_not_wait_does_not_wait_for_probes(server: Server, client: httpx.AsyncClient) -> None:
     """With max_wait_seconds=0 an attempt beside the one that finds out is refused at once."""
     waits: list[Any] = []
     broken, clock = breaker(max_wait_seconds=0)

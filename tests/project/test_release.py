@@ -35,9 +35,7 @@ DONE = f"{OPEN}\n## [0.4.0] - 2026-12-01\n\n### Added\n\n- Another.\n\n## [0.3.2
         ("0.4.0", DONE.replace(" - 2026-12-01", ""), [], "has no date for [0.4.0]"),
     ],
 )
-def test_version_changelog_and_tag_agree(
-    version: str, changelog: str, tags: list[str], wrong: str | None
-) -> None:
+def test_version_changelog_and_tag(version: str, changelog: str, tags: list[str], wrong: str | None) -> None:
     """A version without its section, a section without its date, a tag on another version: each is told."""
     result = disagreement(version, changelog, tags)
     assert (result == []) if wrong is None else any(wrong in line for line in result), result

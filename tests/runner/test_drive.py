@@ -205,9 +205,7 @@ async def test_an_unknown_run(store: Any) -> None:
         await _runner(store).drive("r")
 
 
-async def test_a_store_that_fails_leaves_the_run_to_others(
-    store: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_failing_store_leaves_the_run_to_others(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that fails in the middle of a driven run is an exception; the run stays INTERRUPTED, and a
     call five seconds later continues it."""
     world, clock = World(), Clock(monkeypatch)

@@ -680,9 +680,7 @@ async def test_hidden_data_is_not_stored(one_store: Any) -> None:
     assert sum("hidden" in one for one in found) == len(WORDS) + 2
 
 
-async def test_redact_holds_for_the_message_at_the_end(
-    one_store: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_redact_holds_for_the_last_message(one_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values that ``redact`` removes from states are removed from the failure of "run_end" as well: in a
     stream, a follow, the stream of a run of another runner, and the parts of a chat that are made of them."""
     attached = asyncio.Event()

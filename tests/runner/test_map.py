@@ -714,9 +714,7 @@ async def test_failures_are_collected(store: Any, tmp_path: Path, doubler: Doubl
 
 @pytest.mark.core
 @pytest.mark.parametrize("into", ["field", "file"])
-async def test_failed_items_are_run_again_if_asked(
-    store: Any, tmp_path: Path, doubler: Doubler, into: str
-) -> None:
+async def test_failed_items_are_run_again(store: Any, tmp_path: Path, doubler: Doubler, into: str) -> None:
     """A resume leaves failed items as they are; retry_failed_items runs just those and what follows."""
     doubler.failing = {3, 7}
     out = tmp_path / "out.jsonl"

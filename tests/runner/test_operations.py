@@ -287,9 +287,7 @@ async def test_many_runs(store: Any) -> None:
         await quick(store).run_many(nodes, [Num()], max_concurrency=0)
 
 
-async def test_recovering_runs_without_a_name_is_warned_of(
-    store: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_recovery_without_a_name_is_warned_of(store: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Runs are found by the name of their pipeline: without one a warning says that others may be found."""
     work = Work()
     await quick(store).recover(Pipeline("p", work.nodes))

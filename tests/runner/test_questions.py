@@ -167,9 +167,7 @@ async def _asks_for_anything(state: Num) -> Any:
 @pytest.mark.core
 @pytest.mark.parametrize("timeout", [None, timedelta(hours=1)])
 @pytest.mark.parametrize("module", ["__main__", "app.flows"])
-async def test_a_reworded_question_keeps_its_answer(
-    store: Any, timeout: timedelta | None, module: str
-) -> None:
+async def test_a_reworded_question_keeps_answers(store: Any, timeout: timedelta | None, module: str) -> None:
     """Neither the text of a question nor its class's module or name is its identity: answers stay valid."""
     first = await runner_on(store).run(asking_flow("", text="Send it?", timeout=timeout), Num())
     await runner_on(store).signal("r", Approval(by="Grace"))
@@ -257,9 +255,7 @@ async def test_an_answer_is_accepted_until_a_process_records_the_timeout(
 
 
 @pytest.mark.core
-async def test_an_answer_wins_over_the_end_of_its_question(
-    store: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_answer_wins_over_its_timeout(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A question whose time is over takes no answer; if one was accepted a moment before, that one counts."""
     withdraw = FlowWaits.withdraw
 

@@ -251,9 +251,7 @@ async def test_a_cancelled_worker_interrupts_its_runs(store: Any, clock: Clock) 
     assert await due_runs(store, clock.ms, "sleepy") == ["r"]
 
 
-async def test_a_run_that_cannot_be_resumed_does_not_stop_the_others(
-    clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_run_that_fails_does_not_stop_others(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """It is logged and tried again after 1 s, 2 s, and so on; others are continued meanwhile."""
     store = AsyncInMemoryStore()
     world = World()

@@ -151,9 +151,7 @@ class ReadingTests:
             with pytest.raises(ValueError, match="must be the `next` of a page"):
                 store.run_page(after=wrong)
 
-    async def test_runs_are_looked_at_some_at_a_time(
-        self, store: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    async def test_runs_are_looked_at_in_parts(self, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """A page of a partial scan may be short or empty and has a cursor; no run is skipped."""
         for i in range(11):
             session = await begin(store, f"run-{i}", tags=("odd",) if i % 2 else ())

@@ -192,9 +192,7 @@ async def test_flush_keeps_its_limit_whatever_an_exporter_does(caplog: pytest.Lo
         (sentry_hooks, "sentry_sdk", "pip install 'stroma-runner[sentry]'"),
     ],
 )
-def test_an_sdk_that_is_missing(
-    factory: Any, module: str, line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_sdk(factory: Any, module: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its SDK a factory says which package is required, and the line that installs it."""
     import sys
 

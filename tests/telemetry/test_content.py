@@ -325,9 +325,7 @@ async def test_a_secret_at_the_end_of_what_is_sent() -> None:
 
 
 @pytest.mark.core
-async def test_encoded_secrets_of_state_and_context_in_messages_and_hook_errors(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_encoded_secrets_in_messages_and_hook_errors(caplog: pytest.LogCaptureFixture) -> None:
     """A secret of the state or of the context is masked in messages, as it is, quoted, in base64, in hex and
     in upper case; in what hooks raised, too."""
 

@@ -184,9 +184,7 @@ async def test_the_runs_span_is_current_in_its_hooks_and_lines() -> None:
 
 
 @pytest.mark.core
-async def test_restored_nodes_are_counted_and_drop_no_other_event(
-    tmp_path: Path, sentry: RecordedSentry
-) -> None:
+async def test_restored_nodes_are_counted_and_drop_no_event(tmp_path: Path, sentry: RecordedSentry) -> None:
     """A resumed run says how many nodes it restored, however many; the SDK drops none of its events."""
     otel, fails = Otel(), [True]
     hooks = [otel.hooks(), sentry_hooks(client=sentry.client)]

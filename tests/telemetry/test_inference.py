@@ -81,9 +81,7 @@ async def test_each_attempt_has_one_span_with_its_bill(seen: Seen) -> None:
 
 @pytest.mark.parametrize("reports", [True, False])
 @pytest.mark.parametrize("late", [False, True], ids=["between the attempts", "after the run"])
-async def test_a_call_that_ends_after_its_attempt_is_counted_once(
-    seen: Seen, reports: bool, late: bool
-) -> None:
+async def test_a_call_that_ends_after_its_attempt_counts_once(seen: Seen, reports: bool, late: bool) -> None:
     """An open stream's span has its attempt's tokens; if it reports none, ours is made then."""
     runner = quick(seen.hooks(inference="auto"), retries=0, contract_retries={"ask": 1})
     left_open: list[Any] = []

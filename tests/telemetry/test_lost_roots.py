@@ -92,9 +92,7 @@ def run_with(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("traceparent", [None, OUTER], ids=["alone", "in a trace"])
-def test_a_killed_and_resumed_run_is_one_trace_with_one_root(
-    tmp_path: pathlib.Path, traceparent: str | None
-) -> None:
+def test_a_resumed_run_is_one_trace_with_one_root(tmp_path: pathlib.Path, traceparent: str | None) -> None:
     """The nodes of both processes are under one root from the run's begin; one span has its ids."""
     child = os.fork()
     if child == 0:
@@ -376,9 +374,7 @@ def test_parts_of_a_killed_run_are_in_its_tree_in_sentry(tmp_path: pathlib.Path)
     assert names_of(spans, "name", "span_id", "parent_span_id") == FLOW
 
 
-def test_parts_of_a_killed_run_are_in_its_tree_in_datadog(
-    datadog_agent: DatadogAgent, tmp_path: pathlib.Path
-) -> None:
+def test_parts_of_a_killed_run_in_datadog(datadog_agent: DatadogAgent, tmp_path: pathlib.Path) -> None:
     """So does the exporter to Datadog, where ``ddtrace`` had sent a part of the trace."""
     datadog_agent.clear()
     run_with_datadog(

@@ -53,9 +53,7 @@ def run(path: pathlib.Path, hooks: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("event", ["success", "failure"])
-def test_a_redelivered_end_is_a_whole_span(
-    event: str, tmp_path: pathlib.Path, sentry: RecordedSentry
-) -> None:
+def test_a_redelivered_end_is_whole(event: str, tmp_path: pathlib.Path, sentry: RecordedSentry) -> None:
     """It has the attempt's times, tokens and error type, under the resumed run; only failures are errors."""
     if event == "failure":
         (tmp_path / "fails").touch()

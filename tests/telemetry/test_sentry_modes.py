@@ -214,9 +214,7 @@ async def test_what_a_node_tags_is_its_own(sentry: RecordedSentry) -> None:
 
 @pytest.mark.core
 @pytest.mark.parametrize("how", ["await", "task", "gather"])
-async def test_an_exception_that_is_raised_further_makes_no_second_issue(
-    how: str, sentry: RecordedSentry
-) -> None:
+async def test_an_exception_raised_further_makes_no_second_issue(how: str, sentry: RecordedSentry) -> None:
     """An integration's capture of result.raise_for_status() is the same failure in whichever task."""
     runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
 

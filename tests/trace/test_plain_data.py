@@ -194,9 +194,7 @@ def test_a_hundred_levels_are_written(kind: str) -> None:
     ],
     ids=str,
 )
-def test_the_value_of_an_enum_and_the_keys_of_a_dict_are_a_level_deeper(
-    value: Any, levels: int, written: Any
-) -> None:
+def test_enum_values_and_dict_keys_are_a_level_deeper(value: Any, levels: int, written: Any) -> None:
     """They count like what stands in a list."""
     assert inside(jsonable(nested(value, levels)), levels) == written
 

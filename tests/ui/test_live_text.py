@@ -48,9 +48,7 @@ class Writer:
 
 
 @pytest.mark.timeout(90)
-def test_the_text_grows_is_discarded_and_is_gone(
-    store: SQLiteStore, serve: Callable[..., Site], chromium: Browser
-) -> None:
+def test_text_grows_and_goes(store: SQLiteStore, serve: Callable[..., Site], chromium: Browser) -> None:
     """A page shows text as it is written, also after a reload; a failed attempt and the end discard it."""
     writer, site = Writer(str(store.path)), serve(store)
     shown = "document.querySelector('#texts pre')?.textContent ?? ''"

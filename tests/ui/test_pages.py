@@ -609,9 +609,7 @@ def test_resuming(url: str, tmp_path: Path) -> None:
         process.communicate(timeout=60)
 
 
-def test_the_page_of_a_run_reads_its_attempts_once(
-    store: Any, serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_reads_attempts_once(store: Any, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's page reads its attempts in one request, and needs as many requests for 40 items as for 16."""
     requests: list[str] = []
 

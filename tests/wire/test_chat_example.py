@@ -68,9 +68,7 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_chat_over_reloads_a_retry_a_dead_worker_and_an_approval(
-    processes: Processes, browser: Browser
-) -> None:
+def test_a_chat_over_reloads_a_retry_a_death_and_an_approval(processes: Processes, browser: Browser) -> None:
     """The answer streams, a reload in mid-sentence shows it again, a failed attempt and a killed worker
     discard their half, the approval is clicked, and the end is seen."""
     shown = "document.getElementById('answer').textContent.trim()"
