@@ -62,9 +62,8 @@ def test_the_durable_program_of_the_page_continues_where_it_was_killed(page: Pat
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_the_example_runs(example: Path) -> None:
     """It needs neither a key nor a network, and prints what it says; parallel readers in any order."""
-    done = subprocess.run(
-        [sys.executable, example], capture_output=True, text=True, check=False, timeout=100, cwd=ROOT
-    )
+    command = [sys.executable, example]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100, cwd=ROOT)
     skip_if_too_old(done.stderr)
     assert done.returncode == 0, done.stderr
     wanted = re.search(r'Prints:\n\n(.*?)"""', example.read_text("utf-8"), re.DOTALL)

@@ -167,12 +167,8 @@ def test_middleware_that_terminates_ends_what_is_under_way_as_ever(kind: str, fi
     for guard in (None, guard_of()):
         script = Script(CALL, "It is 99 C")
         own = [] if guard is None else stroma_middleware(guard)
-        agent = Agent(
-            script,
-            name="forecaster",
-            tools=[tool_of()],
-            middleware=[Cached(), *own] if first else [*own, Cached()],
-        )
+        middleware = [Cached(), *own] if first else [*own, Cached()]
+        agent = Agent(script, name="forecaster", tools=[tool_of()], middleware=middleware)
         answers.append((ask(agent, kind), len(script.asked)))
         if guard is not None:
             assert guard.stopped is None

@@ -188,9 +188,8 @@ def test_what_the_sdk_decides_passes_untouched() -> None:
         }
 
     async def main(call: Any, own: Any, script: Any) -> list[Any]:
-        options = ClaudeAgentOptions(
-            mcp_servers={"own": create_sdk_mcp_server("own", tools=own)}, can_use_tool=deny
-        )
+        servers = {"own": create_sdk_mcp_server("own", tools=own)}
+        options = ClaudeAgentOptions(mcp_servers=servers, can_use_tool=deny)
         return [message async for message in call(prompt=prompt(), options=options, transport=script)]
 
     wants = {

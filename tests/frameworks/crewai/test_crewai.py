@@ -485,9 +485,7 @@ def reviewed(folder: Any) -> Any:
 
 @holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_flow_that_waits_for_feedback_is_suspended(
-    kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_flow_waiting_for_feedback(kind: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """CrewAI's own way to wait is SUSPENDED, and its own way to answer goes on with the same run."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")  # Old releases make an LLM, and ask it nothing.
     made, persistence = reviewed(tmp_path)

@@ -58,8 +58,6 @@ def live(folder: str, dies_before: str) -> None:
 @pytest.mark.timeout(600)
 @holds("killed")
 @pytest.mark.parametrize("dies_before", METHODS)
-def test_killed_between_methods_it_goes_on_and_pays_for_nothing_twice(
-    dies_before: str, tmp_path: Path
-) -> None:
+def test_killed_between_methods_it_pays_for_nothing_twice(dies_before: str, tmp_path: Path) -> None:
     """After SIGKILL at a boundary, a kickoff with the flow's id is right, in one run, and pays once."""
     check_killed(live, tmp_path, dies_before, (list(METHODS), METHODS, 3 * PAID))

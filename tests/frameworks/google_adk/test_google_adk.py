@@ -157,9 +157,8 @@ def test_a_function_tool_is_a_step_and_is_declared_as_it_was() -> None:
     """A FunctionTool like the function that it is made of."""
     plain, guarded, guard = Script.of(CALL, "It is 4 C"), Script.of(CALL, "It is 4 C"), guard_of()
     ask(agent_of(plain, tools=[FunctionTool(weather)]))
-    ask(
-        agent_of(guarded, guard, [FunctionTool(weather)], contracts={"weather": (City, Weather)}), guard=guard
-    )
+    contracts = {"weather": (City, Weather)}
+    ask(agent_of(guarded, guard, [FunctionTool(weather)], contracts=contracts), guard=guard)
     assert guarded._asked[0].config.tools == plain._asked[0].config.tools
     assert lines_of(guard) == ["model success 10", "weather success", "model success 10"]
 
@@ -216,12 +215,8 @@ class Anything(BaseModel):
 def test_tools_of_toolsets_are_steps() -> None:
     """Those of an MCP server: tried again, judged by contracts; a contract of none of them is an error."""
     entry, guard = Kept([TimeoutError()]), guard_of()
-    agent = agent_of(
-        Script.of(("kept", {}), "done"),
-        guard,
-        [Toolset(entry), weather],
-        contracts={"kept": (Anything, Weather)},
-    )
+    contracts = {"kept": (Anything, Weather)}
+    agent = agent_of(Script.of(("kept", {}), "done"), guard, [Toolset(entry), weather], contracts=contracts)
     assert ask(agent, "run_async", guard) == "done"
     assert entry.calls == 2
     assert lines_of(guard) == ["model success 10", "kept failure", "kept success", "model success 10"]
@@ -230,9 +225,8 @@ def test_tools_of_toolsets_are_steps() -> None:
         kelvin: int
 
     guard = guard_of()
-    agent = agent_of(
-        Script.of(("kept", {}), "done"), guard, [Toolset(Kept([]))], contracts={"kept": (Anything, Strict)}
-    )
+    contracts = {"kept": (Anything, Strict)}
+    agent = agent_of(Script.of(("kept", {}), "done"), guard, [Toolset(Kept([]))], contracts=contracts)
     result = failed(agent, "run_async", guard)
     assert isinstance(result, ContractViolation)
     assert (result.node_id, result.direction) == ("kept", "output")
@@ -285,11 +279,8 @@ def team(ledger: list[int]) -> Any:
         LlmAgent(name=name, description=name, model=Provider.with_ledger(ledger))
         for name in ("north", "south")
     ]
-    first = LlmAgent(
-        name="first",
-        model=Provider.with_ledger(ledger),
-        tools=[weather, *(AgentTool(expert) for expert in experts)],
-    )
+    toolbox = [weather, *(AgentTool(expert) for expert in experts)]
+    first = LlmAgent(name="first", model=Provider.with_ledger(ledger), tools=toolbox)
     return SequentialAgent(name="team", sub_agents=[first, LlmAgent(name="second")])
 
 

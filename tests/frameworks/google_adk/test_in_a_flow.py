@@ -20,9 +20,8 @@ def respond(messages: list[Any]) -> Any:
             types.Part(function_call=types.FunctionCall(name="weather", args={"city": city}))
             for city in ("Oslo", "Rome")
         ]
-    return LlmResponse(content=types.Content(role="model", parts=parts)).model_dump(
-        mode="json", exclude_none=True
-    )
+    content = types.Content(role="model", parts=parts)
+    return LlmResponse(content=content).model_dump(mode="json", exclude_none=True)
 
 
 def agent(steps: Steps, name: str) -> LlmAgent:

@@ -39,10 +39,7 @@ def provider_of(*answers: Any) -> httpx.MockTransport:
         (choice,) = whole["choices"]
         part = {"index": 0, "delta": choice["message"], "finish_reason": "stop"}
         chunk = {**whole, "object": "chat.completion.chunk", "choices": [part]}
-        return httpx.Response(
-            200,
-            text=f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n",
-            headers={"content-type": "text/event-stream"},
-        )
+        headers = {"content-type": "text/event-stream"}
+        return httpx.Response(200, text=f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n", headers=headers)
 
     return httpx.MockTransport(complete)

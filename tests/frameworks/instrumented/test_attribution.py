@@ -210,9 +210,7 @@ def answer(name: str, kind: str, guard: Guard) -> Any:
 
 
 @pytest.mark.parametrize(("name", "kind"), EVERY_WAY)
-def test_every_span_of_an_instrumentation_is_attributed(
-    name: str, kind: str, instrumented: Instrumented
-) -> None:
+def test_every_span_of_an_instrumentation_is_ours(name: str, kind: str, instrumented: Instrumented) -> None:
     """All spans that an instrumentation makes in a run say its pipeline, run, conversation and user; calls of
     models and tools say their node, also where two runs of the same program take place at once."""
     instrumented.exporter.clear()
@@ -246,9 +244,7 @@ def path_of(span: ReadableSpan, spans: list[ReadableSpan]) -> list[ReadableSpan]
 
 @pytest.mark.parametrize("inside", [False, True], ids=["a call", "in a run"])
 @pytest.mark.parametrize(("name", "kind"), EVERY_WAY)
-def test_one_tree_with_each_node_and_token_once(
-    name: str, kind: str, inside: bool, instrumented: Instrumented
-) -> None:
+def test_one_tree_with_each_node_once(name: str, kind: str, inside: bool, instrumented: Instrumented) -> None:
     """All spans are one trace with one root, each node has one place in it, and the tokens of the run are
     those of the spans of model calls, inside the node that made each."""
     instrumented.exporter.clear()

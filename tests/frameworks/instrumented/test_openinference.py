@@ -49,10 +49,8 @@ class State(BaseModel):
 
 async def produce(provider: TracerProvider) -> None:
     """A run with a group, a map, a retry and calls of models, and a guarded agent with a tool."""
-    runner = StromaRunner.quick(
-        hooks=otel_hooks(tracer=provider, content="redacted", inference="always"),
-        policy_map=retry_policies(1),
-    )
+    hooks = otel_hooks(tracer=provider, content="redacted", inference="always")
+    runner = StromaRunner.quick(hooks=hooks, policy_map=retry_policies(1))
 
     @runner.node("paid", input=State, output=State)
     async def paid(state: State) -> Any:
@@ -101,12 +99,8 @@ def test_every_span_has_a_kind_of_theirs(spans: list[dict[str, Any]]) -> None:
 def test_every_name_is_one_of_theirs(spans: list[dict[str, Any]]) -> None:
     """What is called by one of their names is in their list of attributes, and mime types are in theirs."""
     used = {name for about in spans for name in about if name.startswith(PREFIXES)}
-    assert {
-        "llm.cost.total",
-        "llm.token_count.prompt_details.cache_read",
-        "input.value",
-        "session.id",
-    } <= used
+    expected = {"llm.cost.total", "llm.token_count.prompt_details.cache_read", "input.value", "session.id"}
+    assert expected <= used
     assert used <= NAMES
     for about in spans:
         for name in ("input.mime_type", "output.mime_type"):

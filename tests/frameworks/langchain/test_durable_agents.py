@@ -72,9 +72,8 @@ class Clerk:
                 [("City", {"name": "Rome"})],
             ]
         )
-        return create_agent(
-            model, [price, refund], name="clerk", response_format=ToolStrategy(City), **options
-        )
+        schema = ToolStrategy(City)
+        return create_agent(model, [price, refund], name="clerk", response_format=schema, **options)
 
     def flow(self, **options: Any) -> Any:
         agent = durable(self.agent(**options))
@@ -150,12 +149,8 @@ async def test_agents_are_nodes_of_graphs() -> None:
 
     result = await StromaRunner.quick(store=store, run_id="r").run(f, Num())
     assert result.status is RunStatus.COMPLETED, result.failure
-    assert {one.node_id for one in store.attempts("r")} == {
-        "f",
-        "ask.model",
-        "ask.tools.price",
-        "ask.tools.refund",
-    }
+    node_ids = {one.node_id for one in store.attempts("r")}
+    assert node_ids == {"f", "ask.model", "ask.tools.price", "ask.tools.refund"}
 
 
 async def test_a_guarded_agent_is_refused() -> None:

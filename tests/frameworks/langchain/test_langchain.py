@@ -129,11 +129,8 @@ def test_sub_agents_are_counted_where_they_are_asked(kind: str) -> None:
     for with_middleware in (True, False):
         guard = guard_of()
         inner = StromaMiddleware(guard)
-        sub = create_agent(
-            Script(answers=[CALL, "deep"], tokens=7),
-            [tool_of()],
-            middleware=[inner] if with_middleware else [],
-        )
+        around = [inner] if with_middleware else []
+        sub = create_agent(Script(answers=[CALL, "deep"], tokens=7), [tool_of()], middleware=around)
 
         @tool
         def ask_other() -> str:
@@ -206,9 +203,8 @@ FLEX = {"flex_cache_read": 600_000, "flex": 400_000}
 def test_caches_and_tiers_have_their_prices(details: Any, metadata: Any, cost: float) -> None:
     """What a message says of a cache and of the tier of its call counts, in the names of each provider."""
     used: Any = {"input_tokens": 1_000_000, "output_tokens": 0, "total_tokens": 1_000_000}
-    message = AIMessage(
-        "x", usage_metadata={**used, "input_token_details": details}, response_metadata=metadata
-    )
+    counts = {**used, "input_token_details": details}
+    message = AIMessage("x", usage_metadata=counts, response_metadata=metadata)
     ask_in_a_node(GenericFakeChatModel(messages=iter([message])), guard := guard_of())
     assert result_of(guard).total_tokens == 1_000_000
     assert result_of(guard).total_cost_usd == pytest.approx(cost)
@@ -343,11 +339,8 @@ def realistic(ledger: Ledger, guard: Guard) -> Any:
     summarize = SummarizationMiddleware(
         ledger.model("short", "short", tokens=2), trigger=("messages", 3), keep=("messages", 1)
     )
-    agent = create_agent(
-        ledger.model(("ask_inner", {}), CALL, "done"),
-        [ask_inner, tool_of()],
-        middleware=[summarize, middleware],
-    )
+    model = ledger.model(("ask_inner", {}), CALL, "done")
+    agent = create_agent(model, [ask_inner, tool_of()], middleware=[summarize, middleware])
     return middleware.attach(agent)
 
 

@@ -420,9 +420,8 @@ async def test_usage_of_a_node_is_reported_once() -> None:
     flow = flow_of(durable(graph_of(twice, schema=MessagesState)), {"messages": [("user", "hi")]})
     assert await run(flow, store=store, run_id="r") == {"messages": ["hi", "one", "two"]}
     assert [one.tokens for one in store.attempts("r") if one.node_id == "twice"] == [24]
-    model.messages = iter(
-        [AIMessage("x", usage_metadata={"input_tokens": 10, "output_tokens": 2, "total_tokens": 12})] * 2
-    )
+    usage = {"input_tokens": 10, "output_tokens": 2, "total_tokens": 12}
+    model.messages = iter([AIMessage("x", usage_metadata=usage)] * 2)
     budget = ExecutionBudget(max_tokens_total=5)
     result = await StromaRunner.quick(budget=budget).run(flow, Num())
     assert result.failure.reason == "budget"

@@ -96,11 +96,8 @@ class Research(Bill):
 
         def sum_up(state: Part) -> Any:
             self.pay(f"sum up {state['topic']}")
-            return Command(
-                graph=Command.PARENT,
-                goto="tidy",
-                update={"findings": [Finding(text=state["topic"], tags={"a", "b"})]},
-            )
+            update = {"findings": [Finding(text=state["topic"], tags={"a", "b"})]}
+            return Command(graph=Command.PARENT, goto="tidy", update=update)
 
         builder = StateGraph(Part)
         builder.add_sequence([read, sum_up])

@@ -130,11 +130,8 @@ def test_a_graph_gives_the_same_answer_with_and_without_the_guard(kind: str, whe
         graph = attach(line(), guard, contracts).compile()
     else:
         graph = attach(line().compile(), guard, contracts)
-    assert (
-        call(graph, kind, {"text": "a b c"})
-        == plain
-        == {"text": "a b c", "words": ["a", "b", "c"], "total": 3}
-    )
+    answer = call(graph, kind, {"text": "a b c"})
+    assert answer == plain == {"text": "a b c", "words": ["a", "b", "c"], "total": 3}
     assert type(graph).__name__ == "CompiledStateGraph"
     assert result_of(guard).status is RunStatus.COMPLETED
     assert lines_of(guard) == ["split success", "count success"]
@@ -398,9 +395,8 @@ def test_commands_and_sends_steer_as_they_did(kind: str) -> None:
     """Command(goto, update), Send with its own input, Command to a parent; contracts see the updates."""
 
     def start(state: State) -> Any:
-        return Command(
-            update={"words": ["start"]}, goto=[Send("count", {"words": ["x"] * n}) for n in (1, 2)]
-        )
+        sends = [Send("count", {"words": ["x"] * n}) for n in (1, 2)]
+        return Command(update={"words": ["start"]}, goto=sends)
 
     def fork(state: State) -> Any:
         return {"words": [str(len(state["words"]))]}
@@ -548,9 +544,8 @@ def test_parallel_nodes_and_their_retry_policies() -> None:
         return {"words": ["flaky"]}
 
     builder = StateGraph(State)
-    builder.add_node(
-        "flaky", flaky, retry_policy=RetryPolicy(max_attempts=2, initial_interval=0.001, jitter=False)
-    )
+    policy = RetryPolicy(max_attempts=2, initial_interval=0.001, jitter=False)
+    builder.add_node("flaky", flaky, retry_policy=policy)
     builder.add_node("other", lambda state: {"words": ["other"]})
     builder.add_edge(START, "flaky")
     builder.add_edge(START, "other")

@@ -228,9 +228,8 @@ async def test_requests_and_tools_are_steps() -> None:
 
 async def test_an_agent_survives_death_at_every_boundary() -> None:
     """G5: Killed at any record, the agents resume with the same answer and repeat no request or tool."""
-    found = await assert_resumable(
-        World().flow(), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False
-    )
+    runner = StromaRunner.quick(policy_map=NEVER)
+    found = await assert_resumable(World().flow(), Num(), runner=runner, processes=False)
     assert len(found.boundaries) > 30
 
 
@@ -413,14 +412,12 @@ async def test_a_streamed_answer_is_one_step() -> None:
         if event.kind == "node_event":
             emitted.append(event.data)
         if event.result is not None:
-            assert event.result.final_state == Text(text="['hello world'] hello world 12"), (
-                event.result.failure
-            )
+            expected = Text(text="['hello world'] hello world 12")
+            assert event.result.final_state == expected, event.result.failure
     assert "".join(emitted) == "hello world"
     assert [one.tokens for one in store.attempts("r") if one.node_id == "a.model"] == [12]
-    found = await assert_resumable(
-        flow_of(body), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False
-    )
+    runner = StromaRunner.quick(policy_map=NEVER)
+    found = await assert_resumable(flow_of(body), Num(), runner=runner, processes=False)
     assert found.boundaries
 
 

@@ -232,9 +232,8 @@ def test_handoffs_hand_off_and_every_agent_is_guarded() -> None:
     """Each turn of the agent that is handed to is a step, with its spend; its tools hold contracts."""
     guard = guard_of()
     other = Agent(name="other", model=Script(CALL, "from other", tokens=7), tools=[tool_of()])
-    agent = agent_of(
-        Script(("transfer_to_other", "{}")), guard, handoffs=[other], contracts={"weather": (City, Weather)}
-    )
+    contracts = {"weather": (City, Weather)}
+    agent = agent_of(Script(("transfer_to_other", "{}")), guard, handoffs=[other], contracts=contracts)
     result = asyncio.run(GuardedRunner(guard).run(agent, "hello"))
     assert (result.final_output, result.last_agent.name) == ("from other", "other")
     assert lines_of(guard) == [
@@ -300,9 +299,8 @@ def test_a_model_that_is_only_named_is_guarded_by_its_provider() -> None:
 
     guard = guard_of()
     agent = Agent(name="named", model="mine")
-    result = asyncio.run(
-        GuardedRunner(guard).run(agent, "hello", run_config=RunConfig(model_provider=Provider()))
-    )
+    config = RunConfig(model_provider=Provider())
+    result = asyncio.run(GuardedRunner(guard).run(agent, "hello", run_config=config))
     assert result.final_output == "done"
     assert lines_of(guard) == ["named success", "  model success 10"]
 
@@ -354,9 +352,8 @@ class Server(MCPServer):
         result = self.results.pop(0)
         if isinstance(result, Exception):
             raise result
-        return CallToolResult(
-            content=[TextContent(type="text", text=json.dumps(result))], structuredContent=result
-        )
+        content = [TextContent(type="text", text=json.dumps(result))]
+        return CallToolResult(content=content, structuredContent=result)
 
 
 def judge(ledger: Ledger) -> Any:

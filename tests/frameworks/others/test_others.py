@@ -186,10 +186,8 @@ def test_models_and_tools_are_steps(make: Any) -> None:
     call = make(guard, ledger)
     with guard.run():
         assert call() == "It is 4 C"
-    assert [line.split()[:2] for line in lines_of(guard)] == [
-        ["model", "failure"],
-        *([name, "success"] for name in steps_of(make)),
-    ]
+    outcomes = [line.split()[:2] for line in lines_of(guard)]
+    assert outcomes == [["model", "failure"], *([name, "success"] for name in steps_of(make))]
     assert result_of(guard).total_tokens == sum(ledger.tokens)
 
 

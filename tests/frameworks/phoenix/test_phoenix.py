@@ -128,9 +128,8 @@ def test_the_session_and_the_user(phoenix: Phoenix) -> None:
     sessions = phoenix.project("sessions(first: 10) { edges { node { sessionId userId numTraces } } }")[
         "sessions"
     ]
-    assert [edge["node"] for edge in sessions["edges"]] == [
-        {"sessionId": "thread-17", "userId": "ada", "numTraces": 3}
-    ]
+    shown = [edge["node"] for edge in sessions["edges"]]
+    assert shown == [{"sessionId": "thread-17", "userId": "ada", "numTraces": 3}]
 
 
 def test_the_bill(phoenix: Phoenix) -> None:

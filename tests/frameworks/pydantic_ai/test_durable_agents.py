@@ -76,9 +76,8 @@ async def test_requests_and_tools_are_steps() -> None:
 
 async def test_an_agent_survives_death_at_every_boundary() -> None:
     """G5: Killed at any record, the agent resumes with the same answer and repeats no request or tool."""
-    found = await assert_resumable(
-        World().flow(), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False
-    )
+    runner = StromaRunner.quick(policy_map=NEVER)
+    found = await assert_resumable(World().flow(), Num(), runner=runner, processes=False)
     assert len(found.boundaries) > 20
 
 

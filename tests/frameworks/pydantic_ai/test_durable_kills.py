@@ -32,11 +32,8 @@ class Research(Bill):
 
     def flow(self) -> Any:
         writer = self._writer()
-        agent = Agent(
-            FunctionModel(self._respond, stream_function=self._stream),
-            name="lead",
-            capabilities=[StromaDurability(event_stream_handler=_read)],
-        )
+        model = FunctionModel(self._respond, stream_function=self._stream)
+        agent = Agent(model, name="lead", capabilities=[StromaDurability(event_stream_handler=_read)])
 
         @agent.tool_plain
         async def search(what: str) -> str:

@@ -347,9 +347,7 @@ def charged(usage: RequestUsage, model: str, details: Any = None, **config: Any)
         ({}, "gpt-5", {"cost": 0.25, "is_byok": True, "upstream_inference_cost": 0.5}, 0.75),
     ],
 )
-def test_caches_tiers_and_charges_have_their_prices(
-    usage: Any, model: str, details: Any, cost: float
-) -> None:
+def test_caches_tiers_and_charges_are_priced(usage: Any, model: str, details: Any, cost: float) -> None:
     """What a response says of a cache, of its tier and of its cost counts."""
     result = charged(usage_with(input_tokens=1_000_000, **usage), model, details)
     assert (result.total_tokens, result.total_cost_usd) == (1_000_000, pytest.approx(cost))
@@ -394,18 +392,12 @@ def test_a_capability_twice_guards_once() -> None:
     guard = guard_of()
     agent = agent_of(Script(("weather", '{"city": "Oslo"}'), "done"), StromaCapability(guard))
     assert ask(agent, capabilities=[StromaCapability(guard)]) == "done"
-    assert lines_of(guard) == [
-        "forecaster success",
-        "  model success 10",
-        "  weather success",
-        "  model success 10",
-    ]
+    expected = ["forecaster success", "  model success 10", "  weather success", "  model success 10"]
+    assert lines_of(guard) == expected
 
 
 @pytest.mark.parametrize("kind", ["run", "run_sync", "run_stream"])
-def test_a_tool_that_requires_approval_suspends_and_goes_on_under_its_run_id(
-    kind: str, tmp_path: Path
-) -> None:
+def test_a_tool_that_needs_approval_suspends_and_goes_on_under_its_id(kind: str, tmp_path: Path) -> None:
     """``requires_approval`` and tools that others run are SUSPENDED; results go on in one run and budget."""
     calls: list[int] = []
     script = Script(("buy", {}), ("buy", {}), "bought")
@@ -446,10 +438,8 @@ def test_a_tool_that_requires_approval_suspends_and_goes_on_under_its_run_id(
         if status is RunStatus.SUSPENDED:
             output = result.output if kind != "run_stream" else asyncio.run(result.get_output())
             approved = {output.approvals[0].tool_call_id: True}
-            options = {
-                "message_history": result.all_messages(),
-                "deferred_tool_results": DeferredToolResults(approvals=approved),
-            }
+            approvals = DeferredToolResults(approvals=approved)
+            options = {"message_history": result.all_messages(), "deferred_tool_results": approvals}
     assert spent == 30 or kind == "run_stream"
 
 
