@@ -74,28 +74,14 @@ class Log:
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
-        self.hooks = NodeHooks(
-            on_node_start=self.start,
-            on_node_success=self.success,
-            on_node_failure=self.failure,
-            on_node_cancelled=self.cancelled,
-            on_run_end=self.end,
-        )
+        names = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled", "on_run_end")
+        self.hooks = NodeHooks(**{name: self._note(name) for name in names})
 
-    async def start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        self.events.append(("start", node_id, state))
+    def _note(self, name: str) -> Any:
+        async def hook(run_id: str, *arguments: Any) -> None:
+            self.events.append((name.rpartition("_")[2], *arguments))
 
-    async def success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        self.events.append(("success", node_id, state, tokens))
-
-    async def failure(self, run_id: str, node_id: str, exc: Exception, kind: FailureClass) -> None:
-        self.events.append(("failure", node_id, exc, kind))
-
-    async def cancelled(self, run_id: str, node_id: str) -> None:
-        self.events.append(("cancelled", node_id))
-
-    async def end(self, run_id: str, result: ExecutionResult) -> None:
-        self.events.append(("end", result.status))
+        return hook
 
     def names(self) -> list[str]:
         return [event[0] for event in self.events]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num, SimpleStore, context_of, failing_with, node
+from tests.kit import NEVER, THRICE, Num, SimpleStore, context_of, failing_with, node, record_hooks
 from tests.kit import Many as Items
 from tests.shared_stores import IN_PROCESS
 
@@ -15,7 +15,6 @@ from stroma import (
     AsyncInMemoryStore,
     CheckpointNotFound,
     ExecutionBudget,
-    NodeHooks,
     RequestRefused,
     RunStatus,
     SQLiteStore,
@@ -157,31 +156,10 @@ async def test_of_two_answers_one_counts(store: Any) -> None:
 @pytest.mark.core
 async def test_hooks_are_told(store: Any) -> None:
     """G9: on_node_suspended is the end of its start, and on_run_end says SUSPENDED; no failure hook."""
-    seen: list[Any] = []
-
-    def note(name: str) -> Any:
-        async def hook(*args: Any) -> None:
-            seen.append((name, *[getattr(a, "status", a) for a in args[1:2]]))
-
-        return hook
-
-    events = (
-        "on_node_start",
-        "on_node_success",
-        "on_node_failure",
-        "on_node_suspended",
-        "on_run_end",
-        "on_node_retry",
-    )
-    hooks = NodeHooks(**{name: note(name) for name in events})
-    await runner(store, hooks=hooks).run(Desk().nodes, Num())
-    assert seen == [
-        ("on_node_start", "a"),
-        ("on_node_success", "a"),
-        ("on_node_start", "ask"),
-        ("on_node_suspended", "ask"),
-        ("on_run_end", RunStatus.SUSPENDED),
-    ]
+    seen: list[str] = []
+    result = await runner(store, hooks=record_hooks(seen)).run(Desk().nodes, Num())
+    assert seen == ["run_start", "start a", "success a", "start ask", "suspended ask", "run_end"]
+    assert result.status is RunStatus.SUSPENDED
 
 
 async def test_a_sync_node_waits_too(store: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel
-from tests.kit import NEVER, ONCE, Num, context_of, node, returning, same
+from tests.kit import NEVER, ONCE, Num, SimpleStore, context_of, node, record_hooks, returning, same
 
 from stroma import (
     AsyncInMemoryStore,
@@ -70,49 +70,13 @@ def bare(node_id: str, func: Any) -> Any:
     return marked
 
 
-def giving(output: Any) -> Any:
-    async def func(state: Any) -> Any:
-        return output
-
-    return func
-
-
-class Log:
-    """Hooks that note "start a", "success a 5" and so on, in order."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.hooks = NodeHooks(
-            on_node_start=self.start,
-            on_node_success=self.success,
-            on_node_failure=self.failure,
-            on_node_cancelled=self.cancelled,
-            on_node_skipped=self.skipped,
-        )
-
-    async def start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        self.lines.append(f"start {node_id}")
-
-    async def success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        self.lines.append(f"success {node_id} {tokens}")
-
-    async def failure(self, run_id: str, node_id: str, exc: Exception, kind: FailureClass) -> None:
-        self.lines.append(f"failure {node_id} {kind}")
-
-    async def cancelled(self, run_id: str, node_id: str) -> None:
-        self.lines.append(f"cancelled {node_id}")
-
-    async def skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        self.lines.append(f"skipped {node_id}")
-
-
 # ---------------------------------------------------------------------- merging
 
 
 async def test_the_merged_state_is_a_model_for_the_next_node() -> None:
     """The merged state is a model instance that the next node's contract accepts."""
-    right = node("r", giving(Right(right=2, both="r")), Num, Right)
-    group = parallel(node("l", giving({"left": 1, "both": "l"}), Num, Left), right)
+    right = node("r", returning(Right(right=2, both="r")), Num, Right)
+    group = parallel(node("l", returning({"left": 1, "both": "l"}), Num, Left), right)
 
     result = await quick().run([group, node("same", same, Both, Both)], Num())
     assert result.final_state == Both(left=1, right=2, both="r")
@@ -134,14 +98,14 @@ async def test_a_child_without_a_contract_passes_unvalidated() -> None:
 @pytest.mark.parametrize("output", [None, [1], 5], ids=repr)
 async def test_what_cannot_be_merged_is_a_failure(output: Any) -> None:
     """A child without a contract whose output is neither dict nor model fails the group, by name."""
-    result = await quick().run([parallel(bare("c", giving(output)))], Num())
+    result = await quick().run([parallel(bare("c", returning(output)))], Num())
     assert result.status in (RunStatus.PARTIAL, RunStatus.FAILED)
     assert type(output).__name__ in result.failure.message
 
 
 def test_the_groups_id_and_its_markers() -> None:
     """A group's id is "parallel(a, b)", and it can be marked and told like a node."""
-    group = parallel(bare("a", giving({})), bare("b", giving({})))
+    group = parallel(bare("a", returning({})), bare("b", returning({})))
     assert group.node_id == "parallel(a, b)"
     assert group._stroma_node_id == "parallel(a, b)"
 
@@ -149,13 +113,13 @@ def test_the_groups_id_and_its_markers() -> None:
 @pytest.mark.core
 def test_groups_refuse_nonsense_when_they_are_made() -> None:
     """Zero children is a ValueError; what is no node a TypeError; a concurrency below 1 a ValueError."""
-    child = bare("a", giving({}))
+    child = bare("a", returning({}))
     with pytest.raises(ValueError, match="at least one"):
         parallel()
     with pytest.raises(TypeError, match="is not a stroma node"):
-        parallel(child, giving({}))
+        parallel(child, returning({}))
     with pytest.raises(TypeError, match="is not a stroma node"):
-        map_over("items", giving({}), into="out")
+        map_over("items", returning({}), into="out")
     for bad in (0, -1, 1.5):
         with pytest.raises(ValueError, match="max_concurrency"):
             parallel(child, max_concurrency=bad)
@@ -176,8 +140,8 @@ async def test_the_trace_of_a_group() -> None:
             raise left.pop()
         return {"b": 1}, 5, "gpt-4o"
 
-    group = parallel(bare("a", giving(({"a": 1}, 7))), bare("b", flaky))
-    result = await quick().run([group, bare("c", giving({"c": 1}))], Num())
+    group = parallel(bare("a", returning(({"a": 1}, 7))), bare("b", flaky))
+    result = await quick().run([group, bare("c", returning({"c": 1}))], Num())
     trace = result.trace
     assert (len(trace), [e.node_id for e in trace]) == (2, ["parallel(a, b)", "c"])
     assert trace.failures() == []
@@ -214,13 +178,13 @@ async def test_the_first_failing_child_cancels_and_awaits_its_siblings() -> None
         await started.wait()
         raise boom
 
-    log = Log()
+    events: list[str] = []
     nodes = [parallel(bare("hangs", hangs), bare("fails", fails))]
-    result = await quick(hooks=log.hooks, policy_map=NEVER).run(nodes, Num())
+    result = await quick(hooks=record_hooks(events), policy_map=NEVER).run(nodes, Num())
     assert cleaned == ["sibling"]
     assert len(asyncio.all_tasks()) == 1
     assert result.status is RunStatus.PARTIAL
-    assert log.lines[3:] == [f"failure fails {A}", "cancelled hangs", f"failure parallel(hangs, fails) {A}"]
+    assert events[4:-1] == ["failure fails", "cancelled hangs", "failure parallel(hangs, fails)"]
     (event,) = result.trace
     assert [(c.node_id, c.outcome) for c in event.children] == [("fails", "failure"), ("hangs", "cancelled")]
 
@@ -236,7 +200,7 @@ async def test_the_childs_own_exception_and_class_come_out(error: Exception, dep
 
     group = bare("fails", fails)
     for _ in range(depth):
-        group = parallel(bare("good", giving({"g": 1})), group)
+        group = parallel(bare("good", returning({"g": 1})), group)
     result = await quick(
         policy_map=NEVER, classifiers=[lambda e, c: T if isinstance(e, LookupError) else None]
     ).run([group], Num())
@@ -296,18 +260,12 @@ async def test_a_retried_group_runs_only_what_is_not_committed(store: Any) -> No
         if node_id == "good":
             done.set()
 
-    class Simple:
-        def __init__(self) -> None:
-            inner = InMemoryStore()
-            self.save, self.load, self.delete = inner.save, inner.load, inner.delete
-
     group = parallel(bare("good", good), bare("flaky", flaky))
-    log = Log()
     runner = quick(
-        store=(store or Simple)(),
+        store=(store or SimpleStore)(),
         policy_map=NEVER,
         node_policies={group.node_id: {A: FailurePolicy(max_retries=2, backoff_seconds=0)}},
-        hooks=[log.hooks, NodeHooks(on_node_success=committed)],
+        hooks=NodeHooks(on_node_success=committed),
     )
     result = await runner.run([group], Num())
     assert result.status is RunStatus.COMPLETED, result.failure
@@ -331,17 +289,17 @@ async def test_cancelling_a_group_awaits_its_children() -> None:
             finally:
                 ended["ended"] += 1
 
-        log = Log()
+        events: list[str] = []
         group = parallel(bare("a", hangs), parallel(bare("b", hangs), bare("c", hangs)), max_concurrency=2)
-        task = asyncio.create_task(quick(hooks=log.hooks).run([group], Num()))
+        task = asyncio.create_task(quick(hooks=record_hooks(events)).run([group], Num()))
         for _ in range(at):
             await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert ended["started"] == ended["ended"]
-        starts = [line.split(" ", 1)[1] for line in log.lines if line.startswith("start")]
-        ends = [line.split(" ", 1)[1] for line in log.lines if line.startswith("cancelled")]
+        starts = [line.split(" ", 1)[1] for line in events if line.startswith("start")]
+        ends = [line.split(" ", 1)[1] for line in events if line.startswith("cancelled")]
         assert sorted(starts) == sorted(ends)
         assert len(asyncio.all_tasks()) == 1
     gc.collect()
@@ -465,8 +423,8 @@ async def test_waiting_for_a_place_is_in_no_childs_duration() -> None:
 
 async def test_groups_nest() -> None:
     """Groups nest: the inner group's merged output takes its place in the outer one's order."""
-    inner = parallel(bare("b", giving({"x": 2, "b": 1})), bare("c", giving({"x": 3, "c": 1})))
-    outer = parallel(bare("a", giving({"x": 1, "a": 1})), inner, bare("d", giving({"d": 1})))
+    inner = parallel(bare("b", returning({"x": 2, "b": 1})), bare("c", returning({"x": 3, "c": 1})))
+    outer = parallel(bare("a", returning({"x": 1, "a": 1})), inner, bare("d", returning({"d": 1})))
     result = await quick().run([outer], Num())
     assert result.final_state.model_dump() == {"x": 3, "a": 1, "b": 1, "c": 1, "d": 1}
     (event,) = result.trace
@@ -525,7 +483,7 @@ async def test_a_group_as_a_step() -> None:
     """execute_step takes a group in place of a function."""
     runner = quick()
     ctx = context_of(runner)
-    result = await execute_step("g", parallel(bare("a", giving({"a": 1}))), Num(), ctx)
+    result = await execute_step("g", parallel(bare("a", returning({"a": 1}))), Num(), ctx)
     assert result.final_state.model_dump() == {"a": 1}
 
 
@@ -533,7 +491,7 @@ async def test_the_final_state_of_a_group_declares_its_fields() -> None:
     """What children without a contract gave are fields of the final state's class, also from JSON."""
 
     def gives(name: str) -> Any:
-        return bare(name, giving({name: [name]}))
+        return bare(name, returning({name: [name]}))
 
     nodes = [parallel(gives("left"), gives("right"))]
     state: Any = (await quick().run(nodes, Num())).final_state
@@ -549,9 +507,9 @@ async def test_the_final_state_of_a_group_declares_its_fields() -> None:
 async def test_the_merged_class_reads_its_own_checkpoint_back(opened: bool) -> None:
     """The merged state is a model instance whose class reads its own checkpoint back."""
     store = InMemoryStore()
-    children = [node("l", giving({"left": 1, "both": "l"}), Num, Left)]
+    children = [node("l", returning({"left": 1, "both": "l"}), Num, Left)]
     if opened:
-        children.append(bare("free", giving({"free": {"deep": [1]}})))
+        children.append(bare("free", returning({"free": {"deep": [1]}})))
     group = parallel(*children)
     result = await quick(store=store, run_id="r").run([group], Num())
     state = result.final_state
@@ -567,7 +525,7 @@ async def test_the_merged_class_reads_its_own_checkpoint_back(opened: bool) -> N
 async def test_a_registered_contract_counts_in_a_group() -> None:
     """In a group too the registry's contract of a child wins over its marker."""
     runner = quick()
-    child = node("c", giving({"n": 1, "left": 5}))
+    child = node("c", returning({"n": 1, "left": 5}))
     runner.registry.register(NodeContract(node_id="c", input_schema=Num, output_schema=Left))
     result = await runner.run([parallel(child)], Num())
     assert result.final_state.model_dump() == {"left": 5, "both": ""}
@@ -604,7 +562,7 @@ async def test_map_over_collects_in_order() -> None:
 
 async def test_map_over_of_nothing() -> None:
     """An empty list gives an empty list, and the node is not called."""
-    group = map_over("items", node("double", giving(None)), into="out")
+    group = map_over("items", node("double", returning(None)), into="out")
     result = await quick().run([group], Items(items=[]))
     assert result.status is RunStatus.COMPLETED
     assert result.final_state.out == []
@@ -734,7 +692,7 @@ async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
     """Of a state without a class the message names the keys that it has."""
 
     first = stroma_node("free", None)(returning({"things": [], "more": 1}))
-    result = await quick().run([first, map_over("items", node("a", giving({})), into="out")], Num())
+    result = await quick().run([first, map_over("items", node("a", returning({})), into="out")], Num())
     assert result.failure.message == (
         "map_over needs a list in field 'items', got NoneType; the state has the fields: things, more"
     )
@@ -749,7 +707,7 @@ async def test_keys_that_are_no_names_are_refused(how: str) -> None:
     nodes = (
         [parallel(first)]
         if how == "parallel"
-        else [first, map_over("items", node("a", giving({})), into="out")]
+        else [first, map_over("items", node("a", returning({})), into="out")]
     )
     result = await quick().run(nodes, Num())
     assert "got the key 7; use text for all keys" in result.failure.message
@@ -757,7 +715,9 @@ async def test_keys_that_are_no_names_are_refused(how: str) -> None:
 
 async def test_map_over_a_group() -> None:
     """map_over takes a group: each item goes through all its children."""
-    both = parallel(node("l", giving({"left": 1}), Num, Left), node("r", giving({"right": 2}), Num, Right))
+    both = parallel(
+        node("l", returning({"left": 1}), Num, Left), node("r", returning({"right": 2}), Num, Right)
+    )
     result = await quick().run([map_over("items", both, into="out")], Items(items=[{"n": 1}, {"n": 2}]))
     assert result.status is RunStatus.COMPLETED, result.failure
     assert result.final_state.model_dump()["out"] == [{"left": 1, "both": "", "right": 2}] * 2
@@ -806,7 +766,7 @@ async def test_a_failing_item_cancels_the_others() -> None:
 def test_groups_are_registered_nowhere() -> None:
     """Making a group leaves registries alone: its children may serve elsewhere under the same ids."""
     registry = ContractRegistry()
-    child = node("a", giving({}))
+    child = node("a", returning({}))
     parallel(child)
     with pytest.raises(KeyError):
         registry.get("a")
@@ -824,7 +784,7 @@ async def test_a_timeout_under_the_groups_id_bounds_it_all() -> None:
         finally:
             ended.append("hangs")
 
-    group = parallel(bare("hangs", hangs), bare("good", giving({"g": 1})))
+    group = parallel(bare("hangs", hangs), bare("good", returning({"g": 1})))
     result = await quick(node_timeouts={group.node_id: 30}).run([group], Num())
     assert result.status is RunStatus.PARTIAL
     assert isinstance(result.failure.exception, TimeoutError)
