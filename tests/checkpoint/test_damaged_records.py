@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, example, given, note, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from tests.checkpoint.damage import database, reseal
-from tests.kit import Num
+from tests.kit import Num, failing_with
 from tests.shared_stores import SHARED, opened, place
 from tests.store_suite.journal import State, begin, commit, row, settled
 
@@ -416,10 +416,7 @@ def build(path: Path) -> tuple[StromaRunner, Any]:
     """Return a runner, and a flow with a failure, a value, a sleep, and a question with a time limit."""
     policies = {"AMBIGUOUS": {"max_retries": 0}}
     runner = StromaRunner.quick(store=SQLiteStore(path), inline_wait_seconds=1, policy_map=policies)
-
-    @runner.node("bad", input=Num, output=Num)
-    async def bad(state: Num) -> Num:
-        raise PermissionError("no")
+    bad = runner.node("bad", input=Num, output=Num)(failing_with(PermissionError, "no"))
 
     @runner.flow("f", input=Num, output=Num)
     async def body(flow: Flow, state: Num) -> Num:

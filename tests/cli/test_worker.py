@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.cli.test_signals import wait_for
-from tests.kit import Num
+from tests.kit import Num, failing_with
 
 from stroma import AsyncInMemoryStore, Flow, StromaRunner
 from stroma.cli.stores import Database
@@ -118,10 +118,7 @@ def test_a_worker_process(shell: Any) -> None:
 async def test_the_line_of_a_suspended_run_has_the_reason(capsys: Any) -> None:
     """A worker says why a run is suspended: a sleep, a question, a message, or the outcome of an effect."""
     runner = StromaRunner.quick()
-
-    @runner.node("charge", effect=True)
-    async def charge(state: Num) -> Num:
-        raise TimeoutError
+    charge = runner.node("charge", input=Num, output=Num, effect=True)(failing_with(TimeoutError))
 
     @runner.flow("nap")
     async def nap(flow: Flow, state: Num) -> Num:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
-from tests.kit import Note, context_of
+from tests.kit import Note, context_of, returning
 
 from stroma import (
     ContractViolation,
@@ -126,15 +126,8 @@ async def test_outputs_that_a_contract_takes_are_no_mistakes() -> None:
         pass
 
     runner = StromaRunner.quick()
-
-    @runner.node("none", input=Note, output=Nothing)
-    async def none(state: Note) -> Any:
-        return None
-
-    @runner.node("five", input=Note, output=Five)
-    async def five(state: Note) -> Any:
-        return 1, 2, 3, 4, 5
-
+    none = runner.node("none", input=Note, output=Nothing)(returning(None))
+    five = runner.node("five", input=Note, output=Five)(returning((1, 2, 3, 4, 5)))
     for node in (none, five):
         assert (await runner.run([node], Note())).status is RunStatus.COMPLETED
 
@@ -142,11 +135,7 @@ async def test_outputs_that_a_contract_takes_are_no_mistakes() -> None:
 async def test_other_wrong_outputs_are_told_field_by_field() -> None:
     """What is wrong inside an output is still what pydantic says of its fields."""
     runner = StromaRunner.quick()
-
-    @runner.node("ask", input=Note, output=Note)
-    async def ask(state: Note) -> Any:
-        return {"text": None}
-
+    ask = runner.node("ask", input=Note, output=Note)(returning({"text": None}))
     result = await runner.run([ask], Note())
     assert (
         result.failure.message

@@ -26,7 +26,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from tests.kit import Note
+from tests.kit import Note, returning
 from typing_extensions import TypeAliasType, TypedDict
 
 from stroma import (
@@ -596,11 +596,7 @@ async def test_a_rate_limit_does_not_lose_a_correction() -> None:
 async def test_the_last_one_is_on_the_result() -> None:
     """result.failure has it too, for the output and for the input."""
     runner = StromaRunner.quick()
-
-    @runner.node("ask", input=Bill, output=Bill)
-    async def ask(state: Bill) -> Any:
-        return {}
-
+    ask = runner.node("ask", input=Bill, output=Bill)(returning({}))
     result = await runner.run([ask], Bill.model_validate(GOOD))
     assert "- number: Field required. Nothing came there" in (result.failure.as_prompt() or "")
     result = await runner.run([ask], Note(text="x"))

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
-from tests.kit import THRICE, open_question
+from tests.kit import THRICE, failing_with, open_question
 from tests.shared_stores import FAMILIES
 
 from stroma import (
@@ -346,11 +346,7 @@ async def test_a_time_limit_of_an_effect(store: Any) -> None:
 async def test_not_done_is_for_effects_only(store: Any) -> None:
     """signal(NotDone()) for another question is refused, and reconcile= without effect=True."""
     runner = StromaRunner.quick(store=store)
-
-    @runner.node("ask", input=Order, output=Order)
-    async def ask(order: Order) -> Order:
-        raise Suspend("may I?")
-
+    ask = runner.node("ask", input=Order, output=Order)(failing_with(Suspend, "may I?"))
     await runner.run([ask], Order(), run_id="r")
     for question in (None, open_question(store, "r")):
         with pytest.raises(ValueError, match="about the call of an effect"):

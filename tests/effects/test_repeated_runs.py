@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
-from tests.kit import context_on
+from tests.kit import context_on, failing_with
 from tests.shared_stores import STORES
 
 from stroma import Flow, NodeContract, Pipeline, RunConfig, RunExists, RunStatus, StromaRunner, execute_step
@@ -138,10 +138,7 @@ async def test_an_interrupted_run_keeps_its_outputs(store: Any) -> None:
     async def first(letter: Letter) -> Letter:
         return Letter(text="paid")
 
-    @runner.node("second", input=Letter, output=Letter)
-    async def second(letter: Letter) -> Letter:
-        raise Stopped
-
+    second = runner.node("second", input=Letter, output=Letter)(failing_with(Stopped))
     with pytest.raises(Stopped):
         await runner.run([first, second], Letter(), run_id="r")
     loss = r"INTERRUPTED.*discard 1 committed node;"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, SecretStr
 from tests.fixtures import store_fixture
-from tests.kit import Num, SimpleStore, Text, node, quick
+from tests.kit import Num, SimpleStore, Text, node, quick, returning
 from tests.shared_stores import FAMILIES
 
 from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node_or_none
@@ -121,11 +121,7 @@ async def test_children_items_and_effects_have_theirs(store: Any) -> None:
     await runner.run([each], Many(items=[Num(n=3), Num(n=7)]), run_id="map")
     found = [one.value for one in rejected_outputs(store, "map") if one is not None]
     assert found == [{"stars": 7, "why": "x"}]
-
-    @runner.node("charge", input=Num, output=Rating, effect=True)
-    async def charge(state: Num) -> Any:
-        return {"receipt": 17}
-
+    charge = runner.node("charge", input=Num, output=Rating, effect=True)(returning({"receipt": 17}))
     result = await runner.run([charge], Num(), run_id="effect")
     assert result.status is RunStatus.SUSPENDED
     (one,) = rejected_outputs(store, "effect")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, field_validator
-from tests.kit import Note, context_of, failing_with
+from tests.kit import Note, context_of, failing_with, returning
 
 from stroma import NodeHooks, RunStatus, SQLiteStore, StromaRunner, execute_step, map_over, parallel
 from stroma.adapters import Guard
@@ -180,10 +180,6 @@ async def test_a_panic_of_native_code_in_a_validator_is_a_violation() -> None:
             raise panic("index out of bounds")
 
     runner = StromaRunner.quick()
-
-    @runner.node("ask", input=Note, output=Strict)
-    async def ask(state: Note) -> Any:
-        return {"text": "x"}
-
+    ask = runner.node("ask", input=Note, output=Strict)(returning({"text": "x"}))
     result = await runner.run([ask], Note())
     assert (result.status, result.failure.reason) == (RunStatus.FAILED, "contract")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import failing_with
 
 from stroma import NodeHooks, StromaRunner, map_over, parallel
 
@@ -33,10 +34,7 @@ async def test_a_failed_attempt_with_hooks_leaves_no_cycle(shape: str) -> None:
     async def same(state: Item) -> Item:
         return state
 
-    @runner.node("item", input=Item, output=Item)
-    async def item(state: Item) -> Item:
-        raise LookupError
-
+    item = runner.node("item", input=Item, output=Item)(failing_with(LookupError))
     inside: Any = {"node": item, "sequence": [same, item], "parallel": parallel(item)}[shape]
     nodes: list[Any] = [map_over("items", inside, into="out", on_item_failure="collect")]
     await runner.run(nodes, Many())

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 import requests
-from tests.kit import NEVER
+from tests.kit import NEVER, failing_with, node
 from tests.limits.budget_helper import State
 
 from stroma import (
@@ -359,11 +359,7 @@ async def test_a_provider_that_cannot_be_reached(client: httpx.AsyncClient) -> N
 
 async def test_failures_without_a_host_count_for_the_limit() -> None:
     """Where no exception tells a host, one limit is one circuit; a node without a limit has none."""
-
-    @stroma_node("call", input=State, output=State)
-    async def fail(state: State) -> Any:
-        raise ConnectionError("no")
-
+    fail = node("call", failing_with(ConnectionError, "no"), State, State)
     broken, _ = breaker(max_wait_seconds=0)
     limits = {"llm": Limit(concurrent=5, store=AsyncInMemoryStore())}
     limited = StromaRunner.quick(breaker=broken, policy_map=NEVER, limits=limits, node_limits={"call": "llm"})

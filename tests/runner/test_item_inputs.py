@@ -12,6 +12,7 @@ import pytest
 from pydantic import BaseModel
 from tests.kit import Item as Count
 from tests.kit import Text as Part
+from tests.kit import returning
 from tests.shared_stores import STORES, store_of
 
 from stroma import JsonLines, RunStatus, StromaRunner, map_over, parallel
@@ -47,9 +48,7 @@ def nodes_of(runner: StromaRunner, fails: str = "") -> dict[str, Any]:
             raise LookupError("no")
         return {"n": len(item.text)}
 
-    @runner.node("again", input=Count, output=Count)
-    async def count_again(state: Count) -> Any:
-        return {"n": 1}
+    count_again = runner.node("again", input=Count, output=Count)(returning({"n": 1}))
 
     @runner.node("part", input=Part, output=Part)
     async def part(state: Part) -> Any:

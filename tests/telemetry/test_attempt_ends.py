@@ -11,6 +11,7 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.trace import StatusCode
 from pydantic import BaseModel
+from tests.kit import failing_with
 from tests.telemetry.test_opentelemetry import Item, Seen, State, quick
 
 from stroma import NodeHooks, RunStatus, SQLiteStore, StromaRunner, Suspend, current_node, parallel
@@ -182,10 +183,7 @@ async def test_a_contract_that_cannot_be_read() -> None:
 
     seen = Seen()
     runner = quick(seen.hooks(), retries=0)
-
-    @runner.node("half", input=Half, output=Half)
-    async def half(state: Half) -> Half:
-        raise AssertionError
+    half = runner.node("half", input=Half, output=Half)(failing_with(AssertionError))
 
     @runner.node("whole", input=State, output=State)
     async def whole(state: State) -> State:

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry, generate_latest
-from tests.kit import Num, context_on, retry_policies, same
+from tests.kit import Num, context_on, failing_with, node, retry_policies, same
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_counted_once import Otel, Statsd, Tracer, runner_of, total
 
@@ -30,7 +30,6 @@ from stroma import (
     current_node,
     current_node_or_none,
     execute_step,
-    stroma_node,
 )
 from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
 
@@ -38,10 +37,7 @@ pytest_plugins = ["tests.receivers.fixtures"]
 
 
 def own_pipeline(hooks: Any, name: str = "own") -> Pipeline:
-    @stroma_node("a", input=Num, output=Num)
-    async def a(state: Num) -> Num:
-        return state
-
+    a = node("a", same)
     return Pipeline(name, [a], config=RunConfig(hooks=hooks))
 
 
@@ -217,11 +213,7 @@ async def test_events_of_a_node_with_many_attempts() -> None:
     """No event of a node is dropped in silence: an attribute says how many are missing."""
     otel = Otel()
     runner = StromaRunner.quick(hooks=otel.hooks(), policy_map=retry_policies(60))
-
-    @runner.node("a", input=Num, output=Num)
-    async def a(state: Num) -> Num:
-        raise ConnectionError
-
+    a = runner.node("a", input=Num, output=Num)(failing_with(ConnectionError))
     await runner.run([a], Num())
     (node, _) = otel.spans.get_finished_spans()
     assert node.dropped_events == 0

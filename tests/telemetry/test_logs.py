@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import structlog
 from pydantic import BaseModel, SecretStr
-from tests.kit import ONCE
+from tests.kit import ONCE, failing_with
 
 from stroma import RunStatus, StromaRunner, Usage, current_node
 from stroma.telemetry import DENY_KEYS, log_hooks
@@ -332,11 +332,7 @@ async def test_lines_of_the_engine_name_their_run(caplog: pytest.LogCaptureFixtu
     """Every line of the engine about a run begins with its id, and a FAILED run ends with a line at ERROR."""
     caplog.set_level(logging.INFO, logger="stroma")
     runner = StromaRunner.quick(policy_map=ONCE, pipeline="100 %")
-
-    @runner.node("post", input=State, output=State)
-    async def post(state: State) -> State:
-        raise ImportError("no")
-
+    post = runner.node("post", input=State, output=State)(failing_with(ImportError, "no"))
     await runner.run([post], State(), run_id="a")
     await runner.run([flaky(runner)], State(), run_id="b")
     await runner.run([flaky(runner, 9)], State(), run_id="c")

@@ -16,7 +16,7 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
-from tests.kit import Num, retry_policies
+from tests.kit import Num, failing_with, retry_policies
 from tests.kit import Num as State
 from tests.receivers.datadog import DatadogAgent
 from tests.receivers.sentry import RecordedSentry
@@ -222,9 +222,7 @@ def first(path: pathlib.Path) -> None:
     async def node(state: Num) -> Num:
         return state
 
-    @runner.node("second", input=Num, output=Num)
-    async def second(state: Num) -> Num:
-        raise NotImplementedError
+    second = runner.node("second", input=Num, output=Num)(failing_with(NotImplementedError))
 
     async def go() -> None:
         async with store:

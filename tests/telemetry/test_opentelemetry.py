@@ -20,7 +20,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from pydantic import BaseModel, SecretStr
-from tests.kit import Item, context_of, retry_policies
+from tests.kit import Item, context_of, failing_with, retry_policies
 from tests.receivers.otlp import OtlpReceiver
 
 from stroma import (
@@ -375,11 +375,7 @@ class TestEndings:
             missing: int
 
         runner = quick(seen.hooks())
-
-        @runner.node("strict", input=Other, output=Other)
-        async def strict(state: Other) -> Other:
-            raise AssertionError
-
+        strict = runner.node("strict", input=Other, output=Other)(failing_with(AssertionError))
         await runner.run([flaky(runner), strict], State())
         span = seen.span("stroma.node strict")
         assert span.status.status_code is StatusCode.ERROR
@@ -429,11 +425,7 @@ class TestEndings:
     async def test_a_pause_is_no_error(self, seen: Seen) -> None:
         """A node that waits for a person ends its span without an error; so does the run."""
         runner = quick(seen.hooks())
-
-        @runner.node("ask", input=State, output=State)
-        async def ask(state: State) -> State:
-            raise Suspend("may I?")
-
+        ask = runner.node("ask", input=State, output=State)(failing_with(Suspend, "may I?"))
         result = await runner.run([ask], State())
         assert result.status is RunStatus.SUSPENDED
         assert {span.status.status_code for span in seen.spans} == {StatusCode.UNSET}

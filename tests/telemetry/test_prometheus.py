@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
-from tests.kit import ONCE, TWICE, Num
+from tests.kit import ONCE, TWICE, Num, returning
 from tests.receivers.prometheus import SharedPrometheus, check_metrics
 
 from stroma import ExecutionBudget, NodeHooks, RunStatus, StromaRunner, Usage, current_node, parallel
@@ -265,11 +265,7 @@ async def test_a_limit_behind_a_broken_contract_is_counted() -> None:
     registry = CollectorRegistry()
     budget = ExecutionBudget(max_tokens_total=150)
     runner = quick(registry, pipeline="masked", budget=budget, contract_retries={"a": 5})
-
-    @runner.node("a", input=Num, output=Num)
-    async def breaks(state: Num) -> Any:
-        return {"n": "x"}, 100, 0, "gpt-4o-mini"
-
+    breaks = runner.node("a", input=Num, output=Num)(returning(({"n": "x"}, 100, 0, "gpt-4o-mini")))
     result = await runner.run([breaks], Num())
     assert (result.status, len(result.trace)) == (RunStatus.PARTIAL, 2)
     counted = registry.get_sample_value(

@@ -10,7 +10,7 @@ import pytest
 import sentry_sdk
 from sentry_sdk.integrations.logging import LoggingIntegration
 from tests.kit import Item as Out
-from tests.kit import context_of
+from tests.kit import context_of, returning
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_sentry import QuotaError, State, node, quick
 
@@ -21,11 +21,7 @@ pytest_plugins = ["tests.receivers.fixtures"]
 
 
 def violating(runner: StromaRunner) -> Any:
-    @runner.node("bad", input=State, output=Out)
-    async def call(_: State) -> Any:
-        return {"n": "no number"}
-
-    return call
+    return runner.node("bad", input=State, output=Out)(returning({"n": "no number"}))
 
 
 @pytest.mark.core

@@ -12,7 +12,7 @@ import pytest
 import sentry_sdk
 from pydantic import BaseModel
 from sentry_sdk.integrations.logging import LoggingIntegration
-from tests.kit import NEVER, ONCE, Num
+from tests.kit import NEVER, ONCE, Num, failing_with
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import Pipeline, StromaRunner, current_node, map_over, parallel
@@ -93,9 +93,7 @@ async def test_spans_of_a_run_in_both_modes(mode: str) -> None:
                 raise ConnectionError
             return state
 
-        @runner.node("bad", input=Num, output=Num)
-        async def bad(state: Num) -> Num:
-            raise PermissionError
+        bad = runner.node("bad", input=Num, output=Num)(failing_with(PermissionError))
 
         @runner.node("b", input=Num, output=Num)
         async def b(state: Num) -> Num:
@@ -151,10 +149,7 @@ async def test_two_clients_each_have_the_issue_and_the_spans() -> None:
     with RecordedSentry() as one, RecordedSentry() as two:
         sets = [sentry_hooks(client=sentry.client) for sentry in (one, two)]
         runner = StromaRunner.quick(hooks=sets, policy_map=NEVER)
-
-        @runner.node("bad", input=Num, output=Num)
-        async def bad(state: Num) -> Num:
-            raise PermissionError
+        bad = runner.node("bad", input=Num, output=Num)(failing_with(PermissionError))
 
         @runner.node("outer", input=Num, output=Num)
         async def outer(state: Num) -> Num:
@@ -217,11 +212,7 @@ async def test_what_a_node_tags_is_its_own(sentry: RecordedSentry) -> None:
 async def test_an_exception_raised_further_makes_no_second_issue(how: str, sentry: RecordedSentry) -> None:
     """An integration's capture of result.raise_for_status() is the same failure in whichever task."""
     runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
-
-    @runner.node("a", input=Num, output=Num)
-    async def a(state: Num) -> Num:
-        raise PermissionError("a customer's text")
-
+    a = runner.node("a", input=Num, output=Num)(failing_with(PermissionError, "a customer's text"))
     begin: dict[str, Callable[[Coroutine[Any, Any, Any]], Any]] = {
         "await": lambda run: run,
         "task": asyncio.create_task,
@@ -254,10 +245,7 @@ async def test_scopes_of_collected_items_are_released(sentry: RecordedSentry) ->
 
     runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
     alive: list[int] = []
-
-    @runner.node("item", input=Item, output=Item)
-    async def item(state: Item) -> Item:
-        raise LookupError
+    item = runner.node("item", input=Item, output=Item)(failing_with(LookupError))
 
     @runner.node("look", input=Many, output=Many)
     async def look(state: Many) -> Many:

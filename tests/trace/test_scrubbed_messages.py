@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import pytest
 from pydantic import BaseModel, SecretStr, field_validator, model_validator
-from tests.kit import undone_command
+from tests.kit import returning, undone_command
 
 from stroma import (
     AsyncInMemoryStore,
@@ -133,11 +133,7 @@ async def test_a_secret_in_a_broken_contract_is_masked() -> None:
             raise ValueError(f"{value} is no known token")
 
     runner = StromaRunner.quick(policy_map=NEVER)
-
-    @runner.node("login", input=Call, output=Login)
-    async def login(state: Call) -> Any:
-        return {"token": "plain-secret-text"}
-
+    login = runner.node("login", input=Call, output=Login)(returning({"token": "plain-secret-text"}))
     result = await runner.run([login], Call())
     assert "is no known token" in result.failure.message
     assert "plain-secret-text" not in result.failure.message
