@@ -85,3 +85,8 @@ def runner_on(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(
         **{"store": store, "run_id": "r", "resume": True, "policy_map": NEVER, **config}
     )
+
+
+def run_of(flow: Any, store: Any, **config: Any) -> Callable[[], Awaitable[Any]]:
+    """Return what each process does: begin or resume run "r" of a flow, with a runner of its own."""
+    return lambda: runner_on(store, **config).run(flow, Num())

@@ -7,7 +7,7 @@ import contextlib
 from typing import Any
 
 import pytest
-from tests.flows.steps import World, runner_on
+from tests.flows.steps import World, run_of, runner_on
 from tests.kit import Num
 from tests.shared_stores import IN_PROCESS, store_of
 
@@ -383,10 +383,7 @@ async def test_a_cleanup_may_be_finished_by_another_process(kind: str, way: str)
         return state
 
     with store_of(kind) as store:
-
-        async def run() -> Any:
-            return await runner_on(store).run(f, Num())
-
+        run = run_of(f, store)
         await world.live(run, "report 5")
         assert (await world.live(run)).status is RunStatus.PARTIAL
         world.failing.clear()

@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 import pytest
-from tests.flows.steps import World, runner_on
+from tests.flows.steps import World, run_of, runner_on
 from tests.kit import Num, node, open_question
 from tests.shared_stores import STORES, store_of
 
@@ -147,9 +147,7 @@ async def test_a_replayed_timeout_is_no_change_for_the_steps_beside_it() -> None
         found = await asyncio.gather(with_timeout(), flow.step(last, state))
         return found[0]
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     world.turns["last"] = 10**6
     await world.live(run, "add 1")
     world.turns["last"] = 1
@@ -175,9 +173,7 @@ async def test_a_slow_replay_is_not_taken_for_a_flow_at_rest() -> None:
         asyncio.get_running_loop().call_later(0.02, is_read.set)
         await is_read.wait()
 
-    async def run() -> Any:
-        return await runner_on(store, hooks=NodeHooks(on_node_skipped=slow)).run(f, Num())
-
+    run = run_of(f, store, hooks=NodeHooks(on_node_skipped=slow))
     await world.live(run, "last 1")
     assert (await world.live(run)).status is RunStatus.SUSPENDED
     assert world.calls == ["add 0", "last 1", "last 1"]

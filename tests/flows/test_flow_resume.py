@@ -18,7 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, JsonValue
 from tests.fixtures import store_fixture
-from tests.flows.steps import Text, World, runner_on
+from tests.flows.steps import Text, World, run_of, runner_on
 from tests.kit import NEVER, Num, node, quick
 from tests.shared_stores import IN_PROCESS, STORES
 
@@ -63,9 +63,7 @@ async def test_committed_steps_are_not_called_again(store: Any) -> None:
     async def skip(_run: str, node_id: str, output: dict[str, Any]) -> None:
         skipped.append((node_id, output["n"]))
 
-    async def run() -> Any:
-        return await runner_on(store, hooks=NodeHooks(on_node_skipped=skip)).run(f, Num())
-
+    run = run_of(f, store, hooks=NodeHooks(on_node_skipped=skip))
     await world.live(run, "add 2")
     world.calls.clear()
     result = await world.live(run)
@@ -96,9 +94,7 @@ async def test_a_caught_failure_is_replayed(store: Any) -> None:
             state = await flow.step(good, state)
         return await flow.step(last, state)
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     await world.live(run, "last 1")
     world.calls.clear()
     world.failing.clear()
@@ -122,9 +118,7 @@ async def test_a_failure_that_ended_the_run_is_retried(store: Any) -> None:
             state = await flow.step(good, state)
         return await flow.step(bad, Num(n=1))
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     first = await world.live(run)
     assert first.status is RunStatus.PARTIAL
     world.calls.clear()
@@ -148,9 +142,7 @@ async def test_a_cleanup_after_the_failure_need_not_come_again(store: Any) -> No
             raise
         return await flow.step(last, state)
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     assert (await world.live(run)).status is RunStatus.PARTIAL
     world.failing.clear()
     await world.live(run, "last 1")
@@ -172,9 +164,7 @@ async def test_siblings_that_a_failure_cancelled_run_on_resume(store: Any) -> No
             tasks = [group.create_task(flow.step(one, state)) for one in (slow, bad, quick_one)]
         return Num(n=sum(task.result().n for task in tasks))
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     assert (await world.live(run)).status is RunStatus.PARTIAL
     world.failing.clear()
     world.turns["slow"] = 1
@@ -228,9 +218,7 @@ async def test_an_error_of_the_body_is_fixed_and_resumed(store: Any) -> None:
             raise KeyError("oops")
         return await flow.step(add, state)
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     first = await world.live(run)
     assert (first.status, first.failure.node_id) == (RunStatus.PARTIAL, "f")
     assert isinstance(first.failure.exception, KeyError)
@@ -250,9 +238,7 @@ async def test_values_are_the_same_on_replay(store: Any) -> None:
         state = await flow.step(add, state)
         return await flow.step(add, state)
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     await world.live(run, "add 1")
     await asyncio.sleep(0.01)
     await world.live(run)
@@ -405,9 +391,7 @@ def test_bodies_that_depend_on_the_order_are_replayed(way: str, turns: list[int]
             outcomes.append(said)
             return Text(text=said)
 
-        async def run() -> Any:
-            return await runner_on(store).run(f, Num())
-
+        run = run_of(f, store)
         first = await world.live(run)
         if first is None:
             committed = {at.branch for at in store.attempts("r") if at.outcome == "success"}
@@ -443,9 +427,7 @@ async def test_a_cancelled_step_is_cancelled_again(store: Any) -> None:
             state = await flow.step(last, Num(n=5))
         return await flow.step(last, state)
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     await world.live(run, "last 6")
     assert world.calls == ["slow 0", "last 5", "last 6"]
     result = await world.live(run)
@@ -489,9 +471,7 @@ async def test_a_changed_flow_is_refused(store: Any, change: str, said: str) -> 
             state = await flow.step(c, state)
         return await flow.step(d, state) if now != "last removed" else state
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     await world.live(run, "d 3")
     world.calls.clear()
     changed[0] = True
@@ -575,9 +555,7 @@ async def test_a_refused_resume_records_nothing_of_what_it_did_not_call(store: A
         state = await flow.step(b, await flow.step(a, state))
         return await flow.step(b, state)
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     await world.live(run, "b 2")
     world.calls.clear()
     is_changed = True
@@ -676,10 +654,7 @@ async def test_a_long_flow_resumes_quickly(tmp_path: Any) -> None:
         return state
 
     async with SQLiteStore(tmp_path / "runs.db", synchronous="normal") as store:
-
-        async def run() -> Any:
-            return await runner_on(store).run(f, Num())
-
+        run = run_of(f, store)
         await world.live(run, f"add {count - 1}")
         begin = time.process_time()
         result = await world.live(run)
@@ -718,9 +693,7 @@ async def test_a_wait_of_the_body_beside_a_live_step_is_no_change(store: Any, wa
             first = await flow.step(quick_one, state)
             return await flow.step(held, first)
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     world.turns["held"] = 10**7
     life = asyncio.ensure_future(run())
     while "after 0" not in world.calls or "held 1" not in world.calls:
@@ -753,9 +726,7 @@ async def test_a_renamed_step_is_found_while_other_tasks_of_the_loop_are_at_work
             got = await queue.get()
         return await flow.step(last, got)
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     await world.live(run, "last 1")
     name = new
     other = asyncio.ensure_future(asyncio.sleep(60))
@@ -791,9 +762,7 @@ async def test_other_inputs_of_what_is_made_of_steps_are_found(store: Any, way: 
         await flow.map(add, items)
         return await flow.step(last, Num())
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     await world.live(run, "last 0")
     is_changed = True
     world.calls.clear()
@@ -876,9 +845,7 @@ async def test_the_latency_of_earlier_processes_counts(
         await flow.wait_for(Text, reason="Go on?")
         return await flow.step(add, state)
 
-    async def run() -> Any:
-        return await runner_on(store, budget=ExecutionBudget(max_latency_ms=350)).run(f, Num())
-
+    run = run_of(f, store, budget=ExecutionBudget(max_latency_ms=350))
     if way == "killed":
         await world.live(run, "add 2")
     assert (await world.live(run)).status is RunStatus.SUSPENDED
@@ -908,9 +875,7 @@ async def test_a_change_before_an_open_wait_is_found(store: Any, change: str) ->
         await asyncio.gather(*calls)
         return state
 
-    async def run() -> Any:
-        return await runner_on(store, inline_wait_seconds=0).run(f, Num())
-
+    run = run_of(f, store, inline_wait_seconds=0)
     assert (await run()).status is RunStatus.SUSPENDED
     is_changed = True
     with pytest.raises(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.flows.steps import Clock, Text, World, runner_on
+from tests.flows.steps import Clock, Text, World, run_of, runner_on
 from tests.kit import Num
 from tests.shared_stores import STORES
 
@@ -128,9 +128,7 @@ async def test_a_question_expires(store: Any, clock: Clock) -> None:
             state = await flow.step(add, state)
         return await flow.step(add, state)
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     assert (await run()).status is RunStatus.SUSPENDED
     clock.pass_by(days=8)
     await world.live(run, "add 1")

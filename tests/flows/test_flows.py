@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.flows.steps import Text, World, runner_on
+from tests.flows.steps import Text, World, run_of, runner_on
 from tests.kit import NEVER, ONCE, Num, node, quick
 from tests.shared_stores import STORES
 
@@ -244,9 +244,7 @@ async def test_map_runs_a_node_on_each_item(store: Any) -> None:
         found = await flow.map(double, [Num(n=n) for n in range(4)], max_concurrency=2)
         return Text(text=str([one.n for one in found]))
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     await world.live(run, "double 3")
     assert len(world.calls) == 4
     before, world.calls[:] = set(world.calls), []
@@ -274,9 +272,7 @@ async def test_a_failed_item_ends_a_map(store: Any) -> None:
         await flow.step(last, state)
         return Text(text=found)
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     await world.live(run, "last 0")
     world.calls.clear()
     world.failing.clear()
@@ -301,9 +297,7 @@ async def test_flows_and_pipelines_run_inside_a_flow(store: Any) -> None:
         state = await flow.run(Pipeline("p", [add, double]), state)
         return await flow.run(inner, state)
 
-    async def run() -> Any:
-        return await runner_on(store).run(outer, Num())
-
+    run = run_of(outer, store)
     await world.live(run, "add 6")
     assert world.calls == ["add 0", "add 1", "add 2", "double 3", "add 6"]
     world.calls.clear()
@@ -351,9 +345,7 @@ async def test_a_flow_is_a_node_of_a_pipeline(store: Any) -> None:
         state = await flow.step(add, state)
         return await flow.step(add, state)
 
-    async def run() -> Any:
-        return await runner_on(store).run(Pipeline("p", [add, f, add]), Num())
-
+    run = run_of(Pipeline("p", [add, f, add]), store)
     await world.live(run, "add 3")
     world.calls.clear()
     result = await world.live(run)
@@ -483,9 +475,7 @@ async def test_a_cancelled_run_cancels_its_steps(store: Any) -> None:
             world.calls.append("caught")
             raise
 
-    async def run() -> Any:
-        return await runner_on(store).run(f, Num())
-
+    run = run_of(f, store)
     assert await world.live(run, "add 1") is None
     assert world.calls == ["add 0", "add 1"]
     assert store.get_run("r").status == "CANCELLED"
