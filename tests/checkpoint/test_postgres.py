@@ -115,9 +115,6 @@ def counted(server: PostgresServer, schema: str, table: str) -> int:
     return int(count)
 
 
-# ---------------------------------------------------------------------- the schema
-
-
 async def test_reading_makes_nothing(server: PostgresServer, store: PostgresStore, schema: str) -> None:
     """Where nothing was ever written, reading finds nothing and leaves nothing behind."""
     assert (store.list_runs(), store.get_run("run"), store.attempts("run")) == ([], None, [])
@@ -210,9 +207,6 @@ async def test_a_schema_that_is_dropped_is_made_again(
     assert (await begin(store)).execution == 1
 
 
-# ---------------------------------------------------------------------- ids
-
-
 @pytest.mark.example
 async def test_long_ids_of_any_characters(store: PostgresStore) -> None:
     """Ids that are too long for an index are kept apart and found by their beginning all the same."""
@@ -231,9 +225,6 @@ async def test_long_ids_of_any_characters(store: PostgresStore) -> None:
     assert set(store.find_run("\U0010ffff")) == {ids[2], ids[3]}
     assert store.find_run("\U0010ffff" * 65) == [ids[2]]
     assert (store.find_run("%"), store.find_run("_"), store.find_run("é")) == ([ids[4]], [], [ids[5]])
-
-
-# ---------------------------------------------------------------------- one owner
 
 
 async def test_a_lease_goes_by_the_server(server: PostgresServer, store: PostgresStore, schema: str) -> None:
@@ -273,9 +264,6 @@ async def test_a_run_taken_over_elsewhere(server: PostgresServer, store: Postgre
         done = await asyncio.gather(*(commit(s, 0, State(n=1)) for s in sessions), return_exceptions=True)
     assert [type(e) for e in done] == [Fenced if i == 3 else type(None) for i in range(10)]
     assert counted(server, schema, "attempts") == counted(server, schema, "steps") == 9
-
-
-# ---------------------------------------------------------------------- batches
 
 
 def test_what_is_done_together() -> None:
@@ -380,9 +368,6 @@ async def test_a_deadlock_is_nobodys_fault(server: PostgresServer, store: Postgr
     await pending
     assert [store.get_run(run_id).nodes for run_id in ("a", "b")] == [1, 1]
     assert counted(server, schema, "attempts") == 2
-
-
-# ---------------------------------------------------------------------- connections that break
 
 
 async def test_connections_are_ended(server: PostgresServer, store: PostgresStore, schema: str) -> None:
@@ -599,9 +584,6 @@ async def test_a_read_only_server(server: PostgresServer, store: PostgresStore, 
             await begin(replica)
 
 
-# ---------------------------------------------------------------------- durability
-
-
 async def test_commits_are_on_the_disk(
     server: PostgresServer, schema: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -627,9 +609,6 @@ async def test_commits_are_on_the_disk(
         server.execute("SELECT pg_reload_conf()")
     (warned,) = caplog.records
     assert "fsync off" in warned.getMessage()
-
-
-# ---------------------------------------------------------------------- processes
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -694,9 +673,6 @@ async def test_what_is_queued_when_it_is_closed(server: PostgresServer, schema: 
     assert store.get_run("run").nodes == 50
 
 
-# ---------------------------------------------------------------------- making one
-
-
 @pytest.mark.parametrize("name", ["", "a-b", 'a"b', "1a", "pg_x", "x" * 64, "é", None])
 def test_what_is_no_schema(name: Any) -> None:
     """A schema is named by letters, digits and underscores; anything else is refused at once."""
@@ -742,9 +718,6 @@ def test_without_the_driver() -> None:
     """
     line = "psycopg is required for PostgresStore; install it with: pip install 'stroma-runner[postgres]'"
     assert ended(start_python(code=code)).splitlines() == [line] * 2
-
-
-# ---------------------------------------------------------------------- speed
 
 
 async def test_speed(server: PostgresServer, store: PostgresStore) -> None:

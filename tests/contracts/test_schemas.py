@@ -276,9 +276,6 @@ def test_lossy_serializers_do_not_touch_what_is_stored() -> None:
     check(Masked(card="4111"))
 
 
-# ---------------------------------------------------------------------- classes inside
-
-
 class Base(BaseModel):
     n: int
 
@@ -523,9 +520,6 @@ def test_a_field_may_have_any_name() -> None:
         assert not shared(schema.convert(model), model)
 
 
-# ---------------------------------------------------------------------- validators that see their own output
-
-
 class Loud(BaseModel):
     word: Annotated[str, AfterValidator(lambda v: v + "!")]
 
@@ -679,9 +673,6 @@ def test_decoded_values_are_validated_all_the_same() -> None:
     """What a Json field holds is still what it declares."""
     with pytest.raises(ValidationError):
         schema_of(Secretive).accept_output(Secretive.model_construct(data=["x"], text="a", raw=b""))
-
-
-# ---------------------------------------------------------------------- strict classes
 
 
 STRICT: dict[str, tuple[Any, Any]] = {

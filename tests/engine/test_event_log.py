@@ -872,8 +872,6 @@ async def hidden_input(diary: Diary) -> None:
     await diary.run([giving("a", {"n": 0}), giving("b", {}, input=Positive)], Num(n=4), redact=redact)
 
 
-# ---------------------------------------------------------------- what is promised of them
-
 FAR_LIMITS = {"limits": {"far": FAR}, "node_limits": dict.fromkeys(("a", "b", "each"), "far")}
 #: The settings that all scenarios run in: a bare run, and one with every mechanism that may not change it, at
 #: once.

@@ -81,9 +81,6 @@ async def loaded(store: Any, run_id: str, node_id: str, schema: type[BaseModel] 
     return await result if asyncio.iscoroutine(result) else result
 
 
-# ---------------------------------------------------------------------- resume=True
-
-
 @pytest.mark.core
 @pytest.mark.parametrize("broken", ["a", "b", "c", "d"])
 async def test_resume_goes_on_where_the_run_stopped(store: Any, broken: str) -> None:
@@ -188,9 +185,6 @@ async def test_resume_of_a_node_without_a_contract(store: Any) -> None:
     assert seen[0] == seen[1] == Deep(deep=[1, {"x": (1, 2)}])
 
 
-# ---------------------------------------------------------------------- restart
-
-
 async def test_running_again_restarts(store: Any) -> None:
     """Running a run id again without resume is a new execution: all is called, with its own totals."""
     work = Work("a", "b")
@@ -213,9 +207,6 @@ async def test_a_restart_forgets_the_commits(store: Any) -> None:
     result = await runner.run(work.nodes, Num(n=100), resume=True)
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=103))
     assert work.calls == {"a": 2, "b": 3, "c": 2}
-
-
-# ---------------------------------------------------------------------- resume_from
 
 
 @pytest.mark.parametrize("target", ["a", "b", "c"])
@@ -289,9 +280,6 @@ async def test_resume_from_behind_a_group(store: Any, target: str, calls: int) -
     result = await runner.run(nodes, Num(), resume_from=target)
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
     assert work.calls == {"a": calls, "b": calls, "c": 2}
-
-
-# ---------------------------------------------------------------------- changed pipelines
 
 
 async def _stopped(store: Any) -> Work:
@@ -456,9 +444,6 @@ async def test_a_changed_group_is_refused(store: Any) -> None:
     assert other.calls == {}
 
 
-# ---------------------------------------------------------------------- inside groups
-
-
 async def test_only_unfinished_children_run_on_resume(store: Any) -> None:
     """On resume only unfinished children run; the merged state is as it would have been."""
     done = asyncio.Event()
@@ -559,9 +544,6 @@ async def test_group_usage_counts_once_on_resume(store: Any) -> None:
     budget = ExecutionBudget(max_tokens_total=30)
     result = await quick(store, resume=True, budget=budget).run(nodes, Num())
     assert result.status is RunStatus.RESUMED, result.failure
-
-
-# ---------------------------------------------------------------------- steps
 
 
 @pytest.mark.core
@@ -784,9 +766,6 @@ async def test_a_damaged_child_names_the_group_to_resume_from(tmp_path: Path) ->
         db.close()
         with pytest.raises(CorruptCheckpoint, match=re.escape("resume_from='parallel(a, b)'")):
             await quick(store).run(sequence, Num(), resume=True)
-
-
-# ---------------------------------------------------------------------- the simple protocol
 
 
 @pytest.mark.parametrize("make", [SimpleStore, AsyncSimpleStore])

@@ -264,9 +264,6 @@ async def test_a_restart_has_other_random_values(store: Any) -> None:
     assert world.calls == ["add 0", "add 0"]
 
 
-# ---------------------------------------------------------------------- order
-
-
 def _bodies(fetch: Any, judge: Any) -> dict[str, Callable[[Flow, Num], Any]]:
     async def branch(flow: Flow, n: int) -> int:
         return (await flow.step(judge, await flow.step(fetch, Num(n=n)))).n
@@ -434,9 +431,6 @@ async def test_a_cancelled_step_is_cancelled_again(store: Any) -> None:
     assert (result.status, result.final_state, world.calls[3:]) == (RunStatus.RESUMED, Num(n=7), ["last 6"])
 
 
-# ---------------------------------------------------------------------- changes
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -567,9 +561,6 @@ async def test_a_refused_resume_records_nothing_of_what_it_did_not_call(store: A
     is_changed = False
     result = await world.live(run)
     assert result.status is RunStatus.RESUMED, result.failure
-
-
-# ---------------------------------------------------------------------- every boundary
 
 
 async def test_steps_that_a_node_calls_do_not_number_the_tasks_of_the_body() -> None:

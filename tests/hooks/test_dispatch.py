@@ -89,9 +89,6 @@ async def in_callback(func: Callable[[], None]) -> None:
         raise error
 
 
-# ---------------------------------------------------------------- sets
-
-
 def test_every_set_is_found_in_what_is_given_as_hooks() -> None:
     """None is no set, one is one, and lists and tuples may lie in each other."""
     a, b, c = NodeHooks(), NodeHooks(), NodeHooks()
@@ -170,9 +167,6 @@ def test_a_hook_error_has_its_result() -> None:
     error = HookError("hooks raised", result)
     assert (str(error), error.result) == ("hooks raised", result)
     assert (HookNotAsync.result, HookNotAsync.set_index) == (None, 0)
-
-
-# ---------------------------------------------------------------- calls
 
 
 async def quick(*_: Any) -> None:
@@ -254,9 +248,6 @@ async def test_hooks_that_never_wait_leave_nothing_to_await(
 async def test_no_call_is_nothing_to_do() -> None:
     """An end without hooks is over at once."""
     assert Firing(NO_HOOKS, "on_run_end", (), None, tuple, ()).advance() is True
-
-
-# ---------------------------------------------------------------- what a hook raises
 
 
 class Rude(BaseException):
@@ -346,9 +337,6 @@ async def test_an_interrupt_comes_out_once_all_are_told(
     assert (fired.lookup_count, fired.errors) == (sets, [])
 
 
-# ---------------------------------------------------------------- hooks that are not async
-
-
 @pytest.mark.parametrize(("node_id", "where"), [("node", " of node 'node'"), (None, "")])
 @pytest.mark.parametrize(
     ("index", "event"), [(0, "on_node_start"), (1, "on_node_retry"), (1, "on_node_success")]
@@ -397,9 +385,6 @@ async def test_an_interrupt_goes_before_a_hook_that_is_not_async() -> None:
         with pytest.raises(KeyboardInterrupt):
             await fired.fire()
         assert fired.lookup_count == 2
-
-
-# ---------------------------------------------------------------- cancellation
 
 
 @pytest.mark.parametrize("limit", [None, 3600.0])
@@ -553,9 +538,6 @@ def test_hooks_are_told_where_no_task_runs(hook: Any) -> None:
         assert (fired.lookup_count, len(fired.errors)) == (len(hooks), errors)
 
 
-# ---------------------------------------------------------------- time limits
-
-
 class Clock:
     """What the hooks read the time from."""
 
@@ -702,9 +684,6 @@ class Wrapped:
         return self.coroutine.__await__()
 
 
-# ---------------------------------------------------------------- awaitables that are no coroutines
-
-
 class Steps:
     """An awaitable of whose iterator every step is seen."""
 
@@ -781,9 +760,6 @@ def test_a_hook_is_driven_no_faster_than_it_goes(sets: int) -> None:
     driven = fired.fire().__await__()
     asyncio.run(in_callback(lambda: seen.extend(driven)))
     assert seen == [None] * 3 * sets
-
-
-# ---------------------------------------------------------------- runs that are closed
 
 
 def test_the_hooks_after_one_that_is_closed_can_still_be_called() -> None:

@@ -98,9 +98,6 @@ def cents(usd: float) -> float:
     return round(usd * 100, 6)
 
 
-# ---------------------------------------------------------------------- never more than the limit
-
-
 @pytest.mark.core
 async def test_a_hundred_runs_at_once(store: Any) -> None:
     """100 runs at once, in one process, spend no more than the limit, and as much of it as fits."""
@@ -281,9 +278,6 @@ async def test_the_first_call_of_an_unknown_node_goes_alone(store: Any) -> None:
     assert sorted(str(result.status) for result in results) == ["COMPLETED"] * 10 + ["PARTIAL"] * 2
 
 
-# ---------------------------------------------------------------------- who is refused
-
-
 async def test_a_run_that_is_refused_goes_on_later(tmp_path: Path) -> None:
     """It ends as PARTIAL with what it has, and a resume under a higher limit calls only what is left."""
     with SQLiteStore(tmp_path / "runs.db") as store:
@@ -392,9 +386,6 @@ async def test_what_waits_for_a_person_is_settled() -> None:
     result = await StromaRunner.quick(shared_budgets=shared).run([call], State())
     outcome = await shared.state()
     assert (result.status, outcome.calls, cents(outcome.spent_usd)) == (RunStatus.SUSPENDED, 0, 5)
-
-
-# ---------------------------------------------------------------------- which calls
 
 
 @pytest.mark.core
@@ -583,9 +574,6 @@ async def test_a_run_without_any_asks_nobody(monkeypatch: pytest.MonkeyPatch) ->
     assert (await StromaRunner.quick().run([call], State())).status is RunStatus.COMPLETED
 
 
-# ---------------------------------------------------------------------- warnings
-
-
 @pytest.mark.core
 async def test_the_warning_at_80_percent(store: Any) -> None:
     """on_budget_warning is told once in a window, by the call that reaches 80 %, with the budget's name."""
@@ -600,9 +588,6 @@ async def test_the_warning_at_80_percent(store: Any) -> None:
     for number in range(11):
         await runner.run([call], State(), run_id=str(number))
     assert events == [("7", "team:cost", 0.8, 1.0)]
-
-
-# ---------------------------------------------------------------------- a store that is down
 
 
 @pytest.mark.slow
@@ -660,9 +645,6 @@ async def test_a_store_that_fails_after_the_call(monkeypatch: pytest.MonkeyPatch
     assert (await runner.run([call, call], State())).status is RunStatus.COMPLETED
     result = await shared.state()
     assert (cents(result.spent_usd), result.calls) == (20, 0)
-
-
-# ---------------------------------------------------------------------- windows
 
 
 @pytest.mark.parametrize(
@@ -739,9 +721,6 @@ def test_a_clock_that_is_set_back() -> None:
     assert spent(data, NOON + 10) == 80
     far = after(after(None, 70, NOON + 1000 * HOUR), 10, NOON)
     assert (spent(far, NOON), spent(far, NOON + HOUR)) == (80, 0)
-
-
-# ---------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

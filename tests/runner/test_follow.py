@@ -84,9 +84,6 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-# ---------------------------------------------------------------------- what it yields
-
-
 async def test_a_follow_has_the_events_of_a_stream(store: Any) -> None:
     """Whoever follows a run, during it or afterwards, sees the events and the end that its stream has."""
     runner = runner_of(store)
@@ -285,9 +282,6 @@ async def test_a_resumed_run_has_the_truth_of_what_was_committed(store: Any) -> 
     assert page.truths == {(0, ""): {"text": "".join(WORDS)}}
 
 
-# ---------------------------------------------------------------------- takeovers
-
-
 def sentence_of(attempt_id: str) -> list[str]:
     return [f"<{attempt_id} {i}>" for i in range(8)]
 
@@ -352,9 +346,6 @@ async def test_a_run_that_is_taken_over_in_the_middle_of_a_sentence(store: Any, 
     assert later.seen[-8:] == page.seen[-8:]
 
 
-# ---------------------------------------------------------------------- what is not there
-
-
 async def test_an_unknown_run(store: Any) -> None:
     """It is an error that names the run, as a text that is no cursor is one, at once."""
     runner = runner_of(store)
@@ -408,9 +399,6 @@ async def test_a_store_without_a_journal() -> None:
     assert (await runner.run(talk, Num(n=1), run_id="run")).status == "COMPLETED"
     with pytest.raises(StoreError, match="has no journal of runs"):
         await collect(runner.follow("run"))
-
-
-# ---------------------------------------------------------------------- limits
 
 
 async def test_a_follower_that_stands_still(store: Any) -> None:
@@ -621,9 +609,6 @@ async def test_a_damaged_batch_is_missing(one_store: Any) -> None:
     events = await collect(runner.follow("run"))
     assert events[0].kind == "events_dropped"
     assert events[1:] == before[events[0].details["dropped"] :]
-
-
-# ---------------------------------------------------------------------- the run is not touched
 
 
 @pytest.mark.parametrize("way", ["refused", "seal", "encode"])

@@ -70,9 +70,6 @@ def bare(node_id: str, func: Any) -> Any:
     return marked
 
 
-# ---------------------------------------------------------------------- merging
-
-
 async def test_the_merged_state_is_a_model_for_the_next_node() -> None:
     """The merged state is a model instance that the next node's contract accepts."""
     right = node("r", returning(Right(right=2, both="r")), Num, Right)
@@ -127,9 +124,6 @@ def test_groups_refuse_nonsense_when_they_are_made() -> None:
             map_over("items", child, into="out", max_concurrency=bad)
 
 
-# ---------------------------------------------------------------------- trace and hooks
-
-
 @pytest.mark.core
 async def test_the_trace_of_a_group() -> None:
     """The group is one top-level event; len, iteration, failures and events_for see that, walk() sees all."""
@@ -156,9 +150,6 @@ async def test_the_trace_of_a_group() -> None:
     assert next(e.node_id for e in trace.walk()) == "parallel(a, b)"
     assert Counter(e.node_id for e in trace.walk()) == {"parallel(a, b)": 1, "a": 1, "b": 2, "c": 1}
     assert result.total_tokens == 12
-
-
-# ---------------------------------------------------------------------- failing
 
 
 async def test_the_first_failing_child_cancels_and_awaits_its_siblings() -> None:
@@ -330,9 +321,6 @@ async def test_a_child_that_refuses_to_be_cancelled_is_kept() -> None:
     assert store.load("r", "stubborn") is not None
 
 
-# ---------------------------------------------------------------------- money and time
-
-
 async def test_a_limit_is_not_overshot_by_retries_in_a_group() -> None:
     """Once a sibling crossed the limit a failed child is not tried again."""
     crossed = asyncio.Event()
@@ -416,9 +404,6 @@ async def test_waiting_for_a_place_is_in_no_childs_duration() -> None:
     assert result.status is RunStatus.COMPLETED, result.failure
     (event,) = result.trace
     assert all(child.duration_ms < 700 for child in event.children)
-
-
-# ---------------------------------------------------------------------- nesting, by hand, checkpoints
 
 
 async def test_groups_nest() -> None:
@@ -529,9 +514,6 @@ async def test_a_registered_contract_counts_in_a_group() -> None:
     runner.registry.register(NodeContract(node_id="c", input_schema=Num, output_schema=Left))
     result = await runner.run([parallel(child)], Num())
     assert result.final_state.model_dump() == {"left": 5, "both": ""}
-
-
-# ---------------------------------------------------------------------- map_over
 
 
 @pytest.mark.core

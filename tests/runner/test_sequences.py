@@ -120,9 +120,6 @@ def answers(result: Any) -> list[str]:
     return [one.answer for one in result.final_state.answers]
 
 
-# ---------------------------------------------------------------------- a run
-
-
 @pytest.mark.core
 async def test_each_item_goes_through_the_nodes_in_turn(world: World, store: Any) -> None:
     """Each node gets the output of the one before it; the last outputs are the list, in item order."""
@@ -335,9 +332,6 @@ async def test_as_a_step(world: World, store: Any) -> None:
     assert answers(step) == ["a123", "b123", "c123"]
 
 
-# ---------------------------------------------------------------------- failures
-
-
 async def test_only_the_node_that_failed_is_tried_again(world: World) -> None:
     """A retry is of one node of one item."""
     tries = Counter[str]()
@@ -465,9 +459,6 @@ async def test_a_budget_ends_an_item_between_two_nodes(world: World, store: Any)
     again = await runner(100).run([work], Tickets(), run_id="run", resume=True)
     assert answers(again) == ["a123", "b123", "c123"]
     assert world.calls == ["check b", "classify c", "draft c", "check c"]
-
-
-# ---------------------------------------------------------------------- crashes and waits
 
 
 @pytest.mark.core
@@ -621,9 +612,6 @@ async def test_a_cancellation_that_a_node_has_left_behind() -> None:
     assert (result.status, result.failure.message) == (RunStatus.PARTIAL, "a stray one")
 
 
-# ---------------------------------------------------------------------- changes of the pipeline
-
-
 async def test_another_node_in_the_sequence(world: World, store: Any) -> None:
     """A resume with other nodes in the sequence is refused before anything is called."""
     world.failing["check b"] = ValueError("no")
@@ -671,9 +659,6 @@ async def test_a_new_schema_of_the_last_node(world: World, store: Any, into: str
         outputs = result.final_state.answers  # type: ignore[union-attr]
     second = More(answer="a123", sure=False)
     assert outputs == [second, More(answer="b123", sure=False), More(answer="c12", sure=True)]
-
-
-# ---------------------------------------------------------------------- checks and lineage
 
 
 def test_two_nodes_of_a_sequence_that_do_not_fit(world: World) -> None:
@@ -740,9 +725,6 @@ def test_lineage_goes_from_node_to_node(world: World) -> None:
     ]
     assert 'n0_0_1 -->|"draft"| n0_0_2' in lineage.mermaid()
     assert "[classify, draft, check]" in lineage.svg()
-
-
-# ---------------------------------------------------------------------- what a store shows
 
 
 async def test_the_journal_shows_the_input_of_each_node(world: World, tmp_path: Path) -> None:

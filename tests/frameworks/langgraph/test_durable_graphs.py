@@ -143,9 +143,6 @@ def answers(*parts: Any) -> Any:
     )
 
 
-# ---------------------------------------------------------------------- nodes
-
-
 async def test_nodes_are_steps() -> None:
     """G12: Each call of a node, async or plain, is a step; branches run side by side, edges in the body."""
     world, store = World(), InMemoryStore()
@@ -366,9 +363,6 @@ async def test_it_is_refused_where_it_could_not_be_right() -> None:
 
     result = await StromaRunner.quick().run(f, Num())
     assert "use ainvoke()" in result.failure.message
-
-
-# ---------------------------------------------------------------------- failures, usage, effects, questions
 
 
 async def test_a_node_that_fails_is_retried_as_a_step_is() -> None:
@@ -628,9 +622,6 @@ async def test_questions_of_side_by_side_nodes_are_open_at_once() -> None:
     assert result.output == Answer(value={"log": [f"{n} what of {n}?" for n in range(3)]}), result.failure
 
 
-# ---------------------------------------------------------------------- streams
-
-
 async def test_streams_are_the_same_on_replay() -> None:
     """astream() gives updates, values, custom parts and messages as steps ended; custom ones are recorded."""
     model = answers("hello world")
@@ -682,9 +673,6 @@ async def test_readers_of_a_run_see_deltas_of_models() -> None:
     ]
     assert events[0] == ("custom", "begun")
     assert "".join(data for name, data in events[1:]) == "hello world"
-
-
-# ---------------------------------------------------------------------- tools
 
 
 class Shop:

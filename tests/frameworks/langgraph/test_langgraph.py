@@ -554,9 +554,6 @@ def test_parallel_nodes_and_their_retry_policies() -> None:
     assert sorted(lines_of(guard)) == sorted(["flaky failure"] * 3 + ["flaky success", "other success"])
 
 
-# ---------------------------------------------------------------------- the published names
-
-
 def fresh() -> Any:
     """A function that no other test has marked."""
     return lambda state: split(state)
@@ -656,9 +653,6 @@ def test_an_entrypoint_is_not_attached_in_silence() -> None:
         attach(whole, guard_of())
 
 
-# ---------------------------------------------------------------------- going on, and waiting for a person
-
-
 def asks(question: str) -> Any:
     def ask(state: State) -> Any:
         return {"words": [interrupt(question)]}
@@ -716,9 +710,6 @@ def test_an_interrupt_before_or_after_a_node_is_suspended(kind: str, where: str)
     assert lines_of(guard) == ["count success"]
 
 
-# ---------------------------------------------------------------------- loud, never silent
-
-
 def test_nodes_that_are_added_after_attach_are_guarded() -> None:
     """What is added to a graph later is a step like the others when it is compiled."""
     guard = guard_of()
@@ -755,9 +746,6 @@ def test_a_second_attach_with_other_contracts_is_an_error(compiled: bool) -> Non
             ValueError, match="already attached to this guard, with another contract or without"
         ):
             attach(graph, guard, contracts)
-
-
-# ---------------------------------------------------------------------- nothing changes
 
 
 def test_a_graph_is_drawn_as_without_the_guard() -> None:
@@ -809,9 +797,6 @@ def test_a_state_may_be_a_list(kind: str) -> None:
     plain = call(build(lambda b: b), kind, [])
     assert call(build(lambda b: attach(b, guard)), kind, []) == plain == ["x", "y", "z"]
     assert lines_of(guard) == ["a success", "b success"]
-
-
-# ---------------------------------------------------------------------- no unseen spend
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -305,9 +305,6 @@ def test_a_model_that_is_only_named_is_guarded_by_its_provider() -> None:
     assert lines_of(guard) == ["named success", "  model success 10"]
 
 
-# ---------------------------------------------------------------------- no unseen spend
-
-
 class Ledger:
     """What the fake provider has charged for, in all models that write to it."""
 
@@ -496,9 +493,6 @@ def test_the_model_of_a_run_config_is_guarded(kind: str) -> None:
     assert config.model is script
 
 
-# ---------------------------------------------------------------------- MCP, and what is added later
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("contract", "direction"), [((Narrow, Weather), "input"), ((City, Strict), "output")], ids=["in", "out"]
@@ -553,9 +547,6 @@ def test_a_second_attach_with_other_contracts_is_an_error() -> None:
     attach(attach(agent, guard), guard, {"weather": (City, Weather)})
     with pytest.raises(ValueError, match="already attached to this guard, with another contract"):
         attach(agent, guard, {"weather": (City, Strict)})
-
-
-# ---------------------------------------------------------------------- realtime sessions
 
 
 class Socket:
@@ -678,9 +669,6 @@ def test_a_broken_contract_ends_a_realtime_session() -> None:
     assert lines_of(guard) == ["weather failure"]
 
 
-# ---------------------------------------------------------------------- nothing changes
-
-
 def test_the_sdk_sees_all_of_a_model_and_sends_the_same() -> None:
     """Private attributes and the class too: without them no ``prompt_cache_key`` is sent."""
     sent: list[Any] = []
@@ -743,9 +731,6 @@ def test_a_provider_is_closed_as_without_the_guard() -> None:
     asyncio.run(GuardedRunner(guard).run(agent, "?", run_config=RunConfig(model_provider=Provider())))
     asyncio.run(GuardedRunner(guard).run(agent, "?"))
     assert closed == []
-
-
-# ---------------------------------------------------------------------- going on, and waiting for a person
 
 
 def buying(script: Script, guard: Guard) -> tuple[Agent[Any], list[int]]:
