@@ -297,7 +297,7 @@ async def test_a_run_that_is_refused_goes_on_later(tmp_path: Path) -> None:
         assert len(result.trace) == 1
         again = pickle.loads(pickle.dumps(result.failure.exception))
         assert (str(again), type(again)) == (message, SharedBudgetExceeded)
-        del low, result
+        del low, result, runner
         high = anew(lambda: SharedBudget("team", max_cost_usd=2, per="day", store=store, reserve_usd=0.6))
         runner = StromaRunner.quick(store=store, shared_budgets=high)
         result = await runner.run([first, second], State(), run_id="r", resume=True)
