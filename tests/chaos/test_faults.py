@@ -39,11 +39,7 @@ def strike(fault: str, rounds: int, store: str = "sqlite", seed: int = 20) -> di
     ],
 )
 def test_killed_at_random(store: str, rounds: int) -> None:
-    """G5: Runs whose workers are killed with SIGKILL at any instant, and started anew, end with every node
-    committed once.
-
-    I1 to I5.
-    """
+    """G5: Runs whose workers are killed with SIGKILL at any instant end with every node committed once."""
     figures = strike("kill", rounds, store, seed=21)
     assert figures["kills"] >= rounds // 2
     assert figures["commits"] == 10 * figures["runs"]
@@ -57,9 +53,7 @@ def test_killed_at_each_point_of_the_protocol() -> None:
 
 @pytest.mark.slow
 def test_killed_around_the_calls_of_effects() -> None:
-    """G13: killed before the intent, before the call, in it before and after the charge, and before the
-    commit, while the provider drops connections, a card is charged once for each step of a list and a flow;
-    also where a person decides."""
+    """G13: killed around calls while the provider drops connections, each step charges a card once."""
     figures = strike("effect", 4)
     assert figures["kills"] >= 4
     assert (figures["commits"], figures["duplicated"], figures["lost"]) == (5 * figures["runs"], 0, 0)
@@ -86,9 +80,7 @@ def test_killed_flows(store: str) -> None:
 
 @pytest.mark.slow
 def test_workers_and_what_befalls_them() -> None:
-    """G5 and G13: three workers are killed, stopped for longer than their leases and told to end, and so is
-    who submits and answers: each run of a list, a map or a flow ends, each node is committed once, each card
-    is charged once, and the shared budget has counted what the runs spent."""
+    """G5, G13: Whatever befalls workers and clients, runs end; nodes are committed and cards charged once."""
     figures = strike("queue", 2)
     assert figures["kills"] >= 2
     assert (figures["lost"], figures["duplicated"], figures["overspent"]) == (0, 0, 0)

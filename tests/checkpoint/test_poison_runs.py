@@ -129,11 +129,7 @@ class Rating(BaseModel):
 async def test_retries_and_repairs_count_apart_across_a_crash(
     before: str, after: str, status: str, tmp_path: Path
 ) -> None:
-    """A killed process has used the retries or the repairs that it used, and the next one tells the model its
-    mistake.
-
-    An answer is bad (b), late (t) or good (o). The process dies in the call after those of ``before``.
-    """
+    """Retries and repairs of a killed process are used up, and the next one tells the model its mistake."""
     answers, in_flight = list(before), asyncio.Event()
     prompts: list[str | None] = []
 

@@ -81,11 +81,7 @@ async def test_deaths_before_an_orderly_end_do_not_count(store: SQLiteStore, pat
 
 
 async def test_what_a_process_that_died_had_tried(store: SQLiteStore, path: Path) -> None:
-    """After a death a session knows how often each node had failed that is not committed, and how it failed
-    last.
-
-    What a group's children tried counts until the group itself is tried again.
-    """
+    """After a death a session knows how often each uncommitted node had failed, and how it failed last."""
     session = await begin(store)
     again = FailureClass.RECOVERABLE
     repaired = Failed(again, "one", "contract", "KeyError")

@@ -320,9 +320,7 @@ def test_a_rollback_that_fails(bench: Bench) -> None:
     ],
 )
 def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, text: list[str]) -> None:
-    """Whatever was under way is told, and so is everybody who comes later: with the same words, each by an
-    exception of its own. From the fault on the connection is left alone: nothing is rolled back, nothing is
-    tried again."""
+    """A disk fault is raised by all that was under way and comes later; the connection is left alone."""
     bench.ready()
     fault = error_of(sqlite3.SQLITE_IOERR_FSYNC)
     operations = [put("a"), put("b")]

@@ -62,11 +62,7 @@ def _run(progress, nodes, state, **config):
 
 
 def test_a_run_is_a_table_that_folds_into_a_summary(terminal):
-    """One line per node with its state, attempts, time, tokens and cost; a map is one line; its end is a
-    summary.
-
-    The summary says what ended how, cost and budget, and what was retried and why.
-    """
+    """A run is a table with a line for each node or map; its end is a summary of outcome and retries."""
     terminal = terminal()
     tries = {}
     seen = []

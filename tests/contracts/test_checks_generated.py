@@ -71,12 +71,7 @@ def agree(pair: tuple[Made, Made], data: st.DataObject) -> None:
 @pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_the_checker_agrees_with_the_boundary_on_generated_pairs() -> None:
-    """A pair without a finding is crossed by every output, one with an error by none; at least 200 pairs are
-    decided.
-
-    More than is promised: that no pair is accepted whose every output is refused, nor one refused whose every
-    output is accepted.
-    """
+    """A pair without a finding is crossed by every output, one with an error by none; 200 are decided."""
     seen.clear()
     agree()
     assert seen["nothing"] + seen["error"] + seen["warning"] > 400, seen

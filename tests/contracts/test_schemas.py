@@ -381,10 +381,7 @@ def mutables(value: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("name", SUBS)
 def test_a_subclass_is_refused_by_stores_and_comes_back_from_memory(name: str) -> None:
-    """Nothing stored names a class: what would come back as its parent is refused by name, with the mend.
-
-    A snapshot, which never leaves the process, gives it back.
-    """
+    """Nothing stored names a class: a subclass is refused by name; a snapshot in memory gives it back."""
     kind, value = SUBS[name]
     model = holder(kind)(value=value)
     schema = schema_of(type(model))

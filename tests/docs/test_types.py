@@ -112,12 +112,7 @@ def check_with_pyright(folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1100)
 def test_the_code_that_a_user_copies_type_checks(tmp_path: Path) -> None:
-    """The README, the tutorial, the how-tos, the other pages and the examples pass `mypy --strict` and
-    pyright as written.
-
-    Left out is what is about other libraries (adapters, and how to come from another one), and examples
-    that import packages which the lock does not have.
-    """
+    """README, tutorial, how-tos, own pages and examples pass `mypy --strict` and pyright as written."""
     files = lay_out(tmp_path)
     assert len(files) > 80
     assert check_with_mypy(tmp_path, files) == []

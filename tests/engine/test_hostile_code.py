@@ -823,12 +823,7 @@ async def _spin(seconds: float) -> None:
 async def test_cancelled_anywhere_then_resumed(
     twice: bool, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G4, G5, G6, G9: A run that is cancelled at any await, once or repeatedly, loses no output that was
-    returned.
-
-    The resume calls nothing again that had returned, ends as if nothing had happened, and the budget has it
-    all.
-    """
+    """G4, G5, G6, G9: A run that is cancelled at any await, even twice, loses no output that was returned."""
     monkeypatch.setattr("stroma.engine.loop.sleep", _spin)
     step = 3 if isinstance(store, SQLiteStore) else 1
     seen: Counter[str] = Counter()
@@ -908,11 +903,7 @@ async def test_cancelled_anywhere_then_resumed(
 
 
 async def test_a_failed_group_leaves_no_cancellation_behind() -> None:
-    """A group that fails, and a node whose own TaskGroup does, leave the task as it was: uncancelled.
-
-    A timeout around the run still raises TimeoutError, and a stray CancelledError of a later node is a
-    failure.
-    """
+    """A group or TaskGroup that fails leaves the task uncancelled: a timeout around the run still works."""
     task = asyncio.current_task()
 
     async def fails(state: Num) -> Any:

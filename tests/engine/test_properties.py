@@ -136,12 +136,7 @@ def foretell(plan: list[Any], own: Any, shared: Any, granted: int) -> Expected:
 @examples(250)
 @given(plan=st.lists(outcomes, max_size=7), own=maps, shared=maps, granted=st.integers(0, 3))
 def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) -> None:
-    """G3: Calls, classes, delays and the status follow from the outcomes and the policies by arithmetic.
-
-    One count serves all classes; granted repairs are not in it; the policy is that of the last failure's
-    class; the node's own wins over the run's, that over the default; a server's wait is a floor, and too long
-    a one ends it. A repair begins at once.
-    """
+    """G3: Calls, classes, delays and the status follow from the outcomes and the policies by arithmetic."""
     plan = [*plan, (None, None)]
     message = foretell(plan, own, shared, granted)
     left = iter(plan)
@@ -291,11 +286,7 @@ limits = st.one_of(st.none(), st.integers(0, 250))
 def test_budgets_of_one_node_after_the_other(
     plan: list[Any], tokens: int | None, cost: int | None, retries: int, exact: int | None
 ) -> None:
-    """Totals, calls and status are those of the sum: all usage counts, and over a limit nothing more is
-    called.
-
-    A later resume with room to spend calls what was not committed, and nothing that was.
-    """
+    """Totals, calls and status are those of the sum, nothing follows a crossed limit; a resume continues."""
     if exact is not None:  # Limits that are met exactly: what it comes to after some call.
         free = Bill(None, None, retries)
         for i, tree in enumerate(plan):
@@ -787,12 +778,7 @@ def _act(plan: Any, name: str, runner: Any, tally: Counter[str]) -> Any:
 def test_hooks_are_ordered_nested_and_paired(
     plan: list[Any], script: list[str], sets: int, cancel_after: int | None, again: bool, regroup: bool
 ) -> None:
-    """G9: Every start has exactly one end under failures, timeouts, cancellations, retries, nesting and hooks
-    that raise.
-
-    Starts run first to last and ends last to first over the sets, what is inside a group or a run lies
-    between its start and its end, and the hooks of one execution never run two at a time.
-    """
+    """G9: Every start has one end under failures, timeouts, cancellations, retries and raising hooks."""
     watch = Watch(sets, script)
     tally: Counter[str] = Counter()
     runner = StromaRunner.quick(

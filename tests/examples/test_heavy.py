@@ -217,8 +217,7 @@ def test_the_page_about_fastapi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_page_about_requests(tmp_path: Path) -> None:
-    """The service with a worker in its process streams the answer of a provider as the page shows, and reports
-    a run that failed."""
+    """The service with a worker in its process streams an answer as the page shows, and reports failures."""
     chunk = {
         "id": "c1",
         "object": "chat.completion.chunk",

@@ -222,11 +222,7 @@ async def test_a_message_that_no_longer_fits_blocks_the_run(store: Any) -> None:
 
 @pytest.mark.parametrize("dies", [False, True])
 async def test_a_wait_that_was_given_up_keeps_no_message(dies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A message that is recorded for a wait which the body has given up goes to the next one, before later
-    messages.
-
-    That holds also if the process dies between the two.
-    """
+    """A message recorded for a wait that the body gave up goes to the next one first, also after a death."""
     store, record, noted = InMemoryStore(), MemorySession.record, asyncio.Event()
     runner = runner_on(store)
 

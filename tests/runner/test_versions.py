@@ -190,11 +190,7 @@ def test_what_a_version_may_be() -> None:
 
 
 async def test_a_worker_gives_a_run_back_that_its_code_does_not_fit(store: Any, clock: Clock) -> None:
-    """A replay that differs leaves status, due time and history as they were, calls no hook of the end, and
-    marks the run.
-
-    Code that fits continues it at once, and the mark is gone.
-    """
+    """A replay that differs leaves the run as it was and marks it; code that fits continues it at once."""
     world, ends = World(), list[str]()
 
     async def note(run_id: str, result: Any) -> None:

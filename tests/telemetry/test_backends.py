@@ -210,9 +210,7 @@ def test_spans_in_datadogs_llm_observability() -> None:
 
 @pytest.mark.parametrize("mode", ["static", "stream"])
 async def test_spans_in_sentrys_agents_module(mode: str) -> None:
-    """The op of an agent, a tool and a run is gen_ai.{operation}, the name of the first two "{operation}
-    {name}", with the name as attribute; a node that is neither has no op of that family. A tool has its
-    agent, and agents and tools have their pipeline."""
+    """The op of an agent, a tool and a run is gen_ai.{operation}; other nodes have none of that family."""
     with RecordedSentry(trace_lifecycle=mode) as sentry:
         runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
 

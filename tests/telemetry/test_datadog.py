@@ -197,12 +197,7 @@ def test_an_address_that_is_none(wrong: str) -> None:
 
 
 async def test_llm_observability_gets_runs_and_calls(datadog_agent: DatadogAgent) -> None:
-    """Spans of otel_hooks() reach Datadog's agent by OTLP with the header of LLM Observability, as it reads
-    them.
-
-    The operation's name on runs and model calls; model, provider and tokens on calls; the conversation on
-    all.
-    """
+    """Spans of otel_hooks() reach Datadog's LLM Observability by OTLP, with operations, models and tokens."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor

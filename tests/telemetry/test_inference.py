@@ -298,10 +298,7 @@ def guarded_model(seen: Seen) -> tuple[Guard, Any]:
 
 
 async def test_a_call_whose_span_gets_its_kind_when_it_ends(seen: Seen) -> None:
-    """OpenInference's own spans show their kind at their end, and what the model is asked before: the answer
-    counts once.
-
-    Such a span belongs to the node inside of it, if to no other."""
+    """The answer of a span that shows its kind at its end, as OpenInference's do, counts once."""
     guard, model = guarded_model(seen)
 
     async with guard.run() as run:

@@ -328,9 +328,7 @@ def killed_and_resumed_flow(run: Callable[[bool], None]) -> None:
 
 @pytest.mark.slow
 def test_parts_and_groups_of_a_killed_run_are_in_its_tree(tmp_path: pathlib.Path) -> None:
-    """The process that resumes a run writes the spans that the killed one had open, of a flow, a map, an
-    agent and a group, around those that it had sent, and those of the first three with the times of their
-    steps."""
+    """A resume writes the spans of flow, map, agent and group that the killed process had open."""
 
     def run(dies: bool) -> None:
         provider = TracerProvider()

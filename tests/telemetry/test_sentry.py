@@ -298,9 +298,7 @@ async def run_bad(runner: StromaRunner) -> None:
 @pytest.mark.parametrize("name", ["stroma.events", "letters.log"])
 @pytest.mark.parametrize("logs_first", [False, True])
 async def test_beside_log_hooks_there_is_one_issue(name: str, logs_first: bool) -> None:
-    """Sentry's own logging integration makes no second issue of the line that log_hooks writes about a failed
-    run, whichever logger it goes to and whichever of the two ends first; the application's own lines are its
-    business."""
+    """Sentry's logging integration makes no second issue of a line of log_hooks about a failed run."""
     from sentry_sdk.integrations.logging import LoggingIntegration
 
     integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]

@@ -33,11 +33,7 @@ def tree(sentry: RecordedSentry) -> set[tuple[str, str | None, str | None]]:
 
 @pytest.mark.parametrize("mode", ["static", "stream"])
 async def test_conversation_user_and_tags(mode: str) -> None:
-    """Spans of a run, its nodes and the model calls in them say conversation, user and tags; so does its
-    issue.
-
-    A run without them beside it says nothing of the kind.
-    """
+    """Spans of a run, its nodes and model calls, and its issue, have its conversation, user and tags."""
     with RecordedSentry(trace_lifecycle=mode) as sentry:
         hooks = sentry_hooks(client=sentry.client)
         runner = StromaRunner.quick(hooks=hooks, policy_map=NEVER)

@@ -28,11 +28,7 @@ async def letter(flow: Flow, state: Num) -> Num:
 
 
 def test_the_page_of_a_flow(store: SQLiteStore, serve: Any) -> None:
-    """The steps of a flow are shown at once, repeated calls on a click, its waits as what they are, and no
-    failure as cause. Before the name of a call is its number alone.
-
-    A flow that has not ended has the name of its pipeline.
-    """
+    """Steps of a flow are shown at once, repeated calls on a click, waits as what they are, not as causes."""
     runner = StromaRunner.quick(store=store, run_id="r", policy_map=NEVER)
     asyncio.run(runner.run(letter, Num()))
     site: Site = serve(store)

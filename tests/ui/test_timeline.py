@@ -130,10 +130,7 @@ def test_the_cost_of_a_flow_counts_each_call_once() -> None:
 
 
 def test_ten_thousand_items_are_one_strip() -> None:
-    """A map of 10,000 items is drawn within a few bytes for each, and its bar as stretches.
-
-    Of items that failed ten have a row, the others are counted.
-    """
+    """A map of 10,000 items takes a few bytes for each and a bar of stretches; ten failed ones have rows."""
     bars = [Bar("map", "0", 1, 0, 10_000, "success")]
     bars += [
         Bar("page", f"0.{item}", 1, item, 1, "failure" if item % 1000 == 5 else "success")

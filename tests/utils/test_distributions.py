@@ -27,13 +27,7 @@ def packages(tmp_path: Path) -> Path:
 
 
 def test_the_first_import_warns_of_the_other_distribution(packages: Path) -> None:
-    """The first import warns once if the distribution `stroma` is installed in the same folder;
-    `stroma-runner` is silent.
-
-    Covered: a wheel of any version in the folder that this package is imported from. Not covered: the other
-    project installed last, so that its `__init__.py` is in place of this one, and one in another folder,
-    which `stroma doctor` finds.
-    """
+    """The first import warns once if the distribution `stroma` is installed in the same folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         import_from(packages)

@@ -77,11 +77,7 @@ def live(folder: str, dies_before: str) -> None:
 @holds("killed")
 @pytest.mark.parametrize("dies_before", CALLS)
 def test_killed_between_turns_it_goes_on_from_its_last_state(dies_before: str, tmp_path: Path) -> None:
-    """After SIGKILL at a boundary, the stored state gives the right answer, in one run, and what is before it
-    is paid for once.
-
-    What was called behind the state is called again, with the same key.
-    """
+    """After SIGKILL at a boundary, the stored state gives the right answer in one run, paid for once."""
     again, at = AGAIN.get(dies_before, []), CALLS.index(dies_before)
     calls = [*CALLS[:at], *again, *CALLS[at:]]
     check_killed(live, tmp_path, dies_before, ("done", calls, len(calls) * PAID + 3))
