@@ -622,7 +622,6 @@ async def test_a_tuple_that_is_no_pair_is_what_it_was(provider: Server) -> None:
 
 async def test_what_a_provider_has_charged_is_what_a_call_cost() -> None:
     """``Usage.cost_usd`` counts in place of the model's prices, and without a model or a price."""
-
     runner = StromaRunner.quick(unknown_model="error", budget=ExecutionBudget(max_cost_usd=1))
 
     @runner.node("ask", input=Note, output=Note)

@@ -148,7 +148,6 @@ async def test_a_class_that_is_rebuilt_is_validated_anew(side: str) -> None:
 
 async def test_a_broken_contract_says_whose_it_is() -> None:
     """The violation has the node, the side, what came as a dict, pydantic's errors and the expected class."""
-
     for nodes, state, direction, raw, schema in (
         ([node("a", same, Positive)], Num(), "input", {"n": 0}, Positive),
         ([node("a", returning(7), Num, Positive)], Num(), "output", {"value": 7}, Positive),

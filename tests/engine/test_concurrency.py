@@ -315,7 +315,6 @@ class Taken(BaseModel):
 
 def test_one_node_fed_by_many_classes(hasty: None) -> None:
     """A node that gets states of several classes from several threads at once handles each by its class."""
-
     instance = node("n", same, Taken, Taken)
     runner = StromaRunner.quick()
 

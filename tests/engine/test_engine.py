@@ -320,7 +320,6 @@ class Upper(BaseModel):
 
 async def test_model_validators_run_on_returned_dicts() -> None:
     """Validators in mode "before" see what the node returned, whatever it is."""
-
     result = await quick().run([node("a", returning("plain"), Num, Upper)], Num())
     assert result.final_state == Upper(text="plain")
 
@@ -378,7 +377,6 @@ async def test_every_shape_of_return(returned: Any, tokens: int, produced: int, 
 @pytest.mark.core
 async def test_usage_of_a_broken_output_counts() -> None:
     """Usage is recorded before output validation: a violation's tokens are in the totals and the event."""
-
     result = await quick().run([node("a", returning(({"n": "no"}, 40, 2, "gpt-4o")))], Num())
     (event,) = result.trace
     assert (result.status, result.total_tokens, event.usage.tokens) == (RunStatus.FAILED, 42, 42)

@@ -686,7 +686,6 @@ async def closed(diary: Diary) -> None:
 @scenario
 async def closed_in_a_hook(diary: Diary) -> None:
     """A run that is thrown away in an end hook has told that end once."""
-
     started = asyncio.Event()
 
     async def waits(*_: Any) -> None:
@@ -700,7 +699,6 @@ async def closed_in_a_hook(diary: Diary) -> None:
 @scenario
 async def closed_in_a_start_hook(diary: Diary) -> None:
     """A run that is thrown away in a start hook tells the end of that attempt."""
-
     started = asyncio.Event()
 
     async def waits(*_: Any) -> None:

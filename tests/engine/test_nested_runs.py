@@ -37,7 +37,6 @@ async def test_errors_of_a_nested_run_are_failures_of_the_node(
     kind: type[Exception], status: RunStatus, attempts: int
 ) -> None:
     """What a node's own run raises is a failure of the node: a result with that error, not an exception."""
-
     result = await quick().run([node("a", failing_with(kind, "of another run"))], Num())
     assert (result.status, len(result.trace)) == (status, attempts)
     assert type(result.failure.exception) is kind

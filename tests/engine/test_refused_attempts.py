@@ -70,7 +70,6 @@ async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -
 
 async def test_what_a_thrown_away_attempt_used_is_counted_by_a_shared_budget() -> None:
     """A run that is closed in the hook of a success has spent what that attempt took."""
-
     started = asyncio.Event()
 
     async def waits(*_: Any) -> None:

@@ -533,7 +533,6 @@ def test_what_the_users_classes_raise_is_no_failure_of_its_own() -> None:
 
 async def test_a_store_without_a_journal_keeps_no_rejected_output() -> None:
     """A store of the simple protocol has no place for a rejected output; the run fails as it would anyway."""
-
     broken = node("a", lambda state: {"n": "no"})
     result = await quick(store=SimpleStore(), keep_rejected="full").run([broken], Num())
     assert result.status is RunStatus.FAILED

@@ -73,7 +73,6 @@ async def test_a_failed_attempt_that_cannot_be_kept_ends_the_run() -> None:
 
 async def test_what_a_store_without_a_journal_cannot_do() -> None:
     """fork, recover, signal and cancel say which kind of store they need."""
-
     runner = quick_without_retries(store=SimpleStore())
     calls = [
         lambda: runner.fork("r", [node("a", same)], at="a"),

@@ -337,7 +337,6 @@ async def test_answered_in_another_process(tmp_path: Path, monkeypatch: pytest.M
 
 async def test_a_store_without_a_journal_cannot_wait() -> None:
     """A store of the simple protocol cannot keep what a node waits for: the run stops as PARTIAL, by name."""
-
     result = await StromaRunner.quick(store=SimpleStore()).run(Desk().nodes, Num())
     assert result.status is RunStatus.PARTIAL
     assert "has no journal" in result.failure.message

@@ -886,7 +886,6 @@ async def test_an_exception_in_a_hook_changes_nothing(name: str, suspends: bool,
 
 async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
     """An exception in on_node_cancelled or on_run_end does not keep a cancelled run from being cancelled."""
-
     waits, started = waiting()
     wrong = NodeHooks(on_node_cancelled=down, on_run_end=down)
     task = asyncio.create_task(quick(wrong, seen, wrong).run([waits], State()))

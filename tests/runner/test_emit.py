@@ -275,7 +275,6 @@ async def test_each_attempt_has_an_id_of_its_own() -> None:
 @pytest.mark.core
 async def test_ids_of_attempts_differ_over_processes(tmp_path: Path) -> None:
     """A runner that resumes a run gives its attempts ids that no earlier one has given."""
-
     ids: list[str | None] = []
     async with SQLiteStore(tmp_path / "runs.db") as store:
         for answer in (None, {"n": 1}, {"n": 2}):
@@ -368,7 +367,6 @@ async def test_models_and_copies() -> None:
 @pytest.mark.core
 async def test_data_that_is_not_json(caplog: pytest.LogCaptureFixture) -> None:
     """It is dropped with one warning for each node and type, without the data; the node goes on."""
-
     around: list[Any] = []
     around.append(around)
     deep: Any = "x"

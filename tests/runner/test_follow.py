@@ -394,7 +394,6 @@ async def test_a_cursor_of_a_run_that_was_deleted(store: Any) -> None:
 
 async def test_a_store_without_a_journal() -> None:
     """Following says that a journal is needed; a run that should store its events warns, and runs."""
-
     runner = runner_of(SimpleStore())
     assert (await runner.run(talk, Num(n=1), run_id="run")).status == "COMPLETED"
     with pytest.raises(StoreError, match="has no journal of runs"):

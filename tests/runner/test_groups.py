@@ -672,7 +672,6 @@ async def test_map_over_what_no_class_names_the_fields_of(contract: Any, returne
 
 async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
     """Of a state without a class the message names the keys that it has."""
-
     first = stroma_node("free", None)(returning({"things": [], "more": 1}))
     result = await quick().run([first, map_over("items", node("a", returning({})), into="out")], Num())
     assert result.failure.message == (
@@ -684,7 +683,6 @@ async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
 @pytest.mark.parametrize("how", ["map_over", "parallel"])
 async def test_keys_that_are_no_names_are_refused(how: str) -> None:
     """A dict with other keys than text cannot be merged, and says so before it is stored."""
-
     first = stroma_node("free", None)(returning({"items": [1], 7: "seven"}))
     nodes = (
         [parallel(first)]

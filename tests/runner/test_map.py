@@ -507,7 +507,6 @@ async def test_restored_items_are_told(store: Any, tmp_path: Path, doubler: Doub
 
 async def test_a_finished_map_is_not_run_again(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """Once the map itself is committed neither its source nor its file is looked at again."""
-
     last = stroma_node("last", input=State, output=State)(failing_with(ValueError, "later"))
     source, out = write(tmp_path / "in", range(10)), tmp_path / "out"
     nodes = [map_over(JsonLines(source), doubler.node, into=JsonLines(out)), last]
@@ -975,7 +974,6 @@ def test_what_is_refused_when_a_map_is_made(doubler: Doubler) -> None:
 
 async def test_stores_and_runs_without_items(tmp_path: Path, doubler: Doubler) -> None:
     """Outputs that cannot be read back, or maps not in the journal, are told before any call."""
-
     out = JsonLines(tmp_path / "out")
     result = await quick(SimpleStore()).run([map_over("nums", doubler.node, into=out)], State(nums=[1]))
     assert "SimpleStore has no journal, so the items of a map cannot be read back" in result.failure.message

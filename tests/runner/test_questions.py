@@ -194,7 +194,6 @@ async def test_a_reworded_open_question_is_the_same(store: Any) -> None:
 @pytest.mark.core
 async def test_a_later_question_at_the_same_place_is_another_one(store: Any) -> None:
     """An answer to an earlier question of a node before it asked again, went back or restarted is refused."""
-
     nodes = [node("first", failing_with(Suspend, "still?"))]
     ids = []
 

@@ -415,7 +415,6 @@ async def test_an_item_fails_with_one_of_its_nodes(world: World, store: Any) -> 
 
 async def test_a_failure_of_a_group_names_the_node_inside() -> None:
     """An item that is a parallel() fails with one of its children, the node of its ItemFailure."""
-
     group = parallel(node("bad", failing_with(ValueError, "no"), Text))
     work = map_over("tickets", group, into="out", on_item_failure="collect")
     result = await quick_without_retries().run([work], Tickets(tickets=["a"]))

@@ -127,7 +127,6 @@ async def test_groups_and_maps_are_told() -> None:
 
 async def test_suspended_skipped_cancelled_and_budgets_are_told(tmp_path: Path) -> None:
     """A wait for a person, a restored output and a budget warning are events."""
-
     async with SQLiteStore(tmp_path / "runs.db") as store:
         runner = quick(store=store, run_id="run", budget=ExecutionBudget(max_tokens_total=6))
         nodes = [node("a"), node("b", failing_with(Suspend, "may I?"))]
@@ -433,7 +432,6 @@ async def test_what_run_raises_comes_out() -> None:
 
 async def test_a_failed_run_is_an_event() -> None:
     """What goes wrong inside the run is a result, and told in the last event."""
-
     events = [event async for event in quick().stream([node("a", returning({"n": "x"}))], Num())]
     assert events[-1].result.status is RunStatus.FAILED
     assert events[-1].details["failure"]["class"] == "TERMINAL"

@@ -65,7 +65,6 @@ async def test_a_delay_is_within_the_time_limit_of_the_node(clock):
 @pytest.mark.parametrize("output", [None, {"n": "many"}, lambda instance: {"n": [instance]}])
 async def test_a_malformed_output_breaks_the_contract(output):
     """What stands in place of an output is validated like any; the usage of the attempt stays."""
-
     plan = FaultPlan().malform("a") if output is None else FaultPlan().malform("a", output)
     with plan:
         nodes = [make("a", returning(({"n": 1}, 10, 5, "gpt-4o-mini")))]

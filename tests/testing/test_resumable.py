@@ -256,7 +256,6 @@ async def test_most_spreads_the_boundaries():
 
 async def test_a_pipeline_that_fails_is_not_proven():
     """The undisturbed run has to complete."""
-
     with pytest.raises(AssertionError, match="ends as PARTIAL, node 'broken': PermissionError: no"):
         nodes = [make("broken", failing_with(PermissionError, "no"))]
         await assert_resumable(nodes, Number(), runner=patient(0, 0), processes=False)

@@ -64,7 +64,6 @@ async def test_the_trace_alone_and_without_states():
 
 async def test_the_run_id_is_not_in_it():
     """A message that names the run stays the same."""
-
     nodes = [make("a", failing_with(PermissionError, "no way in run-77"))]
     text = trace_snapshot(await patient(retries=0).run(nodes, Number(), run_id="run-77"))
     assert "run-77" not in text

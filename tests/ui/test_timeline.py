@@ -194,7 +194,6 @@ def test_a_failure_that_is_tried_again_is_no_cause(store: SQLiteStore, serve: An
 
 def test_what_a_run_waits_for_is_hatched(store: SQLiteStore, serve: Any) -> None:
     """A suspended node has a hatched bar that says what it waits for."""
-
     make_runs(
         store, ("x", Pipeline("p", [GOOD.nodes[0], node("asks", failing_with(Suspend, "may it be billed?"))]))
     )

@@ -412,7 +412,6 @@ KEY = Secret.from_env_var("NO_KEY")
 
 def test_a_component_is_stored_as_without_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a pipeline is written as does not change, a callback of its generator among it."""
-
     monkeypatch.setenv("NO_KEY", "none")
     plain, guarded = Pipeline(), Pipeline()
     for pipeline in (plain, guarded):
