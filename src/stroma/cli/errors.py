@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import click
 
-from stroma._utils.text import clean, one_line
+from stroma._utils.text import clean, one_line, typed
 from stroma.cli.output import err, write_private
 
 
@@ -81,12 +81,9 @@ def is_debugging() -> bool:
 
 def describe_error(error: BaseException) -> str:
     """Return type and message of an exception; never raises, whatever its ``str()`` does."""
-    name = type(error).__name__
-    try:
-        text = str(error.msg) if isinstance(error, SyntaxError) else str(error)
-    except Exception:
-        return name
-    return clean(f"{name}: {text}" if text else name, 600)
+    from stroma.failures.failure import kind_of, message_of  # Few commands fail in user code.
+
+    return clean(typed(kind_of(error), message_of(error)), 600)
 
 
 def last_frame(error: BaseException, *, of_any: bool = True) -> list[str]:
@@ -97,7 +94,7 @@ def last_frame(error: BaseException, *, of_any: bool = True) -> list[str]:
     if isinstance(error, SyntaxError) and error.filename:
         lines = [f'File "{error.filename}", line {error.lineno}']
         return [*lines, *([f"  {clean(error.text)}"] if error.text else [])]
-    from stroma.failures.tracebacks import frames_of  # Few commands fail in user code.
+    from stroma.failures.tracebacks import frames_of
 
     own, others = frames_of(error)
     for frame in (own or (others if of_any else []))[-1:]:

@@ -211,7 +211,7 @@ def _misfit(error: Exception, model: type[BaseModel], what: str) -> Problem:
 
 def _errors(error: Exception) -> list[str]:
     if not isinstance(error, ValidationError):  # A validator may raise any exception.
-        return [_error_line("", f"{type(error).__name__}: {error}")]
+        return [describe_error(error)]
     # Without the values: they may be secret.
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     lines = [_error_line(".".join(map(str, e["loc"])), e["msg"]) for e in errors[:20]]

@@ -181,22 +181,14 @@ def _is_loopback(host: str) -> bool:
 def _listen(host: str, port: int) -> socket.socket:
     """Return a listening socket; from here on clients can connect. Raises Problem."""
     try:
-        family, kind, protocol, _, at = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        try:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(at)
-            listening.listen(128)
-        except BaseException:
-            listening.close()
-            raise
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=128)
     except OSError as error:
         raise Problem(
             f"cannot listen on {host}:{port}: {error.strerror or error}",
             "take another one: stroma ui --port 0",
             code=Code.ENVIRONMENT,
         ) from error
-    return listening
 
 
 def _hint(database: Database, target_of: dict[str, str]) -> Callable[[str, RunRecord | None], str]:
