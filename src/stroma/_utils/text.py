@@ -148,6 +148,11 @@ def format_tokens(tokens: int) -> str:
     return f"{tokens:,} tok"
 
 
+def format_usage(tokens: int, cost_usd: float) -> str:
+    """Format what was used."""
+    return f"{format_tokens(tokens)}, {format_usd(cost_usd)}"
+
+
 def pluralize(n: int, noun: str) -> str:
     """Format a number with its noun: "1 node", "2 nodes"."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

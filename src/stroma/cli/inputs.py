@@ -189,11 +189,8 @@ def _not_json(
 ) -> Problem:
     line = text.splitlines()[error.lineno - 1] if text.strip() else ""
     start = max(0, error.colno - 1 - 40)
-    more = (
-        [clean(line[start : start + 80]), " " * len(clean(line[start : error.colno - 1])) + "^"]
-        if line
-        else []
-    )
+    marked = [clean(line[start : start + 80]), " " * len(clean(line[start : error.colno - 1])) + "^"]
+    more = marked if line else []
     if argument is not None and not argument.startswith("@") and Path(argument).is_file():
         more = [f"to read the file {argument}, put an @ before it: @{argument}"]
     elif not text.strip():

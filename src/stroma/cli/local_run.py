@@ -118,6 +118,7 @@ class LocalRun:
                 "called",
                 code=Code.INTERRUPTED,
             )
+        source = self.fork or self.record
         report = RunReport(
             result,
             self.pipeline.name,
@@ -127,11 +128,7 @@ class LocalRun:
             time.perf_counter() - started,
             config.budget,
             waiting,
-            self.fork.parent
-            if self.fork is not None
-            else self.record.parent
-            if self.record is not None
-            else None,
+            None if source is None else source.parent,
         )
         report.print(quiet=quiet)
         if self.options.loop is None:

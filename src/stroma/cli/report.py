@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma._utils.secrets import Secrets
-from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
+from stroma._utils.text import clean, format_duration, format_usage, pluralize
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import answer_type, node_text, unanswered
 from stroma.checkpoint.records import describe_wait
@@ -243,12 +243,12 @@ class RunReport:
     def _usage_text(self) -> str:
         result = self.result
         wasted_tokens, wasted_cost = _wasted_usage(result)
-        parts = [f"{format_tokens(result.total_tokens)}, {format_usd(result.total_cost_usd)}"]
+        parts = [f"{format_usage(result.total_tokens, result.total_cost_usd)}"]
         if wasted_tokens or wasted_cost:
-            parts.append(f"of which wasted {format_tokens(wasted_tokens)}, {format_usd(wasted_cost)}")
+            parts.append(f"of which wasted {format_usage(wasted_tokens, wasted_cost)}")
         earlier = _earlier_usage(result)
         if earlier != Total():
-            parts.append(f"before that {format_tokens(earlier.tokens)}, {format_usd(earlier.cost_usd)}")
+            parts.append(f"before that {format_usage(earlier.tokens, earlier.cost_usd)}")
         return "; ".join(parts)
 
     def _failed_node(self, failure: Failure) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
+from stroma._utils.text import clean, format_duration, format_usage, pluralize
 from stroma.checkpoint import CheckpointManager, Committed, InMemoryStore, PipelineChanged
 from stroma.checkpoint.decisions import COMPLETE
 from stroma.checkpoint.entries import Intent, is_of_pipeline
@@ -192,10 +192,7 @@ def _print_plan(
 ) -> None:
     tokens, cost, seconds = _savings(restored)
     _print_nodes(restored)
-    out.line(
-        f"saves   {format_duration(seconds)}, {format_tokens(tokens)}, {format_usd(cost)} that are not "
-        "spent again"
-    )
+    out.line(f"saves   {format_duration(seconds)}, {format_usage(tokens, cost)} that are not spent again")
     what = ", ".join(clean(node_id, 60) for node_id in called[:50]) or "nothing: every node has its output"
     if called and not is_complete:
         what = f"{what}, and what follows"
@@ -210,11 +207,7 @@ def _print_nodes(restored: list[AttemptRecord]) -> None:
     out.line(f"kept    {pluralize(len(restored) - inside, 'node')}{groups}")
     for one in restored:
         if not one.branch:
-            used = (
-                f"  {format_tokens(one.tokens)}, {format_usd(one.cost_usd)}"
-                if one.tokens or one.cost_usd
-                else ""
-            )
+            used = f"  {format_usage(one.tokens, one.cost_usd)}" if one.tokens or one.cost_usd else ""
             out.line(
                 f"          {place_of(one):<6} {clean(one.node_id, 60)}  "
                 f"{format_duration(one.duration_ms / 1000)}{used}"

@@ -22,6 +22,7 @@ from stroma._utils.text import (
     format_duration,
     format_time,
     format_tokens,
+    format_usage,
     format_usd,
     pluralize,
     visible,
@@ -156,7 +157,7 @@ def utc(ms: int) -> str:
 def head(story: Story) -> str:
     """Return the summary of a run and its outcome."""
     tokens, cost = story.wasted
-    wasted = f" (wasted {format_tokens(tokens)}, {format_usd(cost)})" if tokens or cost else ""
+    wasted = f" (wasted {format_usage(tokens, cost)})" if tokens or cost else ""
     began = ""
     if story.began_ms:
         when = utc(story.began_ms)
@@ -169,7 +170,7 @@ def head(story: Story) -> str:
         f"{as_xml(story.status)}</span></h1>"
         f'<div class="facts"><span><b>run</b> <code>{as_xml(clean(story.run_id, 400))}</code></span>{began}'
         f"<span><b>duration</b> {format_duration(story.seconds)}</span><span><b>spent</b> "
-        f"{format_tokens(story.tokens)}, {format_usd(story.cost_usd)}{wasted}</span>"
+        f"{format_usage(story.tokens, story.cost_usd)}{wasted}</span>"
         f"<span><b>attempts</b> {len(story.bars) + story.left_out:,}</span>{more}</div>"
     )
 
@@ -189,8 +190,8 @@ def cause(story: Story) -> str:
         f"{as_xml(clean(box.node_id, 200))}</b> "
         f"(at {as_xml(shown_place(box.at))}, attempt {box.attempt})</p><pre>"
         f"{as_xml(visible(box.message[:_TEXT]))}</pre>{named}"
-        f"<p><b>Spent</b> {format_tokens(story.tokens)}, {format_usd(story.cost_usd)}, including "
-        f"{format_tokens(tokens)}, {format_usd(cost)} on attempts without output</p>{resume}</section>"
+        f"<p><b>Spent</b> {format_usage(story.tokens, story.cost_usd)}, including "
+        f"{format_usage(tokens, cost)} on attempts without output</p>{resume}</section>"
     )
 
 

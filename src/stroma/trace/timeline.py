@@ -190,11 +190,9 @@ class _Drawing:
                 '<div class="now" aria-hidden="true"><div class="row"><span></span><svg class="lane">'
                 f'<line x1="{at:.2f}%" x2="{at:.2f}%" y1="0" y2="100%"/></svg><span></span></div></div>'
             )
-        zoom = (
-            ""
-            if it.fold_idle
-            else f' data-from="{self.start / 1000:.3f}" data-to="{(self.start + self.span) / 1000:.3f}"'
-        )
+        zoom = f' data-from="{self.start / 1000:.3f}" data-to="{(self.start + self.span) / 1000:.3f}"'
+        if it.fold_idle:
+            zoom = ""
         tall = ' class="tall"' if self.rows > _TALL else ""
         return (
             f'<div{tall}><div class="gantt g{self.count}"{live}{zoom}>{self.axis()}{drawn}{now}</div></div>'
@@ -236,11 +234,7 @@ class _Drawing:
             strip = strip_of(entry, cells, self.it.attempt_prefix)
             all_failed = [one for one in cells if one.has_failed]
             failed = all_failed[:_MAX_FAILED_ROWS]
-            chosen = (
-                []
-                if self.it.selected is None
-                else [one for one in cells if self.has_selected(one) and one not in failed]
-            )
+            chosen = [one for one in cells if self.has_selected(one) and one not in failed]
             others = [child for child in entry.entries if child.entries and not entry.is_map]
             inside = [*failed, *chosen, *others[:_MANY]]
         # The steps of a flow are shown at once; children of a group and repeated calls on a click.
@@ -337,11 +331,9 @@ class _Drawing:
         if is_link:
             label = f"attempts of {clean(entry.label, 100)}"
         tone = "run" if progress is not None else "" if entry.tone == "good" else entry.tone
-        figures = (
-            self.ticking(progress)
-            if progress is not None
-            else f'<span class="fig">{_figures(entry, calls)}</span>'
-        )
+        figures = f'<span class="fig">{_figures(entry, calls)}</span>'
+        if progress is not None:
+            figures = self.ticking(progress)
         name = (f"{'fold ' if folds else ''}{tone}", _short_place(entry.at), entry.label)
         return _row(name, "".join(parts), figures, label, role="group" if is_link else "img")
 

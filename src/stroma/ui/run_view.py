@@ -61,56 +61,34 @@ def window_of(query: Mapping[str, str]) -> tuple[float, float] | None:
 def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed: int) -> list[dict[str, Any]]:
     """Return the cards above a run: each a name, a value, what is said of it, and a bar."""
     wasted_tokens, wasted_usd = story.wasted
-    cost, tokens = limits.get("max_cost_usd"), limits.get("max_tokens_total")
-    latency = limits.get("max_latency_ms")
-    running = is_at_work(record)
+    cost, tokens, latency = map(limits.get, ("max_cost_usd", "max_tokens_total", "max_latency_ms"))
     seconds: Any = format_duration(story.seconds)
-    if running:
+    if is_at_work(record):
         seconds = Markup('<span data-since="{}">{}</span>').format(
             record.started_ms, format_duration(max(0.0, time.time() - record.started_ms / 1000))
         )
     done, what = (record.nodes, "node") if record.nodes else (record.commits, "call")
-    retried = "" if not failed else f"{failed:,} failed"
+    took = of_budget = of_tokens = attempts = ""
+    wasted = "nothing without output"
+    if latency is not None:
+        took = (
+            f"{format_duration(record.latency_ms / 1000)} of {format_duration(latency / 1000)} in functions"
+        )
+    if cost is not None:
+        of_budget = f"{_percent(record.cost_usd, cost)} of the budget of {_usd(cost)}"
+    if tokens is not None:
+        of_tokens = f"{_percent(record.tokens, tokens)} of {tokens:,.0f}"
+    if failed or done:
+        attempts = f"{failed:,} failed" if failed else f"{pluralize(done, what)} committed"
+    if wasted_tokens or wasted_usd:
+        wasted = f"{wasted_tokens:,} tokens without output"
+    of_cost = record.cost_usd if wasted_usd else None
     return [
-        _card(
-            "Duration",
-            seconds,
-            ""
-            if latency is None
-            else f"{format_duration(record.latency_ms / 1000)} of "
-            f"{format_duration(latency / 1000)} in functions",
-            record.latency_ms,
-            latency,
-        ),
-        _card(
-            "Cost",
-            format_usd(record.cost_usd),
-            "" if cost is None else f"{_percent(record.cost_usd, cost)} of the budget of {_usd(cost)}",
-            record.cost_usd,
-            cost,
-        ),
-        _card(
-            "Tokens",
-            f"{record.tokens:,}",
-            "" if tokens is None else f"{_percent(record.tokens, tokens)} of {tokens:,.0f}",
-            record.tokens,
-            tokens,
-        ),
-        _card(
-            "Attempts",
-            f"{len(story.bars) + story.left_out:,}",
-            retried or (f"{pluralize(done, what)} committed" if done else ""),
-        ),
-        _card(
-            "Wasted",
-            format_usd(wasted_usd),
-            f"{wasted_tokens:,} tokens without output"
-            if wasted_tokens or wasted_usd
-            else "nothing without output",
-            wasted_usd,
-            record.cost_usd if wasted_usd else None,
-            tone="warn",
-        ),
+        _card("Duration", seconds, took, record.latency_ms, latency),
+        _card("Cost", format_usd(record.cost_usd), of_budget, record.cost_usd, cost),
+        _card("Tokens", f"{record.tokens:,}", of_tokens, record.tokens, tokens),
+        _card("Attempts", f"{len(story.bars) + story.left_out:,}", attempts),
+        _card("Wasted", format_usd(wasted_usd), wasted, wasted_usd, of_cost, tone="warn"),
     ]
 
 

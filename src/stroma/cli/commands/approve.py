@@ -174,11 +174,9 @@ def _parse_answer(
     answer: Any
     text, option = request.answer
     if (one.effect is not None) != bool(option):
-        why = (
-            "is an effect: state if its call happened"
-            if one.effect is not None
-            else "asks a question, and is not an effect"
-        )
+        why = "asks a question, and is not an effect"
+        if one.effect is not None:
+            why = "is an effect: state if its call happened"
         raise Problem(
             f"{node_text(one)} of run {clean(record.run_id)} {why}",
             *approve_hint(database, record.run_id, request.target, [one]),

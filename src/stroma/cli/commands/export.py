@@ -53,11 +53,9 @@ def export(run_: str, form: str, path: str | None, states: bool, redact: str | N
 
 def _text(history: History, database: Database, record: RunRecord, form: str, states: bool) -> str:
     if form == "html":
-        hint = (
-            ""
-            if record.status in FINISHED
-            else database.command("resume", id_word(record.run_id), database.target_of(record))
-        )
+        hint = ""
+        if record.status not in FINISHED:
+            hint = database.command("resume", id_word(record.run_id), database.target_of(record))
         return document(history.story(record, max_attempts=_DRAWN, states=states, resume_command=hint))
     attempts, _ = history.attempts(record.run_id, _ALL)
     waiting = history.store.waiting(record.run_id)

@@ -134,13 +134,10 @@ def _test(run: RecordedRun, outcome: Replay, target: str, path: Path, data: Path
         for (_, node_id), number in sorted(attempts.items())
     )
     asserts = [f"    assert replay.result.total_tokens == {outcome.result.total_tokens}\n"]
+    story = f"It came so far: {nodes}."
     if outcome.stopped is None:
         asserts.insert(0, f"    assert replay.status == {str(outcome.status)!r}\n")
-    story = (
-        f"It is {outcome.status}: {nodes or 'no node was called'}."
-        if outcome.stopped is None
-        else f"It came so far: {nodes}."
-    )
+        story = f"It is {outcome.status}: {nodes or 'no node was called'}."
     return _TEST.format(
         run=_plain(short_id(run.run_id)),
         pipeline=_plain(run.pipeline),

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from stroma._utils.text import clean, format_tokens, format_usd, pluralize
+from stroma._utils.text import clean, format_usage, pluralize
 from stroma.checkpoint.history.redaction import redact_value
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.memory.store import AsyncInMemoryStore
@@ -79,16 +79,11 @@ def _print_replay(outcome: Replay) -> None:
         kind = (f"{difference.kind:<9}", "yellow")
         out.fitted(kind, f" {where}{clean(difference.message, 1000)}", indent=10)
     result, run_id = outcome.result, clean(outcome.recorded.run_id)
-    spent = f"{format_tokens(result.total_tokens)}, {format_usd(result.total_cost_usd)}"
-    err.line(
-        f"run {run_id}: {outcome.recorded.status} then, "
-        + (
-            f"{outcome.status} now"
-            if outcome.stopped is None
-            else f"followed up to {clean(outcome.stopped, 300)}"
-        )
-        + f" ({spent})"
-    )
+    spent = f"{format_usage(result.total_tokens, result.total_cost_usd)}"
+    now = f"{outcome.status} now"
+    if outcome.stopped is not None:
+        now = f"followed up to {clean(outcome.stopped, 300)}"
+    err.line(f"run {run_id}: {outcome.recorded.status} then, {now} ({spent})")
     if outcome.differences:
         err.line(pluralize(len(outcome.differences), "difference"))
     else:

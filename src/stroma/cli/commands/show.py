@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
+from stroma._utils.text import clean, format_duration, format_usage, pluralize
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Statement, Waiting
 from stroma.checkpoint.events import EventPlace
@@ -320,11 +320,11 @@ def _print_head(record: RunRecord, story: Story) -> None:
         "started": f"{format_local_time(record.started_ms)}, {format_age(record.started_ms)}",
         "duration": format_duration(story.seconds),
         "nodes": f"{done_text(record)}, {pluralize(len(story.bars), 'attempt')}",
-        "spent": f"{format_tokens(record.tokens)}, {format_usd(record.cost_usd)}",
+        "spent": f"{format_usage(record.tokens, record.cost_usd)}",
     }
     tokens, cost = story.wasted
     if tokens or cost:
-        head["wasted"] = f"{format_tokens(tokens)}, {format_usd(cost)} on attempts without output"
+        head["wasted"] = f"{format_usage(tokens, cost)} on attempts without output"
     for label, part in head.items():
         _print_fact(label, part)
     for label, text in story.facts:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
+from stroma._utils.text import clean, format_duration, format_usage, short_id
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.history import History, bar_of, is_interrupted, status_of
 from stroma.checkpoint.history.redaction import redact_value
@@ -211,7 +211,7 @@ class _Follower:
             err.hint(f"resume it: {hint}")
             return
         spent = (
-            f"  {format_tokens(record.tokens)}, {format_usd(record.cost_usd)}, "
+            f"  {format_usage(record.tokens, record.cost_usd)}, "
             f"{format_duration((record.updated_ms - record.started_ms) / 1000)}"
         )
         out.fitted(*self._name(record), style_status(record.status), spent, why)
