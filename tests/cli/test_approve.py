@@ -328,7 +328,7 @@ def test_a_guarded_run_is_answered_in_its_framework(stroma, inside, fails):
 
 
 def test_a_run_that_sleeps_after_its_answer(stroma, inside, fails):
-    """`stroma show` says what a run waits for, what was answered, and what was closed without an answer."""
+    """`stroma show` says what a run waits for and until when, what was answered, and what was closed."""
     (stroma.home / "later.py").write_text(
         "from stroma import Flow, stroma_flow\nfrom pydantic import BaseModel\n\n\nclass Yes(BaseModel):\n"
         "    ok: bool = True\n\n\n@stroma_flow('later', input=Yes, output=Yes)\n"
@@ -336,17 +336,22 @@ def test_a_run_that_sleeps_after_its_answer(stroma, inside, fails):
         "    try:\n        await flow.wait_for(Yes, reason='Now?', timeout=0.05)\n"
         "    except TimeoutError:\n        pass\n"
         "    answer = await flow.wait_for(Yes, reason='Send it?', timeout=7200)\n"
-        "    await flow.sleep(hours=3)\n"
+        "    await flow.receive(Yes, timeout=7200)\n    await flow.sleep(hours=3)\n"
         "    return answer\n"
     )
     assert inside("run", "later.py:later", "{}", "--run-id", "s").code == 7
+    for what, command in (
+        ("node 'later'", ("approve", "s", "later.py:later", '{"ok": true}')),
+        ("waiting for a message", ("send", "s", '{"ok": true}')),
+    ):
+        shown = inside("show", "s").out
+        assert f"waits     {what}" in shown
+        assert re.search(r"^due       20.* at the latest$", shown, re.MULTILINE)
+        assert inside(*command).code == 0
+        assert "due     " not in inside("show", "s").out
+        assert inside("resume", "s", "later.py:later").code == 7
     shown = inside("show", "s").out
-    assert "waits     node 'later'" in shown
-    assert re.search(r"^due       20.*, also without an answer$", shown, re.MULTILINE)
-    assert inside("approve", "s", "later.py:later", '{"ok": true}').code == 0
-    assert "due     " not in inside("show", "s").out
-    assert inside("resume", "s", "later.py:later").code == 7
-    shown = inside("show", "s").out
+    assert "due     " not in shown
     assert 'closed    later: Now? it is not answered\nanswered  later: Send it? {"ok": true}\n' in shown
     asked = json.loads(inside("show", "s", "--json").out)["suspended"]
     rows = [(one["answered"], one["closed"], one["answer"]) for one in asked]

@@ -87,9 +87,11 @@ def facts_of(
         mark = record.blocked
         code = f"code {clean(mark.codes[-1], 120)} could not continue it: " if mark.codes else ""
         yield "blocked", f"since {format_utc(mark.since_ms)}; {code}{clean(mark.message, 1000)}"
-    is_asking = record.wait_text is not None and record.waits_for is None and bool(unanswered(waiting))
-    if record.due_ms is not None and (record.status == QUEUED or (is_asking and not record.is_due_at_once)):
-        yield "due", format_utc(record.due_ms) + (", also without an answer" if is_asking else "")
+    is_waiting = record.wait_text is not None and record.waits_for is None and not record.is_due_at_once
+    if record.due_ms is not None and (record.status == QUEUED or is_waiting):
+        due = format_utc(record.due_ms)
+        if due not in (record.error or ""):  # "sleeping until ..."
+            yield "due", f"{due} at the latest" if is_waiting else due
     is_open = record.status not in FINISHED
     for one in waiting:
         if one.payload is not None:
