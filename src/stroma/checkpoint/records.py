@@ -249,6 +249,11 @@ class AttemptRecord:
         """The failure as text: ``Type: message``; for a suspension, its reason. None if there is neither."""
         return None if self.message is None else typed(self.error_type, self.message)
 
+    @property
+    def mark(self) -> str:
+        """The ``next`` of a page of attempts that ends with it."""
+        return mark_of(self.epoch, self.position, self.started_ns, self.attempt, self.branch)
+
     def idempotency_key(self, run_id: str, execution: int) -> str:
         """Return the ``current_node().idempotency_key`` of the attempt."""
         return idempotency_key(run_id, execution, self.identity or self.position, self.branch)
@@ -370,46 +375,15 @@ def cause_of(failed: Sequence[AttemptRecord]) -> Cause | None:
     )
 
 
-def parse_run_mark(mark: str) -> tuple[int, int]:
-    """Return (start in ms, run) of the ``next`` of a page of runs. Raises ValueError for any other text."""
-    started, _, run = mark.partition(".")
-    if not (started.isdecimal() and run.isdecimal() and len(mark) < 50 and mark.isascii()):
-        raise not_a_mark(mark)
-    return int(started), int(run)
+def mark_of(*place: int | str) -> str:
+    """Return a place in a list, numbers and perhaps a text after them, as the ``next`` of a page."""
+    return ":".join(map(str, place))
 
 
-def not_a_mark(mark: str) -> ValueError:
-    """Return the error for a text that is not the ``next`` of a page."""
-    return ValueError(f"after must be the `next` of a page, got {mark[:100]!r}")
-
-
-class AttemptMark(NamedTuple):
-    """End of a page of attempts: the key of its last attempt. As text it is the ``next`` of the page."""
-
-    epoch: int
-    position: int
-    started_ns: int
-    attempt: int
-    branch: str
-
-    def __str__(self) -> str:
-        return ":".join(map(str, self))
-
-    @property
-    def key(self) -> tuple[int, int, str, int]:
-        """The key of that attempt."""
-        return self.position, self.started_ns, self.branch, self.attempt
-
-
-def end_of_page(last: AttemptRecord) -> AttemptMark:
-    """Return the mark of a page of attempts that ends with this one."""
-    return AttemptMark(last.epoch, last.position, last.started_ns, last.attempt, last.branch)
-
-
-def parse_attempt_mark(mark: str) -> AttemptMark:
-    """Return the mark in the ``next`` of a page of attempts. Raises ValueError for any other text."""
-    epoch, position, started, attempt, branch = [*mark.split(":", 4), *[""] * 5][:5]
-    numbers = (epoch, position, started, attempt)
-    if not all(number.isdecimal() and number.isascii() and len(number) < 20 for number in numbers):
-        raise not_a_mark(mark)
-    return AttemptMark(int(epoch), int(position), int(started), int(attempt), branch)
+def parse_mark(mark: str, numbers: int, *, has_text: bool = False) -> tuple[Any, ...]:
+    """Return the place in the ``next`` of a page. Raises ValueError for any other text."""
+    place = mark.split(":", numbers)
+    for one in place[:numbers]:
+        if len(place) != numbers + has_text or not (one.isdecimal() and one.isascii() and len(one) < 20):
+            raise ValueError(f"after must be the `next` of a page, got {mark[:100]!r}")
+    return (*map(int, place[:numbers]), *place[numbers:])

@@ -25,7 +25,7 @@ from stroma.checkpoint.history import (
     status_of,
 )
 from stroma.checkpoint.queue import QUEUED, ServedCode
-from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord, end_of_page
+from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord
 from stroma.failures.tracebacks import FailureSite
 from stroma.trace.html import cause, document, rejected_output
 from stroma.trace.outline import shown_place
@@ -187,7 +187,7 @@ class RunPages:
         # Of a run with more, those inside groups and flows are cells; each other one is a row.
         rows = _MAX_LISTED - _LISTED_OF_MORE
         drawn = [one for at, one in enumerate(rest) if one.branch or at < rows]
-        return AttemptPage(listed, str(end_of_page(listed[-1]))), drawn
+        return AttemptPage(listed, listed[-1].mark), drawn
 
     def _cause_attempt(self, record: RunRecord) -> AttemptRecord | None:
         """Return the attempt that stopped a run, or None."""

@@ -30,8 +30,7 @@ from stroma.checkpoint.records import (
     StoreFacts,
     Tally,
     ascii_lower,
-    end_of_page,
-    parse_attempt_mark,
+    parse_mark,
     sum_attempts,
 )
 
@@ -573,11 +572,13 @@ class ScannedRows(Rows, Protocol):
     def attempt_page(
         self, run: Any, execution: int, *, limit: int, after: str | None
     ) -> tuple[list[AttemptRecord], str | None]:
-        end = None if after is None else parse_attempt_mark(after)
+        place = (-1, 0, 0, 0, "") if after is None else parse_mark(after, 4, has_text=True)
+        epoch, position, started_ns, attempt, branch = place
+        end = (epoch, (position, started_ns, branch, attempt))
         (attempts,) = self._attempts_of([(run, execution)])
-        rest = [one for one in attempts if end is None or (one.epoch, one.key) > (end.epoch, end.key)]
+        rest = [one for one in attempts if (one.epoch, one.key) > end]
         page = self._with_sizes(run, rest[:limit])
-        return page, str(end_of_page(page[-1])) if len(rest) > limit else None
+        return page, page[-1].mark if len(rest) > limit else None
 
     def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[AttemptRecord]:
         (attempts,) = self._attempts_of([(run, execution)])

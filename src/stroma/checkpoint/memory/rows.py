@@ -40,7 +40,7 @@ from stroma.checkpoint.queue import (
     ClaimRequest,
     QueueFigures,
 )
-from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, parse_run_mark
+from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, mark_of, parse_mark
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.schema import Schema
 from stroma.contracts.tagged_json import NotSerialisable
@@ -443,7 +443,7 @@ class MemoryRows(ScannedRows):
     def runs(
         self, query: RunQuery, *, limit: int, after: str | None, max_filtered: int | None
     ) -> tuple[list[RunRow], str | None]:
-        end = (math.inf, 0) if after is None else parse_run_mark(after)
+        end = (math.inf, 0) if after is None else parse_mark(after, 2)
         runs = [
             run
             for run in list(self._runs.values())
@@ -452,7 +452,7 @@ class MemoryRows(ScannedRows):
         ]
         runs.sort(key=lambda run: run.place, reverse=True)
         page = runs[:limit]
-        following = "{}.{}".format(*page[-1].place) if len(runs) > limit else None
+        following = mark_of(*page[-1].place) if len(runs) > limit else None
         return list(map(_run_row, page)), following
 
     def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:

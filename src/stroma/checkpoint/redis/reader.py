@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
-from urllib.parse import quote, unquote_to_bytes
 
 from stroma.checkpoint.decisions import MESSAGE_SENT
 from stroma.checkpoint.durable.rows import Annotation, EventRow, RunExtras, RunRow, ScannedRows, Step, matches
 from stroma.checkpoint.errors import CheckpointLost
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
-from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally, not_a_mark
+from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally, mark_of, parse_mark
 from stroma.checkpoint.redis.format import (
     FORMAT,
     NodeFacts,
@@ -40,7 +39,7 @@ _MAX_EXAMINED: Final = 2000  # runs that the server examines in one step
 _MAX_FAILED: Final = 20  # the server lists the last ones
 _PARENT: Final = annotations_key(Annotation.PARENT)
 #: Place of a run in the list of all runs: (start, id).
-_ListPlace = tuple[int, bytes]
+_ListPlace = tuple[int, str]
 
 
 class RedisReader(ScannedRows):
@@ -53,7 +52,8 @@ class RedisReader(ScannedRows):
         self, query: RunQuery, *, limit: int, after: str | None, max_filtered: int | None
     ) -> tuple[list[RunRow], str | None]:
         matching: list[tuple[_ListPlace, RunRow]] = []
-        place, examined = None if after is None else _parse_mark(after), 0
+        place: Any = None if after is None else parse_mark(after, 1, has_text=True)
+        examined = 0
         size = _MAX_EXAMINED if replace(query, since_ms=None) != RunQuery() else limit + 1
         while True:
             place, page = self._newest(place, query, size)
@@ -61,11 +61,11 @@ class RedisReader(ScannedRows):
             examined += size
             runs = [run for _, run in matching[:limit]]
             if len(matching) > limit:
-                return runs, _mark(*matching[limit - 1][0])
+                return runs, mark_of(*matching[limit - 1][0])
             if place is None:
                 return runs, None
             if max_filtered is not None and examined >= max_filtered:
-                return runs, _mark(*place)
+                return runs, mark_of(*place)
 
     def _newest(
         self, place: _ListPlace | None, query: RunQuery, limit: int
@@ -74,7 +74,7 @@ class RedisReader(ScannedRows):
 
         Returns the place of the last one, or None, and (id, start, row) of those that may match.
         """
-        start, before = place or ("+inf", b"")
+        start, before = place or ("+inf", "")
         lowest = "-inf" if query.since_ms is None else query.since_ms * 1000
         conditions = (query.pipeline or "", json.dumps(dict.fromkeys(query.statuses, True)))
         # The run before which it continues is one of those read. Users who may only read cannot sweep.
@@ -83,13 +83,14 @@ class RedisReader(ScannedRows):
         if isinstance(reply, Exception):
             raise reply
         last, *page = reply
-        end = (int(last[1]), last[0]) if last else None
-        page = [one for one in page if int(one[1]) != start or one[0] < before]
+        end = (int(last[1]), as_text(last[0])) if last else None
+        page = [one for one in page if int(one[1]) != start or one[0] < before.encode()]
         return None if end == place else end, page
 
     def _matching(self, page: list[list[Any]], query: RunQuery) -> list[tuple[_ListPlace, RunRow]]:
         """Return those of these runs that match a query."""
-        runs = [((int(start), run_id), read_run_row(row, as_text(run_id))) for run_id, start, row in page]
+        named = [(as_text(run_id), int(start), row) for run_id, start, row in page]
+        runs = [((start, run_id), read_run_row(row, run_id)) for run_id, start, row in named]
         runs = [one for one in runs if matches(query, one[1], one[1].run.tags)]
         if (query.failure_class, query.node) == (None, None):
             return runs
@@ -282,18 +283,6 @@ def _facts(run_id: str, nodes: Any) -> dict[str, NodeFacts]:
 def _is_of(attempt: AttemptRecord, facts: NodeFacts) -> bool:
     """Return True if an attempt committed the output at its place."""
     return (attempt.epoch, attempt.attempt, attempt.started_ns) == facts[1:4]
-
-
-def _mark(start: int, run_id: bytes) -> str:
-    return f"{start}.{quote(run_id, safe='')}"
-
-
-def _parse_mark(mark: str) -> _ListPlace:
-    """Return the place in the ``next`` of a page. Raises ValueError for any other text."""
-    start, _, run_id = mark.partition(".")
-    if not (start.isdecimal() and start.isascii() and len(start) < 20 and run_id):
-        raise not_a_mark(mark)
-    return int(start), unquote_to_bytes(run_id)
 
 
 def _key(value: bytes) -> str | None:

@@ -25,14 +25,12 @@ from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
 from stroma.checkpoint.records import (
     ATTEMPT_COLUMNS,
-    AttemptMark,
     AttemptRecord,
     RunQuery,
     Tally,
     ascii_lower,
-    end_of_page,
-    parse_attempt_mark,
-    parse_run_mark,
+    mark_of,
+    parse_mark,
     stored_values,
     to_record,
 )
@@ -323,7 +321,7 @@ class SqlRows(Rows):
             runs = [run for run in runs if _place(run) >= examined_to]
         if len(runs) > limit:
             examined_to = _place(runs[limit - 1])
-        return runs[:limit], None if examined_to is None else "{}.{}".format(*examined_to)
+        return runs[:limit], None if examined_to is None else mark_of(*examined_to)
 
     def _runs_with_status(
         self, query: RunQuery, status: str | None, limit: int, after: str | None, max_filtered: int | None
@@ -344,7 +342,7 @@ class SqlRows(Rows):
             where.append("r.blocked_since_ms IS NOT NULL")
         if after is not None:
             where.append(f"({order}.started_ms, {order}.run) < (:after_ms, :after_run)")
-            values["after_ms"], values["after_run"] = parse_run_mark(after)
+            values["after_ms"], values["after_run"] = parse_mark(after, 2)
         # CROSS JOIN: in SQLite, the tags first, in the order of their index.
         source = "runs r" if query.tag is None else "tags t CROSS JOIN runs r"
         inner = (
@@ -403,10 +401,11 @@ class SqlRows(Rows):
     def attempt_page(
         self, run: Any, execution: int, *, limit: int, after: str | None
     ) -> tuple[list[AttemptRecord], str | None]:
-        mark = AttemptMark(-1, 0, 0, 0, "") if after is None else parse_attempt_mark(after)
-        place = {"run": run, "execution": execution, **mark._asdict(), "branch_key": key(mark.branch)}
-        page = _parse_attempts(self._all(sql.ATTEMPT_PAGE, **place, limit=limit + 1))
-        return page[:limit], str(end_of_page(page[limit - 1])) if len(page) > limit else None
+        place = (-1, 0, 0, 0, "") if after is None else parse_mark(after, 4, has_text=True)
+        values = dict(zip(("epoch", "position", "started_ns", "attempt"), place, strict=False))
+        values |= {"run": run, "execution": execution, "branch_key": key(place[4])}
+        page = _parse_attempts(self._all(sql.ATTEMPT_PAGE, **values, limit=limit + 1))
+        return page[:limit], page[limit - 1].mark if len(page) > limit else None
 
     def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[AttemptRecord]:
         place = {"run": run, "execution": execution, "position": position, "branch_key": key(branch)}
