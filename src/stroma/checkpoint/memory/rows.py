@@ -68,8 +68,8 @@ class MemoryRun:
         steps: outputs, and at the position of SAVED the states that ``save()`` stored; the newest last. Most
             are the row of the attempt, whose output is a snapshot.
         calls: the calls of the outputs that are such rows.
-        log: attempts of the present epoch without a present output.
-        attempts: attempts of earlier epochs, and others, by epoch and key; see :meth:`all_attempts`.
+        log: attempts of the present epoch that are rows of the trace.
+        attempts: all others, by epoch and key.
         number: distinguishes runs of this process that started in the same millisecond.
         session: weak reference to the session that opened it last, for requests.
         claim: token of the worker that has claimed it, and until when by the monotonic clock, in seconds.
@@ -92,7 +92,7 @@ class MemoryRun:
     def empty(self) -> None:
         """Forget what executions have recorded, except for outputs and annotations."""
         self.calls: dict[Key, StepCall] = {}
-        self.log: list[AttemptRow | AttemptRecord] = []
+        self.log: list[AttemptRow] = []
         self.attempts: dict[tuple[Any, ...], AttemptRow | AttemptRecord] = {}
         self.identities: dict[str, int] = {}
         self.failure_sites: dict[Place, tuple[int, int, Callable[[], bytes]]] = {}
@@ -126,31 +126,18 @@ class MemoryRun:
             state = UnencodedState(schema, schema.snapshot(output))
             step = Step(contract_of(row, schema), schema_ref(schema.model), state, b"")
             entry = _Commit(StepRow(row.position, row.branch, row.node_id, step), row)
-        if self.steps.setdefault(key, entry) is not entry:
-            self.replace(key, entry)
+        self.replace(key, entry)
 
     def replace(self, key: Key, entry: AttemptRow | _Commit) -> None:
         """Store an output as the newest one."""
-        self.drop(key)
+        self.steps.pop(key, None)
         self.steps[key] = entry
-
-    def drop(self, key: Key) -> None:
-        """Drop an output; the attempt that committed it stays in the history."""
-        before = self.steps.pop(key, None)
-        attempt = before.attempt if isinstance(before, _Commit) else before
-        if attempt is not None:
-            self.log.append(attempt)
 
     def all_attempts(self) -> dict[tuple[Any, ...], AttemptRow | AttemptRecord]:
         """Return all attempts by epoch and key. One that was sent twice is one attempt."""
         attempts = dict(self.attempts)
-        known = set(map(id, attempts.values()))
-        entries = list(self.steps.values())
-        committed_by = (entry.attempt if isinstance(entry, _Commit) else entry for entry in entries)
-        for row in (*self.log, *committed_by):
-            if row is not None and id(row) not in known:
-                key = (self.row.epoch, row.position, row.started_ns, row.branch, row.attempt)
-                attempts.setdefault(key, row)
+        for row in list(self.log):
+            attempts.setdefault((self.row.epoch, row.position, row.started_ns, row.branch, row.attempt), row)
         return attempts
 
     def end_epoch(self) -> None:
@@ -199,7 +186,7 @@ class MemoryRun:
     def discard(self, first: int) -> None:
         """Discard the outputs from a position on."""
         for key in [_key_of(place) for place in self.committed() if place[0] >= first]:
-            self.drop(key)
+            del self.steps[key]
             self.calls.pop(key, None)
 
 

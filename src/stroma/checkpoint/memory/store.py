@@ -113,9 +113,8 @@ class MemorySession(DurableSession):
             if run.row.epoch != self.epoch:
                 raise fence_error(self._rows, self.fence, self.run_id)
             self.completed = None
-            if output is None or schema is None:
-                run.log.append(row)
-            else:
+            run.log.append(row)
+            if output is not None and schema is not None:
                 run.commit(row, schema, output, call)
             if self._rejected:
                 started_ns, data = self._rejected.pop((row.position, row.branch), (0, b""))
