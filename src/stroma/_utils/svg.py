@@ -357,68 +357,51 @@ def _around(start: tuple[float, float], out: float, y: float, back: float, end: 
 
 def _box(place: _Layout, is_frame: bool, href: Callable[[Box], str] | None) -> str:
     box, x, y, width, height = place.box, place.x, place.y, place.width, place.height
-    title = (
-        f'<text class="title" x="{x + _PAD:.1f}" y="{y + 19:.1f}">'
-        f"{as_xml(cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>"
-    )
+    title = _text("title", x + _PAD, y + 19, cut(box.title, _LONGEST_TITLE), box.title)
     if href is not None and box.kind != "input" and not is_frame:
         title = f'<a href="{as_xml(href(box))}">{title}</a>'
+    size = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
     if is_frame:
-        return (
-            f'<g class="group"><rect class="frame" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
-            f'height="{height:.1f}" rx="10"/>'
-            f"{title}</g>"
-        )
+        return f'<g class="group"><rect class="frame" {size} rx="10"/>{title}</g>'
     bare = "" if box.left or box.right else " bare"
     parts = [
         f'<g class="node {as_xml(box.kind)}{bare} {box.mood}" data-at="{as_xml(box.id)}">',
-        f'<rect class="box" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="8"/>',
+        f'<rect class="box" {size} rx="8"/>',
         f'<path class="head" d="M{x + 0.5:.1f} {y + _HEAD - 8:.1f}v-{_HEAD - 16}q0 -7.5 7.5 '
         f'-7.5h{width - 16:.1f}q7.5 0 7.5 7.5v{_HEAD - 16}z"/>',
         title,
     ]
     if box.kind:
-        parts += [
-            f'<text class="at" x="{x + width - _PAD:.1f}" y="{y + 20:.1f}">{as_xml(box.id)}</text>',
-            f'<text class="kind" x="{x + _PAD:.1f}" y="{y + 31:.1f}">{as_xml(box.kind)}</text>',
-        ]
-    top = y + _top(box)
+        parts.append(_text("at", x + width - _PAD, y + 20, box.id))
+        parts.append(_text("kind", x + _PAD, y + 31, box.kind))
     if box.heat:
-        parts.append(
-            f'<path class="heat" d="M{x + 1:.1f} '
-            f'{y + _HEAD:.1f}h{max(2.0, box.heat * (width - 2)):.1f}v3H{x + 1:.1f}z"/>'
-        )
+        wide = max(2.0, box.heat * (width - 2))
+        parts.append(f'<path class="heat" d="M{x + 1:.1f} {y + _HEAD:.1f}h{wide:.1f}v3H{x + 1:.1f}z"/>')
     for number, rate in enumerate(box.rates):
-        kind = "rate f" if number == 0 else "rate"
-        parts.append(
-            f'<text class="{kind}" x="{x + _PAD:.1f}" y="{y + _HEAD + 15 + number * _RATE:.1f}">'
-            f"{as_xml(rate)}</text>"
-        )
+        at = y + _HEAD + 15 + number * _RATE
+        parts.append(_text("rate" if number else "rate f", x + _PAD, at, rate))
+    top = y + _top(box)
     start = top + (_SECTION if box.left_title or box.right_title else 0)
-    middle = x + _PAD + _columns(box)[0] + _PAD / 2 if box.left else x + _PAD / 2
-    for lines, head, at in (
-        (box.left, box.left_title, x + _PAD),
-        (box.right, box.right_title, middle + _PAD / 2),
+    left, right = _columns(box)
+    middle = x + _PAD + left + _PAD / 2 if box.left else x + _PAD / 2
+    for lines, head, at, wide in (
+        (box.left, box.left_title, x + _PAD, left),
+        (box.right, box.right_title, middle + _PAD / 2, right),
     ):
         if head:
-            parts.append(
-                f'<text class="top" x="{at:.1f}" y="{top + 12:.1f}">{as_xml(cut(head))}<title>'
-                f"{as_xml(head)}</title></text>"
-            )
-        for index, line in enumerate(lines):
-            parts.append(
-                _line(
-                    line,
-                    at,
-                    start + index * _LINE,
-                    _columns(box)[lines is box.right and head is box.right_title],
-                )
-            )
+            parts.append(_text("top", at, top + 12, cut(head), head))
+        parts += [_line(line, at, start + index * _LINE, wide) for index, line in enumerate(lines)]
     if box.left and box.right:
         parts.append(
             f'<path class="rule" d="M{middle:.1f} {top:.1f}V{y + height - 6:.1f}" stroke-width="1"/>'
         )
     return "\n".join([*parts, "</g>"])
+
+
+def _text(kind: str, x: float, y: float, text: str, whole: str = "") -> str:
+    """Return a text, with ``whole`` as its tooltip."""
+    tooltip = f"<title>{as_xml(whole)}</title>" if whole else ""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{as_xml(text)}{tooltip}</text>'
 
 
 def _line(line: Line, x: float, y: float, width: float) -> str:
