@@ -125,6 +125,11 @@ class RunRecord:
     commits: int = field(default=0, compare=False)
 
     @property
+    def seconds(self) -> float:
+        """The time from its start to its last record."""
+        return max(0, self.updated_ms - self.started_ms) / 1000
+
+    @property
     def waits_for(self) -> Literal["resume", "budget"] | None:
         """The need of a suspended run that no answer continues: the end of a pause, or a larger budget."""
         if self.status != "SUSPENDED" or self.is_due_at_once:

@@ -132,28 +132,25 @@ def print_plan(
     elif changes:
         code = Code.USAGE
     if as_json:
-        emit(
-            {
-                "schema": "stroma.plan/1",
-                "run_id": record.run_id,
-                "status": status_of(record),
-                "from": start_at,
-                "resumable": code is Code.OK,
-                "holder": record.holder,
-                "kept": [_data(one) for one in restored],
-                "saves": dict(zip(("tokens", "cost_usd", "seconds"), _savings(restored), strict=True)),
-                "settles": [call.key for _, call in unknown],
-                "calls": called,
-                "changes": [asdict(change) for change in changes],
-            }
-        )
+        data = {
+            "schema": "stroma.plan/1",
+            "run_id": record.run_id,
+            "status": status_of(record),
+            "from": start_at,
+            "resumable": code is Code.OK,
+            "holder": record.holder,
+            "kept": [_data(one) for one in restored],
+            "saves": dict(zip(("tokens", "cost_usd", "seconds"), _savings(restored), strict=True)),
+            "settles": [call.key for _, call in unknown],
+            "calls": called,
+            "changes": [asdict(change) for change in changes],
+        }
+        emit(data)
         return code
     target = target or database.target_of(record)
     for _, call in unknown if not changes else ():
-        text = (
-            f"settles effect {clean(call.node_id, 60)!r} first: nobody knows if call {call.number} happened"
-        )
-        out.line(f"{text}; its reconcile or a person states it")
+        text = f"settles effect {clean(call.node_id, 60)!r} first: nobody knows if call {call.number}"
+        out.line(f"{text} happened; its reconcile or a person states it")
     _print_plan(restored, called, changes, is_complete=pipeline is not None)
     if record.holder is not None:
         err.line(

@@ -152,10 +152,9 @@ class Pages:
         rate, failed = success_rate(records)
         columns = [
             Column(
-                max(0, record.updated_ms - record.started_ms) / 1000,
+                record.seconds,
                 tone_of(status_of(record)),
-                f"{status_of(record)}, {clean(record.pipeline, 60)}, "
-                f"{format_duration(max(0, record.updated_ms - record.started_ms) / 1000)}",
+                f"{status_of(record)}, {clean(record.pipeline, 60)}, {format_duration(record.seconds)}",
             )
             for record in reversed(records[:_SPARK])
         ]
@@ -175,12 +174,9 @@ class Pages:
         filters: list[dict[str, Any]] = [{"status": "", "name": "All", "count": None}]
         if len(set(FAILED) & set(counts)) > 1:
             filters.append({"status": "failed", "name": "Failed or partial", "count": failed})
+        more = "+" if len(records) == _RECENT else ""
         filters += [
-            {
-                "status": one,
-                "name": one.capitalize(),
-                "count": f"{counts[one]}{'+' if len(records) == _RECENT else ''}",
-            }
+            {"status": one, "name": one.capitalize(), "count": f"{counts[one]}{more}"}
             for one in _STATUSES
             if one in counts
         ]
@@ -200,8 +196,7 @@ class Pages:
         return {
             "record": record,
             "status": status_of(record),
-            "seconds": max(0, (now_ms() if is_at_work(record) else record.updated_ms) - record.started_ms)
-            / 1000,
+            "seconds": (now_ms() - record.started_ms) / 1000 if is_at_work(record) else record.seconds,
             "failures": f"{record.failures}+" if record.failures >= 20 else str(record.failures or ""),
             "why": cause_text(record),
             "running": is_at_work(record),

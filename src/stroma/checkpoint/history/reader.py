@@ -275,7 +275,7 @@ class History:
             tokens=record.tokens,
             cost_usd=record.cost_usd,
             began_ms=record.started_ms,
-            seconds=max(0, record.updated_ms - record.started_ms) / 1000,
+            seconds=record.seconds,
             box=_cause_box(record, resume_command),
             facts=list(facts_of(record, facts, waiting, self.describe_answer)),
             waits=waits,

@@ -38,7 +38,7 @@ def run_data(record: RunRecord) -> dict[str, Any]:
         "started": to_iso(record.started_ms),
         "updated": to_iso(record.updated_ms),
         "due": None if (due_ms := _due_ms(record)) is None else to_iso(due_ms),
-        "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
+        "seconds": record.seconds,
         "nodes": record.nodes,
         "commits": record.commits,
         "tokens": record.tokens,

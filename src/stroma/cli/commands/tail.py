@@ -210,10 +210,8 @@ class _Follower:
             out.fitted(*self._name(record), style_status(status_of(record)), "  owner lost", why)
             err.hint(f"resume it: {hint}")
             return
-        spent = (
-            f"  {format_usage(record.tokens, record.cost_usd)}, "
-            f"{format_duration((record.updated_ms - record.started_ms) / 1000)}"
-        )
+        usage = format_usage(record.tokens, record.cost_usd)
+        spent = f"  {usage}, {format_duration(record.seconds)}"
         out.fitted(*self._name(record), style_status(record.status), spent, why)
 
     def _name(self, record: RunRecord) -> list[Part]:
