@@ -69,7 +69,7 @@ class RunLine:
 def cells_of(bar: Bar, message_length: int = 120) -> dict[str, str]:
     """Return the texts of an attempt by column; those that it does not have are empty."""
     damaged = ", damaged" if bar.is_damaged else ""
-    stored = ", output stored" if bar.is_committed and bar.outcome != "success" else ""
+    stored = ", output stored" if bar.is_committed and bar.outcome not in ("success", "forked") else ""
     return {
         "AT": shown_place(bar.at),
         "NODE": clean(bar.node_id, 40),

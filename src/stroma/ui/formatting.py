@@ -14,12 +14,13 @@ from starlette.responses import Response
 
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, format_usd, replace_utc, visible
-from stroma.checkpoint.history import FAILED, FINISHED, Payload, changes, is_interrupted, place_of
+from stroma.checkpoint.history import FAILED, FINISHED, Payload, bar_of, changes, is_interrupted, place_of
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cost.prices import find_pricer
 from stroma.failures.classes import describe_class
 from stroma.trace.html import tree, utc
-from stroma.trace.outline import duration, shown_place
+from stroma.trace.outline import duration
+from stroma.trace.terminal import cells_of
 from stroma.ui.components import chip
 
 _FILTERS: Final = ("tag", "node", "class", "pipeline")
@@ -105,29 +106,27 @@ def duration_text(attempt: AttemptRecord) -> str:
     return duration(attempt.duration_ms, attempt.function_ms or None)
 
 
-def attempt_rows(attempts: Iterable[tuple[AttemptRecord, str, str]], restored: Collection[int]) -> Markup:
-    """Return the rows of the table of attempts. ``attempts``: each with its address and place."""
+def attempt_rows(attempts: Iterable[tuple[AttemptRecord, str]], restored: Collection[int]) -> Markup:
+    """Return the rows of the table of attempts. ``attempts``: each with its address."""
     # Not a template: a page has thousands.
     return Markup("".join(_attempt_row(*one, restored) for one in attempts))
 
 
-def _attempt_row(attempt: AttemptRecord, address: str, place: str, restored: Collection[int]) -> str:
-    why = describe_class(attempt.failure_class or "", clean(attempt.reason or "", 30))
+def _attempt_row(attempt: AttemptRecord, address: str, restored: Collection[int]) -> str:
+    texts = cells_of(bar_of(attempt, 0), 160)
+    cells = {name: as_xml(text) for name, text in texts.items()}
+    why = describe_class(cells["CLASS"], cells["REASON"])
     mark = ' <span class="dim">restored</span>' if attempt.started_ns in restored else ""
-    tokens = f"{attempt.tokens:,}" if attempt.tokens else ""
-    cost = format_usd(attempt.cost_usd) if attempt.tokens or attempt.cost_usd else ""
-    message = escape(clean(attempt.text, 160)) if attempt.text else ""
     return (
-        f'<tr data-row><td class="mono" data-name="At">{as_xml(shown_place(place))}</td>'
-        f'<td data-name="Node"><a data-open href="{as_xml(address)}">'
-        f"{as_xml(clean(attempt.node_id, 60))}</a></td>"
-        f'<td class="num" data-name="Try">{attempt.attempt}</td><td data-name="Outcome">'
-        f"{chip(attempt.outcome)}{mark}</td>"
-        f'<td data-name="Class">{as_xml(why)}</td>'
-        f'<td class="num" data-name="Took">{duration_text(attempt)}</td><td class="num" '
-        f'data-name="Tokens">{tokens}</td>'
-        f'<td class="num" data-name="Cost">{cost}</td><td data-name="Message" class="cause-cell">'
-        f"{message}</td></tr>\n"
+        f'<tr data-row><td class="mono" data-name="At">{cells["AT"]}</td>'
+        f'<td data-name="Node"><a data-open href="{as_xml(address)}">{cells["NODE"]}</a></td>'
+        f'<td class="num" data-name="Try">{cells["TRY"]}</td><td data-name="Outcome">'
+        f"{chip(attempt.outcome, texts['OUTCOME'])}{mark}</td>"
+        f'<td data-name="Class">{why}</td>'
+        f'<td class="num" data-name="Took">{cells["TIME"]}</td>'
+        f'<td class="num" data-name="Tokens">{cells["TOKENS"]}</td>'
+        f'<td class="num" data-name="Cost">{cells["COST"]}</td>'
+        f'<td data-name="Message" class="cause-cell">{cells["MESSAGE"]}</td></tr>\n'
     )
 
 

@@ -128,7 +128,7 @@ class RunPages:
             legend=Markup(legend(drawn)),
             attempts=listed,
             attempt_rows=attempt_rows(
-                [(one, attempt_address(record, one), place_of(one)) for one in listed],
+                [(one, attempt_address(record, one)) for one in listed],
                 restored_starts(record, listed),
             ),
             waiting=waiting,
