@@ -32,6 +32,18 @@ class Control(NamedTuple):
     value: Any = None
 
 
+class ErrorAnswer(Exception):
+    """An answer by which a tool says that it failed: no output, and no second call; its caller gets it."""
+
+    def __init__(self, answer: Any, text: object) -> None:
+        super().__init__(str(text))
+        self.answer = answer
+
+    @staticmethod
+    def control(error: BaseException) -> Control | None:
+        return Control("passed") if isinstance(error, ErrorAnswer) else None
+
+
 @dataclass(frozen=True, slots=True)
 class GuardedStep:
     """Description of a callable for the guard.

@@ -35,7 +35,7 @@ except ImportError as error:
 
 from stroma.adapters._guarded_run import active_run
 from stroma.adapters._state_views import parse_text
-from stroma.adapters._step import emit_text
+from stroma.adapters._step import ErrorAnswer, emit_text
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.cost.usage import Usage, usage_from
 from stroma.engine.execution import current_run, running_node
@@ -95,20 +95,33 @@ def guarded_tools(
     for tool in tools:
         step = guard.wrap(
             tool.name,
-            tool.handler,
+            _judged(tool.handler),
             contract=by_name.get(tool.name),
             input_view=lambda a, _: a[0],
             output_view=_result_of,
+            control=ErrorAnswer.control,
             role="tool",
         )
         guarded.append(dataclasses.replace(tool, handler=_noting(step)))
     return guarded
 
 
+def _judged(handler: Any) -> Any:
+    async def call(arguments: Any) -> Any:
+        answer = await handler(arguments)
+        if isinstance(answer, dict) and answer.get("is_error"):
+            raise ErrorAnswer(answer, _text_of(answer))
+        return answer
+
+    return call
+
+
 def _noting(step: Any) -> Any:
     async def handler(arguments: Any) -> Any:
         try:
             return await step(arguments)
+        except ErrorAnswer as error:
+            return error.answer
         except Exception as error:
             run = current_run()
             if run is not None and what_stopped(error) is not None:
@@ -269,7 +282,10 @@ def _answer_of(whole: dict[str, Any]) -> dict[str, Any]:
     return {"result": whole["text"]}
 
 
-def _result_of(result: Any) -> Any:
+def _text_of(result: Any) -> str:
     parts = result.get("content", ()) if isinstance(result, dict) else ()
-    text = "".join(part.get("text", "") for part in parts)
-    return parse_text(text)
+    return "".join(part.get("text", "") for part in parts)
+
+
+def _result_of(result: Any) -> Any:
+    return parse_text(_text_of(result))

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise import_error("langchain", error) from error
 
-from stroma.adapters._step import Control, GuardedStep
+from stroma.adapters._step import Control, ErrorAnswer, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 
 warn_if_untested("langchain")
@@ -68,15 +68,15 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
         """Call a tool as the step of its name. An error message is returned unchanged, without a retry."""
         try:
             return self.guard.call(self._tool(request), _counted(handler), request)
-        except _ToolErrorMessage as error:
-            return error.message
+        except ErrorAnswer as error:
+            return error.answer
 
     async def awrap_tool_call(self, request: Any, handler: Any) -> Any:
         """Do the same as :meth:`wrap_tool_call` for an async agent."""
         try:
             return await self.guard.acall(self._tool(request), _acounted(handler), request)
-        except _ToolErrorMessage as error:
-            return error.message
+        except ErrorAnswer as error:
+            return error.answer
 
     def _tool(self, request: Any) -> GuardedStep:
         name = request.tool_call["name"]
@@ -100,21 +100,13 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
             self._checked = True
 
 
-class _ToolErrorMessage(Exception):
-    """A tool's failure that the framework has made a message of: no result, and no second call."""
-
-    def __init__(self, message: Any) -> None:
-        super().__init__(str(message.content))
-        self.message = message
-
-
 def _control(error: BaseException) -> Control | None:
-    return Control("passed") if isinstance(error, _ToolErrorMessage) else control(error)
+    return ErrorAnswer.control(error) or control(error)
 
 
 def _judged(answer: Any) -> Any:
     if isinstance(answer, ToolMessage) and answer.status == "error":
-        raise _ToolErrorMessage(answer)
+        raise ErrorAnswer(answer, answer.content)
     return answer
 
 

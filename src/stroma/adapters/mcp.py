@@ -23,7 +23,7 @@ except ImportError as error:
 
 from stroma.adapters._delegation import wrap_method
 from stroma.adapters._state_views import parse_text
-from stroma.adapters._step import Control, GuardedStep
+from stroma.adapters._step import ErrorAnswer, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 
 warn_if_untested("mcp")
@@ -56,18 +56,18 @@ def attach(session: T, guard: Guard, contracts: Contracts | None = None) -> T:
                 by_name.get(name),
                 input_view=lambda *_: dict(arguments or {}),
                 output_view=_result,
-                control=_control,
+                control=ErrorAnswer.control,
                 role="tool",
             )
             try:
                 return await guard.acall(step, answered, self, name, arguments, *args, **kwargs)
-            except _ErrorResult as error:
-                return error.result
+            except ErrorAnswer as error:
+                return error.answer
 
         async def answered(*args: Any, **kwargs: Any) -> Any:
             result = await bare(*args, **kwargs)
             if getattr(result, "isError", False) or getattr(result, "is_error", False):
-                raise _ErrorResult(result)
+                raise ErrorAnswer(result, _text(result))
             return result
 
         return call_tool
@@ -86,18 +86,6 @@ def attach(session: T, guard: Guard, contracts: Contracts | None = None) -> T:
     wrap_method(session, "call_tool", guard, calling)
     wrap_method(session, "list_tools", guard, listing)
     return session
-
-
-class _ErrorResult(Exception):
-    """A result by which the server says that the tool failed: no output, and no second call."""
-
-    def __init__(self, result: Any) -> None:
-        super().__init__(_text(result))
-        self.result = result
-
-
-def _control(error: BaseException) -> Control | None:
-    return Control("passed") if isinstance(error, _ErrorResult) else None
 
 
 def _text(result: Any) -> str:

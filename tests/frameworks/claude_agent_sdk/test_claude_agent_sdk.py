@@ -170,9 +170,14 @@ async def refuses(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"content": [{"type": "text", "text": "no"}], "is_error": True}
 
 
+class Nothing(BaseModel):
+    pass
+
+
 @holds("control flow")
-def test_what_the_sdk_decides_passes_untouched() -> None:
-    """A tool that says so itself has not failed; a denied permission reaches the program, as ever."""
+@pytest.mark.parametrize("contracts", [None, {"refuses": (Nothing, City)}])
+def test_what_the_sdk_decides_passes_untouched(contracts: Any) -> None:
+    """An error answer of a tool reaches the model, also under a contract; so does a denied permission."""
     requests: list[str] = []
 
     async def deny(name: str, _: Any, __: Any) -> PermissionResultDeny:
@@ -204,13 +209,13 @@ def test_what_the_sdk_decides_passes_untouched() -> None:
         guard_of(),
     )
     expected = asyncio.run(main(query, [refuses], plain))
-    got = asyncio.run(main(guarded_query(guard), guarded_tools(guard, [refuses]), guarded))
+    got = asyncio.run(main(guarded_query(guard), guarded_tools(guard, [refuses], contracts), guarded))
     assert got == expected
     assert guarded.messages == plain.messages
     assert requests == ["Bash", "Bash"]
     assert "not that" in json.dumps(guarded.messages[-1])
     assert guard.stopped is None
-    assert lines_of(guard) == ["query success 10", "  refuses success"]
+    assert lines_of(guard) == ["query success 10", "  refuses failure"]
 
 
 @holds("control flow")
