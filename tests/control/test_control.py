@@ -185,6 +185,26 @@ async def test_a_pause_holds_in_maps(store: Any, into: str) -> None:
     assert (gate.calls.count("first"), gate.calls.count("item")) == (1, 50)
 
 
+async def test_a_pause_ends_the_wait_for_an_item(store: Any) -> None:
+    """A map whose source waits for its next item is SUSPENDED at once; the resume reads it again."""
+    gate = gate_of(store)
+    waiting, never = asyncio.Event(), asyncio.Event()
+
+    async def items(state: Any) -> Any:
+        yield {"n": 0}
+        waiting.set()
+        await never.wait()
+
+    nodes = [map_over(items, gate.node("item"), into="outputs")]
+    run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+    await waiting.wait()
+    assert await gate.runner.pause("r")
+    assert (await run).status == "SUSPENDED"
+    never.set()
+    again = await gate.runner.resume(nodes, "r", input_schema=Num)
+    assert (again.status, gate.calls) == ("RESUMED", ["item"])
+
+
 async def test_a_pause_ends_the_wait_for_a_retry(store: Any) -> None:
     """A run that waits an hour between two attempts is SUSPENDED at once; the resume makes the next one."""
     gate = gate_of(store, policy_map=_retries(1, 3600))

@@ -25,6 +25,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place, paused
+from stroma.engine.parts import wait_unless_held
 from stroma.engine.restore import check_committed, output_schema, read_output, value_of
 from stroma.engine.tasks import TaskPool, raise_if
 from stroma.failures.classes import FailureClass
@@ -190,7 +191,8 @@ class MapRun:
     async def _start_items(self) -> None:
         ctx, ends = self._ctx, self._ends
         async with contextlib.aclosing(self._source.pages()) as pages:
-            async for page in pages:
+            # A source may wait for its next items: a pause ends that.
+            while page := await wait_unless_held(ctx.stopping, partial(anext, pages, None)):
                 committed = await self._find_committed(page) if self._may_have_committed else {}
                 for item in page:
                     self.count = item.index + 1
@@ -198,14 +200,18 @@ class MapRun:
                         await self._restore(item, committed[item.index])
                         continue
                     await self._pool.wait_for_room()
-                    if ends.stopped is not None or ctx.stopping.interrupt is not None or ctx.stopping.holds:
-                        if ctx.stopping.is_paused:
-                            ends.suspended = ends.suspended or paused(ctx, self._child.node_id, 1)
+                    if ctx.stopping.holds:
+                        break
+                    if ends.stopped is not None or ctx.stopping.interrupt is not None:
                         return
                     await self._start(item)
                 if self._may_have_committed and self._source.page < _PAGE_ITEMS:
                     is_all = len(committed) == len(page)
                     self._source.page = min(_PAGE_ITEMS, 2 * self._source.page) if is_all else 1
+        if ctx.stopping.holds:
+            if ctx.stopping.is_paused:
+                ends.suspended = ends.suspended or paused(ctx, self._child.node_id, 1)
+            return
         if not self._may_have_committed or self.outputs is not None:
             return
         if await self._load_committed(range(self.count, self.count + 1)):
