@@ -8,7 +8,16 @@ from uuid import UUID
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, RootModel, create_model
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    RootModel,
+    SecretStr,
+    create_model,
+)
 
 from stroma.contracts.examples import NoExampleError, example_for, example_of
 
@@ -88,10 +97,20 @@ def unique(alias: Any, number: int) -> Any:
 
 
 def test_what_an_example_holds() -> None:
-    """An example has the required properties by their aliases, and the first of several choices."""
+    """An example has the required properties by their aliases, and the first of several choices; without
+    required ones, the defaults."""
     assert example_for(Inner) == {"number": 4, "texts": ["..", ".."]}
     assert example_for(Tree) == {"left": None, "items": []}
     assert example_for(RootModel[list[int]]) == []
+    assert example_for(Defaults) == {"text": "x", "inner": {"number": 4, "texts": ["ab", "cd"]}, "note": None}
+
+
+class Defaults(BaseModel):
+    text: str = "x"
+    inner: Inner = Inner(number=4, texts=["ab", "cd"])
+    note: str | None = None
+    key: SecretStr = SecretStr("hidden")
+    made: list[str] = Field(default_factory=list)
 
 
 class Impossible(BaseModel):

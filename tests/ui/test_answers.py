@@ -156,6 +156,7 @@ def test_a_strange_schema_is_written_as_json(schema: Any) -> None:
         {"enum": 7},
         {"anyOf": 7},
         {"title": "InterruptAnswer"},
+        None,
     ],
 )
 def test_a_strange_schema_has_no_example(schema: Any) -> None:

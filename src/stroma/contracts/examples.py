@@ -29,7 +29,7 @@ class NoExampleError(ValueError):
 
 
 def example_of(schema: Mapping[str, Any]) -> Any:
-    """Return the smallest value for a JSON schema: required properties only.
+    """Return the smallest value for a JSON schema: required properties, or without any the defaults.
 
     Raises NoExampleError, also for a schema that says nothing: few questions mean null.
     """
@@ -115,7 +115,16 @@ class _Examples:
 
     def _object(self, schema: Mapping[str, Any]) -> dict[str, Any]:
         properties = schema.get("properties") or {}
-        return {name: self.of(properties.get(name)) for name in schema.get("required") or ()}
+        if required := schema.get("required"):
+            return {name: self.of(properties.get(name)) for name in required}
+        return {name: one["default"] for name, one in properties.items() if _shows_default(one)}
+
+
+def _shows_default(schema: Mapping[str, Any]) -> bool:
+    """Return True for a property with a default that is a value of it: that of a secret is masked."""
+    is_null = schema.get("default") is None
+    takes_null = {"type": "null"} in schema.get("anyOf", ())
+    return "default" in schema and not schema.get("writeOnly") and (takes_null or not is_null)
 
 
 def _text(schema: Mapping[str, Any]) -> str:

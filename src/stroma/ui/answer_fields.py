@@ -92,7 +92,7 @@ def parse_fields(fields: list[AnswerField], form: Mapping[str, str]) -> tuple[An
 def example_text(schema: Mapping[str, Any] | None) -> str:
     """Return the beginning of an answer as JSON: a value that the schema allows; "" if none is known."""
     try:
-        return "true" if schema is None else json.dumps(example_of(schema))
+        return "" if schema is None else json.dumps(example_of(schema))
     except NoExampleError:
         return ""
 
