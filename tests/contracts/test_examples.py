@@ -19,7 +19,7 @@ from pydantic import (
     create_model,
 )
 
-from stroma.contracts.examples import NoExampleError, example_for, example_of
+from stroma.contracts.examples import NoExampleError, example_for, example_of, example_text
 
 
 class Colour(Enum):
@@ -111,6 +111,19 @@ class Defaults(BaseModel):
     note: str | None = None
     key: SecretStr = SecretStr("hidden")
     made: list[str] = Field(default_factory=list)
+
+
+class Free(BaseModel):
+    result: JsonValue
+    text: str
+    nothing: None
+
+
+def test_the_text_of_an_example_is_refused_where_any_value_fits() -> None:
+    """The text of an example has "..." for a value that may be any JSON, which is not JSON itself."""
+    assert example_text(Free.model_json_schema()) == '{"result": ..., "text": "...", "nothing": null}'
+    assert example_of(Free.model_json_schema()) == {"result": None, "text": "...", "nothing": None}
+    assert example_text(RootModel[JsonValue].model_json_schema()) == example_text(None) == ""
 
 
 class Impossible(BaseModel):

@@ -15,7 +15,8 @@ from tests.ui.conftest import GOOD, Site, make_runs, node
 from tests.ui.test_actions import answered, form_of, json_form_of
 
 from stroma import Pipeline, SQLiteStore, current_node
-from stroma.ui.answer_fields import PREFIX, example_text, fields_of, parse_fields
+from stroma.contracts.examples import example_text
+from stroma.ui.answer_fields import PREFIX, fields_of, parse_fields
 
 
 class Colour(Enum):

@@ -69,11 +69,10 @@ class OperationResult(BaseModel):
 class ToolResult(BaseModel):
     """Result of a tool, as the framework encodes it. ``kind``: "tool_return", or another request."""
 
-    # A person who states that the call happened needs the result.
-    model_config = ConfigDict(extra="allow", json_schema_extra={"required": ["result"]})
+    model_config = ConfigDict(extra="allow")
 
     kind: str = "tool_return"
-    result: JsonValue = None
+    result: JsonValue  # Required: a person who states that the call happened has to state it too.
 
 
 def check_options(owner: str, options: Any, known: type = ToolOptions) -> None:
@@ -174,7 +173,7 @@ class AgentSteps:
 
         async def perform() -> Any:
             result = await work()
-            return {"value": result} if tool is None else result
+            return {"value": result} if tool is None else {"result": None, **result}
 
         async def reconcile(key: str) -> Any:
             assert tool is not None

@@ -73,7 +73,7 @@ _METADATA: Final = "stroma"
 class ToolAnswer(BaseModel):
     """Answer in place of a tool that is called elsewhere: what the tool returned."""
 
-    result: JsonValue = None
+    result: JsonValue
 
 
 class StromaDurability(BaseDurabilityCapability[Any]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from types import ModuleType
@@ -16,7 +15,7 @@ from stroma.checkpoint.manager import resolve_schema
 from stroma.checkpoint.records import FAILED, RunRecord
 from stroma.cli.formatting import format_local_time, id_word
 from stroma.cli.stores import Database
-from stroma.contracts.examples import NoExampleError, example_of
+from stroma.contracts.examples import example_text
 from stroma.failures.classes import FailureClass
 from stroma.trace.story import awaited_topics
 
@@ -117,21 +116,13 @@ def waiting_hints(db: Database, record: RunRecord, target: str, waiting: Sequenc
     return hints
 
 
-def _example_answer(one: Waiting) -> str:
-    schema = one.answer_schema()
-    try:
-        return "ANSWER" if schema is None else json.dumps(example_of(schema), ensure_ascii=False)
-    except NoExampleError:
-        return "ANSWER"
-
-
 def approve_hint(
     db: Database, run_id: str, target: str, waiting: Sequence[Waiting], *, limit: int = 5
 ) -> list[str]:
     """Return one command per question that answers it."""
     lines = []
     for one in waiting[:limit]:
-        answer = _example_answer(one)
+        answer = example_text(one.answer_schema()) or "ANSWER"
         options = ("--question", one.id)
         if one.effect is None:
             lines.append(db.hint("approve", id_word(run_id), target, answer, options=options))

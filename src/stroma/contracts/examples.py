@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -12,6 +13,7 @@ from stroma.contracts.schema import schema_of
 
 #: Characters of a text, and items of a list.
 _MAX_SIZE: Final = 100
+_ANY: Final = "\x00any\x00"
 _DEFINITIONS: Final = "#/$defs/"
 _FORMATS: Final = {
     "date": "2026-01-01",
@@ -28,19 +30,32 @@ class NoExampleError(ValueError):
     """No example of a schema is known."""
 
 
-def example_of(schema: Mapping[str, Any]) -> Any:
+def example_text(schema: Mapping[str, Any] | None) -> str:
+    """Return an example of a JSON schema as JSON; "" if none is known, or any JSON fits.
+
+    Inside of it, "..." stands for a value that may be any JSON: a person has to replace it.
+    """
+    try:
+        value = None if schema is None else example_of(schema, any_value=_ANY)
+    except NoExampleError:
+        return ""
+    return "" if value is None else json.dumps(value, ensure_ascii=False).replace(json.dumps(_ANY), "...")
+
+
+def example_of(schema: Mapping[str, Any], *, any_value: Any = None) -> Any:
     """Return the smallest value for a JSON schema: required properties, or without any the defaults.
 
-    Raises NoExampleError, also for a schema that says nothing: few questions mean null.
+    ``any_value``: stands for a part that may be any JSON. Raises NoExampleError, also for a schema that says
+    nothing: few questions mean null.
     """
     definitions = schema.get("$defs")
     try:
-        value = _Examples(definitions if isinstance(definitions, Mapping) else {}).of(schema)
+        value = _Examples(definitions if isinstance(definitions, Mapping) else {}, any_value).of(schema)
     except NoExampleError:
         raise
     except Exception as error:  # A stored schema may be anything.
         raise NoExampleError(f"the schema cannot be read: {error}") from error
-    if value is None:
+    if value is any_value or value is None:
         raise NoExampleError("the schema does not limit its values")
     return value
 
@@ -58,14 +73,15 @@ def example_for(model: type[BaseModel]) -> Any:
 class _Examples:
     """Makes examples of one document."""
 
-    def __init__(self, definitions: Mapping[str, Any]) -> None:
+    def __init__(self, definitions: Mapping[str, Any], any_value: Any) -> None:
         self._definitions = definitions
+        self._any_value = any_value
         self._open: list[str] = []  # The definitions around the present one.
 
     def of(self, schema: Any) -> Any:
         """Return an example of a part of the document. Raises NoExampleError."""
         if not isinstance(schema, Mapping):
-            return None
+            return self._any_value
         reference = schema.get("$ref")
         if isinstance(reference, str):
             return self._of_definition(reference.removeprefix(_DEFINITIONS))
@@ -87,7 +103,9 @@ class _Examples:
             "array": lambda array: self._list(array),
             "object": lambda shape: self._object(shape),
         }.get(str(kind))
-        return None if make is None else make(schema)
+        if kind == "null":
+            return None
+        return self._any_value if make is None else make(schema)
 
     def _of_definition(self, name: str) -> Any:
         if name in self._open:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 from stroma._utils.text import clean
-from stroma.contracts.examples import NoExampleError, example_of
 
 #: Beginning of the names of these fields in a form.
 PREFIX: Final = "field:"
@@ -87,14 +86,6 @@ def parse_fields(fields: list[AnswerField], form: Mapping[str, str]) -> tuple[An
             errors.append(FieldError(field.name, clean(str(error), 300)))
     is_value = [field.name for field in fields] == [""]
     return (answer.get("") if is_value else answer), errors
-
-
-def example_text(schema: Mapping[str, Any] | None) -> str:
-    """Return the beginning of an answer as JSON: a value that the schema allows; "" if none is known."""
-    try:
-        return "" if schema is None else json.dumps(example_of(schema))
-    except NoExampleError:
-        return ""
 
 
 def _empty(field: AnswerField) -> Any:

@@ -15,8 +15,9 @@ from stroma._utils.text import clean
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.records import RunRecord
 from stroma.contracts.contract import NotDone
+from stroma.contracts.examples import example_text
 from stroma.ui.actions import Actions, can_resume, identity_of, to_run
-from stroma.ui.answer_fields import AnswerField, FieldError, example_text, fields_of, parse_fields
+from stroma.ui.answer_fields import AnswerField, FieldError, fields_of, parse_fields
 from stroma.ui.rendering import Renderer
 
 _MAX_ERRORS: Final = 20

@@ -17,6 +17,7 @@ from pydantic_ai.usage import RequestUsage
 from tests.kit import NEVER, Num, retry_policies
 
 from stroma import FailurePolicy, Flow, InMemoryStore, NotDone, RunStatus, StromaRunner, stroma_flow
+from stroma.contracts.examples import example_text
 from stroma.testing import assert_resumable
 
 pytest.importorskip("stroma.adapters._pydantic_ai_durability", exc_type=ImportError)
@@ -155,6 +156,28 @@ async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again
     assert result.final_state == Text(text="done"), result.failure
     assert list(booked.values()) == [500]
     assert asked == [{"cents": 500}]
+
+
+async def test_a_person_states_the_result_of_a_tool() -> None:
+    """G13: A statement that a call happened needs the result of the tool: an accepted one stays."""
+    agent = Agent(FunctionModel(_calls_all), name="a", capabilities=[StromaDurability()])
+
+    @agent.tool_plain(metadata={"stroma": {"effect": True}})
+    async def charge(c: int) -> str:
+        raise ConnectionResetError("connection reset by peer")
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        return Text(text=str((await agent.run("go")).all_messages()[2].parts[0].content))  # type: ignore[union-attr]
+
+    runner = StromaRunner.quick(store=InMemoryStore(), policy_map=NEVER, run_id="r", resume=True)
+    (question,) = (await runner.run(f, Num())).questions
+    assert example_text(question.schema) == '{"result": ...}'
+    with pytest.raises(ValueError, match=r"result\n  Field required"):
+        await runner.signal("r", {}, question=question.id)
+    await runner.signal("r", {"result": "charged"}, question=question.id)
+    result = await runner.run(f, Num())
+    assert result.final_state == Text(text="charged"), result.failure
 
 
 async def _lose(c: int) -> str:
