@@ -127,14 +127,15 @@ async def test_a_new_run_has_nothing_of_the_old_one(at: tuple[str, str], way: st
 
 @pytest.mark.slow
 async def test_a_fork_has_only_what_it_copies(at: tuple[str, str], tmp_path: Path) -> None:
-    """A fork gets the input and commits before its position, what the run belongs to, and no other record."""
+    """A fork gets the input, the commits before its position with the effects that they called, and what the
+    run belongs to; no other record."""
     kind, where = at
     async with opened_with_blobs(kind, where, tmp_path) as store:
         session = await write_every_kind(store, "r", MARK)
         await commit(session, 0, State(text="public"))
         await finish(session)
         await store.fork("r", "f", 1)
-        assert sorted(kinds_of(store, "f")) == sorted({*FORKED, Annotation.PARENT})
+        assert sorted(kinds_of(store, "f")) == sorted({*FORKED, Annotation.EFFECT, Annotation.PARENT})
         session = await begin(store, "f", State(text=MARK), if_exists="resume")
         assert (session.notes, session.waiting, session.undelivered) == ({}, {}, [])
         assert session.attribution["session"] == "r"
