@@ -204,6 +204,14 @@ async def test_reconcile_is_asked_again_after_a_time(store: Any, shape: str) -> 
             Unknown(retry_seconds=seconds)
 
 
+async def test_reconcile_may_never_be_asked_again(store: Any) -> None:
+    """The end of a run is recorded, however late Unknown(retry_seconds=...) makes it due."""
+    shop = Shop(after=[ConnectionResetError("no answer")])
+    runner, nodes = pipeline(shop, store, lambda order, key: Unknown(retry_seconds=1e300))
+    await runner.run(nodes, Order(), run_id="r")
+    assert store.get_run("r").status == "SUSPENDED"
+
+
 async def test_an_interrupted_run_does_not_wait_for_an_effect(store: Any) -> None:
     """A run that is shut down beside an effect with Unknown(retry_seconds=...) is due at once."""
     shop = Shop(after=[ConnectionResetError("no answer")])

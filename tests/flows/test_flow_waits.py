@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.kit import Num
 from tests.shared_stores import STORES
 
 from stroma import Flow, NodeContract, RunStatus, StoreError, current_node, stroma_flow, stroma_node
+from stroma.checkpoint.flow_notes import LAST_MS
 
 store = store_fixture(*STORES)
 
@@ -43,6 +45,20 @@ async def test_a_long_sleep_suspends_the_run(store: Any, clock: Clock) -> None:
     result = await runner_on(store).run(f, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
     assert world.calls == ["add 0", "add 1"]
+
+
+@pytest.mark.parametrize("seconds", [1e13, 1e300, math.inf])
+async def test_a_wait_beyond_the_calendar(store: Any, seconds: float) -> None:
+    """A wait that ends after the last datetime suspends the run, whose end is recorded."""
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        await asyncio.sleep(seconds)
+        return state
+
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.suspended) == ("SUSPENDED", ["sleeping until 9999-12-31T23:59:59+00:00"])
+    assert (store.get_run("r").status, store.get_run("r").due_ms) == ("SUSPENDED", LAST_MS)
 
 
 async def test_a_short_sleep_stays_in_the_process(store: Any) -> None:

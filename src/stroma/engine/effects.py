@@ -39,6 +39,7 @@ from stroma.checkpoint.entries import (
     effect_note,
     is_effect_note,
 )
+from stroma.checkpoint.flow_notes import LAST_MS
 from stroma.checkpoint.identity import is_called, with_outer, without_attempts
 from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.codec import describe_error
@@ -448,7 +449,7 @@ class Effect:
         if stated is Unknown or isinstance(stated, Unknown):
             detail = stated.reason if isinstance(stated, Unknown) else ""
             if isinstance(stated, Unknown) and stated.retry_seconds is not None:
-                run.ctx.journal.wake_by(int(1000 * (time.time() + stated.retry_seconds)))
+                run.ctx.journal.wake_by(int(min(LAST_MS, 1000 * (time.time() + stated.retry_seconds))))
             return Unknown(f"{why}; {detail}" if detail else why)
         return Done(stated)
 

@@ -252,7 +252,8 @@ class ReservationRenewer:
     def _work(self) -> None:
         while True:
             idle = self._renew_due()  # A call of its own, so that the waiting thread references no gate.
-            woken = self._wake.wait(max(0.0, self._sleeps_until - time.monotonic()))
+            seconds = self._sleeps_until - time.monotonic()
+            woken = self._wake.wait(min(max(0.0, seconds), threading.TIMEOUT_MAX))
             if idle and not woken:
                 with self._lock:
                     if not self._holds:

@@ -21,6 +21,8 @@ from contextvars import Context, ContextVar
 from functools import partial
 from typing import Any, Final, NoReturn
 
+from stroma.checkpoint.flow_notes import LAST_MS
+
 #: Callbacks between two events, after which the body is taken for one that waits in a loop: ``while not x:
 #: await sleep(0)``.
 _MAX_CALLBACKS: Final = 1_000_000
@@ -210,6 +212,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     def call_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
+        when = min(LAST_MS / 1000, when)  # No store and no datetime has a later time.
         handle = asyncio.TimerHandle(when, callback, args, self, context)
         self._timer_count += 1
         heapq.heappush(self._timers, (when, self._timer_count, handle))
