@@ -163,24 +163,19 @@ class RunReport:
 
     def _print_stop(self) -> None:
         result, failure = self.result, self.result.failure
+        head: Part = ("stroma: ", "bold red")
+        status = f"run {clean(result.run_id)} is {result.status}"
         if self.is_suspended:
             self._print_suspension()
         elif self.is_drained:
-            err.line(
-                ("stopped", "yellow"), f" by {self.stopped_by}: run {clean(result.run_id)} is {result.status}"
-            )
+            err.line(("stopped", "yellow"), f" by {self.stopped_by}: {status}")
         elif failure is None:
-            why = (
-                "interrupted" if result.status is not RunStatus.CANCELLED else "cancelled by another process"
-            )
-            why = f"stopped by {self.stopped_by}" if self.stopped_by else why
-            err.line(("stroma: ", "bold red"), f"{why}: run {clean(result.run_id)} is {result.status}")
+            is_cancelled = result.status is RunStatus.CANCELLED
+            why = "cancelled by another process" if is_cancelled else "interrupted"
+            err.line(head, f"{f'stopped by {self.stopped_by}' if self.stopped_by else why}: {status}")
         else:
             reason = describe_class(failure.failure_class, failure.reason)
-            head: Part = ("stroma: ", "bold red")
-            err.fitted(
-                head, f"run {clean(result.run_id)} is {result.status}: {self._failed_node(failure)}: {reason}"
-            )
+            err.fitted(head, f"{status}: {self._failed_node(failure)}: {reason}")
             err.fitted(f"  why: {clean(str(failure), 1000)}")
             states = [(event.input_state, event.output_state) for event in result.trace.walk()]
             shown = Secrets(values=states).mask_error(failure.exception)

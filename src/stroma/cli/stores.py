@@ -301,9 +301,8 @@ class Database:
             records = [record for run_id in run_ids if (record := store.get_run(run_id)) is not None]
         except ValueError as error:  # Not a valid id.
             raise Problem(str(error)) from None
-        is_named = (
-            not to_change or run == "last" or any(run in (r.run_id, id_word(r.run_id)) for r in records)
-        )
+        is_named = not to_change or run == "last"
+        is_named = is_named or any(run in (r.run_id, id_word(r.run_id)) for r in records)
         if len(records) == 1 and is_named:
             return records[0]
         if not records:
@@ -322,11 +321,8 @@ class Database:
         ]
         if not is_named:
             raise Problem(f"no run {run!r} in {self.name}; pass the whole id", *lines, code=Code.NOT_FOUND)
-        raise Problem(
-            f"{run!r} is a prefix of {len(records)}{' or more' if len(records) >= 20 else ''} run ids; "
-            "pass more characters",
-            *lines,
-        )
+        many = f"{len(records)}{' or more' if len(records) >= 20 else ''}"
+        raise Problem(f"{run!r} is a prefix of {many} run ids; pass more characters", *lines)
 
     def target_of(self, record: RunRecord) -> str:
         """Return FILE:NAME of the command that ran a run last, if it can be pasted; else a placeholder.

@@ -72,16 +72,12 @@ def read_rejected(data: bytes | str) -> RejectedOutput | None:
     """Decode a rejected output; None for other data."""
     try:
         stored = json.loads(data)
-        complaints = tuple(
-            Complaint(
-                tuple(part if isinstance(part, int) else str(part) for part in one["path"]),
-                str(one["message"]),
-            )
-            for one in stored["complaints"]
-        )
-        return RejectedOutput(
-            stored["value"], bool(stored["cut"]), complaints, int(stored["more_complaints"])
-        )
+        complaints = []
+        for one in stored["complaints"]:
+            path = tuple(part if isinstance(part, int) else str(part) for part in one["path"])
+            complaints.append(Complaint(path, str(one["message"])))
+        more = int(stored["more_complaints"])
+        return RejectedOutput(stored["value"], bool(stored["cut"]), tuple(complaints), more)
     except (ValueError, TypeError, LookupError, RecursionError):
         return None
 

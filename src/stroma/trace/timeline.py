@@ -145,9 +145,9 @@ class _Drawing:
     def __init__(self, it: Timeline) -> None:
         self.it = it
         shown = it.story.bars
-        self.place: Callable[[float], float] = (
-            places((bar.began_ms, bar.took_ms) for bar in shown) if it.fold_idle else float
-        )
+        self.place: Callable[[float], float] = float
+        if it.fold_idle:
+            self.place = places((bar.began_ms, bar.took_ms) for bar in shown)
         end = max((self.place(bar.began_ms + bar.took_ms) for bar in shown), default=0.0)
         latest = max((self.place(bar.began_ms + bar.took_ms) for bar in it.story.waits), default=0.0)
         end = max([end, *(self.place(bar.began_ms) for bar in it.story.waits)])
@@ -205,12 +205,11 @@ class _Drawing:
             label, ticks = "time, idle stretches folded", '<text x="4" y="19">idle time folded</text>'
         else:
             marks = [self.start + k * self.step for k in range(self.count)]
-            label = (
-                f"time axis, from {_tick(marks[0], self.step)} to {_tick(self.start + self.span, self.step)}"
-            )
+            texts = [_tick(mark, self.step) for mark in marks]
+            label = f"time axis, from {texts[0]} to {_tick(self.start + self.span, self.step)}"
+            lefts = [f'x="{100 * k / self.count:.4g}%"' for k in range(self.count)]
             ticks = "".join(
-                f'<text x="{100 * k / self.count:.4g}%" dx="4" y="19">{_tick(mark, self.step)}</text>'
-                for k, mark in enumerate(marks)
+                f'<text {left} dx="4" y="19">{text}</text>' for left, text in zip(lefts, texts, strict=True)
             )
         return (
             '<div class="row axis"><span class="name dim">Node</span><svg class="lane" role="img" '
@@ -238,9 +237,8 @@ class _Drawing:
             others = [child for child in entry.entries if child.entries and not entry.is_map]
             inside = [*failed, *chosen, *others[:_MANY]]
         # The steps of a flow are shown at once; children of a group and repeated calls on a click.
-        is_open = (
-            entry.has_steps or not entry.bars or bool(strip) or any(map(self.has_selected, entry.entries))
-        )
+        is_open = entry.has_steps or not entry.bars or bool(strip)
+        is_open = is_open or any(map(self.has_selected, entry.entries))
         rows = self.rows
         kids = "".join(map(self.entry, inside))
         if strip and len(all_failed) > len(failed):
@@ -263,12 +261,10 @@ class _Drawing:
         if not resumes:
             return ""
         self.rows += 1
-        parts = [
-            self.rect(
-                "b-wait", began, ended, 9, 10, f"continued after {_took(ended - began)}: {clean(cause, 200)}"
-            )
-            for began, ended, cause in resumes
-        ]
+        parts = []
+        for began, ended, cause in resumes:
+            text = f"continued after {_took(ended - began)}: {clean(cause, 200)}"
+            parts.append(self.rect("b-wait", began, ended, 9, 10, text))
         took = _took(sum(ended - began for began, ended, _ in resumes))
         figures = f'<span class="fig"><span class="all">after {took}</span></span>'
         return f'<div class="row">{_row(("dim", "", "continued"), "".join(parts), figures)}</div>'
@@ -470,9 +466,7 @@ def strip_of(entry: OutlineEntry, children: Sequence[OutlineEntry], attempt_pref
     for at, state in enumerate(states):
         row, column = divmod(at, columns)
         paths.setdefault(state, []).append(f"M{column * size} {row * size}h{inner}v{inner}h-{inner}z")
-    drawn = "".join(
-        f'<path class="f-{_CELLS[state][1]}" d="{"".join(path)}"/>' for state, path in paths.items()
-    )
+    marks = [f'<path class="f-{_CELLS[state][1]}" d="{"".join(path)}"/>' for state, path in paths.items()]
     words = f"{pluralize(len(states), 'item')}: {count_states(states)}"
     height = math.ceil(len(states) / columns) * size
     data = {
@@ -486,7 +480,7 @@ def strip_of(entry: OutlineEntry, children: Sequence[OutlineEntry], attempt_pref
     return (
         f'<div class="strip"><p>{words} <output class="dim"></output></p>'
         f'<svg class="cells" {box} role="img" aria-label="{words}" {settings} {where}>'
-        f'{drawn}<path class="at" d=""/></svg></div>'
+        f'{"".join(marks)}<path class="at" d=""/></svg></div>'
     )
 
 

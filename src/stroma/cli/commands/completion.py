@@ -46,19 +46,14 @@ def complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: st
         if database.is_empty:
             return []
         store: Any = database.reader
-        ids = (
-            store.find_run(incomplete, limit=_MOST)
-            if incomplete
-            else [run.run_id for run in store.list_runs(limit=_MOST)]
-        )
-        # Ids that the shell would split or run are not offered.
-        records = [store.get_run(run_id) for run_id in ids if _PLAIN.fullmatch(run_id)]
-        return [
-            CompletionItem(
-                run.run_id, help=f"{clean(run.pipeline, 30)} {status_of(run)} {format_age(run.started_ms)}"
-            )
-            for run in records
-            if run is not None
-        ]
+        records = store.list_runs(limit=_MOST)
+        if incomplete:
+            records = filter(None, map(store.get_run, store.find_run(incomplete, limit=_MOST)))
+        items = []
+        for run in records:
+            if _PLAIN.fullmatch(run.run_id):  # Ids that the shell would split or run are not offered.
+                about = f"{clean(run.pipeline, 30)} {status_of(run)} {format_age(run.started_ms)}"
+                items.append(CompletionItem(run.run_id, help=about))
+        return items
     except Exception:  # Completion must not print errors into the command line.
         return []

@@ -85,26 +85,14 @@ def _print_diff(
 ) -> None:
     out.fitted(*_summary(a, b, started, nodes))
     out.line()
-    rows: list[list[Part]] = [
-        [
-            name,
-            clean(record.run_id, 60),
-            clean(record.pipeline, 30),
-            style_status(status_of(record)),
-            f"{record.nodes:,}",
-            format_tokens(record.tokens),
-            format_usd(record.cost_usd),
-            format_duration(record.latency_ms / 1000),
-        ]
-        for name, record in (("A", a), ("B", b))
-    ]
-    table(
-        out,
-        ("", "RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "ATTEMPTS TOOK"),
-        rows,
-        right=frozenset({4, 5, 6}),
-        spare=(2, 5, 4, 7),
-    )
+    rows: list[list[Part]] = []
+    for name, record in (("A", a), ("B", b)):
+        about: list[Part] = [name, clean(record.run_id, 60), clean(record.pipeline, 30)]
+        used = [format_tokens(record.tokens), format_usd(record.cost_usd)]
+        took = format_duration(record.latency_ms / 1000)
+        rows.append([*about, style_status(status_of(record)), f"{record.nodes:,}", *used, took])
+    header = ("", "RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "ATTEMPTS TOOK")
+    table(out, header, rows, right=frozenset({4, 5, 6}), spare=(2, 5, 4, 7))
     if started:
         out.line()
         out.line(("input", "bold"))
@@ -118,11 +106,8 @@ def _print_diff(
         if one.a is None or one.b is None:
             out.fitted((name, "bold"), f"  only in {'A' if one.b is None else 'B'}")
             continue
-        out.fitted(
-            (name, "bold"),
-            "  the same" if one.same else "",
-            (f"  {_figures(one.a)} -> {_figures(one.b)}", "dim"),
-        )
+        same = "  the same" if one.same else ""
+        out.fitted((name, "bold"), same, (f"  {_figures(one.a)} -> {_figures(one.b)}", "dim"))
         _print_changes(one.facts)
         _print_changes(one.output, "output")
 
@@ -135,18 +120,14 @@ def _summary(a: RunRecord, b: RunRecord, started: list[Change], nodes: list[Node
         texts.append(f"{pluralize(outputs, 'node')} with another output")
     if facts:
         texts.append(f"{pluralize(facts, 'node')} with other attempts, outcomes or models")
-    for side, missing in (
-        ("A", sum(one.b is None for one in nodes)),
-        ("B", sum(one.a is None for one in nodes)),
-    ):
-        if missing:
-            texts.append(f"{pluralize(missing, 'node')} only in {side}")
+    missing = {"A": sum(one.b is None for one in nodes), "B": sum(one.a is None for one in nodes)}
+    texts += [f"{pluralize(number, 'node')} only in {side}" for side, number in missing.items() if number]
     same = sum(one.same for one in nodes)
     head: Part = ("different", "yellow") if texts else ("the same", "green")
     costs = [format_usd(one.cost_usd) for one in (a, b)]
-    change = (
-        f" ({(b.cost_usd - a.cost_usd) / a.cost_usd:+.0%})" if a.cost_usd and costs[0] != costs[1] else ""
-    )
+    change = ""
+    if a.cost_usd and costs[0] != costs[1]:
+        change = f" ({(b.cost_usd - a.cost_usd) / a.cost_usd:+.0%})"
     cost = f"cost {' -> '.join(dict.fromkeys(costs))}{change}"
     what = "".join(f"; {text}" for text in [*texts, f"{pluralize(same, 'node')} the same", cost])
     return [head, f": {what[2:]}"]
@@ -164,9 +145,8 @@ def _print_changes(differences: list[Change], under: str = "") -> None:
     for change in differences:
         path = ".".join(part for part in (under, change.path) if part)
         values = [clean(json.dumps(value, ensure_ascii=False), 200) for value in (change.a, change.b)]
-        text = {"added": values[1], "removed": values[0], "changed": f"{values[0]} -> {values[1]}"}[
-            change.kind
-        ]
+        texts = {"added": values[1], "removed": values[0], "changed": f"{values[0]} -> {values[1]}"}
+        text = texts[change.kind]
         out.fitted("  ", (_SIGNS[change.kind], _STYLES[change.kind]), f" {clean(path, 200)}: {text}")
 
 
@@ -184,15 +164,17 @@ def _node_data(one: NodeDiff) -> dict[str, Any]:
         "same": one.same,
         "output": [_change_data(change) for change in one.output],
         "facts": [_change_data(change) for change in one.facts],
-        **{
-            name: None
-            if records is None
-            else {
-                "attempts": len(records),
-                "seconds": sum(x.duration_ms for x in records) / 1000,
-                "tokens": sum(x.tokens for x in records),
-                "cost_usd": sum(x.cost_usd for x in records),
-            }
-            for name, records in (("a", one.a), ("b", one.b))
-        },
+        "a": _side_data(one.a),
+        "b": _side_data(one.b),
+    }
+
+
+def _side_data(records: list[AttemptRecord] | None) -> dict[str, Any] | None:
+    if records is None:
+        return None
+    return {
+        "attempts": len(records),
+        "seconds": sum(x.duration_ms for x in records) / 1000,
+        "tokens": sum(x.tokens for x in records),
+        "cost_usd": sum(x.cost_usd for x in records),
     }

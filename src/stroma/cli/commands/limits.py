@@ -53,21 +53,14 @@ def budget(
         return
     per = "in all" if state.per is None else f"per {state.per}"
     out.line((clean(state.name, 80), "bold"), f": {per}, {pluralize(state.calls, 'call')} in flight")
+    kinds: list[tuple[Any, float | None, float, float]] = [
+        (format_usd, state.max_cost_usd, state.spent_usd, state.reserved_usd),
+        (format_tokens, state.max_tokens, state.spent_tokens, state.reserved_tokens),
+    ]
     rows = []
-    for limit, spent, reserved, format_value in (
-        (state.max_cost_usd, state.spent_usd, state.reserved_usd, format_usd),
-        (state.max_tokens, state.spent_tokens, state.reserved_tokens, format_tokens),
-    ):
-        format_amount: Any = format_value
-        remaining = "" if limit is None else format_amount(max(0, limit - spent - reserved))
-        rows.append(
-            [
-                format_amount(spent),
-                format_amount(reserved),
-                remaining,
-                "no limit" if limit is None else format_amount(limit),
-            ]
-        )
+    for form, limit, spent, reserved in kinds:
+        rest = ("", "no limit") if limit is None else (form(max(0, limit - spent - reserved)), form(limit))
+        rows.append([form(spent), form(reserved), *rest])
     table(out, ("SPENT", "RESERVED", "LEFT", "LIMIT"), rows, right=frozenset({0, 1, 2, 3}))
     if state.by_node:
         nodes = [

@@ -26,25 +26,19 @@ def assets(directory: Path, force: bool, as_json: bool) -> None:
     A Grafana dashboard, Prometheus alert and recording rules with their unit tests (promtool test rules), a
     Datadog dashboard.
     """
-    assets_data = {
-        asset.name: asset.read_bytes()
-        for asset in files("stroma.telemetry").joinpath("assets").iterdir()
-        if asset.is_file()
-    }
-    paths = {name: directory / name for name in sorted(assets_data)}
+    found = [asset for asset in files("stroma.telemetry").joinpath("assets").iterdir() if asset.is_file()]
+    contents = {directory / one.name: one.read_bytes() for one in sorted(found, key=lambda one: one.name)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        changed = [
-            path for name, path in paths.items() if path.exists() and path.read_bytes() != assets_data[name]
-        ]
+        changed = [path for path, data in contents.items() if path.exists() and path.read_bytes() != data]
         if changed and not force:
             raise Problem(
                 f"{', '.join(map(str, changed))} {'is' if len(changed) == 1 else 'are'} there and not "
                 "what would be written",
                 "look at the difference, then write over it with --force, or give another directory",
             )
-        for name, path in paths.items():
-            path.write_bytes(assets_data[name])
+        for path, data in contents.items():
+            path.write_bytes(data)
     except OSError as error:
         raise Problem(
             f"cannot write into {directory}: {error.strerror or error}",
@@ -52,8 +46,8 @@ def assets(directory: Path, force: bool, as_json: bool) -> None:
             code=Code.ENVIRONMENT,
         ) from error
     if as_json:
-        emit_fields("stroma.assets/1", paths=[str(path) for path in paths.values()])
+        emit_fields("stroma.assets/1", paths=[str(path) for path in contents])
         return
-    for path in paths.values():
+    for path in contents:
         out.line(str(path))
     err.line("import the dashboards; add the rules to rule_files in prometheus.yml")
