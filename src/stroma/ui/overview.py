@@ -149,14 +149,11 @@ class Buckets:
         describe: Callable[[str, Number], str],
     ) -> list[list[Column]]:
         """Return the column of each span. ``values``: its parts, by span and kind. ``tones``: by kind."""
-        return [
-            [
-                Column(part[kind], tone, f"{when}: {describe(kind, part[kind])}")
-                for kind, tone in tones.items()
-                if kind in part
-            ]
-            for part, when in ((values.get(bucket, {}), when) for bucket, when in self.times())
-        ]
+        columns = []
+        for bucket, when in self.times():
+            parts = [(kind, values[bucket][kind]) for kind in tones if kind in values.get(bucket, {})]
+            columns.append([Column(n, tones[kind], f"{when}: {describe(kind, n)}") for kind, n in parts])
+        return columns
 
 
 def runs_chart(records: Iterable[RunRecord], buckets: Buckets) -> Markup:

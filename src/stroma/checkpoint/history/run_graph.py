@@ -160,14 +160,8 @@ class RunGraph:
             "pipeline": self.name,
             "runs": self.runs,
             "nodes": [{name: getattr(one, name) for name in fields} for one in self.nodes.values()],
-            "edges": [
-                {"from": source, "to": target, "count": count}
-                for (source, target), count in self.edges.items()
-            ],
-            "ends": [
-                {"from": path, "status": status, "count": count}
-                for (path, status), count in self.ends.items()
-            ],
+            "edges": [{"from": a, "to": b, "count": count} for (a, b), count in self.edges.items()],
+            "ends": [{"from": a, "status": end, "count": n} for (a, end), n in self.ends.items()],
         }
 
     def mermaid(self) -> str:

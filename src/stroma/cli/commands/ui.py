@@ -102,7 +102,12 @@ def ui(
         raise Problem("--trace-url must begin with http:// or https://")
     loaded = [load_with_module(target, database) for target in targets]
     refuse_same_names([pipeline for pipeline, _ in loaded])
-    target_of = {pipeline.name: target for target, (pipeline, _) in zip(targets, loaded, strict=True)}
+    pipelines: dict[str, Served] = {}
+    target_of: dict[str, str] = {}
+    for target, (pipeline, _) in zip(targets, loaded, strict=True):
+        resume, submission = _resumer(database, target, db), _submission(store, pipeline, target)
+        pipelines[pipeline.name] = Served(resume, submission, _lineage(pipeline), _limits_of(pipeline))
+        target_of[pipeline.name] = target
     listening = _listen(host, port)
     port = listening.getsockname()[1]
     shown_host = f"[{host}]" if ":" in host else host
@@ -117,15 +122,7 @@ def ui(
         token=token or None,
         private_host=None if private_host is None else private_host.removesuffix(":80"),
         redact=_redact_of([pipeline for pipeline, _ in loaded]),
-        pipelines={
-            pipeline.name: Served(
-                _resumer(database, target_of[pipeline.name], db),
-                _submission(store, pipeline, target_of[pipeline.name]),
-                _lineage(pipeline),
-                _limits_of(pipeline),
-            )
-            for pipeline, _ in loaded
-        },
+        pipelines=pipelines,
         command=_hint(database, target_of),
         find_schema=partial(find_schema, modules=[module for _, module in loaded]),
         trace_url=trace_url,
@@ -133,13 +130,8 @@ def ui(
     # A token of the user's is in their environment or command line: here it is not repeated.
     out.line(f"{address}{f'?token={token}' if token and is_generated else '?token=...' if token else ''}")
     if private_host is not None:
-        err.line(
-            (
-                f"if the browser does not find that: http://{shown_host}:{port}/ with the token as the "
-                "password",
-                "dim",
-            )
-        )
+        other = f"http://{shown_host}:{port}/ with the token as the password"
+        err.line((f"if the browser does not find that: {other}", "dim"))
     err.line(("stop with Ctrl-C", "dim"))
     with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
         serve(make_app(settings), listening)
