@@ -38,6 +38,36 @@ def test_run_prints_the_final_state(stroma):
     )
 
 
+TOOL = """
+import os, subprocess, sys
+from pydantic import BaseModel
+from stroma import Pipeline, StromaRunner
+
+class State(BaseModel):
+    n: int
+
+runner = StromaRunner.quick()
+
+@runner.node
+def tool(state: State) -> State:
+    os.write(1, b"written by a node\\n")
+    subprocess.run([sys.executable, "-c", "print('printed by a tool')"], check=True)
+    return state
+
+pipeline = Pipeline("tools", [tool])
+"""
+
+
+@pytest.mark.slow
+def test_what_subprocesses_of_nodes_print_is_not_data(stroma):
+    """stdout is one JSON object with --json, though nodes start programs that print."""
+    stroma.file("tool.py", TOOL)
+    done = stroma("run", "tool.py:pipeline", '{"n": 4}', "--json")
+    assert (done.code, json.loads(done.out)["final_state"]) == (0, {"n": 4})
+    assert "written by a node\n" in done.err
+    assert "printed by a tool\n" in done.err
+
+
 @pytest.mark.slow
 def test_the_default_store_is_private(stroma):
     """Without --db the store is in the user's data directory: the file 0600, its directories 0700."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from stroma._utils.text import clean
 from stroma.cli.errors import Code, Problem, command, describe_error, last_frame
-from stroma.cli.output import err
+from stroma.cli.output import err, user_code
 from stroma.cli.stores import Database
 from stroma.contracts.node import Group, find_node
 from stroma.engine.execution import current_run
@@ -207,7 +206,7 @@ class _Absent(Exception):
 def _call_user_code(call: Callable[[], T], what: str, *, absent: str = "") -> T:
     """Call user code; report an exception as a Problem with the last frame of that code."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with user_code():
             return call()
     except (KeyboardInterrupt, AttributeError) as error:
         if isinstance(error, AttributeError) and _is_from_user_code(error):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -29,7 +28,7 @@ from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.exporters import FLUSH_SECONDS, Exporters
 from stroma.cli.formatting import id_word
 from stroma.cli.loading import note_target
-from stroma.cli.output import err
+from stroma.cli.output import err, user_code
 from stroma.cli.progress import Progress, show_warnings
 from stroma.cli.report import RunReport
 from stroma.cli.signals import StopSignals
@@ -150,8 +149,7 @@ class LocalRun:
     def _run(
         self, runner: StromaRunner[Any], progress: Progress
     ) -> tuple[ExecutionResult | None, list[Waiting], str | None]:
-        # Output of nodes goes to stderr: stdout has the final state only.
-        with contextlib.redirect_stdout(sys.stderr):
+        with user_code():
             try:
                 run = asyncio.run if self.options.loop is None else self.options.loop.run
                 return run(self._drive(runner, progress))

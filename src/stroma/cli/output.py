@@ -13,7 +13,7 @@ import stat
 import sys
 import tempfile
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, Final
 
 import click
@@ -135,6 +135,19 @@ class Stream:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, file.fileno())
             os.close(null)
+
+
+@contextlib.contextmanager
+def user_code() -> Iterator[None]:
+    """Send what code of the user writes to stderr, also in subprocesses: stdout has data only."""
+    with contextlib.ExitStack() as stack:
+        if sys.__stdout__ is not None and sys.__stderr__ is not None:  # Else it is closed, or another file.
+            stdout = os.dup(1)
+            stack.callback(os.close, stdout)
+            stack.callback(os.dup2, stdout, 1)
+            os.dup2(2, 1)
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
 
 
 def _styled(text: str, style: str) -> str:

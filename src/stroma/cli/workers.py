@@ -6,7 +6,6 @@ import asyncio
 import collections
 import contextlib
 import json
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from stroma.checkpoint.records import describe_wait
 from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.exporters import FLUSH_SECONDS
 from stroma.cli.formatting import localize
+from stroma.cli.output import user_code
 from stroma.cli.progress import timed_line
 from stroma.cli.signals import serve_until_signal
 from stroma.cli.stores import Database
@@ -107,8 +107,7 @@ class LocalWorker:
     def execute(self) -> int:
         """Serve until a signal, and return the exit code. Raises Problem."""
         self.database.prepare()
-        # Output of nodes goes to stderr.
-        with contextlib.redirect_stdout(sys.stderr):
+        with user_code():
             return asyncio.run(self._serve())
 
     async def _serve(self) -> int:
@@ -218,8 +217,7 @@ class TemporalWorker:
         """Serve until a signal, and return the exit code. Raises Problem."""
         if self.place is None:
             self.database.prepare()
-        # Output of nodes goes to stderr.
-        with contextlib.redirect_stdout(sys.stderr):
+        with user_code():
             return self.cluster.run(self._serve())
 
     async def _serve(self) -> int:

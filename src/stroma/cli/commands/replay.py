@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +15,7 @@ from stroma.checkpoint.memory.store import AsyncInMemoryStore
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.loading import load_pipeline
-from stroma.cli.output import emit, err, out
+from stroma.cli.output import emit, err, out, user_code
 from stroma.cli.stores import Database, db_option
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.schema import schema_of
@@ -64,7 +62,7 @@ def replay_run(recorded: RecordedRun, pipeline: Pipeline) -> Replay:
     """Replay a recorded run. Output of the pipeline goes to stderr. Raises Problem if the replay fails."""
     config = pipeline.config or RunConfig()
     runner = StromaRunner(ContractRegistry(), CheckpointManager(AsyncInMemoryStore()), config)
-    with contextlib.redirect_stdout(sys.stderr):
+    with user_code():
         try:
             return asyncio.run(run_again(recorded, pipeline, runner=runner))
         except Exception as error:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sys
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Final
@@ -20,7 +18,7 @@ from stroma.cli.formatting import SPAN, format_local_time, id_word, to_iso
 from stroma.cli.inputs import parse_input
 from stroma.cli.loading import load_served
 from stroma.cli.options import run_id_option
-from stroma.cli.output import emit_fields, err, out
+from stroma.cli.output import emit_fields, err, out, user_code
 from stroma.cli.signals import serve_until_signal
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, temporal_options
@@ -137,7 +135,7 @@ def drive(
     database.require_durable()
     record = database.find(run_, to_change=True)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # Output of nodes goes to stderr.
+        with user_code():
             outcome = asyncio.run(_drive(database, record.run_id, pipelines, max_seconds))
     except (TypeError, ValueError) as error:
         raise Problem(f"the run cannot be driven: {describe_error(error)}") from error
