@@ -107,25 +107,26 @@ def field_nodes(core: Any, model: type[BaseModel], name: str) -> Iterator[dict[s
                 yield node["schema"]
 
 
-def reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> tuple[set[str], frozenset[type]]:
-    """Return the types of all nodes that a value of a field can meet, and the classes with fields."""
-    kinds: set[str] = set()
-    classes: set[type] = set()
+def reachable_nodes(schema: Any, defs: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield every node of a schema, and of the definitions that it refers to, once each."""
     seen: set[str] = set()
-    todo = [field]
+    todo = [schema]
     while todo:
         for node in nodes_of(todo.pop()):
-            kinds.add(node["type"])
-            if node["type"] in ("model", "dataclass"):
-                classes.add(node["cls"])
+            yield node
             ref = node.get("schema_ref")
             if isinstance(ref, str) and ref not in seen:
                 seen.add(ref)
-                if ref in defs:
-                    todo.append(defs[ref])
-                else:
-                    kinds.add("model")
-    return kinds, frozenset(classes)
+                todo += [defs[ref]] if ref in defs else []
+
+
+def reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> tuple[set[str], frozenset[type]]:
+    """Return the types of all nodes that a value of a field can meet, and the classes with fields."""
+    nodes = list(reachable_nodes(field, defs))
+    kinds = {node["type"] for node in nodes}
+    if any(node["type"] == "definition-ref" and node["schema_ref"] not in defs for node in nodes):
+        kinds.add("model")
+    return kinds, frozenset(node["cls"] for node in nodes if node["type"] in ("model", "dataclass"))
 
 
 def has_ambiguous_choices(node: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> bool:

@@ -175,10 +175,10 @@ class SqlRows(Rows):
         return [fence for fence, reply in zip(in_order, replies, strict=True) if reply]
 
     def delete(self, run_id: str) -> None:
-        row = self._one(sql.LOCK_NUMBER, run_key=key(run_id))
-        if row is not None:
+        run = self.find(run_id, lock=True)  # A commit in progress would leave its rows behind.
+        if run is not None:
             for statement in sql.DELETE_RUN:
-                self._run(statement, run=row[0])
+                self._run(statement, run=run.run)
 
     # ------------------------------------------------------------------ queue
 

@@ -112,8 +112,6 @@ UNTAG: Final = "DELETE FROM tags WHERE run = :run"
 STATUSES: Final = "SELECT run_id, status FROM runs WHERE execution > 0 AND run_key = ANY(:run_keys)"
 EXPIRED: Final = f"""SELECT run_id FROM runs WHERE updated_ms < :before_ms AND (:unfinished OR (execution > 0
     AND status IN {ENDED})) ORDER BY updated_ms LIMIT :limit"""
-# Locked first: a commit in progress would leave its rows behind.
-LOCK_NUMBER: Final = "SELECT run FROM runs WHERE run_key = :run_key FOR UPDATE"
 DISCARD_EVENTS: Final = "DELETE FROM events WHERE run = :run"
 DELETE_RUN: Final = tuple(
     f"DELETE FROM {table} WHERE run = :run"

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.contracts.checks.types import UNKNOWN, Side
-from stroma.contracts.core_schema import is_never_dict, nodes_of
+from stroma.contracts.core_schema import is_never_dict, reachable_nodes
 from stroma.contracts.schema import schema_of
 
 
@@ -148,17 +148,10 @@ def look_up(wanted: WantedField, record: Record, *, by_name: bool) -> tuple[str,
 
 def loses_fields(side: Side) -> bool:
     """Return True if a required field in a class is excluded, so that its instances cannot be copied."""
-    seen: set[str] = set()
-    todo = [side.node]
-    while todo:
-        for node in nodes_of(todo.pop()):
-            if node.get("serialization_exclude") and node["schema"]["type"] != "default":
-                return True
-            ref = node.get("schema_ref")
-            if isinstance(ref, str) and ref not in seen:
-                seen.add(ref)
-                todo += [side.defs[ref]] if ref in side.defs else []
-    return False
+    return any(
+        node.get("serialization_exclude") and node["schema"]["type"] != "default"
+        for node in reachable_nodes(side.node, side.defs)
+    )
 
 
 # ---------------------------------------------------------------------- code of the user's
