@@ -408,7 +408,7 @@ _ASKS = re.compile(
     r"(?:(?:self\.)?ctx\.fire\.on_\w+ is not None|calls is not None"
     r"|ctx\.fire\.delivers(?: and self\.row is not None)?):"
 )
-_FILES = ("attempt.py", "lifecycle.py", "loop.py", "restore.py")
+_FILES = ("attempt.py", "lifecycle.py", "restore.py")
 
 
 def strip_questions(package: Path) -> int:

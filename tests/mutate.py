@@ -49,7 +49,6 @@ CORE = (
     "failures/policy",
     "cost/budget",
     "cost/fallback",
-    "cost/tracker",
     "trace/events",
     "trace/plain",
     "trace/result",

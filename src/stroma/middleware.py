@@ -2,10 +2,9 @@
 
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.cost.budget import ExecutionBudget
+from stroma.cost.budget import CostTracker, ExecutionBudget, NodeUsage
 from stroma.cost.fallback import FallbackPolicy, resolve_model
 from stroma.cost.prices import estimate_cost_usd
-from stroma.cost.tracker import CostTracker, NodeUsage
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Classifier, NodeContext, classify

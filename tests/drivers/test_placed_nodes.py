@@ -36,7 +36,7 @@ from stroma.checkpoint.identity import idempotency_key
 from stroma.engine import context as interceptors
 from stroma.engine.context import Interceptor
 from stroma.engine.execution import current_run
-from stroma.runner.events import EventHub, event_hooks
+from stroma.runner.events import EventHooks, EventHub
 from stroma.temporal import stroma_worker
 
 pytestmark = pytest.mark.slow
@@ -124,7 +124,7 @@ async def test_events_come_with_the_end_of_a_call(cluster: Cluster) -> None:
 
     place = place_of(cluster)
     pipeline = Pipeline("p", [placed("a", call, place), placed("b", fails, place)])
-    async with workers(cluster, pipeline, hooks=event_hooks(hub)):
+    async with workers(cluster, pipeline, hooks=EventHooks(hub=hub)):
         await cluster.runner.run(pipeline, Num(), run_id=fresh_id())
     events = list(iter(reader.take, None))
     ends = [event.kind for event in events if event.kind != "node_event"]

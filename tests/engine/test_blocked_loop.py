@@ -46,7 +46,7 @@ async def test_a_node_that_blocks_is_named_once(
 ) -> None:
     """A node that never awaits for 1 s, or for its time limit, is named; one in a thread or waiting isn't."""
     if not limited:
-        monkeypatch.setattr("stroma.engine.events.BLOCK_NS", 50_000_000)
+        monkeypatch.setattr("stroma.engine.diagnosis.BLOCK_NS", 50_000_000)
     functions = {"blocks": blocks, "in_thread": in_thread, "waits": waits, "quick": quick}
     runner = StromaRunner.quick(node_timeouts={"blocks": 50} if limited else {})
     nodes = {name: runner.node(name, input=State, output=State)(func) for name, func in functions.items()}

@@ -15,7 +15,7 @@ import pytest
 import stroma.hooks.dispatch
 from stroma import NodeHooks
 from stroma.hooks import HookError, MapProgress
-from stroma.hooks.dispatch import NO_HOOKS, Firing, HookNotAsync, Hooks, HookTimeout
+from stroma.hooks.dispatch import _VIEW_AT, NO_HOOKS, Firing, HookNotAsync, Hooks, HookTimeout
 from stroma.hooks.sets import flatten
 from stroma.trace.result import HookFailure
 
@@ -50,17 +50,23 @@ class Fired:
     def errors(self) -> list[tuple[str, str | None, BaseException]]:
         return [(failure.hook, failure.node_id, failure.exception) for failure in self.failures]
 
-    def arguments(self) -> tuple[Any, ...]:
+    value: Any = None
+
+    def for_reader(self) -> int:
+        """The view of a state: for each set another number."""
         self.lookup_count += 1
-        return ("argument", self.lookup_count)
+        return self.lookup_count
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        at = _VIEW_AT.get(self.event)
+        return ("argument",) if at is None else (*["argument"] * at, self)
 
     async def fire(self, node_id: str | None = "node") -> None:
-        await self.hooks.fire(self.event, self.calls, node_id, self.arguments)
+        await self.hooks.fire(self.event, node_id, *self.given)
 
     def firing(self, calls: Any = None) -> Firing:
-        return Firing(
-            self.hooks, self.event, self.calls if calls is None else calls, "node", self.arguments, ()
-        )
+        return Firing(self.hooks, self.event, self.calls if calls is None else calls, "node", self.given)
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str, str, Any]]:
@@ -221,7 +227,7 @@ async def test_every_hook_is_called_once_with_fresh_arguments(
 
     fired = Fired(*map(hook, range(sets)), limit=limit)
     await fired.fire()
-    assert seen == [(index, ("argument", index + 1)) for index in range(sets)]
+    assert seen == [(index, ("argument", "argument", index + 1)) for index in range(sets)]
     assert (fired.errors, lines(caplog)) == ([], [])
 
 
@@ -247,7 +253,7 @@ async def test_hooks_that_never_wait_leave_nothing_to_await(
 
 async def test_no_call_is_nothing_to_do() -> None:
     """An end without hooks is over at once."""
-    assert Firing(NO_HOOKS, "on_run_end", (), None, tuple, ()).advance() is True
+    assert Firing(NO_HOOKS, "on_run_end", (), None, ()).advance() is True
 
 
 class Rude(BaseException):
@@ -328,7 +334,7 @@ async def test_an_interrupt_comes_out_once_all_are_told(
     """The first of them, whatever else was raised; it is not reported as an error of the hook."""
     first = stop("first")
     fired = Fired(
-        *[lambda *arguments: raising(first if arguments[1] == 1 else stop("other"), False)] * sets,
+        *[lambda *arguments: raising(first if arguments[-1] == 1 else stop("other"), False)] * sets,
         event=event,
     )
     with pytest.raises(stop) as caught:
@@ -368,7 +374,7 @@ async def test_a_hook_that_is_not_async_is_named(
 
 async def test_of_two_ends_that_are_not_async_the_first_is_told() -> None:
     """Both are called, and the first that was comes out."""
-    fired = Fired(lambda *_: 1, lambda *_: "two", event="on_node_failure")
+    fired = Fired(lambda *_: 1, lambda *_: "two", event="on_node_success")
     with pytest.raises(HookNotAsync, match="returned str"):
         await fired.fire()
     assert fired.lookup_count == 2
@@ -618,22 +624,28 @@ async def test_only_patient_sets_are_under_no_limit(kind: str) -> None:
     def waiting(*_: Any) -> Any:
         return waits() if kind == "coroutine" else Wrapped(waits())
 
-    hanging = NodeHooks(on_node_start=hangs)
+    hanging = NodeHooks(on_node_wait=hangs)
     hooks = Hooks(
-        (hanging, Patient(on_node_start=waiting), hanging),
+        (hanging, Patient(on_node_wait=waiting), hanging),
         run_id="run",
         limit_seconds=0.01,
         failures=failures,
     )
-    calls = hooks.on_node_start
-    task = asyncio.create_task(hooks.fire("on_node_start", calls[1:2], "node", tuple))
+    calls: Any = hooks.on_node_wait
+
+    async def fire(index: int) -> None:
+        firing = Firing(hooks, "on_node_wait", calls[index : index + 1], "node", ())
+        if not firing.advance():
+            await firing.finish()
+
+    task = asyncio.create_task(fire(1))
     # Longer than the limit: another hook under it has run out of time meanwhile.
-    await hooks.fire("on_node_start", calls[:1], "node", tuple)
+    await fire(0)
     assert [type(failure.exception) for failure in failures] == [HookTimeout]
     assert not task.done()
     released.set()
     await task
-    await hooks.fire("on_node_start", calls[2:], "node", tuple)
+    await fire(2)
     assert ended == ["patient"]
     assert [type(failure.exception) for failure in failures] == [HookTimeout] * 2
 
@@ -821,7 +833,7 @@ def test_hooks_that_are_told_where_nothing_can_be_awaited(caplog: pytest.LogCapt
         fired.firing().finish_now()
 
     asyncio.run(run())
-    assert events == ["ends ('argument', 1)", "cut short", "ends ('argument', 5)"]
+    assert events == ["ends ('argument',)", "cut short", "ends ('argument',)"]
     assert [(event, node_id) for event, node_id, _ in fired.errors] == [("on_node_cancelled", "node")] * 2
     assert fired.errors[0][2] is error
     assert type(fired.errors[1][2]) is AttributeError

@@ -281,14 +281,14 @@ async def test_no_overhead_when_unused(monkeypatch: pytest.MonkeyPatch) -> None:
     """G12: Without hooks, no state is copied or redacted for them."""
     shown: list[dict[str, Any]] = []
 
-    async def fire(self: Any, event: str, *_: Any) -> None:
+    def fire(self: Any, hooks: Any, event: str, *_: Any) -> None:
         pytest.fail(f"{event} was fired though nobody asked for it")
 
     def redact(state: dict[str, Any]) -> dict[str, Any]:
         shown.append(state)
         return state
 
-    monkeypatch.setattr(dispatch.Hooks, "fire", fire)
+    monkeypatch.setattr(dispatch.Firing, "__init__", fire)
     for hooks in (NodeHooks(), [], [NodeHooks(), NodeHooks()]):
         runner = StromaRunner.quick(hooks=hooks, redact=redact, policy_map=ONCE)
         attempts = 0

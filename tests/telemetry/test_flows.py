@@ -29,7 +29,7 @@ from stroma import (
     stroma_flow,
     stroma_node,
 )
-from stroma.engine.current import running_agent
+from stroma.engine.execution import running_agent
 from stroma.telemetry import log_hooks, prometheus_hooks, sentry_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]

@@ -22,7 +22,7 @@ from tests.receivers.datadog import DatadogAgent
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import Flow, Pipeline, RunStatus, SQLiteStore, StromaRunner, current_node, parallel
-from stroma.engine.current import running_agent
+from stroma.engine.execution import running_agent
 from stroma.telemetry import ExporterHooks, otel_hooks, sentry_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]

@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 
 from stroma.adapters._state_views import View, arguments_of
 from stroma.adapters.guard import Guard
-from stroma.engine.execution import current_node, running_node
+from stroma.engine.execution import CURRENT, current_node
 
 #: Where an object has its steps, and a method of a class what it stands for.
 _STEPS: Final = "_stroma_steps"
@@ -200,7 +200,7 @@ def _asking(name: str, bare: Any) -> Any:
 
 def _is_inside(owner: Any, name: str) -> bool:
     """Return True inside a step of an object, or inside a call of its method, such as by a subclass."""
-    node = running_node()
+    node = CURRENT.get()
     if node is not None and node.notes.get(id(owner)) is owner:
         return True
     return any(entered == name and each is owner for entered, each in _ENTERED.get())

@@ -36,10 +36,9 @@ from stroma.checkpoint import CorruptCheckpoint, PipelineChanged
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Node, gives_coroutine, held_by
 from stroma.cost.usage import UsageError
-from stroma.engine.current import CURRENT
 from stroma.engine.diagnosis import states_around
 from stroma.engine.effects import UnknownOutcome
-from stroma.engine.execution import RunningNode, running_node
+from stroma.engine.execution import CURRENT, RunningNode
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
@@ -266,7 +265,7 @@ class Call:
         run, step = self.run, self.step
         await run.open(self)
         ctx = run.ctx
-        parent = running_node()
+        parent = CURRENT.get()
         if parent is not None and parent.ctx is not ctx:
             self.around, parent = parent, None
         halts = run.halts if parent is None else InnerCalls.of(parent).halts

@@ -286,7 +286,7 @@ class GuardedRun:
             ctx.journal.abandon()
             call_end_hooks_now(ctx, self.result)
             return
-        if self.guard.runner is not None:
+        if self.guard.runner is not None and ctx.config.names_ids:
             warn_of_unknown_ids(ctx, (), self.result, self.guard.runner.warned)
         cancelled = await end_run(ctx, status, reason or None)
         self.guard.forget_old(self)

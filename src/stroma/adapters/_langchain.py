@@ -17,10 +17,10 @@ from langgraph.types import Command
 from stroma.adapters._guarded_run import GuardedRun, active_run
 from stroma.adapters._state_views import newest_of, parse_text
 from stroma.adapters._step import emit_text, mark_published, report_uncounted, streams_inside
+from stroma.cost.budget import CostTracker
 from stroma.cost.prices import cost_of
-from stroma.cost.tracker import CostTracker
 from stroma.cost.usage import Usage, tier_of
-from stroma.engine.execution import RunningNode, running_node
+from stroma.engine.execution import CURRENT, RunningNode
 from stroma.telemetry.messages import note_request
 
 _END: Final = object()
@@ -48,7 +48,7 @@ class _Counter(BaseCallbackHandler):
         self._calls: dict[UUID, _ModelCall] = {}
 
     def on_chat_model_start(self, _: Any, messages: Any, *, run_id: UUID, **__: Any) -> None:
-        asking = running_node() or active_run()  # Edges call models too.
+        asking = CURRENT.get() or active_run()  # Edges call models too.
         if asking is not None:
             _refuse_beyond_budget(asking)
             streamed = 0

@@ -45,8 +45,7 @@ from stroma.adapters._langgraph_values import Classes, NotStorable, classes_in, 
 from stroma.adapters._state_views import violation
 from stroma.adapters.guard import UnknownNode, contract_for
 from stroma.contracts.contract import NotDone, Unknown
-from stroma.engine.current import AGENT, AgentRun, running_agent
-from stroma.engine.execution import current_node
+from stroma.engine.execution import AGENT, AgentRun, current_node, running_agent
 from stroma.runner.flows.body_loop import WITHOUT_THREADS, BodyLoop
 from stroma.runner.flows.flow import Flow, current_flow
 

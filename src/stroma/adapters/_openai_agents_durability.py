@@ -50,7 +50,7 @@ from stroma.adapters._openai_agents_steps import (
     reached_agents,
 )
 from stroma.adapters.guard import UnknownNode
-from stroma.engine.current import AGENT, AgentRun, running_agent
+from stroma.engine.execution import AGENT, AgentRun, running_agent
 from stroma.runner.flows.flow import current_flow
 
 

@@ -60,8 +60,7 @@ from stroma.adapters._durable_steps import (
     is_in_step,
 )
 from stroma.adapters._pydantic_ai_responses import emitting, usage_of
-from stroma.engine.current import running_agent
-from stroma.engine.execution import RunningNode, running_node
+from stroma.engine.execution import CURRENT, RunningNode, running_agent
 from stroma.runner.flows.body_loop import BodyExecutor
 from stroma.runner.flows.flow import Flow, current_flow
 from stroma.telemetry.messages import note_request
@@ -334,6 +333,6 @@ class _StepModel(WrapperModel):
 
 
 def _node() -> RunningNode:
-    node = running_node()
+    node = CURRENT.get()
     assert node is not None  # It is made in a step.
     return node

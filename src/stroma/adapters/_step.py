@@ -13,7 +13,7 @@ from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.contract import NodeContract, Role
 from stroma.contracts.copying import replace_records
 from stroma.cost.usage import Usage, usage_from
-from stroma.engine.execution import RunningNode, running_node
+from stroma.engine.execution import CURRENT, RunningNode
 from stroma.engine.outcome import Halt
 from stroma.failures.failure import causes
 from stroma.trace.events import AttemptRow, AttemptUsage, TraceEvent
@@ -118,13 +118,13 @@ def copy_for_retries(state: Any) -> Any:
 
 def input_of_attempt(state: Any, original: Any) -> Any:
     """Return the state, or for a further attempt a copy of the original, which the first may have changed."""
-    node = running_node()
+    node = CURRENT.get()
     return state if node is None or node.attempt == 1 else copy_for_retries(original)
 
 
 def mark_published() -> None:
     """Mark the current steps: their caller has received a part of the result, so none is attempted again."""
-    execution = running_node()
+    execution = CURRENT.get()
     while execution is not None:
         InnerCalls.of(execution).is_published = True
         execution = execution.parent
@@ -153,7 +153,7 @@ _COUNTED_INSIDE: Final = "usage that litellm has counted"
 
 def note_counted(usage: Usage) -> None:
     """Note on the step around the current one that litellm has counted this call, lest its framework does."""
-    node = running_node()
+    node = CURRENT.get()
     if node is not None and node.parent is not None:
         counted = node.parent.notes.setdefault(_COUNTED_INSIDE, [])
         counted.append((usage.input_tokens, usage.output_tokens))

@@ -31,7 +31,7 @@ from stroma.adapters._state_views import newest_of, parse_text
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for, what_stopped
 from stroma.cost.usage import Usage
-from stroma.engine.execution import current_node, running_node
+from stroma.engine.execution import CURRENT, current_node
 
 warn_if_untested("agent-framework")
 
@@ -83,7 +83,7 @@ class _Shared:
 
 def _shared_above() -> _Shared | None:
     """Return the state of the guarded agent that the code here runs inside of."""
-    node = running_node()
+    node = CURRENT.get()
     while node is not None:
         shared: _Shared | None = node.notes.get(_Shared)
         if shared is not None:

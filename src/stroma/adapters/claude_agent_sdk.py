@@ -38,7 +38,7 @@ from stroma.adapters._state_views import parse_text
 from stroma.adapters._step import ErrorAnswer, emit_text
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.cost.usage import Usage, usage_from
-from stroma.engine.execution import current_run, running_node
+from stroma.engine.execution import CURRENT, current_run
 
 warn_if_untested("claude-agent-sdk")
 
@@ -204,7 +204,7 @@ def _count_results(receive: Any) -> Any:
     async def receive_messages(self: Any) -> AsyncIterator[Any]:
         messages: list[Any] = []
         async for message in receive(self):
-            node = running_node()
+            node = CURRENT.get()
             if node is not None and (text := _delta_of(message)):
                 emit_text(node, text)
             run = active_run() if node is None else None

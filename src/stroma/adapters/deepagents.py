@@ -22,7 +22,7 @@ from stroma.adapters.guard import Guard
 from stroma.checkpoint import AsyncCheckpointStore, CheckpointManager, CheckpointStore
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import framework_node as stroma_deepagents_node
-from stroma.cost.tracker import CostTracker
+from stroma.cost.budget import CostTracker
 from stroma.runner.runner import StromaRunner
 
 warn_if_untested("deepagents")

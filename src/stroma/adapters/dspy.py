@@ -29,8 +29,7 @@ from stroma.adapters._step import mark_published, report_uncounted
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import usage_from
-from stroma.engine.current import CURRENT
-from stroma.engine.execution import current_node, running_node
+from stroma.engine.execution import CURRENT, current_node
 
 warn_if_untested("dspy")
 
@@ -85,7 +84,7 @@ class _Tracker(UsageTracker):
         super().__init__()
         #: The step here, and the runs, for the threads that DSPy starts: they get its settings, and no
         #: context.
-        self.context: Changes = [(ACTIVE, ACTIVE.get()), (CURRENT, running_node())]
+        self.context: Changes = [(ACTIVE, ACTIVE.get()), (CURRENT, CURRENT.get())]
         outer = dspy.settings.usage_tracker
         #: The one of the user's, around all steps.
         self.users: Any = outer.users if isinstance(outer, _Tracker) else outer

@@ -34,7 +34,7 @@ from stroma.adapters.base import marked, marks_of
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import framework_node as stroma_langgraph_node
-from stroma.engine.execution import running_node
+from stroma.engine.execution import CURRENT
 from stroma.runner.runner import StromaRunner
 
 warn_if_untested("langgraph")
@@ -141,7 +141,7 @@ def _is_continuation(input: Any) -> bool:
 
 def _may_be_suspended(graph: Any, guard: Guard, options: dict[str, Any]) -> bool:
     """Return True if LangGraph may have ended the call without an interrupt() that a step has seen."""
-    if running_node() is not None or not graph.checkpointer or guard.current.ctx.account.suspended:
+    if CURRENT.get() is not None or not graph.checkpointer or guard.current.ctx.account.suspended:
         return False
     own = graph.interrupt_before_nodes or graph.interrupt_after_nodes
     return bool(own or options.get("interrupt_before") or options.get("interrupt_after"))

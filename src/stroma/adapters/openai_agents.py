@@ -44,7 +44,7 @@ from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, usage_from
-from stroma.engine.execution import running_node
+from stroma.engine.execution import CURRENT
 
 warn_if_untested("openai-agents")
 
@@ -464,7 +464,7 @@ def _turns_in_agents(bare_turn: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     async def turn(*args: Any, **kwargs: Any) -> Any:
-        node, run = running_node(), active_run()
+        node, run = CURRENT.get(), active_run()
         bound = next((one for one in (*args, *kwargs.values()) if hasattr(one, "public_agent")), None)
         agent = getattr(bound, "public_agent", None) or kwargs.get("agent")
         if agent is None or node is None or run is None or node.ctx is not run.ctx:

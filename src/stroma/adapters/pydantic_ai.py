@@ -34,7 +34,7 @@ from stroma.adapters._guarded_run import active_run
 from stroma.adapters._state_views import newest_of, violation
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
-from stroma.engine.execution import current_node, running_node
+from stroma.engine.execution import CURRENT, current_node
 
 warn_if_untested("pydantic-ai")
 
@@ -73,7 +73,7 @@ class StromaCapability(AbstractCapability[Any]):
 
     async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
         """Run the agent as the step of its name, in a run of its own unless one of the guard is active."""
-        around = running_node()
+        around = CURRENT.get()
         if around is not None and around.notes.get(_RUN) == ctx.run_id:
             return await handler()  # The agent has the capability twice.
         name = getattr(ctx.agent, "name", None) or "agent"
@@ -116,7 +116,7 @@ class StromaCapability(AbstractCapability[Any]):
 
     async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
         """Call a tool as the step of its name, under its contract."""
-        around = running_node()
+        around = CURRENT.get()
         if around is not None and around.notes.get(_CALL) is call:
             return await handler(args)
 

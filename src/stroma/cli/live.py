@@ -25,7 +25,7 @@ from stroma.checkpoint.identity import with_outer
 from stroma.cli.output import Part, err
 from stroma.cli.progress import OK, RESTORED, START, Place, Progress, place_at, shown_id
 from stroma.cost.budget import ExecutionBudget, limits
-from stroma.engine.execution import RunningNode, running_node
+from stroma.engine.execution import CURRENT, RunningNode
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.outline import folded_part, parse_call
@@ -217,7 +217,7 @@ class LiveProgress(Progress):
     async def _node_retry(
         self, _run_id: str, _node_id: str, attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
-        node = running_node()
+        node = CURRENT.get()
         if node is not None:
             reason = clean(node.reason or str(failure_class), 60)
             with self._lock:
@@ -227,14 +227,14 @@ class LiveProgress(Progress):
                 row.active[place_at(node)] = RowWait(time.monotonic() + delay, f"retry after {reason}")
 
     async def _node_wait(self, _run_id: str, _node_id: str, reason: str, seconds: float) -> None:
-        node = running_node()
+        node = CURRENT.get()
         if node is not None:
             until = time.monotonic() + seconds if seconds else None
             with self._lock:
                 self._row(node).active[place_at(node)] = RowWait(until, f"waits for {clean(reason, 100)}")
 
     async def _map_progress(self, _run_id: str, _node_id: str, progress: MapProgress) -> None:
-        node, now = running_node(), time.monotonic()
+        node, now = CURRENT.get(), time.monotonic()
         if node is None or not self._is_shown(node):
             return
         with self._lock:

@@ -15,7 +15,7 @@ from stroma.cli.errors import is_debugging
 from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, err
 from stroma.cost.budget import BudgetExceeded
-from stroma.engine.execution import RunningNode, running_node
+from stroma.engine.execution import CURRENT, RunningNode
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import kind_of, message_of
 from stroma.hooks.sets import MapProgress, NodeHooks
@@ -108,17 +108,17 @@ class Progress:
         timed_line(("budget: ", "yellow"), f"{amounts} used ({dimension})")
 
     async def _node_start(self, *_: Any) -> None:
-        node = running_node()
+        node = CURRENT.get()
         if node is not None:
             self._show(node, START, f"attempt {node.attempt}" if node.attempt > 1 else "")
 
     async def _node_success(self, *_: Any) -> None:
-        self._show(running_node(), OK)
+        self._show(CURRENT.get(), OK)
 
     async def _node_failure(
         self, _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
     ) -> None:
-        node = running_node()
+        node = CURRENT.get()
         failed = None if node is None or node.ended is None else node.ended.failure
         kind, message = (None, "") if failed is None else (failed.error_type, failed.message)
         reason = "" if failed is None or failed.reason is None else f" {failed.reason}"
@@ -129,19 +129,19 @@ class Progress:
         self, _run_id: str, _node_id: str, attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
         if delay >= _MIN_WAIT_SECONDS:
-            self._show(running_node(), WAIT, f"{format_duration(delay)}, then attempt {attempt}")
+            self._show(CURRENT.get(), WAIT, f"{format_duration(delay)}, then attempt {attempt}")
 
     async def _node_skipped(self, *_: Any) -> None:
-        self._show(running_node(), RESTORED, "finished earlier, not called again")
+        self._show(CURRENT.get(), RESTORED, "finished earlier, not called again")
 
     async def _node_cancelled(self, *_: Any) -> None:
-        self._show(running_node(), CANCELLED)
+        self._show(CURRENT.get(), CANCELLED)
 
     async def _node_suspended(self, _run_id: str, _node_id: str, reason: str) -> None:
-        self._show(running_node(), SUSPENDED, clean(reason))
+        self._show(CURRENT.get(), SUSPENDED, clean(reason))
 
     async def _map_progress(self, _run_id: str, _node_id: str, progress: MapProgress) -> None:
-        node, total = running_node(), progress.total
+        node, total = CURRENT.get(), progress.total
         if node is None:
             return
         has_many = total is None or total > _MAX_ITEM_LINES

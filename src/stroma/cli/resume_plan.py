@@ -59,7 +59,7 @@ def changes_since(
     for (position, branch), committed in sorted(commits.items()):
         at = f"{position}.{branch}" if branch else str(position)
         try:
-            check_place(ctx, nodes, committed, position, branch)
+            check_place(ctx, nodes, position, branch, committed)
             _read(ctx, nodes, committed, position, branch)
         except Exception as error:  # A validator or an upcast may raise anything.
             message = str(error)

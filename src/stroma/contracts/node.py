@@ -112,10 +112,6 @@ class AnnotatedNodeDecorator(Protocol, Generic[DepsT]):
     def __call__(self, func: Callable[[In, DepsT], ResultT], /) -> Callable[[In, DepsT], ResultT]: ...
 
 
-#: The schemas of input (None: not validated) and output, and the contract that they are of.
-Plan: TypeAlias = "tuple[Schema | None, Schema, NodeContract[Any, Any] | None]"
-
-
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Node:
     """One function with an id. Inspected once, when it is made.

@@ -544,7 +544,10 @@ def _picker(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, 
     """Return a function that makes a tuple of the named values; a ``__dict__`` may hold others."""
     if len(names) > 1:
         return operator.itemgetter(*names)
-    return lambda values: tuple(values[name] for name in names)
+    if names:
+        (name,) = names
+        return lambda values: (values[name],)
+    return lambda _: ()
 
 
 def _as_dict(raw: Any) -> dict[str, Any]:

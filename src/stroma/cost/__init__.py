@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.cost.budget import BudgetExceeded, ExecutionBudget
+    from stroma.cost.budget import BudgetExceeded, CostTracker, ExecutionBudget, NodeUsage, StepUsage
     from stroma.cost.fallback import FallbackPolicy, ModelHint, resolve_model
     from stroma.cost.prices import KNOWN_MODELS, estimate_cost_usd, update_prices
-    from stroma.cost.tracker import CostTracker, NodeUsage, StepUsage
     from stroma.cost.usage import Usage, UsageError, usage_from
 
 __all__ = [
@@ -29,10 +28,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "cost.budget": ("BudgetExceeded", "ExecutionBudget"),
+    "cost.budget": ("BudgetExceeded", "CostTracker", "ExecutionBudget", "NodeUsage", "StepUsage"),
     "cost.fallback": ("FallbackPolicy", "ModelHint", "resolve_model"),
     "cost.prices": ("estimate_cost_usd", "KNOWN_MODELS", "update_prices"),
-    "cost.tracker": ("CostTracker", "NodeUsage", "StepUsage"),
     "cost.usage": ("Usage", "usage_from", "UsageError"),
 }
 

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stroma.cost.budget import ExecutionBudget
-from stroma.cost.tracker import CostTracker
+from stroma.cost.budget import CostTracker, ExecutionBudget
 
 
 @dataclass

@@ -24,20 +24,16 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 from pydantic import BaseModel
 
 from stroma.checkpoint.errors import StoreError
-from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Node
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.current import RESERVED, leave
-from stroma.engine.execution import RunningNode
+from stroma.engine.execution import RESERVED, RunningNode, leave
 from stroma.engine.outcome import Halt, cancelled, crossed_limit, hold, refuse
-from stroma.engine.parts import wait_unless_held
 from stroma.engine.tasks import Shield, ThreadPlaces, raise_if, thread_places
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import COOLDOWN, CircuitOpen, Wait, WaitedTooLong
 from stroma.failures.failure import Failure
 from stroma.failures.policy import policy_for
-from stroma.hooks.dispatch import Calls
 from stroma.trace.events import TraceMark
 
 if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
@@ -74,25 +70,6 @@ class _Blocked(NamedTuple):
 
 class Permit:
     """Reservations and the place among the threads that one attempt holds while it is made."""
-
-    __slots__ = (
-        "answers",
-        "around",
-        "breaker",
-        "changed",
-        "charged",
-        "ctx",
-        "gates",
-        "has_place",
-        "is_empty",
-        "key",
-        "needed",
-        "places",
-        "probe",
-        "run",
-        "token",
-        "waited",
-    )
 
     def __init__(self, ctx: ReliabilityContext, run: RunningNode, *, needs_thread: bool) -> None:
         self.ctx = ctx
@@ -309,11 +286,9 @@ async def _collect(ending: Any, due: list[Any]) -> None:
 Make: TypeAlias = Callable[[], Awaitable[BaseModel | Failure | Halt]]
 
 
-async def make_admitted(
-    run: RunningNode, node: Node, contract: NodeContract[Any, Any] | None, make: Make
-) -> BaseModel | Failure | Halt:
+async def make_admitted(run: RunningNode, node: Node, make: Make) -> BaseModel | Failure | Halt:
     """Make the attempt of a plain function, or in a run with shared limits, once it is admitted."""
-    ctx = run.ctx
+    ctx, contract = run.ctx, None if run.schemas is None else run.schemas[2]
     needs_thread = not node.is_async and (contract is None or contract.place is None)
     if ctx.config.gated:
         return await _make_in_turn(run, make, needs_thread=needs_thread)
@@ -332,7 +307,7 @@ async def make_admitted(
 async def _make_in_turn(run: RunningNode, make: Make, *, needs_thread: bool) -> BaseModel | Failure | Halt:
     """Make an attempt between its admission and its settlement."""
     ctx = run.ctx
-    permit = await wait_unless_held(ctx.stopping, partial(admit, ctx, run, needs_thread=needs_thread))
+    permit = await ctx.stopping.wait_unless_held(partial(admit, ctx, run, needs_thread=needs_thread))
     if isinstance(permit, Exception):
         return refuse(run, permit)
     # Requests and crossed limits meanwhile hold, as for an attempt that begins now.
@@ -559,11 +534,7 @@ class _Queued:
         self._begin = perf_counter()
         seconds = 0.0 if wait.ms is None else wait.ms / 1000
         ctx.run_logger.info("node %r is queued: %s", run.node_id, reason)
-        calls = ctx.fire.on_node_wait
-        if calls is not None:
-            await ctx.fire.fire(
-                "on_node_wait", calls, run.node_id, lambda: (ctx.run_id, run.node_id, reason, seconds)
-            )
+        await ctx.fire.fire("on_node_wait", run.node_id, ctx.run_id, run.node_id, reason, seconds)
 
     def end(self) -> None:
         if self._reason:
@@ -577,14 +548,10 @@ async def _announce(ctx: ReliabilityContext, run: RunningNode, event: BudgetWarn
         node_id, label, seconds = run.node_id, f"limit {event[0]!r}", float(event[1])
         _mark(ctx, run, "cooldown", label, 0.0)
         ctx.run_logger.warning("%s is closed for %.3g s because the provider asked to wait", label, seconds)
-    calls: Calls | None = getattr(ctx.fire, event.hook)
-    if calls is not None:
-        await ctx.fire.fire(event.hook, calls, node_id, lambda: (ctx.run_id, *event))
+    await ctx.fire.fire(event.hook, node_id, ctx.run_id, *event)
 
 
 async def _announce_circuit(ctx: ReliabilityContext, run: RunningNode, key: str, state: CircuitState) -> None:
     _mark(ctx, run, _MARKS[state], key, 0.0)
     ctx.run_logger.warning("the circuit of %s is %s", key, state.replace("_", "-"))
-    calls = ctx.fire.on_circuit_change
-    if calls is not None:
-        await ctx.fire.fire("on_circuit_change", calls, run.node_id, lambda: (ctx.run_id, key, state))
+    await ctx.fire.fire("on_circuit_change", run.node_id, ctx.run_id, key, state)

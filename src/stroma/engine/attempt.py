@@ -19,40 +19,34 @@ from stroma._utils.text import one_line
 from stroma.checkpoint import Fenced, PipelineChanged, StoreError, Waiting
 from stroma.contracts.contract import NodeContract, NotDone, Unknown, as_violation, output_violation
 from stroma.contracts.copying import Snapshot
-from stroma.contracts.node import Group, Node, Plan
+from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
 from stroma.cost.usage import UsageError
 from stroma.engine.commit import (
     failed_of,
-    record,
     record_failure_site,
     record_rejected,
-    refer,
     settle,
     store_notes,
 )
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.current import CURRENT
 from stroma.engine.deadlines import call_in_time
-from stroma.engine.diagnosis import diagnose_attempt, judge, states_around
-from stroma.engine.effects import Effect, Stated, UnknownOutcome
-from stroma.engine.emitted import mark_attempt
-from stroma.engine.events import (
+from stroma.engine.diagnosis import (
     MIN_BLOCK_NS,
-    failure_arguments,
+    diagnose_attempt,
+    judge,
     log_failure,
-    start_arguments,
-    success_arguments,
-    unread_start,
-    unread_success,
+    states_around,
     warn_of_blocking,
     warn_of_budget,
 )
-from stroma.engine.execution import RunningNode
+from stroma.engine.effects import Effect, Stated, UnknownOutcome
+from stroma.engine.execution import CURRENT, RunningNode, mark_attempt
 from stroma.engine.metering import count_returned, price
 from stroma.engine.outcome import GroupStopped, Halt
 from stroma.engine.placed_calls import call_at_place, note_call, open_call
 from stroma.engine.questions import asks_itself, find_question, question_of, suspend_again
+from stroma.engine.redaction import HookState
 from stroma.engine.tasks import CONTINUES, call_in_thread, loop_ticks, passes_through, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PlaceError, Suspend
@@ -100,10 +94,10 @@ class NodeAttempt:
         "model",
         "node",
         "output",
-        "plan",
         "row",
         "run",
         "saved",
+        "schemas",
         "snapshot",
         "state",
         "tick",
@@ -132,18 +126,18 @@ class NodeAttempt:
         self,
         run: RunningNode,
         node: Node | Group,
-        plan: Plan,
         value: BaseModel,
         cancelling: int,
-        planless: Exception | None = None,
+        refusal: Exception | None = None,
     ) -> BaseModel | Failure | Halt:
         """Make the next attempt. Return the committed output, a Failure for the policies, or a Halt.
 
-        ``planless``: why there is no schema to validate the input with.
+        ``refusal``: why the input cannot be validated.
         """
         self.run = run
         self.node = node
-        self.plan = plan
+        assert run.schemas is not None
+        self.schemas = run.schemas
         self.value = value
         self.cancelling = cancelling
         self.snapshot: Snapshot = ()
@@ -153,10 +147,10 @@ class NodeAttempt:
         self.first_unstarted = self.interrupt = unset
         self.is_counted = False
         # Calls that rarely suspend are awaited only if they do: 1.2 us less of the 7 of a node with hooks.
-        ctx, contract = self.ctx, plan[2]
+        ctx, contract = self.ctx, self.schemas[2]
         problem: BaseException | None = None
         try:
-            problem = self._take_input() if planless is None else self._reject_input(planless)
+            problem = self._take_input() if refusal is None else self._reject_input(refusal)
             if problem is not None:
                 return await self._fail(problem)
             if ctx.journal.session.waiting:
@@ -164,7 +158,7 @@ class NodeAttempt:
                 if still_asks is not None:
                     return still_asks
             if ctx.fire.on_node_start is not None:
-                hooks = self._start_hooks()
+                hooks = self._start_hooks(ctx.fire.on_node_start)
                 if not hooks.advance():
                     await self._finish_start_hooks(hooks)
             if contract is not None and (contract.effect or contract.place is not None):
@@ -220,16 +214,16 @@ class NodeAttempt:
             # collection frees.
             if run.effect is not None:
                 run.effect.end_attempt(None if self.row is None else self.row.outcome)
-            del self.run, run, problem, planless
+            del self.run, run, problem, refusal
             self.firing = None  # Its arguments refer to the failure, and this frame is in its traceback.
 
     # ------------------------------------------------------------------ validate
 
     def _take_input(self) -> Exception | None:
         """Validate the state before the node and take a snapshot. Return the violation, if any."""
-        schema, handover = self.plan[0], self.ctx.handover
+        (schema, _, contract), handover = self.schemas, self.ctx.handover
         try:
-            if schema is None:
+            if contract is None:
                 self.state, self.snapshot = self._copy_input()
             elif handover.snapshot is None:
                 self.state, self.snapshot = schema.prepare_input(self.value)
@@ -248,13 +242,12 @@ class NodeAttempt:
         value = self.ctx.handover.own(self.value)
         raw = schema_of(type(value)).state(value) if isinstance(value, BaseModel) else {"value": value}
         self.snapshot = raw
-        schema = self.plan[0]
-        return as_violation(self.run.node_id, "input", raw, error, None if schema is None else schema.model)
+        schema, _, contract = self.schemas
+        return as_violation(self.run.node_id, "input", raw, error, None if contract is None else schema.model)
 
     def _copy_input(self) -> tuple[BaseModel, Snapshot]:
         """Return the input of a node without a contract, or of a group, whose children copy it."""
-        assert self.run.schemas is not None
-        schema, value = self.run.schemas[0], self.ctx.handover.own(self.value)
+        schema, value = self.schemas[0], self.ctx.handover.own(self.value)
         if type(self.node) is not Node:
             snapshot = schema.snapshot(value)
             self.run.taken = value, snapshot
@@ -263,17 +256,13 @@ class NodeAttempt:
         snapshot = shared[1] if shared is not None and shared[0] is value else schema.snapshot(value)
         return schema.copy(value), snapshot
 
-    def _start_hooks(self) -> Firing:
+    def _start_hooks(self, calls: Calls) -> Firing:
         self.begin = perf_counter_ns()
-        ctx, state, schema = self.ctx, self.state, self.plan[0]
-        calls = ctx.fire.on_node_start
-        assert calls is not None
-        if schema is None or type(state) is not schema.model:
+        ctx, state, schema = self.ctx, self.state, self.schemas[0]
+        if type(state) is not schema.model:
             schema = schema_of(type(state))
-        about = (ctx, self.run, schema, state)
-        return Firing(
-            ctx.fire, "on_node_start", calls, self.run.node_id, start_arguments, about, unread_start
-        )
+        values = ctx.run_id, self.run.node_id, HookState(schema, state, ctx.redactor)
+        return Firing(ctx.fire, "on_node_start", calls, self.run.node_id, values)
 
     async def _finish_start_hooks(self, hooks: Firing) -> None:
         try:
@@ -303,18 +292,18 @@ class NodeAttempt:
             return node.run(ctx, self.run, state)
         if ctx.redactor.is_on:
             self.run.input_snapshot = self.snapshot
-        context, effect = ctx.node_context() if node.wants_context else ctx.context, self.run.effect
-        contract, call, is_async = self.plan[2], node.call, node.is_async
+        arguments = (state, ctx.node_context()) if node.wants_context else (state,)
+        contract, call, is_async, effect = self.schemas[2], node.func, node.is_async, self.run.effect
         if contract is not None and contract.place is not None:
             call, is_async = partial(call_at_place, self.run, contract), True
         if effect is not None:
             call = partial(effect.call, call)
         awaitable: Awaitable[Any]
         if is_async:
-            awaitable = call(state, context)
+            awaitable = call(*arguments)
         else:
             warn = partial(ctx.run_logger.warning, CONTINUES, node.node_id)
-            awaitable = call_in_thread(call, (state, context), warn)
+            awaitable = call_in_thread(call, arguments, warn)
         return mark_attempt(self.run, awaitable) if ctx.fire.takes_events else awaitable
 
     def _stop_clock(self) -> None:
@@ -328,7 +317,8 @@ class NodeAttempt:
         self.duration = now - self.begin
         if run.parent is not None:
             run.parent.leave(now)
-        if self.duration >= MIN_BLOCK_NS and self.ticks.is_blocked_since(self.tick):
+        ticks = self.ticks
+        if self.duration >= MIN_BLOCK_NS and ticks.count == self.tick and ticks.loop is not None:
             warn_of_blocking(self.ctx, run, self.duration)
 
     # ------------------------------------------------------------------ count
@@ -344,7 +334,7 @@ class NodeAttempt:
 
     def _accept_output(self) -> Exception | None:
         """Validate the output and take a snapshot of it. Return the violation, if any."""
-        schema = self.plan[1]
+        schema = self.schemas[1]
         try:
             if type(self.node) is Node:
                 self.model, self.saved = schema.accept_output(self.output)
@@ -390,17 +380,17 @@ class NodeAttempt:
             run.effect.note_output()
         outcome: Outcome = "success" if self.failure is None else "failure"
         row = self._make_row(outcome, self.duration, self.failure, self.saved)
-        pending = record(ctx, row, self.plan[1], self.model, run.step)
+        pending = ctx.journal.record(row, self.schemas[1], self.model, run.step)
         if pending is not None:
             return self._finish_commit(row, pending)
         self._end_with_output(row)
         return None
 
     async def _finish_commit(self, row: AttemptRow, pending: Awaitable[None] | Exception) -> Exception | None:
-        again = partial(record, self.ctx, row, self.plan[1], self.model, self.run.step)
+        again = partial(self.ctx.journal.record, row, self.schemas[1], self.model, self.run.step)
         problem = await self._settle(row, pending, again)
         if problem is None:
-            self._end_with_output(refer(self.ctx, row))
+            self._end_with_output(self.ctx.session.with_references(row))
         elif self.run.effect is not None:
             self.run.effect.note_refused(problem)
         return problem
@@ -411,10 +401,10 @@ class NodeAttempt:
         self.row = run.ended = row
         run.rows.append(row)
         if self.failure is not None:
-            self._set_hooks(ctx.fire.on_node_failure, failure_arguments, (ctx, run, self.failure))
+            self._set_failure_hooks(self.failure)
         elif ctx.fire.on_node_success is not None:
-            about = (ctx, run, self.plan[1], self.model)
-            self._set_hooks(ctx.fire.on_node_success, success_arguments, about, unread_success)
+            view = HookState(self.schemas[1], self.model, ctx.redactor)
+            self._set_hooks(ctx.fire.on_node_success, view, run.counted.tokens)
         if ctx.step_policies:
             # With the commit: a cancellation that comes after it must not have the node called again.
             self._remember_output()
@@ -466,20 +456,19 @@ class NodeAttempt:
         self.row = self.run.ended = row
         self.run.rows.append(row)
 
-    def _set_hooks(
-        self,
-        calls: Calls | None,
-        make: Callable[..., tuple[Any, ...]],
-        about: tuple[Any, ...] = (),
-        unread: Callable[..., tuple[Any, ...]] | None = None,
-    ) -> None:
-        """Prepare the calls of the hooks of the end; see :class:`stroma.hooks.dispatch.Firing`."""
+    def _set_hooks(self, calls: Calls | None, *values: Any) -> None:
+        """Prepare the calls of the hooks of the end. ``values``: their arguments after run and node."""
         assert self.row is not None
         if calls is not None:
             if self.first_unstarted is not None:
                 calls = tuple([call for call in calls if call[0] < self.first_unstarted])
-            event = f"on_node_{self.row.outcome}"
-            self.firing = Firing(self.ctx.fire, event, calls, self.run.node_id, make, about, unread)
+            event, run, ctx = f"on_node_{self.row.outcome}", self.run, self.ctx
+            self.firing = Firing(ctx.fire, event, calls, run.node_id, (ctx.run_id, run.node_id, *values))
+
+    def _set_failure_hooks(self, failure: Failure) -> None:
+        calls = self.ctx.fire.on_node_failure
+        if calls is not None:
+            self._set_hooks(calls, self.ctx.redactor.redact_error(failure.exception), failure.failure_class)
 
     async def _call_end_hooks(self) -> None:
         """Call the hooks of the end, and note in the store that they were called."""
@@ -526,10 +515,9 @@ class NodeAttempt:
         """End as failed: classify, record, and call the failure hooks."""
         ctx, run = self.ctx, self.run
         failure, halt = diagnose_attempt(ctx, run, error, self.snapshot, is_of_store=is_of_store)
-        row = self._make_row("failure", self.duration, failure)
-        row = refer(ctx, row)
+        row = ctx.session.with_references(self._make_row("failure", self.duration, failure))
         self._end(row)
-        self._set_hooks(ctx.fire.on_node_failure, failure_arguments, (ctx, run, failure))
+        self._set_failure_hooks(failure)
         ends_by_store = halt is not None and failure.reason == "store"
         if not ends_by_store or self.is_counted:
             try:
@@ -556,10 +544,11 @@ class NodeAttempt:
         Of an output that the store has refused, this records the usage. If the store has stored it after
         all, the row has the same key, and changes nothing.
         """
-        pending = record(self.ctx, row)
+        again = partial(self.ctx.journal.record, row)
+        pending = again()
         if pending is None:
             return None
-        problem = await self._settle(row, pending, partial(record, self.ctx, row))
+        problem = await self._settle(row, pending, again)
         if problem is not None and row.usage is not None:
             self.ctx.journal.note_unrecorded(row.usage)
         return problem
@@ -589,7 +578,7 @@ class NodeAttempt:
         else:  # A group; its children have recorded what they wait for.
             assert isinstance_by_type(raised, GroupStopped)
             reason = raised.halt.failure.message
-        again = partial(record, ctx, row, waiting=waiting)
+        again = partial(ctx.journal.record, row, waiting=waiting)
         pending = again()
         if pending is not None:
             problem = await self._settle(row, pending, again)
@@ -600,7 +589,7 @@ class NodeAttempt:
             run.question = waiting.question
         ctx.run_logger.info("node %r is suspended: %s", run.node_id, one_line(reason))
         self._end(row)
-        self._set_hooks(ctx.fire.on_node_suspended, lambda: (ctx.run_id, run.node_id, reason))
+        self._set_hooks(ctx.fire.on_node_suspended, reason)
         await self._call_end_hooks()
         self._raise_interrupt()
         error = raised if isinstance(raised, Exception) else Suspend(reason)
@@ -659,10 +648,9 @@ class NodeAttempt:
 
     def _end_as_cancelled(self, duration: int) -> AttemptRow:
         """Append the row of an attempt without a verdict, and return it."""
-        ctx, run = self.ctx, self.run
         row = self._make_row("cancelled", duration)
         self._end(row)
-        self._set_hooks(ctx.fire.on_node_cancelled, lambda: (ctx.run_id, run.node_id))
+        self._set_hooks(self.ctx.fire.on_node_cancelled)
         return row
 
     def _close_out(self) -> None:
@@ -710,7 +698,7 @@ class NodeAttempt:
         run = self.run
         effect: Effect | None = run.effect
         if effect is None:
-            effect = run.effect = Effect(run, contract, self.plan, self.snapshot)
+            effect = run.effect = Effect(run, contract, self.snapshot)
         return effect
 
     async def _begin_special(self, contract: NodeContract[Any, Any]) -> BaseModel | Failure | Halt | None:
@@ -719,7 +707,7 @@ class NodeAttempt:
         self.begin = self.begin or perf_counter_ns()
         if contract.place is not None:
             try:
-                call = run.placed_call = open_call(run, contract, self.plan, self.snapshot)
+                call = run.placed_call = open_call(run, contract, self.snapshot)
             except PlaceError as error:
                 return await self._fail(error)
         is_sent = call is not None and call.is_sent

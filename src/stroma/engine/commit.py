@@ -10,11 +10,9 @@ from pydantic import BaseModel
 
 from stroma._utils.bounded_copy import BoundedCopy, map_texts
 from stroma._utils.secrets import MASK, declared_secrets
-from stroma.checkpoint import StepCall, StoreError, Waiting
-from stroma.checkpoint.entries import OF_FLOW
+from stroma.checkpoint import StoreError
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.copying import Snapshot
-from stroma.contracts.schema import Schema
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
@@ -68,31 +66,6 @@ def failed_of(failure: Failure, outcome: Outcome | None = None) -> Failed:
     """Return the record of a failure for a row. A suspension has a reason, but no type of exception."""
     error_type = None if outcome == "suspended" else type_name(failure.exception)
     return Failed(failure.failure_class, failure.message, failure.reason, error_type)
-
-
-def refer(ctx: ReliabilityContext, row: AttemptRow) -> AttemptRow:
-    """Return a row for the trace, with references to states that the store has outside of its rows."""
-    return ctx.session.with_references(row)
-
-
-def record(
-    ctx: ReliabilityContext,
-    row: AttemptRow,
-    schema: Schema | None = None,
-    output: BaseModel | None = None,
-    step: StepCall | None = None,
-    waiting: Waiting | None = None,
-) -> Awaitable[None] | Exception | None:
-    """Start the store call of an attempt. Return the awaitable to settle, if any."""
-    try:
-        if waiting is not None:
-            return ctx.session.suspend(row, waiting)
-        if step is not None and step.number == OF_FLOW and ctx.journal.number_event is not None:
-            # _replace() takes 1 us of the 10 of a step.
-            step = StepCall(OF_FLOW - ctx.journal.number_event(row.branch), step.input_key, step.identity)
-        return ctx.journal.session.record(row, schema, output, step)
-    except BaseException as error:
-        return as_store_error(error)
 
 
 async def settle(

@@ -78,10 +78,6 @@ class _GeneratedId(str):
     def __deepcopy__(self, memo: object) -> Self:
         return self  # A deep copy of a config shares the mark too.
 
-    def take(self) -> bool:
-        """Return True for the first call only. Atomic between threads."""
-        return vars(self).pop("fresh_in", None) is _GeneratedId.process
-
 
 def _after_fork() -> None:
     _GeneratedId.process = object()
@@ -101,7 +97,7 @@ def check_label(text: str, what: str) -> str:
 
 
 def _generate_id() -> str:
-    run_id = _GeneratedId(os.urandom(16).hex())
+    run_id = _GeneratedId(new_run_id())
     run_id.fresh_in = _GeneratedId.process
     return run_id
 
@@ -272,6 +268,12 @@ class RunConfig(StrictModel):
         return bool(self.shared_budgets or self.limits or self.breaker is not None)
 
     @property
+    def names_ids(self) -> bool:
+        """Return True if fields name ids of nodes, or limits and budgets that are for some nodes."""
+        by_node = self.node_policies or self.node_timeouts or self.contract_retries or self.node_limits
+        return bool(by_node or self.limits or self.shared_budgets)
+
+    @property
     def retried_ids(self) -> set[str]:
         """Return the ids of nodes and groups that ``node_policies`` grants retries."""
         return {
@@ -285,7 +287,9 @@ class RunConfig(StrictModel):
         run_id = self.run_id
         if type(run_id) is not _GeneratedId:
             return run_id
-        return str(run_id) if run_id.take() else new_run_id()
+        # Atomic between threads.
+        is_fresh = vars(run_id).pop("fresh_in", None) is _GeneratedId.process
+        return str(run_id) if is_fresh else new_run_id()
 
     @field_validator("run_id", "pipeline")
     @classmethod

@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, cast
+from time import perf_counter_ns, time_ns
+from typing import Any, Final, Literal, NamedTuple, Self, TypeVar, cast, final
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import CheckpointManager, Session
-from stroma.checkpoint.entries import RunControl
+from stroma.checkpoint import CheckpointManager, Committed, Session, StepCall, Waiting
+from stroma.checkpoint.entries import OF_FLOW, PriorUsage, RunControl, Tried
+from stroma.checkpoint.identity import StepCalls
+from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.node import Node
-from stroma.contracts.schema import schema_of
-from stroma.cost.budget import ExecutionBudget, replace_limits
+from stroma.contracts.copying import PickledSnapshot, Snapshot
+from stroma.contracts.node import Group, Node
+from stroma.contracts.schema import Schema, schema_of
+from stroma.cost.budget import CostTracker, Dimension, ExecutionBudget, limits, replace_limits
 from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
-from stroma.cost.tracker import CostTracker
 from stroma.cost.usage import NO_MODEL, UsageError
 from stroma.engine.config import NodeTimeout, RunConfig, limits_ms
-from stroma.engine.journal import RunJournal
 from stroma.engine.merged_models import spelled_out
-from stroma.engine.parts import Account, Handover, PlainSteps, Stopping
 from stroma.engine.redaction import Redactor, RunLogger
+from stroma.engine.tasks import as_store_error
+from stroma.failures.errors import WAITING_FOR_ANSWER, WAITING_FOR_STATEMENT
 from stroma.failures.failure import Classifier, Failure, NodeContext, diagnose
 from stroma.failures.policy import PolicyMap, RetryBudget
 from stroma.hooks.dispatch import NO_HOOKS, Hooks
-from stroma.hooks.sets import AnyHooks, distinct, flatten
-from stroma.trace.result import ExecutionResult, HookFailure, RunStatus, Total
+from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
+from stroma.trace.events import AttemptRow, AttemptUsage
+from stroma.trace.result import ExecutionResult, HookFailure, Question, RunStatus, Total
 from stroma.trace.trace import ExecutionTrace
-
-if TYPE_CHECKING:
-    from stroma.checkpoint import Session
-    from stroma.contracts.node import Group, Node
-    from stroma.failures.failure import Failure
-    from stroma.hooks.sets import NodeHooks
-    from stroma.trace.result import ExecutionResult
 
 Call = Callable[[BaseModel], Awaitable[Any]]
 
@@ -43,15 +41,14 @@ Call = Callable[[BaseModel], Awaitable[Any]]
 class Interceptor:
     """Interceptor around the parts of a run. Each method changes nothing, unless a subclass does.
 
-    ``ctx`` is the ReliabilityContext and ``run`` the RunningNode; the context imports this module, so it
-    cannot name them.
+    ``run`` is the RunningNode, whose module imports this one.
     """
 
-    def begins(self, ctx: Any) -> NodeHooks | None:
+    def begins(self, ctx: ReliabilityContext) -> NodeHooks | None:
         """Return hooks for a run, or plain code with steps, that begins; they begin first and end last."""
         return None
 
-    def opened(self, ctx: Any, session: Session) -> Session:
+    def opened(self, ctx: ReliabilityContext, session: Session) -> Session:
         """Return the session of a run that was opened in its store, or one to use in place of it."""
         return session
 
@@ -63,7 +60,7 @@ class Interceptor:
         """Return the failure of an attempt, or one to use in place of it."""
         return failure
 
-    def ended(self, ctx: Any, result: ExecutionResult) -> None:
+    def ended(self, ctx: ReliabilityContext, result: ExecutionResult) -> None:
         """Inspect the result of a run, or of a step of plain code, before it is returned.
 
         An exception comes out of ``run()``, or ``execute_step()``.
@@ -74,7 +71,391 @@ class Interceptor:
 INTERCEPTORS: list[Interceptor] = []
 
 
-_NOTHING: Final = Total()
+_NO_TOTAL: Final = Total()
+_NO_USAGE: Final = PriorUsage()
+_NO_FAILED_MAPS: Final[Mapping[tuple[int, str], int]] = {}
+#: Share of a limit at which ``on_budget_warning`` is called.
+_WARN_AT: Final = 0.8
+T = TypeVar("T")
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Account:
+    """The limits and the findings of one run.
+
+    Attributes:
+        limits: the limits of the budget, by dimension.
+        unpriced: models without a known price.
+        hook_failures: exceptions of hooks; the hooks of the run add to this list.
+        suspended: reasons for which nodes of the run are suspended.
+        questions: open questions.
+        failed_items: items of maps that failed while the others continued.
+        notes: storage of hooks.
+    """
+
+    limits: tuple[tuple[Dimension, float], ...]
+    unpriced: tuple[str, ...] = ()
+    hook_failures: list[HookFailure] = field(default_factory=list)
+    suspended: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
+    failed_items: int = 0
+    notes: dict[Any, Any] = field(default_factory=dict)
+    #: Warnings that were logged: dimensions of the budget, and what is wrong with a node.
+    _warned: set[str | tuple[str, str]] = field(default_factory=set)
+
+    def note_suspended(self, reason: str) -> None:
+        """Add a reason of the whole run to the result."""
+        if reason not in self.suspended:
+            self.suspended += (reason,)
+
+    def note_question(self, waiting: Waiting) -> None:
+        """Add an open question to the result."""
+        if all(one.id != waiting.id for one in self.questions):
+            self.suspended += (waiting.reason,)
+            self.questions += (waiting.question,)
+
+    def note_open_questions(self, all_waiting: Iterable[Waiting]) -> None:
+        """Add the questions without an answer, also those that did not stop the run, to the result."""
+        reasons = self.suspended
+        for waiting in all_waiting:
+            if waiting.payload is None:
+                self.note_question(waiting)
+        self.suspended = reasons or self.suspended
+
+    def describe_suspension(self) -> str | None:
+        """Return what a suspended run waits for, as its record has it; None for nothing.
+
+        The text of a question follows what the run waits for, so that it is not taken for another reason.
+        """
+        others, texts = list(self.suspended), dict[str, None]()
+        for one in self.questions:
+            if one.reason in others:
+                others.remove(one.reason)
+                is_effect = one.kind == "effect"
+                texts[WAITING_FOR_STATEMENT if is_effect else f"{WAITING_FOR_ANSWER}{one.reason}"] = None
+        return "; ".join([*texts, *others]) or None
+
+    def forget_question(self, waiting: Waiting) -> None:
+        """Remove a question that was closed from the result."""
+        if any(one.id == waiting.id for one in self.questions):
+            self.questions = tuple([one for one in self.questions if one.id != waiting.id])
+            at = self.suspended.index(waiting.reason)
+            self.suspended = self.suspended[:at] + self.suspended[at + 1 :]
+
+    def is_first_warning(self, about: str | tuple[str, str]) -> bool:
+        """Return True for the first warning of this kind."""
+        is_first = about not in self._warned
+        self._warned.add(about)
+        return is_first
+
+    def replace_limits(self, budget: ExecutionBudget) -> None:
+        """Apply another budget, with separate warnings at 80 % of its limits."""
+        self.limits = limits(budget)
+        self._warned.difference_update(dimension for dimension, _ in self.limits)
+
+    def due_warnings(self, spent: CostTracker) -> list[tuple[str, float, float]]:
+        """Return (dimension, used, limit) of each limit just used to 80 %; each once in a process."""
+        return [
+            (dimension, used, limit)
+            for dimension, limit in self.limits
+            if 0 < (used := spent.used(dimension)) >= round(_WARN_AT * limit, 9)
+            and self.is_first_warning(dimension)
+        ]
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Stopping:
+    """Requests to a run in progress: stop, pause, cancel.
+
+    Attributes:
+        is_asked: no further node is to begin.
+        is_cancelled: cancelled from elsewhere: nothing is retried.
+        holds: no further attempt is to begin: the run is paused, or is being cancelled. Set in any thread.
+        is_paused: the run is paused.
+        interrupt: ends the run once a shutdown has asked that nothing new is begun; None before.
+        waits: called in the event loop of the run when it is paused, in order: they end waits.
+    """
+
+    is_asked: bool = False
+    is_cancelled: bool = False
+    holds: bool = False
+    is_paused: bool = False
+    interrupt: Callable[[], None] | None = None
+    waits: dict[Callable[[], None], None] = field(default_factory=dict)
+
+    def end_waits(self) -> None:
+        """End the waits before the next attempts. Called in the event loop of the run, once it is held."""
+        for end in list(self.waits):
+            end()
+
+    async def wait_unless_held(self, work: Callable[[], Awaitable[T]]) -> T | None:
+        """Await work that precedes an attempt; a pause cancels the work, and the result is None."""
+        if self.holds:
+            return None
+        if asyncio.current_task() is None:
+            return await work()
+        loop, scope = asyncio.get_running_loop(), asyncio.timeout(None)
+
+        def end() -> None:
+            if not scope.expired():
+                scope.reschedule(loop.time())
+
+        self.waits[end] = None
+        try:
+            async with scope:
+                return await work()
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            return None
+        finally:
+            del self.waits[end]
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Handover:
+    """The last output that was committed at the top level.
+
+    The values of a large state are passed on without a copy, which would take twice the time. From then on
+    its snapshot replaces it.
+
+    Attributes:
+        is_active: outputs go from node to node, and not to plain code between them.
+        model: the output itself.
+        snapshot: of a large output; None for any other.
+        is_moved: a node has values of the model in its input, and may change them.
+        done: outputs of a group's children in an earlier attempt of it, for the next one.
+    """
+
+    is_active: bool = False
+    model: BaseModel | None = None
+    snapshot: PickledSnapshot | bytes | None = None
+    is_moved: bool = False
+    done: dict[tuple[int, str], BaseModel] = field(default_factory=dict)
+
+    def offer(self, model: BaseModel, snapshot: Snapshot | None = None) -> None:
+        """Take over an output that was committed, with its snapshot."""
+        self.model = model
+        self.is_moved = False
+        self.snapshot = None
+        if isinstance(snapshot, (PickledSnapshot, bytes)) and self.is_active:
+            self.snapshot = snapshot
+
+    def take(self, value: BaseModel, schema: Schema) -> tuple[BaseModel, Snapshot]:
+        """Return the input of a node after a large output, and its snapshot. Raises what validators raise."""
+        assert self.snapshot is not None
+        value = self.own(value)
+        state = schema.take_over(value) if value is self.model else None
+        if state is None:
+            return schema.prepare_input(value)
+        self.is_moved = True
+        schema.mark_shared(state)
+        return state, self.snapshot if state is value else schema.snapshot(state)
+
+    def own(self, state: BaseModel) -> BaseModel:
+        """Return a state with values that no node can change."""
+        if not self.is_moved or state is not self.model:
+            return state
+        assert self.snapshot is not None
+        schema = schema_of(type(state))
+        return schema.mark_exclusive(schema.restore(self.snapshot))
+
+    def state(self) -> BaseModel | None:
+        """Return the last output, with values that no node can change; None before the first."""
+        if self.model is None or self.is_moved:
+            return self.model and self.own(self.model)
+        self.snapshot = None  # The caller may change the model.
+        return self.model
+
+
+@final
+@dataclass(eq=False, slots=True)
+class PlainSteps:
+    """The steps of plain code in one run.
+
+    Attributes:
+        calls: the steps that were called, by their identity.
+        has_end: the code says when its run ends, with ``async with ctx``.
+        at_exit: ends the run there; None before it is opened.
+        status: outcome of the last step.
+        failure: failure of the last step.
+        fenced: the failure of a step because another process owns the run, or has ended it; no other step is
+            called.
+    """
+
+    calls: StepCalls | None = None
+    has_end: bool = False
+    at_exit: Callable[..., Awaitable[None]] | None = None
+    status: RunStatus | None = None
+    failure: Failure | None = None
+    fenced: Failure | None = None
+    #: Ends when the first step has announced the run.
+    _opening: asyncio.Future[None] | None = None
+    _next_position: int = 0
+    #: Positions at which the journal has an entry.
+    _positions: set[int] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """True once the first step has begun to announce the run."""
+        return self._opening is not None
+
+    async def begin(self, announce: Callable[[], Awaitable[None]]) -> None:
+        """Announce the run, once, at its first step; steps that begin at the same time wait for that."""
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_future()
+            try:
+                await announce()
+            finally:
+                self._opening.set_result(None)
+        elif not self._opening.done():
+            await asyncio.shield(self._opening)
+
+    def position_of(self, identity: str, session: Session) -> int:
+        """Return the position of a step: the one it has in the journal, else the next without an entry."""
+        position = session.places.get(identity)
+        if position is None:
+            if self._positions is None:
+                self._positions = {at for at, _ in (*session.restored, *session.waiting)}
+                self._positions.update(session.places.values())
+            while self._next_position in self._positions:
+                self._next_position += 1
+            position = self._next_position
+            self._next_position += 1
+        session.note_call(position, identity)
+        return position
+
+
+class Dispatch(NamedTuple):
+    """Conditions under which a dispatcher opens a run.
+
+    Attributes:
+        due_ms: raise RunExists for a run that is not due at this time, in ms since the epoch. A store that
+            fails in the middle of the run leaves it INTERRUPTED.
+        max_seconds: end the run at the first step boundary after this time; None: no limit.
+        claim: token of the claim of the worker; RunExists if the run has no such claim.
+        reads: return the outcome of a run that has ended or is suspended, and raise RunExists for any other.
+    """
+
+    due_ms: int | None = None
+    max_seconds: float | None = None
+    claim: str | None = None
+    reads: bool = False
+
+
+#: A person opens the run.
+BY_HAND: Final = Dispatch()
+
+
+class RunJournal:
+    """A run in its store, with the settings of the code around it.
+
+    Attributes:
+        session: the run in its store; NULL_SESSION before it is opened.
+        restored: committed outputs by position and branch. Flows and maps replace it by a dict of their own.
+        tried: attempts of processes that died, until their node runs again.
+        prior_unrecorded: usage of earlier processes that no attempt has; unrecorded: that of attempts of this
+            process which the store refuses.
+        failed_maps: of committed maps, how many items failed.
+        apart: see RunRequest.
+        dispatch: how a dispatcher opens the run.
+        versions: the versions of runs that the pipeline can continue, its own first; None for plain code,
+            which has none.
+        caller: calls nodes with a place, see stroma.engine.placed_calls; None where they cannot be called.
+        wake_ms: when the suspended or interrupted run is due; see Session.end().
+        number_event: returns the number of the event that the output at a branch is to the body of a flow;
+            None outside of flows.
+        noticed: number of the last event that this body has noticed.
+        traceparent: the W3C trace context of the caller.
+        kept_traces: trace contexts for processes that resume the run, by system: the first one that each
+            system recorded.
+        effects: the last calls of effects in this process, by the keys of their notes.
+        unknown_ends: calls that ended in this process with an unknown outcome, by the place of their notes.
+        flights: calls of effects that this process makes now, by the place of their notes.
+        body_calls: by the position of a flow and the branch, the calls that its body awaits (False), and
+            those whose output it has received (True).
+        effect_places, taken_over: by position, the places of the notes of effects by node and digest; and by
+            the place of a note, the place of the call that takes its effect.
+        attempt_count: the attempts whose events have an id.
+        opening: the call of a store that takes its time to open the run. ``is_waiting``: it waits between two
+            looks at a run of another process; ``is_over``: it need not look again.
+        epoch_ns: turns perf_counter_ns into nanoseconds since the epoch: a step of the wall clock changes no
+            order in the run.
+    """
+
+    def __init__(self) -> None:
+        self.session: Session = NULL_SESSION
+        self.restored: Mapping[tuple[int, str], Committed] = NULL_SESSION.restored
+        self.epoch_ns = time_ns() - perf_counter_ns()
+        self.effects: dict[str, Any] = {}
+        self.unknown_ends: dict[tuple[int, str], Any] = {}
+        self.flights: dict[tuple[int, str], Any] = {}
+        self.body_calls: dict[int, dict[str, bool]] = {}
+        self.effect_places: dict[int, dict[tuple[str, str], dict[tuple[int, str], None]]] = {}
+        self.taken_over: dict[tuple[int, str], tuple[int, str]] = {}
+        self.kept_traces: dict[str, str] = {}
+        self.tried: dict[tuple[int, str], Tried] | None = None
+
+    # On the class until a run needs them.
+    prior_unrecorded: PriorUsage = _NO_USAGE
+    unrecorded: PriorUsage = _NO_USAGE
+    failed_maps: Mapping[tuple[int, str], int] = _NO_FAILED_MAPS
+    apart: tuple[tuple[int, str], ...] = ()
+    dispatch: Dispatch = BY_HAND
+    versions: tuple[str, ...] | None = None
+    caller: Any = None
+    wake_ms: int | None = None
+    number_event: Callable[[str], int] | None = None
+    noticed: int = 0
+    traceparent: str | None = None
+    attempt_count: int = 0
+    opening: asyncio.Future[Session] | None = None
+    is_waiting: bool = False
+    is_over: bool = False
+
+    def wake_by(self, wake_ms: int | None) -> None:
+        """Make the run due at a time once it is suspended, unless it is due earlier; None: no time."""
+        if wake_ms is not None and (self.wake_ms is None or wake_ms < self.wake_ms):
+            self.wake_ms = wake_ms
+
+    def note_unrecorded(self, usage: AttemptUsage) -> None:
+        """Note the usage of an attempt that the store refuses; the end of the run stores it."""
+        before = self.unrecorded
+        self.unrecorded = PriorUsage(before.tokens + usage.tokens, before.cost_usd + usage.cost_usd)
+
+    def record(
+        self,
+        row: AttemptRow,
+        schema: Schema | None = None,
+        output: BaseModel | None = None,
+        step: StepCall | None = None,
+        waiting: Waiting | None = None,
+    ) -> Awaitable[None] | Exception | None:
+        """Start the store call of an attempt. Return the awaitable to settle, if any."""
+        try:
+            if waiting is not None:
+                return self.session.suspend(row, waiting)
+            if step is not None and step.number == OF_FLOW and self.number_event is not None:
+                # _replace() takes 1 us of the 10 of a step.
+                step = StepCall(OF_FLOW - self.number_event(row.branch), step.input_key, step.identity)
+            return self.session.record(row, schema, output, step)
+        except BaseException as error:
+            return as_store_error(error)
+
+    def abandon(self) -> None:
+        """Release the run where nothing can be awaited, also once it is opened; records nothing."""
+        if self.session is not NULL_SESSION:
+            self.session.abandon()
+        elif self.opening is not None:
+            self.opening.add_done_callback(_abandon)
+
+
+def _abandon(opened: asyncio.Future[Session]) -> None:
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result().abandon()
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -113,10 +494,10 @@ class ReliabilityContext:
     handover: Handover = field(default_factory=Handover, init=False, repr=False)
     redactor: Redactor = field(default=cast("Redactor", None), init=False, repr=False)
     fire: Hooks = field(default=NO_HOOKS, init=False, repr=False)
-    _plain_steps: PlainSteps | None = field(default=None, init=False, repr=False)
+    plain_steps: PlainSteps = field(default_factory=PlainSteps, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.account = Account(self.budget)
+        self.account = Account(limits(self.budget))
         self.redactor = Redactor(self.config.redact, self.context, self.trace)
         if isinstance(self.run_logger, RunLogger):
             self.run_logger.redactor = self.redactor
@@ -153,13 +534,6 @@ class ReliabilityContext:
         )
 
     # ------------------------------------------------------------------ plain code
-
-    @property
-    def plain_steps(self) -> PlainSteps:
-        """The steps of plain code in this run."""
-        if self._plain_steps is None:
-            self._plain_steps = PlainSteps()
-        return self._plain_steps
 
     async def __aenter__(self) -> ReliabilityContext:
         """Own the run until the end of the block of plain code that calls ``execute_step``.
@@ -208,8 +582,6 @@ class ReliabilityContext:
     @property
     def notes(self) -> dict[Any, Any]:
         """Storage of hooks for this run."""
-        if self.account.notes is None:
-            self.account.notes = {}
         return self.account.notes
 
     @property
@@ -258,11 +630,6 @@ class ReliabilityContext:
             return self.journal.traceparent
         traces = _traces_of(self.traceparent) | self.journal.kept_traces
         return ";".join(f"{system}={one}" if system else one for system, one in traces.items())
-
-    def hook_failed(self, hook: str, node_id: str | None, error: BaseException) -> None:
-        """Add the exception of a hook to the result, and let the exporters count it."""
-        self.account.note_hook_failure(HookFailure(hook, node_id, error))
-        self.fire.count_failure(self, hook)
 
     # ------------------------------------------------------------------ for the engine
 
@@ -349,10 +716,11 @@ class ReliabilityContext:
         """Return the result so far: totals and trace of the whole context."""
         if isinstance(final_state, BaseModel):
             schema_of(type(final_state)).mark_shared(final_state)
-            final_state = spelled_out(final_state)
+            if final_state.__pydantic_extra__:
+                final_state = spelled_out(final_state)
         spent, account = self.cost_tracker, self.account
-        failures, tokens, cost_usd = account.hook_failures, spent.total_tokens, spent.total_cost_usd
-        total = _NOTHING
+        tokens, cost_usd = spent.total_tokens, spent.total_cost_usd
+        total = _NO_TOTAL
         if tokens or cost_usd or spent.prior_tokens or spent.prior_cost_usd:
             total = Total(int(spent.used("tokens")), spent.used("cost"))
         return ExecutionResult(
@@ -363,7 +731,7 @@ class ReliabilityContext:
             total_cost_usd=cost_usd,
             total_tokens=tokens,
             failure=failure,
-            hook_errors=[] if failures is None else failures,  # Hooks of the run's end may add to it.
+            hook_errors=account.hook_failures,  # Hooks of the run's end may add to it.
             unpriced_models=list(account.unpriced),
             suspended=list(account.suspended),
             failed_items=account.failed_items,
@@ -383,13 +751,11 @@ def _hooks_of(ctx: ReliabilityContext) -> Hooks:
         sets = [own for one in interceptors if (own := one.begins(ctx)) is not None] + sets
     if not sets and not interceptors and not renews_idle_limits:
         return NO_HOOKS
-    failures: list[HookFailure] = []
-    ctx.account.hook_failures = failures if sets else None
     return Hooks(
         tuple(distinct(sets)),
         run_id=ctx.run_id,
         limit_seconds=None if config.hook_timeout_ms is None else config.hook_timeout_ms / 1000,
-        failures=failures,
+        failures=ctx.account.hook_failures,
         mask=ctx.redactor.mask_error,
         delivers=bool(sets) and config.hook_delivery == "at_least_once",
         takes_events=renews_idle_limits,

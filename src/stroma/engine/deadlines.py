@@ -23,10 +23,8 @@ from stroma.hooks.dispatch import Started
 class DeadlineExceeded(BudgetExceeded):
     """The latency budget was used up while a function was running."""
 
-    def __init__(
-        self, ctx: ReliabilityContext, dimension: Any, limit: float, used: float, node_id: str
-    ) -> None:
-        super().__init__(dimension, limit, used, node_id, is_set_for_run(ctx.budget, dimension))
+    def __init__(self, ctx: ReliabilityContext, limit: float, used: float, node_id: str) -> None:
+        super().__init__("latency", limit, used, node_id, is_set_for_run(ctx.budget, "latency"))
         self.ctx = ctx  # of the run whose budget it was: a run inside the node has one of its own
 
     def __reduce__(self) -> Any:
@@ -113,7 +111,7 @@ async def call_in_time(run: RunningNode, node: Node | Group, call: Call, state: 
             now = perf_counter_ns()
             busy = run.busy(now) if run.parent else now - begin
             used = ctx.cost_tracker.used("latency") + busy / 1e6
-            raise DeadlineExceeded(ctx, "latency", limit, max(used, limit), node_id) from None
+            raise DeadlineExceeded(ctx, limit, max(used, limit), node_id) from None
         raise TimeoutError(
             f"node {node_id!r} did not end within {timeout_ms} ms; raise node_timeouts[{node_id!r}], or "
             "make the call shorter"

@@ -1,23 +1,32 @@
-"""Diagnosis of attempts: from an exception to a failure."""
+"""Findings about an attempt: its failure, and what is worth a warning."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
+from stroma._utils.text import one_line
 from stroma.checkpoint import PipelineChanged, StoreError
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.copying import Snapshot
 from stroma.cost.usage import UsageError
+from stroma.engine.config import limits_ms
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.deadlines import DeadlineExceeded
 from stroma.engine.execution import RunningNode
 from stroma.engine.outcome import GroupStopped, Halt
+from stroma.engine.tasks import TICK_SECONDS
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.failures.mistakes import explain_mistake
 from stroma.trace.trace import states_of, thaw
+
+#: A node may block the event loop for less than this.
+BLOCK_NS: Final = 1_000_000_000
+#: A shorter time is not detected: the loop has its next tick after it.
+MIN_BLOCK_NS: Final = int(2 * TICK_SECONDS * 1e9)
 
 
 def diagnose_attempt(
@@ -108,3 +117,35 @@ def _may_repair(ctx: ReliabilityContext, run: RunningNode, failure: Failure) -> 
     is_output = getattr(error, "direction", None) == "output"
     granted = ctx.config.contract_retries.get(run.node_id, 0)
     return is_output and failure.failure_class is FailureClass.TERMINAL and run.repairs < granted
+
+
+def log_failure(ctx: ReliabilityContext, run: RunningNode, failure: Failure) -> None:
+    """Log a failed attempt."""
+    if ctx.run_logger.isEnabledFor(logging.WARNING):
+        ctx.run_logger.warning(
+            "node %r%s failed at attempt %d (%s): %s",
+            run.node_id,
+            f" [{run.branch}]" if run.branch else "",
+            run.attempt,
+            failure.failure_class,
+            one_line(str(failure)),
+        )
+
+
+def warn_of_blocking(ctx: ReliabilityContext, run: RunningNode, duration_ns: int) -> None:
+    """Warn once of a node that blocked the event loop for 1 s, or for its whole time limit."""
+    limits = limits_ms(ctx.step_timeouts.get(run.node_id))
+    if duration_ns >= BLOCK_NS or any(ms is not None and duration_ns >= ms * 1_000_000 for ms in limits):
+        ctx.warn_once(
+            run.node_id,
+            "blocks",
+            f"node {run.node_id!r} blocked the event loop for {duration_ns / 1e6:,.0f} ms, so that no "
+            "other task and no time limit "
+            "could run; await in it, or define it with def instead of async def to run it in a thread",
+        )
+
+
+async def warn_of_budget(ctx: ReliabilityContext) -> None:
+    """Call the ``on_budget_warning`` hooks for each limit that has just been used to 80 %."""
+    for dimension, used, limit in ctx.account.due_warnings(ctx.cost_tracker):
+        await ctx.fire.fire("on_budget_warning", None, ctx.run_id, dimension, used, limit)

@@ -45,7 +45,6 @@ from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import NodeContract, NotDone, Unknown
 from stroma.contracts.copying import Snapshot
-from stroma.contracts.node import Plan
 from stroma.contracts.schema import Schema, has_secrets
 from stroma.engine.commit import store_notes
 from stroma.engine.config import limits_ms
@@ -131,32 +130,11 @@ class Effect:
         earlier: see :meth:`learn`, if it was called before the attempt began.
     """
 
-    __slots__ = (
-        "_contract",
-        "_digest",
-        "_first",
-        "_flight",
-        "_intent",
-        "_others",
-        "_place",
-        "_run",
-        "_schemas",
-        "_snapshot",
-        "_source",
-        "earlier",
-        "error",
-        "is_refused",
-        "is_stated",
-        "key",
-    )
-
-    def __init__(
-        self, run: RunningNode, contract: NodeContract[Any, Any], plan: Plan, snapshot: Snapshot
-    ) -> None:
-        assert plan[0] is not None
-        self._run, self._contract, self._schemas = run, contract, (plan[0], plan[1])
+    def __init__(self, run: RunningNode, contract: NodeContract[Any, Any], snapshot: Snapshot) -> None:
+        assert run.schemas is not None
+        self._run, self._contract, self._schemas = run, contract, run.schemas
         self._snapshot: Snapshot | None = snapshot
-        self._digest = _digest(run.ctx, plan[0], snapshot)
+        self._digest = _digest(run.ctx, run.schemas[0], snapshot)
         self.is_stated = self.is_refused = False
         self._flight: Flight | None = None
         #: Who made the last statement; None if the output was found in the journal.
@@ -252,8 +230,10 @@ class Effect:
                 event=0 if run.ctx.journal.number_event is None else run.ctx.journal.noticed,
             )
         )
-        if self._place != self._first:
-            self._note_with_first()
+        first = None if self._place == self._first else _read(run, self._first)
+        if first is not None and self._digest not in first.others:
+            # Later attempts look for this input with the first one at the place.
+            write_intent(run.ctx, self._first, first._replace(others=(*first.others, self._digest)))
         run.ctx.session.mark_effect(run.node_id)
         self._take_off()
         problem, cancelled = await store_notes(run)
@@ -273,7 +253,7 @@ class Effect:
         run.ctx.journal.flights[self._place] = flight
         return flight
 
-    def call(self, function: Callable[..., Any], state: BaseModel, context: Any) -> Any:
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call the function. Raises Fenced instead if another process may own the run by now."""
         run = self._run
         if not run.ctx.session.holds_lease():
@@ -283,7 +263,7 @@ class Effect:
                 "is not called: this "
                 "process stood still, or did not reach the store; see who owns the run, or resume it"
             )
-        return function(state, context)
+        return function(*arguments)
 
     def end_attempt(self, outcome: Outcome | None) -> None:
         """Record that the attempt's call is no longer in flight, if there is one.
@@ -336,12 +316,6 @@ class Effect:
     def _note(self, intent: Intent) -> None:
         self._intent = intent
         write_intent(self._run.ctx, self._place, intent)
-
-    def _note_with_first(self) -> None:
-        """Note this input with the first one at the place, where later attempts look for it."""
-        first = _read(self._run, self._first)
-        if first is not None and self._digest not in first.others:
-            write_intent(self._run.ctx, self._first, first._replace(others=(*first.others, self._digest)))
 
     # ------------------------------------------------------------------ how a call ended
 

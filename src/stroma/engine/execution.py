@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -16,16 +19,61 @@ from stroma.contracts.node import held_by, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.budget import limits
 from stroma.cost.usage import Report, Usage, UsageError, check_usage, report_of, report_of_figures, shown
-from stroma.engine.current import AGENT, CURRENT, RUN
-from stroma.engine.emitted import emit_event
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, causes
 from stroma.trace.events import NO_USAGE, AttemptRow, AttemptUsage, Outcome, Schemas, TraceEvent
-from stroma.trace.result import Question
+from stroma.trace.plain import jsonable
+from stroma.trace.result import HookFailure, Question
 
 if TYPE_CHECKING:
     from stroma.contracts.contract import Role
     from stroma.engine.context import ReliabilityContext
+
+#: The RunningNode around this code, or None.
+CURRENT: ContextVar[RunningNode | None] = ContextVar("stroma_current_node", default=None)
+
+#: The RunningNode whose function runs here, and the id of its attempt, in a run whose events have
+#: receivers.
+ATTEMPT: ContextVar[tuple[RunningNode, str] | None] = ContextVar("stroma_attempt", default=None)
+
+#: The ReliabilityContext around this code, or None.
+RUN: ContextVar[ReliabilityContext | None] = ContextVar("stroma_current_run", default=None)
+
+#: The permits of the attempts around this code, see :class:`stroma.engine.admission.Permit`.
+RESERVED: ContextVar[tuple[Any, ...]] = ContextVar("stroma_reserved", default=())
+
+
+class AgentRun:
+    """A run of an agent in the body of a flow, whose requests and tools are steps.
+
+    ``outer``: the run of the agent that called it.
+    """
+
+    def __init__(self, name: str, outer: AgentRun | None) -> None:
+        self.name, self.outer = name, outer
+
+
+#: The innermost run of an agent around this code, or None.
+AGENT: ContextVar[AgentRun | None] = ContextVar("stroma_agent_run", default=None)
+
+
+@contextlib.contextmanager
+def running_agent(agent: AgentRun | str | None) -> Iterator[None]:
+    """Have the code inside be part of an agent's run; with a name of a new one."""
+    token = AGENT.set(AgentRun(agent, AGENT.get()) if isinstance(agent, str) else agent)
+    try:
+        yield
+    finally:
+        leave(token)
+
+
+def leave(token: Token[Any]) -> None:
+    """Restore a variable, such as the current node at the end of its execution. Never raises."""
+    try:
+        token.var.reset(token)
+    except ValueError:
+        pass  # A coroutine that was thrown away is closed in another context.
+
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 Kind = Literal["node", "group", "item"]
@@ -243,7 +291,7 @@ class NodeExecution:
         dropped with a warning. Events are not recorded, and those of an attempt that has ended are dropped.
         """
         if self.ctx.fire.takes_events:
-            emit_event(self._own, data, name)
+            self._own.send_event(data, name)
 
     @property
     def signal(self) -> Any:
@@ -326,7 +374,7 @@ class RunningNode(NodeExecution):
     placed_call: Any = None
     #: Its timer, an IdleTimer of stroma.engine.deadlines, while its function runs under an idle limit.
     idle_timer: Any = None
-    #: Id of the present attempt, in a run whose events have receivers; see stroma.engine.emitted.
+    #: Id of the present attempt, in a run whose events have receivers.
     attempt_id: str | None = None
     #: Number of an attempt, and the exceptions that executions inside of it ended with.
     raised_inside: tuple[int, list[BaseException]] | None = None
@@ -466,7 +514,8 @@ class RunningNode(NodeExecution):
                 self.ctx.run_logger.exception(
                     "at_end (%r) raised for node %r", callback, self.node_id, exc_info=shown
                 )
-                self.ctx.hook_failed("at_end", self.node_id, error)
+                self.ctx.account.hook_failures.append(HookFailure("at_end", self.node_id, error))
+                self.ctx.fire.count_failure(self.ctx, "at_end")
 
     def key_of(self, branch: str) -> str:
         """Return the idempotency key of a branch of this execution."""
@@ -477,6 +526,43 @@ class RunningNode(NodeExecution):
         # A step of plain code is identified by its call: its position depends on the records before it.
         at = outermost.position if step is None or step.identity is None else step.identity
         return idempotency_key(ctx.run_id, ctx.execution, at, branch)
+
+    def identify_attempt(self) -> str:
+        """Return the id of the present attempt: unique in the run, also over the processes that resume it."""
+        if self.attempt_id is None:
+            self.ctx.journal.attempt_count += 1
+            self.attempt_id = f"{self.ctx.session.epoch}-{self.ctx.journal.attempt_count}"
+        return self.attempt_id
+
+    def send_event(self, data: Any, name: str) -> None:
+        """Renew idle limits, and hand an event to the receivers of the run as JSON data."""
+        ctx, mark = self.ctx, ATTEMPT.get()
+        attempt_id = self.attempt_id if mark is None or mark[0] is not self else mark[1]
+        if attempt_id is None or attempt_id != self.attempt_id or self.ended is not None:
+            return
+        around: RunningNode | None = self
+        while around is not None:
+            if around.idle_timer is not None:
+                around.idle_timer.renew()
+            around = around.parent
+        if not ctx.fire.receivers:
+            return
+        try:
+            plain = _to_json(data)
+            if ctx.redactor.is_on:
+                shown = ctx.redactor.redact_state({name: plain})
+                plain = _to_json(shown.get(name, shown))
+        except Exception as error:
+            kind = str(error) if type(error) is _NotJson else type(data).__name__
+            ctx.warn_once(
+                self.node_id,
+                f"emits {kind}",
+                f"node {self.node_id!r} emitted data that is not JSON, of type {kind}: it is dropped; "
+                "emit JSON data or a pydantic model",
+            )
+            return
+        for receiver in ctx.fire.receivers:
+            receiver.emit(self, attempt_id, name, plain)
 
     def note_response(self, response: object) -> None:
         """Store a response of this attempt for exporters that show answers; figures alone have none."""
@@ -507,10 +593,33 @@ class RunningNode(NodeExecution):
             )
         return None if own is None or own.effect is not None else own
 
-    def take_reported(self) -> list[Report]:
-        """Return the reported usage that is not counted yet, and forget it."""
-        reported, self.reported = self.reported or [], None
-        return reported
+
+async def mark_attempt(run: RunningNode, awaitable: Awaitable[Any]) -> Any:
+    """Await a function with the id of its attempt in its context, so that code after it emits nothing."""
+    token = ATTEMPT.set((run, run.identify_attempt()))
+    try:
+        return await awaitable
+    finally:
+        leave(token)
+        del run, token  # This frame is in the traceback of what is raised: as in NodeAttempt.make().
+
+
+class _NotJson(TypeError):
+    """The name of a type that JSON has no form for."""
+
+
+def _to_json(data: Any) -> Any:
+    """Return a copy of data as JSON has it. Raises an exception for data that JSON cannot hold."""
+    return data if type(data) is str else json.loads(_ENCODER.encode(data))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return jsonable(schema_of(type(value)).state(value))
+    raise _NotJson(type(value).__name__)
+
+
+_ENCODER: Final = json.JSONEncoder(allow_nan=False, default=_plain)
 
 
 def decode_answer(schema: Schema, answered: Waiting) -> BaseModel:
@@ -528,7 +637,7 @@ def decode_answer(schema: Schema, answered: Waiting) -> BaseModel:
 
 def current_node() -> NodeExecution:
     """Return the execution of the node around this code. Raises RuntimeError outside of nodes."""
-    node: NodeExecution | None = CURRENT.get()
+    node = CURRENT.get()
     if node is None:
         raise RuntimeError(
             "no node is running here; call current_node() in a node's function or in a hook of a node, and "
@@ -539,18 +648,10 @@ def current_node() -> NodeExecution:
 
 def current_node_or_none() -> NodeExecution | None:
     """Return the execution of the node around this code, or None: for code that also runs elsewhere."""
-    node: NodeExecution | None = CURRENT.get()
-    return node
-
-
-def running_node() -> RunningNode | None:
-    """Return what :func:`current_node_or_none` does, for guards and exporters."""
-    node: RunningNode | None = CURRENT.get()
-    return node
+    return CURRENT.get()
 
 
 def current_run() -> ReliabilityContext | None:
     """Return the run around this code: inside a node's function and in all hooks, elsewhere None."""
-    node = current_node_or_none()
-    run: ReliabilityContext | None = RUN.get() if node is None else node.ctx
-    return run
+    node = CURRENT.get()
+    return RUN.get() if node is None else node.ctx

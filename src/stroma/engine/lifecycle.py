@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel
 
@@ -15,13 +16,14 @@ from stroma.checkpoint.entries import ALL_FAILED_ITEMS, NO_CONTROL, USAGE_NOTE, 
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.current import CURRENT, RUN, leave
-from stroma.engine.redaction import UnreadState
+from stroma.engine.execution import CURRENT, RUN, leave
+from stroma.engine.redaction import HookResult, HookState
 from stroma.engine.tasks import Shield, raise_if
 from stroma.hooks.dispatch import Calls, Firing, HookNotAsync
 from stroma.trace.result import ExecutionResult, RunStatus
 
-Arguments = Callable[[], tuple[Any, ...]]
+#: Seconds between queries for a run that another process owns: at first, and at most.
+_ATTACH_DELAYS: Final = (0.02, 1.0)
 
 # ---------------------------------------------------------------------- the store
 
@@ -44,10 +46,9 @@ async def open_run(
     journal, config = ctx.journal, ctx.config
     if journal.session is not NULL_SESSION:
         return journal.session
-    if not journal.has_begun:
-        plain = ctx._plain_steps
-        if plain is not None and plain.has_end and journal.versions is None:
-            plain.at_exit = _end_plain_code
+    if journal.opening is None:
+        if ctx.plain_steps.has_end and journal.versions is None:
+            ctx.plain_steps.at_exit = _end_plain_code
         journal.apart = apart
         dispatch, versions = journal.dispatch, journal.versions
         resumed = config.resume or discard_from is not None
@@ -74,13 +75,57 @@ async def open_run(
             versions=None if config.allow_changes else versions,
             any_input=any_input,
         )
-        session = journal.start(ctx.checkpoint_manager, request)
-        if session is not None:
-            return _begin(ctx, session, carry=discard_from is None)
-    session = await journal.wait()
+        if config.if_running == "attach":
+            opened: Any = _attach(ctx, request)
+        else:
+            opened = ctx.checkpoint_manager.open_run(request)
+        if not hasattr(opened, "__await__"):  # inspect.isawaitable() takes 1 us more of the 50 of a run.
+            return _begin(ctx, opened, carry=discard_from is None)
+        journal.opening = asyncio.ensure_future(opened)
+    try:
+        # Steps that begin at the same time wait for one opening, which the cancellation of one of them
+        # does not end.
+        session = await asyncio.shield(journal.opening)
+    except Exception:
+        journal.opening = None  # The next step opens it again.
+        raise
     if journal.session is NULL_SESSION:
         _begin(ctx, session, carry=discard_from is None)
     return journal.session
+
+
+async def _attach(ctx: ReliabilityContext, request: RunRequest) -> Session:
+    """Open the run once no other process owns it, to return its outcome."""
+    journal, (delay, longest) = ctx.journal, _ATTACH_DELAYS
+    while True:
+        try:
+            opened = ctx.checkpoint_manager.open_run(request)
+            return await opened if inspect.isawaitable(opened) else opened
+        except RunBusy as busy:
+            # A run that is to begin anew has no use for the outcome.
+            if not busy.same_input or journal.is_over or request.discard_from is not None:
+                raise
+        request = request._replace(if_exists="attach")
+        journal.is_waiting = True
+        await asyncio.sleep(delay)
+        journal.is_waiting = False
+        delay = min(delay * 1.5, longest)
+
+
+async def _finish_opening(
+    ctx: ReliabilityContext, opening: asyncio.Future[Session], shield: Shield
+) -> Session | None:
+    """Return the session of a run that will end; None for a run of another process. Raises StoreError."""
+    ctx.journal.is_over = True
+    if ctx.journal.is_waiting:
+        opening.cancel()
+        return None
+    problem = await shield.finish(opening)
+    if opening.cancelled():
+        return None  # All tasks were cancelled, and the store has released what it claimed.
+    if problem is not None:
+        raise problem
+    return opening.result()
 
 
 def _begin(ctx: ReliabilityContext, session: Session, *, carry: bool) -> Session:
@@ -121,8 +166,8 @@ async def end_run(
     journal, shield = ctx.journal, Shield()
     try:
         session: Session | None = journal.session
-        if session is NULL_SESSION and journal.has_begun:
-            session = await journal.finish(shield)
+        if session is NULL_SESSION and journal.opening is not None:
+            session = await _finish_opening(ctx, journal.opening, shield)
         if session is None:
             return shield.cancellation
         note_usage(ctx)
@@ -143,10 +188,10 @@ async def end_run(
 
 def note_usage(ctx: ReliabilityContext) -> None:
     """Note usage that no attempt has, for a resume. The end of the run stores it, or a flush."""
-    rows, before, lost = ctx.cost_tracker._added(), ctx.journal.prior_unrecorded, ctx.journal.unrecorded
+    rows, before, lost = ctx.cost_tracker.added, ctx.journal.prior_unrecorded, ctx.journal.unrecorded
     if rows or lost.tokens or lost.cost_usd:
-        tokens = before.tokens + lost.tokens + sum(row[1] for row in rows)
-        cost_usd = math.fsum([before.cost_usd, lost.cost_usd, *(row[3] for row in rows)])
+        tokens = before.tokens + lost.tokens + sum(row[0] for row in rows.values())
+        cost_usd = math.fsum([before.cost_usd, lost.cost_usd, *(row[2] for row in rows.values())])
         ctx.session.note(USAGE_NOTE, PriorUsage(tokens, cost_usd).as_note())
 
 
@@ -155,16 +200,9 @@ def note_usage(ctx: ReliabilityContext) -> None:
 
 async def announce_start(ctx: ReliabilityContext, initial: BaseModel) -> None:
     """Call the hooks of the run's start, and record in the store which trace it belongs to."""
-    calls = ctx.fire.on_run_start
-    if calls is not None:
-        schema, at = schema_of(type(initial)), (ctx.run_id, ctx.pipeline)
-        await _call_run_hooks(
-            ctx,
-            "on_run_start",
-            calls,
-            lambda: (*at, ctx.redactor.redact_state(schema.state(initial))),
-            lambda: (*at, UnreadState(schema, initial, ctx.redactor)),
-        )
+    if ctx.fire.on_run_start is not None:
+        view = HookState(schema_of(type(initial)), initial, ctx.redactor)
+        await _call_run_hooks(ctx, "on_run_start", ctx.fire.on_run_start, (ctx.run_id, ctx.pipeline, view))
     session = ctx.journal.session
     if session.finished is not None:
         return
@@ -209,7 +247,7 @@ async def call_end_hooks(ctx: ReliabilityContext, result: ExecutionResult) -> No
     if calls is None:
         return
     try:
-        await _call_run_hooks(ctx, "on_run_end", calls, *_end_arguments(ctx, result))
+        await _call_run_hooks(ctx, "on_run_end", calls, (ctx.run_id, HookResult(result, ctx.redactor)))
     except HookNotAsync as error:
         error.result = result
         if result.status is not RunStatus.CANCELLED:
@@ -221,9 +259,9 @@ def call_end_hooks_now(ctx: ReliabilityContext, result: ExecutionResult) -> None
     """Call the hooks of the run's end where nothing can be awaited: its coroutine is being closed."""
     calls = ctx.fire.on_run_end
     if calls is not None:
-        make, unread = _end_arguments(ctx, result)
+        values = ctx.run_id, HookResult(result, ctx.redactor)
         with _as_current(ctx):
-            Firing(ctx.fire, "on_run_end", calls, None, make, (), unread).finish_now()
+            Firing(ctx.fire, "on_run_end", calls, None, values).finish_now()
 
 
 async def give_back(ctx: ReliabilityContext, result: ExecutionResult | None) -> asyncio.CancelledError | None:
@@ -240,24 +278,13 @@ async def give_back(ctx: ReliabilityContext, result: ExecutionResult | None) -> 
         ctx.run_logger.warning("the run could not be given back: %s", problem)
     calls = tuple(call for call in ctx.fire.on_run_end or () if ctx.fire.unread[call[0]])
     if calls and result is not None:
-        await _call_run_hooks(ctx, "on_run_end", calls, *_end_arguments(ctx, result))
+        await _call_run_hooks(ctx, "on_run_end", calls, (ctx.run_id, HookResult(result, ctx.redactor)))
     return shield.cancellation
 
 
-def _end_arguments(ctx: ReliabilityContext, result: ExecutionResult) -> tuple[Arguments, Arguments]:
-    """Return two functions that make the arguments of the end: with states, and without."""
-    run_id, redactor = ctx.run_id, ctx.redactor
-    return lambda: (run_id, redactor.redact_result(result)), lambda: (run_id, redactor.unread_result(result))
-
-
-async def _call_run_hooks(
-    ctx: ReliabilityContext, event: str, calls: Calls, make: Arguments, unread: Arguments
-) -> None:
-    """Call the hooks of one event of a run, with fresh arguments ``make()``. Raises HookNotAsync.
-
-    ``unread()``: the arguments for sets that read no state. There is no current node.
-    """
-    firing = Firing(ctx.fire, event, calls, None, make, (), unread)
+async def _call_run_hooks(ctx: ReliabilityContext, event: str, calls: Calls, values: tuple[Any, ...]) -> None:
+    """Call the hooks of one event of a run. There is no current node. Raises HookNotAsync."""
+    firing = Firing(ctx.fire, event, calls, None, values)
     with _as_current(ctx):
         try:
             if not firing.advance():

@@ -18,22 +18,20 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.entries import Tried
 from stroma.contracts.contract import ContractViolation, NodeContract
-from stroma.contracts.node import Group, Node, Plan, output_class
+from stroma.contracts.node import Group, Node, output_class
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.admission import make_admitted
 from stroma.engine.attempt import NodeAttempt
 from stroma.engine.commit import violation_of
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.current import CURRENT, leave
-from stroma.engine.execution import RunningNode
+from stroma.engine.execution import CURRENT, RunningNode, leave
 from stroma.engine.outcome import (
     STOPPED,
     Halt,
@@ -44,14 +42,13 @@ from stroma.engine.outcome import (
     hold,
     refuse,
 )
-from stroma.engine.parts import wait_unless_held
 from stroma.engine.restore import output_schema, restore
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
 from stroma.failures.failure import Failure, isinstance_by_type
 from stroma.failures.mistakes import is_repeated_mistake
 from stroma.failures.policy import Retry, Stop, follow_up
-from stroma.trace.events import NO_USAGE
+from stroma.trace.events import NO_USAGE, Schemas
 
 _SPENT: Final = Stop("the budget is spent")
 sleep = asyncio.sleep
@@ -125,9 +122,9 @@ async def execute_in_turn(
             ctx, node.node_id, kind if type(node) is Node else "group", position, branch, parent
         )
         try:
-            plan = _plan_of(ctx, run, node, value, contract)
+            run.schemas = _schemas_of(ctx, node, value, contract)
         except Exception as error:
-            return await _without_plan(ctx, run, node, value, error)
+            return await _reject(ctx, run, node, value, error)
         if step is not None:
             run.step = step
         if is_special:
@@ -151,11 +148,10 @@ async def execute_in_turn(
                         # made.
                         return refuse(run, exceeded)
                 if type(node) is not Node or (node.is_async and not is_gated):
-                    outcome = await attempt.make(run, node, plan, value, cancelling)
+                    outcome = await attempt.make(run, node, value, cancelling)
                 else:
-                    outcome = await make_admitted(
-                        run, node, plan[2], partial(attempt.make, run, node, plan, value, cancelling)
-                    )
+                    make = partial(attempt.make, run, node, value, cancelling)
+                    outcome = await make_admitted(run, node, make)
                 if type(outcome) is not Failure:
                     break
                 decision = _decide(ctx, run, node, outcome, number)
@@ -189,26 +185,18 @@ async def execute_in_turn(
 # ---------------------------------------------------------------------- before an attempt
 
 
-def _plan_of(
+def _schemas_of(
     ctx: ReliabilityContext,
-    run: RunningNode,
     node: Node | Group,
     value: BaseModel,
     contract: NodeContract[Any, Any] | None,
-) -> Plan:
-    """Return the schemas of input and output, and note them in the execution for readers of its rows.
-
-    Without an input schema the state passes unvalidated.
-    """
+) -> Schemas:
+    """Return the schemas of input and output, with the contract. Without one the input is not validated."""
     if type(node) is not Node:
-        plan: Plan = None, output_schema(ctx, node, value), None
-        run.schemas = schema_of(type(value)), plan[1], None
-        return plan
+        return schema_of(type(value)), output_schema(ctx, node, value), None
     contract = contract or ctx.registry.find(node.node_id) or node.contract
     if contract is None:
-        plan = _plan_without_contract()
-        run.schemas = schema_of(type(value)), plan[1], None
-        return plan
+        return schema_of(type(value)), schema_of(output_class(None)), None
     # Looking schemas up is a tenth of the engine's time: the node caches them while contract and classes are
     # the same.
     known = node.plan[0]
@@ -223,23 +211,18 @@ def _plan_of(
             known = None
     if known is None:
         known = node.plan[0] = schema_of(contract.input_schema), schema_of(contract.output_schema), contract
-    run.schemas = known
     return known
 
 
-@cache
-def _plan_without_contract() -> Plan:
-    return None, schema_of(output_class(None)), None
-
-
-async def _without_plan(
+async def _reject(
     ctx: ReliabilityContext, run: RunningNode, node: Node | Group, value: BaseModel, error: Exception
 ) -> Halt:
     """Return the end of a node whose contract cannot be read, as with an incomplete class."""
     CURRENT.set(run)
     try:
         run.attempt = 1
-        outcome = await NodeAttempt(ctx).make(run, node, _plan_without_contract(), value, 0, error)
+        run.schemas = schema_of(type(value)), schema_of(output_class(None)), None
+        outcome = await NodeAttempt(ctx).make(run, node, value, 0, error)
         return Halt(outcome) if isinstance(outcome, Failure) else cast("Halt", outcome)
     finally:
         run.close()
@@ -258,7 +241,9 @@ def _count_earlier_attempts(
         tried.is_repaired and run.repairs
     ):  # It was granted before the process died: _decide() grants it again.
         run.repairing, run.repairs = True, run.repairs - 1
-    broken = _recorded_violation(ctx, node, tried)
+    contract, broken = None if isinstance(node, Group) else ctx.contract_of(node), None
+    if tried.rejected is not None and contract is not None:
+        broken = violation_of(tried.node_id, tried.rejected, contract.output_schema)
     failure = Failure(
         broken
         if broken is not None and tried.is_repaired
@@ -273,15 +258,6 @@ def _count_earlier_attempts(
     run.last_failure = failure
     decision = _decide(ctx, run, node, failure, count)
     return count, _stop(ctx, failure, decision) if isinstance(decision, Stop) else None
-
-
-def _recorded_violation(
-    ctx: ReliabilityContext, node: Node | Group, tried: Tried
-) -> ContractViolation | None:
-    contract = None if isinstance(node, Group) else ctx.contract_of(node)
-    if tried.rejected is None or contract is None:
-        return None
-    return violation_of(tried.node_id, tried.rejected, contract.output_schema)
 
 
 # ---------------------------------------------------------------------- after a failed attempt
@@ -334,23 +310,12 @@ async def _wait(
         failure = replace(failure, earlier=broken)
     run.last_failure = failure
     run.counted = NO_USAGE
-    await _announce_retry(ctx, run, failure, attempt + 1, delay)
+    about = run.node_id, attempt + 1, delay, failure.failure_class
+    await ctx.fire.fire("on_node_retry", run.node_id, ctx.run_id, *about)
     if ctx.run_logger.isEnabledFor(logging.INFO):
         ctx.run_logger.info("node %r: attempt %d follows in %.3f s", run.node_id, attempt + 1, delay)
     if delay:
-        await wait_unless_held(ctx.stopping, partial(sleep, delay))
+        await ctx.stopping.wait_unless_held(partial(sleep, delay))
     else:
         await sleep(0)
     run.ended = run.attempt_id = None
-
-
-async def _announce_retry(
-    ctx: ReliabilityContext, run: RunningNode, failure: Failure, attempt: int, delay: float
-) -> None:
-    """Call the ``on_node_retry`` hooks; the execution still names the attempt that failed."""
-    calls = ctx.fire.on_node_retry
-    if calls is not None:
-        number, run.attempt = run.attempt, attempt - 1
-        arguments = (ctx.run_id, run.node_id, attempt, delay, failure.failure_class)
-        await ctx.fire.fire("on_node_retry", calls, run.node_id, tuple, arguments)
-        run.attempt = number

@@ -80,7 +80,8 @@ async def price(
         run.misreported = None
     tokens, produced, cost, named = 0, 0, 0.0, None
     cached, written = 0, 0
-    for consumed, generated, model, detail in run.take_reported():
+    reported, run.reported = run.reported or [], None
+    for consumed, generated, model, detail in reported:
         tokens += consumed + generated
         produced += generated
         if detail is not None:

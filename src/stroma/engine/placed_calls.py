@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, cast
 from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.copying import Snapshot
-from stroma.contracts.node import Plan
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.engine.execution import RunningNode
 from stroma.failures.errors import PlaceError
@@ -55,17 +54,18 @@ def place_error(caller: Any, contract: NodeContract[Any, Any]) -> PlaceError | N
     return None
 
 
-def open_call(run: RunningNode, contract: NodeContract[Any, Any], plan: Plan, snapshot: Snapshot) -> OpenCall:
+def open_call(run: RunningNode, contract: NodeContract[Any, Any], snapshot: Snapshot) -> OpenCall:
     """Return an earlier owner's call without a recorded end, if its input is the same; else a new one.
 
     Raises PlaceError for a place that cannot be called in this process, and for an input without a stored
     form.
     """
-    schema, key = plan[0], _note_key(run)
+    key = _note_key(run)
     problem = place_error(run.ctx.journal.caller, contract)
     if problem is not None:
         raise problem
-    assert schema is not None
+    assert run.schemas is not None
+    schema = run.schemas[0]
     try:
         state = schema.encode(schema.restore(snapshot))
     except NotSerialisable as error:
@@ -88,9 +88,7 @@ def note_call(run: RunningNode, call: OpenCall | None) -> None:
     run.ctx.session.note(_note_key(run), note)
 
 
-async def call_at_place(
-    run: RunningNode, contract: NodeContract[Any, Any], _state: Any, _context: Any
-) -> Any:
+async def call_at_place(run: RunningNode, contract: NodeContract[Any, Any], *_: Any) -> Any:
     """Return what the function returns. A cancellation ends the call, unless the next owner needs it."""
     ctx, call, is_over = run.ctx, run.placed_call, True
     try:

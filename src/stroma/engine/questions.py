@@ -12,9 +12,8 @@ from stroma.checkpoint.entries import UnknownCall
 from stroma.contracts.node import output_class
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.current import CURRENT, leave
 from stroma.engine.effects import UnknownOutcome
-from stroma.engine.execution import RunningNode
+from stroma.engine.execution import CURRENT, RunningNode, leave
 from stroma.engine.outcome import Halt, Paused, Place
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
@@ -95,15 +94,14 @@ def suspend_again(run: RunningNode, waiting: Waiting) -> Halt:
 
 async def announce(ctx: ReliabilityContext, waiting: Waiting) -> None:
     """Call the hooks for a question of a flow, which has no attempt. Raises HookNotAsync."""
-    calls = ctx.fire.on_node_suspended
-    if calls is None:
+    if ctx.fire.on_node_suspended is None:
         return
     run = RunningNode(ctx, waiting.node_id, "node", waiting.position, waiting.branch)
     run.question = waiting.question
-    arguments = (ctx.run_id, waiting.node_id, waiting.reason)
     token = CURRENT.set(run)
     try:
-        await ctx.fire.fire("on_node_suspended", calls, waiting.node_id, tuple, arguments)
+        node_id = waiting.node_id
+        await ctx.fire.fire("on_node_suspended", node_id, ctx.run_id, node_id, waiting.reason)
     finally:
         run.close()
         leave(token)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from pydantic import BaseModel
 
@@ -50,12 +50,14 @@ class Redactor:
     A message is redacted once, where it is made; whatever stores, logs or exports it has it in this form.
     """
 
-    __slots__ = ("_context", "_redact", "_secrets", "_seen", "_trace")
+    __slots__ = ("_context", "_redact", "_secrets", "_seen", "_trace", "is_on")
 
     def __init__(
         self, redact: Callable[[dict[str, Any]], dict[str, Any]] | None, context: Any, trace: ExecutionTrace
     ) -> None:
         self._redact = redact
+        #: The config has a function that redacts.
+        self.is_on = redact is not None
         self._context = context
         self._trace = trace
         self._secrets: Secrets | None = None  # Most runs meet none.
@@ -68,11 +70,6 @@ class Redactor:
         if self._secrets is None:
             self._secrets = Secrets()
         return self._secrets
-
-    @property
-    def is_on(self) -> bool:
-        """True if the config has a function that redacts."""
-        return self._redact is not None
 
     def redact_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Return a state as hooks may see it."""
@@ -211,12 +208,10 @@ class Redactor:
         except Exception:  # Code of the user made it, without some of its attributes.
             return ContractViolation("", "output", {"redacted": f"a {type(error).__name__}"}, [])
 
-    def unread_result(self, result: ExecutionResult) -> ExecutionResult:
-        """Return a result for sets of hooks that read no state."""
-        return self._copy(result, None, result.trace.copy(with_states=False))
-
-    def redact_result(self, result: ExecutionResult) -> ExecutionResult:
-        """Return a result for one set of hooks, which may change it."""
+    def redact_result(self, result: ExecutionResult, *, with_states: bool) -> ExecutionResult:
+        """Return a copy of a result for hooks, with states or without."""
+        if not with_states:
+            return self._copy(result, None, result.trace.copy(with_states=False))
         state, trace = result.final_state, result.trace.copy()
         if isinstance(state, BaseModel):
             schema = schema_of(type(state))
@@ -284,6 +279,38 @@ class UnreadState(dict[str, Any]):
         if not self._has_noted:
             self._has_noted = True
             self._redactor.note_secrets(self.model)
+
+
+class HookState(NamedTuple):
+    """View of a state for hooks."""
+
+    schema: Schema
+    value: BaseModel
+    redactor: Redactor
+
+    def for_reader(self) -> dict[str, Any]:
+        """Return a dict that the hooks of one set may change."""
+        state = self.schema.state(self.value)
+        return self.redactor.redact_state(state) if self.redactor.is_on else state
+
+    def for_others(self) -> UnreadState:
+        """Return what the sets that read no state share."""
+        return UnreadState(self.schema, self.value, self.redactor)
+
+
+class HookResult(NamedTuple):
+    """View of a result for hooks."""
+
+    value: ExecutionResult
+    redactor: Redactor
+
+    def for_reader(self) -> ExecutionResult:
+        """Return a result that the hooks of one set may change."""
+        return self.redactor.redact_result(self.value, with_states=True)
+
+    def for_others(self) -> ExecutionResult:
+        """Return what the sets that read no state share."""
+        return self.redactor.redact_result(self.value, with_states=False)
 
 
 logger = logging.getLogger("stroma")

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
@@ -15,14 +15,13 @@ from stroma.checkpoint.entries import Intent
 from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.copying import StoredSnapshot
+from stroma.contracts.copying import StoredSnapshot, isolate
 from stroma.contracts.node import FlowNode, Group, Node, held_by, last_in, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.current import CURRENT, leave
-from stroma.engine.execution import Kind, RunningNode
+from stroma.engine.execution import CURRENT, Kind, RunningNode, leave
 from stroma.engine.outcome import Place
-from stroma.engine.redaction import UnreadState
+from stroma.engine.redaction import HookState, Redactor
 from stroma.failures.errors import ItemFailure, RunFailed
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow
@@ -69,13 +68,8 @@ async def restore(
         run = RunningNode(ctx, node.node_id, kind, position, branch)
         token = CURRENT.set(run)
         try:
-            await ctx.fire.fire(
-                "on_node_skipped",
-                ctx.fire.on_node_skipped,
-                node.node_id,
-                lambda: (ctx.run_id, node.node_id, ctx.redactor.redact_state(schema.state(model))),
-                unread=lambda: (ctx.run_id, node.node_id, UnreadState(schema, model, ctx.redactor)),
-            )
+            view = HookState(schema, model, ctx.redactor)
+            await ctx.fire.fire("on_node_skipped", node.node_id, ctx.run_id, node.node_id, view)
         finally:
             run.close()
             leave(token)
@@ -268,7 +262,7 @@ def _orders(nodes: Sequence[Node | Group], position: int, recorded: str) -> str:
 
 
 def check_place(
-    ctx: ReliabilityContext, nodes: Sequence[Node | Group], committed: Committed, position: int, branch: str
+    ctx: ReliabilityContext, nodes: Sequence[Node | Group], position: int, branch: str, committed: Committed
 ) -> None:
     """Raise PipelineChanged unless a committed output fits the node and contract at its place."""
     if ctx.config.allow_changes:
@@ -323,23 +317,17 @@ async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> N
 async def _call_hooks(
     ctx: ReliabilityContext, run: RunningNode, row: AttemptRow, node: Node | Group | None
 ) -> None:
-    event = f"on_node_{row.outcome}"
-    calls = getattr(ctx.fire, event, None)
-    if calls:
-        failed, committed = row.failure, await _committed(ctx, row)
-
-        def arguments(reads_state: bool = True) -> tuple[Any, ...]:
-            at = (ctx.run_id, run.node_id)
-            if row.outcome == "success":
-                return (*at, _output(ctx, row, node, committed, reads_state), run.counted.tokens)
-            if failed is None:
-                return at
-            if row.outcome == "suspended":
-                return (*at, failed.message)
-            return (*at, RunFailed.recorded(failed.message, failed.error_type), failed.failure_class)
-
+    event, failed = f"on_node_{row.outcome}", row.failure
+    values: list[Any] = [ctx.run_id, run.node_id]
+    if getattr(ctx.fire, event, None):
+        if row.outcome == "success":
+            values += [_output(ctx, row, node, await _committed(ctx, row)), run.counted.tokens]
+        elif failed is not None and row.outcome == "suspended":
+            values.append(failed.message)
+        elif failed is not None:
+            values += [RunFailed.recorded(failed.message, failed.error_type), failed.failure_class]
         try:
-            await ctx.fire.fire(event, calls, run.node_id, arguments, unread=lambda: arguments(False))
+            await ctx.fire.fire(event, run.node_id, *values)
         except (asyncio.CancelledError, HookNotAsync):  # They come out once every set was called.
             ctx.session.delivered(row)
             raise
@@ -354,26 +342,30 @@ async def _committed(ctx: ReliabilityContext, row: AttemptRow) -> Committed | No
     return committed
 
 
+class _RawOutput(NamedTuple):
+    """View of an output that no schema reads any more, or that was discarded."""
+
+    value: dict[str, Any]
+    redactor: Redactor
+
+    def for_reader(self) -> dict[str, Any]:
+        return self.redactor.redact_state(isolate(self.value))
+
+    def for_others(self) -> dict[str, Any]:
+        return {}
+
+
 def _output(
-    ctx: ReliabilityContext,
-    row: AttemptRow,
-    node: Node | Group | None,
-    committed: Committed | None,
-    reads_state: bool,
-) -> dict[str, Any]:
-    """Return the output that was committed with an attempt, in the form for its hook."""
+    ctx: ReliabilityContext, row: AttemptRow, node: Node | Group | None, committed: Committed | None
+) -> HookState | _RawOutput:
+    """Return the output that was committed with an attempt, for its hook."""
     if committed is None or committed.is_failed_item:
-        return {}  # It was discarded since.
+        return _RawOutput({}, ctx.redactor)
     if isinstance(node, Node) and node.node_id == row.node_id:
         schema = output_schema(ctx, node, None)
         try:
-            model = read_output(schema, committed, None)
+            return HookState(schema, read_output(schema, committed, None), ctx.redactor)
         except ValueError:
             pass  # The schema has changed: the run is about to be refused, or to upcast.
-        else:
-            unread = UnreadState(schema, model, ctx.redactor)
-            return unread.shown() if reads_state else unread
-    if not reads_state:
-        return {}
     raw = raw_output(committed)
-    return ctx.redactor.redact_state(raw if isinstance(raw, dict) else {"value": raw})
+    return _RawOutput(raw if isinstance(raw, dict) else {"value": raw}, ctx.redactor)

@@ -81,11 +81,6 @@ def thread_places(owner: object) -> ThreadPlaces:
     return _SCOPE.get().places(owner)
 
 
-def enter_scope() -> None:
-    """Give the code of a plain node separate places: it must not wait for the place that it takes."""
-    _SCOPE.set(_Scope())
-
-
 #: Message of the cancellation of a task that is given up. It reaches the tasks that the task awaits.
 _GIVEN_UP: Final = "given up"
 #: Tasks that call an effect, and if they were given up meanwhile.
@@ -98,11 +93,6 @@ def give_up(task: asyncio.Task[Any]) -> None:
         _in_flight[task] = True
     else:
         task.cancel(_GIVEN_UP)
-
-
-def is_given_up(cancelled: asyncio.CancelledError) -> bool:
-    """Return True if a task was given up; then it gives up the tasks that it has started."""
-    return cancelled.args == (_GIVEN_UP,)
 
 
 def begin_flight() -> asyncio.Task[Any] | None:
@@ -168,7 +158,7 @@ async def call_in_thread(
 
     def call() -> Any:
         nonlocal is_running
-        enter_scope()
+        _SCOPE.set(_Scope())  # Plain nodes in it must not wait for the place that it takes.
         try:
             return func(*args)
         finally:
@@ -208,10 +198,7 @@ class Shield:
             around the run recognises it by its arguments, so this exception itself must be raised.
     """
 
-    __slots__ = ("cancellation",)
-
-    def __init__(self) -> None:
-        self.cancellation: asyncio.CancelledError | None = None
+    cancellation: asyncio.CancelledError | None = None
 
     async def finish(self, work: Awaitable[Any]) -> Exception | None:
         """Await to the end, and return the exception of the work.
@@ -305,10 +292,6 @@ class LoopTicks:
             self.loop.call_later(TICK_SECONDS, self._tick, context=contextvars.Context())
             self.is_due = True
 
-    def is_blocked_since(self, count: int) -> bool:
-        """Return True if the loop has run nothing else since that count."""
-        return self.loop is not None and self.count == count
-
     def _tick(self) -> None:
         self.count += 1
         self.is_due = False
@@ -376,7 +359,7 @@ class TaskPool:
                 await self._is_idle
             except asyncio.CancelledError as came:
                 cancelled = cancelled or came.with_traceback(None)
-                self._abort(give_up if is_given_up(came) else asyncio.Task.cancel)
+                self._abort(give_up if came.args == (_GIVEN_UP,) else asyncio.Task.cancel)
         # The first that was raised, but a KeyboardInterrupt or SystemExit before any Exception.
         error = next(
             (e for e in self._errors if not isinstance(e, Exception)),
@@ -422,7 +405,8 @@ async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
         try:
             ended, pending = await asyncio.wait(pending)
             for task in ended:
-                retrieve_exception(task)
+                if not task.cancelled():
+                    task.exception()  # Otherwise asyncio logs it.
         except asyncio.CancelledError as came:
             cancelled = cancelled or came
     raise_if(cancelled)
@@ -435,12 +419,6 @@ def raise_if(cancelled: asyncio.CancelledError | None) -> None:
             raise cancelled
         finally:  # Or the exception and this frame would be a cycle.
             del cancelled
-
-
-def retrieve_exception(task: asyncio.Task[Any]) -> None:
-    """Retrieve the exception of a task that ended in a tear-down, so that asyncio does not log it."""
-    if task.done() and not task.cancelled():
-        task.exception()
 
 
 def has_running_loop() -> bool:

@@ -18,6 +18,16 @@ from stroma.trace.result import ExecutionResult, HookFailure
 
 logger = get_logger()
 
+#: By event, the index of the argument of which each set gets a form of its own. It is passed as a view with
+#: ``for_reader()``, new for each set, and ``for_others()``, for all sets that read no state.
+_VIEW_AT: Final = {
+    "on_run_start": 2,
+    "on_run_end": 1,
+    "on_node_start": 2,
+    "on_node_success": 2,
+    "on_node_skipped": 2,
+}
+
 #: The callables of one event, each with the index of its set, in the order in which they are called.
 Calls = tuple[tuple[int, Callable[..., Any]], ...]
 
@@ -58,7 +68,6 @@ class Hooks:
             set has a hook for them.
         takes_events: something looks at what nodes emit, besides the receivers of the sets.
         interceptors: those of tests around the run, see stroma.engine.context.
-        receivers: receivers of what nodes emit, see stroma.engine.emitted.
     """
 
     # Slots, all of them set: two are read for each node, and an attribute of the class takes five times as
@@ -103,15 +112,14 @@ class Hooks:
         delivers: bool = False,
         takes_events: bool = False,
         interceptors: tuple[Any, ...] = (),
-        receivers: tuple[Any, ...] = (),
     ) -> None:
         self.run_id = run_id
         self.failures = failures
         self.mask = mask
         self.delivers = delivers
         self.interceptors = interceptors
-        own = [receiver for one in sets if (receiver := one._event_receiver()) is not None]
-        self.receivers = (*receivers, *own)
+        #: The receivers of what nodes emit.
+        self.receivers = tuple([one for one in (each._event_receiver() for each in sets) if one is not None])
         self.takes_events = takes_events or bool(self.receivers)
         #: By set, whether it reads no state.
         self.unread = tuple([not one.reads_state for one in sets])
@@ -130,19 +138,13 @@ class Hooks:
         for event, calls in by_event.items():
             setattr(self, event, calls or (() if delivers and event in _ENDS else None))
 
-    async def fire(
-        self,
-        event: str,
-        calls: Calls,
-        node_id: str | None,
-        make: Callable[..., tuple[Any, ...]],
-        *about: Any,
-        unread: Callable[..., tuple[Any, ...]] | None = None,
-    ) -> None:
-        """Call each hook in turn, with fresh arguments ``make(*about)``; see :class:`Firing`."""
-        firing = Firing(self, event, calls, node_id, make, about, unread)
-        if not firing.advance():
-            await firing.finish()
+    async def fire(self, event: str, node_id: str | None, *values: Any) -> None:
+        """Call the hooks of an event in turn, if there are any; see :class:`Firing`."""
+        calls: Calls | None = getattr(self, event)
+        if calls:
+            firing = Firing(self, event, calls, node_id, values)
+            if not firing.advance():
+                await firing.finish()
 
     def report(
         self,
@@ -178,7 +180,7 @@ class Hooks:
 class Firing:
     """One event on its way through the sets of hooks, in the caller's own task.
 
-    Sets that read no state get ``unread(*about)``, made once, in place of ``make(*about)``.
+    ``values``: the arguments of the hooks. Of a state or a result there is a view, see ``_VIEW_AT``.
 
     :meth:`advance` calls hooks until one waits, :meth:`finish` awaits that one and calls the rest, and
     :meth:`finish_now` calls the rest where nothing can be awaited. Most hooks never wait and need no
@@ -192,7 +194,6 @@ class Firing:
     """
 
     __slots__ = (
-        "_about",
         "_before",
         "_begin",
         "_calls",
@@ -200,12 +201,11 @@ class Firing:
         "_event",
         "_hooks",
         "_index",
-        "_make",
         "_node_id",
         "_shared",
         "_stopped",
         "_taken_back",
-        "_unread",
+        "_values",
         "_waiting",
     )
 
@@ -215,19 +215,15 @@ class Firing:
         event: str,
         calls: Calls,
         node_id: str | None,
-        make: Callable[..., tuple[Any, ...]],
-        about: tuple[Any, ...],
-        unread: Callable[..., tuple[Any, ...]] | None = None,
+        values: tuple[Any, ...],
     ) -> None:
         self._hooks = hooks
         self._event = event
         self._calls = calls
         self._node_id = node_id
-        self._make = make
-        self._about = about
-        self._unread = unread
-        #: The arguments for the sets that read no state.
-        self._shared: tuple[Any, ...] | None = None
+        self._values = values
+        #: The view for the sets that read no state.
+        self._shared: Any = None
         #: How many hooks were called.
         self._index = 0
         self._waiting: _Waiting | None = None
@@ -357,18 +353,22 @@ class Firing:
                     extra={"run_id": self._hooks.run_id},
                 )
             except Exception as error:
-                self._hooks.report(self._event, hook, self._node_id, error, self._about)
+                self._report(hook, error)
 
     def _arguments(self, set_index: int) -> tuple[Any, ...]:
-        if self._unread is not None and self._hooks.unread[set_index]:
-            return self._shared_arguments()
-        return self._make(*self._about)
-
-    def _shared_arguments(self) -> tuple[Any, ...]:
-        assert self._unread is not None
+        at, values = _VIEW_AT.get(self._event), self._values
+        if at is None:
+            return values
+        if not self._hooks.unread[set_index]:
+            return (*values[:at], values[at].for_reader(), *values[at + 1 :])
         if self._shared is None:
-            self._shared = self._unread(*self._about)
-        return self._shared
+            self._shared = values[at].for_others()
+        return (*values[:at], self._shared, *values[at + 1 :])
+
+    def _report(self, hook: Callable[..., Any], error: BaseException) -> None:
+        at, values = _VIEW_AT.get(self._event), self._values
+        values = values if at is None else (*values[:at], values[at].value, *values[at + 1 :])
+        self._hooks.report(self._event, hook, self._node_id, error, values)
 
     def _handle(self, error: BaseException, task: asyncio.Task[Any] | None) -> None:
         """Report what a hook raised, or put it aside until every hook was called, or raise it at once."""
@@ -384,8 +384,7 @@ class Firing:
             # A CancelledError of the hook itself: nobody has cancelled this task.
             task is None or task.cancelling() <= self._before
         ):
-            hook = self._calls[self._index - 1][1]
-            self._hooks.report(self._event, hook, self._node_id, error, self._about)
+            self._report(self._calls[self._index - 1][1], error)
 
     def _check_time(self, set_index: int, hook: Callable[..., Any]) -> None:
         """Warn of a hook that ended late: it never let the event loop interrupt it."""

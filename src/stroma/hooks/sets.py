@@ -115,7 +115,11 @@ class NodeHooks:
         """Handle an exception of a hook of any set; ``run``: the context, or None if unknown."""
 
     def _event_receiver(self) -> Any:
-        """Return the EventReceiver (stroma.engine.emitted) of this set; None for most sets."""
+        """Return the receiver of what nodes emit; None for most sets.
+
+        Its ``emit(node, attempt_id, name, data)`` is called in any thread, its ``flush()`` before the run
+        ends. Neither raises nor waits.
+        """
         return None
 
     def _hook_of(self, event: str) -> Any:

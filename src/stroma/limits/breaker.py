@@ -15,7 +15,7 @@ from stroma._utils.access import safe_get
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
-from stroma.limits.gate import optional_seconds, positive_int, positive_number
+from stroma.limits.gate import check_max_wait, positive_int, positive_number
 
 CircuitState = Literal["closed", "open", "half_open"]
 
@@ -106,7 +106,7 @@ class Breaker:
         self.min_calls = positive_int("min_calls", min_calls)
         self.window_seconds = positive_number("window_seconds", window_seconds, "seconds")
         self.open_seconds = positive_number("open_seconds", open_seconds, "seconds")
-        self.max_wait_seconds = optional_seconds("max_wait_seconds", max_wait_seconds)
+        self.max_wait_seconds = check_max_wait(max_wait_seconds)
         self._clock = _clock or _now
         self._circuits: dict[str, _Circuit] = {}
         #: The host of the last failed call, by pipeline and node.

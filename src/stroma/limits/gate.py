@@ -288,6 +288,6 @@ def positive_int(name: str, value: object, *, zero: bool = False) -> int:
     return value
 
 
-def optional_seconds(name: str, value: float | None, *, zero: bool = True) -> float | None:
+def check_max_wait(value: float | None) -> float | None:
     """Return a number of seconds, or None. Raises ValueError."""
-    return None if value is None else positive_number(name, value, "seconds", zero=zero)
+    return None if value is None else positive_number("max_wait_seconds", value, "seconds", zero=True)

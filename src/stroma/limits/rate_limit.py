@@ -19,7 +19,7 @@ from stroma.limits.gate import (
     CooldownBegun,
     Gate,
     OnStoreError,
-    optional_seconds,
+    check_max_wait,
     positive_int,
     positive_number,
 )
@@ -102,7 +102,7 @@ class Limit:
                     f"tokens_per_minute={self.tokens_per_minute}, so no call "
                     "could be made; raise the limit, or lower reserve_tokens"
                 )
-        optional_seconds("max_wait_seconds", self.max_wait_seconds)
+        check_max_wait(self.max_wait_seconds)
         if positive_number("lease_seconds", self.lease_seconds, "seconds") < 0.1:
             raise ValueError(f"lease_seconds must be at least 0.1, got {self.lease_seconds!r}")
 

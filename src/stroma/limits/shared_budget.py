@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from stroma._utils.logs import get_logger
@@ -34,7 +35,7 @@ from stroma.limits.gate import (
     BudgetWarning,
     Gate,
     OnStoreError,
-    optional_seconds,
+    check_max_wait,
     positive_int,
     positive_number,
 )
@@ -144,7 +145,7 @@ class SharedBudget(Gate):
         self.per = per
         self.max_cost_usd, self.max_tokens = cost, tokens
         self.nodes = None if nodes is None else frozenset(check_id(node, "node id") for node in nodes)
-        self.max_wait_seconds = optional_seconds("max_wait_seconds", max_wait_seconds)
+        self.max_wait_seconds = check_max_wait(max_wait_seconds)
         if positive_number("lease_seconds", lease_seconds, "seconds") < _MIN_LEASE_SECONDS:
             raise ValueError(f"lease_seconds must be at least {_MIN_LEASE_SECONDS}, got {lease_seconds!r}")
         self._declared = _declared_estimates(reserve_usd, cost, reserve_tokens, tokens)
@@ -329,15 +330,11 @@ def _utc(ms: int | None) -> datetime | None:
     return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
 
 
-def _positive_usd(name: str, value: object) -> float:
-    return positive_number(name, value, "US dollars")
-
-
 def _declared_estimates(
     usd: Any, max_cost_usd: float | None, tokens: Any, max_tokens: int | None
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the declared estimates by node id, in pico-dollars and in tokens. Raises ValueError."""
-    costs = _estimates_by_node("reserve_usd", usd, max_cost_usd, _positive_usd)
+    costs = _estimates_by_node("reserve_usd", usd, max_cost_usd, partial(positive_number, unit="US dollars"))
     return (
         {node: _pico(cost) for node, cost in costs.items()},
         _estimates_by_node("reserve_tokens", tokens, max_tokens, positive_int),

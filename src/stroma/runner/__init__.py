@@ -8,10 +8,9 @@ if TYPE_CHECKING:
     from stroma.checkpoint.manager import CheckpointManager
     from stroma.contracts.contract import ContractRegistry, NodeContract
     from stroma.contracts.node import stroma_node, stroma_step
-    from stroma.cost.budget import ExecutionBudget
+    from stroma.cost.budget import ExecutionBudget, NodeUsage
     from stroma.cost.fallback import FallbackPolicy, resolve_model
     from stroma.cost.prices import estimate_cost_usd
-    from stroma.cost.tracker import NodeUsage
     from stroma.engine.config import RunConfig
     from stroma.engine.context import ReliabilityContext
     from stroma.failures.classes import FailureClass
@@ -74,10 +73,9 @@ _HOMES = {
     "checkpoint.manager": ("CheckpointManager",),
     "contracts.contract": ("ContractRegistry", "NodeContract"),
     "contracts.node": ("stroma_node", "stroma_step"),
-    "cost.budget": ("ExecutionBudget",),
+    "cost.budget": ("ExecutionBudget", "NodeUsage"),
     "cost.fallback": ("FallbackPolicy", "resolve_model"),
     "cost.prices": ("estimate_cost_usd",),
-    "cost.tracker": ("NodeUsage",),
     "engine.config": ("RunConfig",),
     "engine.context": ("ReliabilityContext",),
     "failures.classes": ("FailureClass",),

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from stroma._utils.logs import refused_fields
 from stroma.checkpoint import PipelineChanged, RunBusy, RunExists
 from stroma.checkpoint.decisions import UNFINISHED
-from stroma.engine.journal import Dispatch
+from stroma.engine.context import Dispatch
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import Batch
 from stroma.runner.pipeline import Pipeline

@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Final, Literal, Self
 
-from stroma.engine.emitted import attempt_id_of
 from stroma.engine.execution import RunningNode, current_node
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import MapProgress, NodeHooks
@@ -297,36 +296,6 @@ def _resolve(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def event_hooks(
-    hub: EventHub, on_end: Callable[[ExecutionResult], None] | None = None, *, with_trace: bool = True
-) -> NodeHooks:
-    """Return hooks that publish the events of one run in a hub, and have what its nodes emit put there.
-
-    They publish no "run_end": ``on_end`` is called with the result as readers may see it. ``with_trace``:
-    ends of attempts have their event in the trace.
-    """
-    calls = _EventHooks(hub, with_trace)
-
-    async def run_end(run_id: str, result: ExecutionResult) -> None:
-        if on_end is not None:
-            on_end(result)
-
-    return _HubHooks(
-        hub=hub,
-        on_run_start=calls.run_start,
-        on_run_end=run_end,
-        on_node_start=calls.start,
-        on_node_success=calls.success,
-        on_node_failure=calls.failure,
-        on_node_retry=calls.retry,
-        on_node_skipped=calls.skipped,
-        on_node_cancelled=calls.cancelled,
-        on_node_suspended=calls.suspended,
-        on_budget_warning=calls.budget,
-        on_map_progress=calls.progress,
-    )
-
-
 def describe_result(result: ExecutionResult) -> dict[str, Any]:
     """Return the details of a "run_end": a result as JSON data."""
     details = {
@@ -350,24 +319,32 @@ def describe_failure(failure_class: str, message: str | None, reason: str | None
 
 
 @dataclass
-class _HubHooks(NodeHooks):
+class EventHooks(NodeHooks):
+    """Hooks that publish the events of one run in a hub, and have what its nodes emit put there.
+
+    They publish no "run_end": ``on_end`` is called with the result as readers may see it. ``with_trace``:
+    ends of attempts have their event in the trace.
+    """
+
     hub: EventHub = field(kw_only=True)
+    on_end: Callable[[ExecutionResult], None] | None = field(default=None, kw_only=True)
+    with_trace: bool = field(default=True, kw_only=True)
 
     _has_time_limit = False
+
+    def is_empty(self) -> bool:
+        return False
 
     def _event_receiver(self) -> EventHub:
         return self.hub
 
-
-class _EventHooks:
-    def __init__(self, hub: EventHub, with_trace: bool) -> None:
-        self._hub = hub
-        self._with_trace = with_trace
+    def _hook_of(self, event: str) -> Any:
+        return getattr(self, event.removeprefix("on"), None)
 
     async def _publish(self, kind: EventKind, run_id: str, node_id: str, **fields: Any) -> None:
         """Publish an event of the current node, and wait until the readers have room."""
-        self._hub.publish(kind, run_id, node_id, **{**_place(), **fields})
-        await self._hub.wait_for_room()
+        self.hub.publish(kind, run_id, node_id, **{**_place(), **fields})
+        await self.hub.wait_for_room()
 
     def _end(self) -> dict[str, Any]:
         """Return what an event says about the end of an attempt; nothing where no attempt has ended."""
@@ -382,8 +359,8 @@ class _EventHooks:
             failure_class, message, reason = row.failure[:3]
             details["failure"] = describe_failure(failure_class, message, reason)
         end: dict[str, Any] = {"details": details}
-        end["attempt_id"] = None if node.redelivered else attempt_id_of(node)
-        if self._with_trace:
+        end["attempt_id"] = None if node.redelivered else node.identify_attempt()
+        if self.with_trace:
             event = node.ctx.trace.event_of(row)
             output = event.output_state
             end["event"] = replace(
@@ -393,43 +370,49 @@ class _EventHooks:
             )
         return end
 
-    async def run_start(self, run_id: str, pipeline: str, state: dict[str, Any]) -> None:
-        self._hub.publish("run_start", run_id, state=state, details={"pipeline": pipeline})
-        await self._hub.wait_for_room()
+    async def _run_end(self, run_id: str, result: ExecutionResult) -> None:
+        if self.on_end is not None:
+            self.on_end(result)
 
-    async def start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        attempt_id = attempt_id_of(current_node())
+    async def _run_start(self, run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        self.hub.publish("run_start", run_id, state=state, details={"pipeline": pipeline})
+        await self.hub.wait_for_room()
+
+    async def _node_start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        attempt_id = current_node()._own.identify_attempt()
         await self._publish("node_start", run_id, node_id, state=state, attempt_id=attempt_id)
 
-    async def success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+    async def _node_success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
         await self._publish("node_success", run_id, node_id, state=state, **self._end())
 
-    async def failure(self, run_id: str, node_id: str, error: Exception, kind: FailureClass) -> None:
+    async def _node_failure(self, run_id: str, node_id: str, error: Exception, kind: FailureClass) -> None:
         await self._publish("node_failure", run_id, node_id, **self._end())
 
-    async def retry(self, run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass) -> None:
+    async def _node_retry(
+        self, run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass
+    ) -> None:
         details = {"delay_seconds": delay, "failure_class": kind}
         await self._publish("node_retry", run_id, node_id, attempt=attempt, details=details)
 
-    async def skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+    async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
         await self._publish("node_skipped", run_id, node_id, state=state)
 
-    async def cancelled(self, run_id: str, node_id: str) -> None:
+    async def _node_cancelled(self, run_id: str, node_id: str) -> None:
         await self._publish("node_cancelled", run_id, node_id, **self._end())
 
-    async def suspended(self, run_id: str, node_id: str, reason: str) -> None:
+    async def _node_suspended(self, run_id: str, node_id: str, reason: str) -> None:
         end, question = self._end(), current_node().question
         details = {"reason": reason, "question": None if question is None else asdict(question)}
         end["details"] = {**end.get("details", {}), **details}
         await self._publish("node_suspended", run_id, node_id, **end)
 
-    async def budget(self, run_id: str, dimension: str, used: float, limit: float) -> None:
+    async def _budget_warning(self, run_id: str, dimension: str, used: float, limit: float) -> None:
         details = {"dimension": dimension, "used": used, "limit": limit}
-        self._hub.publish("budget_warning", run_id, details=details)
+        self.hub.publish("budget_warning", run_id, details=details)
 
-    async def progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
+    async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
         place = {**_place(), "attempt": None}
-        self._hub.publish("map_progress", run_id, node_id, progress=progress, **place)
+        self.hub.publish("map_progress", run_id, node_id, progress=progress, **place)
 
 
 def _place() -> dict[str, Any]:

@@ -20,7 +20,7 @@ from stroma.checkpoint.records import FAILED, Cause, RunRecord
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.engine.config import RunConfig
 from stroma.engine.execution import RunningNode, current_run
-from stroma.runner.events import EventHub, EventKind, StreamEvent, describe_failure, event_hooks
+from stroma.runner.events import EventHooks, EventHub, EventKind, StreamEvent, describe_failure
 from stroma.runner.pipeline import with_hooks
 from stroma.runner.stored_runs import StoredRuns
 from stroma.trace.redaction import Redact, hide_state
@@ -37,7 +37,7 @@ _MAX_EVENT_BYTES: Final = 1_000_000
 
 def with_event_log(config: RunConfig) -> RunConfig:
     """Return the config for one run that stores its events."""
-    return with_hooks(config, event_hooks(EventLog(), with_trace=False))
+    return with_hooks(config, EventHooks(hub=EventLog(), with_trace=False))
 
 
 class EventLog(EventHub):

@@ -20,18 +20,13 @@ class Batch:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        #: No further run is to start.
-        self.draining = False
-        self._drained = asyncio.Event()
+        #: Set once no further run is to start, in the event loop of the batch.
+        self.drained = asyncio.Event()
 
-    def drain(self) -> None:
-        """Start no further run. Called in the event loop of the batch."""
-        self.draining = True
-        self._drained.set()
-
-    async def until_drained(self) -> None:
-        """Return once no further run is to start."""
-        await self._drained.wait()
+    @property
+    def draining(self) -> bool:
+        """True once no further run is to start."""
+        return self.drained.is_set()
 
     async def run_all(self, work: Iterable[Coroutine[Any, Any, None]], max_concurrency: int) -> None:
         """Await all with bounded concurrency; each is created when there is room for it.
@@ -101,12 +96,6 @@ class LiveRuns:
         self.runs: set[RunExecution] = set()
         self.batches: set[Batch] = set()
 
-    def remove(self, run: RunExecution) -> None:
-        """Remove a run that has ended; until then a shutdown includes it."""
-        self.runs.discard(run)
-        if run.ended is not None and not run.ended.done():
-            run.ended.set_result(None)
-
     @contextmanager
     def batch(self) -> Iterator[Batch]:
         """Open a batch, which starts no further run after a shutdown."""
@@ -146,7 +135,7 @@ class LiveRuns:
         loop = asyncio.get_running_loop()
         for batch in list(self.batches):
             if batch.loop is loop:
-                batch.drain()
+                batch.drained.set()
         runs = [run for run in list(self.runs) if run.loop is loop and run.task is not asyncio.current_task()]
         # The ends of runs, not of their tasks: a task may continue after its run.
         ends = {run: run.drain() for run in runs}

@@ -20,7 +20,7 @@ from stroma.contracts.contract import ContractRegistry, ContractViolation
 from stroma.contracts.node import Group, Node, first_in
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
-from stroma.engine.commit import failed_of, record, settle
+from stroma.engine.commit import failed_of, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute
@@ -91,9 +91,9 @@ class ProgressReporter:
 
     async def report(self, *, ended: bool = False) -> None:
         """Call the progress hooks."""
-        ctx, node_id, calls = self._ctx, self._execution.node_id, self._ctx.fire.on_map_progress
+        ctx, node_id = self._ctx, self._execution.node_id
         now = self._last_report = monotonic()
-        if calls is None:
+        if ctx.fire.on_map_progress is None:
             return
         self._is_reporting = True
         try:
@@ -114,7 +114,7 @@ class ProgressReporter:
                 elapsed_seconds=now - self._start,
                 ended=ended,
             )
-            await ctx.fire.fire("on_map_progress", calls, node_id, lambda: (ctx.run_id, node_id, progress))
+            await ctx.fire.fire("on_map_progress", node_id, ctx.run_id, node_id, progress)
         finally:
             self._is_reporting = False
 
@@ -295,7 +295,7 @@ class MapRun:
             None,
             0,
         )
-        again = partial(record, ctx, row, schema_of(ItemFailure), item_failure, self._call_of(item))
+        again = partial(ctx.journal.record, row, schema_of(ItemFailure), item_failure, self._call_of(item))
         pending = again()
         if pending is not None:
             problem, cancelled = await settle(ctx, row, pending, again)

@@ -30,14 +30,6 @@ _GROUP_IDS: Final = ("parallel(", "map_over(")
 _BY_NODE: Final = ("node_policies", "node_timeouts", "contract_retries", "node_limits")
 
 
-def find_nodes(nodes: Iterable[Any]) -> list[Node | Group]:
-    """Return the record of each node of a sequence. Raises TypeError for anything that is not a node."""
-    if type(nodes) is not list and (isinstance(nodes, Group) or not isinstance(nodes, Iterable)):
-        node = find_node(nodes)  # Raises, with the fix, for an object that is not a node at all.
-        raise TypeError(f"run() takes a sequence of nodes; put {node.node_id!r} in a list")
-    return [find_node(node) for node in nodes]
-
-
 def find_position(nodes: Sequence[Node | Group], node_id: str, parameter: str) -> int:
     """Return the first position with a node id. Raises ValueError, naming the parameter, if there is none."""
     for position, node in enumerate(nodes):
@@ -70,30 +62,28 @@ def leaves_in(nodes: Sequence[Node | Group]) -> Iterator[Node]:
             yield node
 
 
-def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> None:
-    """Raise ValueError for a node whose id was later assigned to another function with another contract."""
-    decorated = registry.decorated
-    if not decorated:
-        return
-    for node in leaves_in(nodes):
-        contract, latest = node.contract, decorated.get(node.node_id)
-        if latest is None or contract is None or latest.contract is contract:
+#: In place of a caller of nodes with a place: places are not looked at.
+_ANY_CALLER: Final = object()
+
+
+def check_nodes(nodes: Sequence[Node | Group], registry: ContractRegistry, caller: Any = _ANY_CALLER) -> None:
+    """Raise ValueError for a node whose id was later assigned to another function with another contract.
+
+    With a ``caller``, see :func:`place_error`, raise PlaceError for a node with a place that cannot be called
+    in this process.
+    """
+    for node in nodes:
+        if isinstance(node, Group):
+            check_nodes(node.children, registry, caller)
             continue
-        if latest.contract is registry.find(node.node_id) and latest.contract != contract:
+        own, known, latest = node.contract, registry.find(node.node_id), registry.decorated.get(node.node_id)
+        if latest is not None and own is not None and latest.contract is known and known != own:
             raise ValueError(
                 f"{node.func!r} cannot run as node {node.node_id!r}: the id was later assigned to "
                 f"{latest.owner}, with another contract; rename one of them"
             )
-
-
-def check_places(nodes: Sequence[Node | Group], registry: ContractRegistry, caller: Any) -> None:
-    """Raise PlaceError for a node with a place that cannot be called in this process."""
-    for node in nodes:
-        if isinstance(node, Group):
-            check_places(node.children, registry, caller)
-            continue
-        contract = registry.find(node.node_id) or node.contract
-        if contract is not None and contract.place is not None:
+        contract = known or own
+        if contract is not None and contract.place is not None and caller is not _ANY_CALLER:
             error = place_error(caller, contract)
             if error is not None:
                 raise error
@@ -108,7 +98,7 @@ def refuse_unknown_ids(
     share the config. With a flow in it a pipeline may call any node, and groups have no id before they are
     made: see :func:`warn_of_unknown_ids`.
     """
-    if not _names_ids(config) or FlowNode in set(map(type, nodes)):
+    if FlowNode in set(map(type, nodes)):
         return
     known = registry.known_ids.union(ids_in(nodes))
     mistakes = list(_mistakes_in(config, known, f"pipeline {pipeline!r}", but=_GROUP_IDS))
@@ -124,22 +114,14 @@ def warn_of_unknown_ids(
     For groups, and for flows and agent frameworks, whose steps are known when they are called. A resumed run
     has not called all of them. ``warned`` has the warnings of earlier runs.
     """
-    if not _names_ids(ctx.config) or result.status is not RunStatus.COMPLETED:
-        return
     session = ctx.session
-    if session.continued or session.finished is not None:
+    if result.status is not RunStatus.COMPLETED or session.continued or session.finished is not None:
         return
     known = ctx.registry.known_ids.union(ids_in(nodes), (event.node_id for event in result.trace.walk()))
     for mistake in _mistakes_in(ctx.config, known, f"a run of {ctx.pipeline!r}"):
         if mistake not in warned:
             warned.add(mistake)
             ctx.run_logger.warning("%s", mistake)
-
-
-def _names_ids(config: RunConfig) -> bool:
-    # Not any() over _BY_NODE: two calls of it took 4 of the 48 us of a run of one node.
-    by_node = config.node_policies or config.node_timeouts or config.contract_retries or config.node_limits
-    return bool(by_node or config.limits or config.shared_budgets)
 
 
 def _mistakes_in(config: RunConfig, known: set[str], where: str, but: tuple[str, ...] = ()) -> Iterator[str]:
@@ -267,12 +249,23 @@ class AnyState(Protocol):
 
 
 def nodes_of(pipeline: Pipeline | Iterable[Any]) -> list[Node | Group]:
-    """Return the nodes of a pipeline or sequence. Raises TypeError for anything that is not a node."""
-    return find_nodes(pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline)
+    """Return the records of the nodes of a pipeline or sequence. Raises TypeError for anything else."""
+    nodes = pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline
+    if isinstance(nodes, Group) or not isinstance(nodes, Iterable):
+        node = find_node(nodes)  # Raises, with the fix, for an object that is not a node at all.
+        raise TypeError(f"run() takes a sequence of nodes; put {node.node_id!r} in a list")
+    return list(map(find_node, nodes))
 
 
-def input_schema_of(nodes: Sequence[Node | Group], registry: ContractRegistry) -> Schema:
-    """Return the schema of the input of a run of these nodes. Raises TypeError if they start with a group."""
+def input_schema_of(
+    nodes: Sequence[Node | Group], registry: ContractRegistry, input_class: type[BaseModel] | None = None
+) -> Schema:
+    """Return the schema of the input of a run of these nodes. Raises TypeError if they start with a group.
+
+    ``input_class``: the class of the input, where the caller knows it.
+    """
+    if input_class is not None:
+        return schema_of(input_class)
     first = nodes[0] if nodes else None
     if isinstance(first, Group):
         raise TypeError(
@@ -327,8 +320,6 @@ def check_state(what: str, state: Any, node: Node | Group | None = None) -> None
 
 def override_config(config: RunConfig, options: RunKeywords[Any]) -> RunConfig:
     """Return the config with the options that are not None. Raises TypeError, ValidationError."""
-    if not options:
-        return config
     check_keywords("run", options, RunKeywords)
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     changes.pop("traceparent", None)

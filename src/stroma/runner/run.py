@@ -7,18 +7,19 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, NoReturn
 
 from pydantic import BaseModel
 
-from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
+from stroma.checkpoint import CheckpointNotFound, Finished, PipelineChanged
 from stroma.checkpoint.entries import SETBACKS_NOTE, RunControl, delay_after
 from stroma.contracts.node import FlowNode, Group, Node, apart_in
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.usage import shown
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.current import CURRENT, leave
 from stroma.engine.effects import intents
+from stroma.engine.execution import CURRENT, leave
 from stroma.engine.lifecycle import (
     announce_start,
     call_end_hooks_now,
@@ -167,7 +168,7 @@ class RunExecution:
                 ctx,
                 self.initial,
                 discard_from=self.start,
-                accept=self._check_unchanged,
+                accept=partial(check_place, ctx, self.nodes),  # Inside groups too, before anything runs.
                 apart=apart_in(self.nodes),
             )
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
@@ -191,10 +192,6 @@ class RunExecution:
         await announce_start(ctx, self.initial)
         if ctx.fire.delivers:
             await redeliver(ctx, self.nodes)
-
-    def _check_unchanged(self, position: int, branch: str, committed: Committed) -> None:
-        """Raise PipelineChanged for a changed node, inside groups too, before anything runs."""
-        check_place(self.ctx, self.nodes, committed, position, branch)
 
     async def _execute(self) -> None:
         """Execute the nodes that are not committed, or restore the outcome of a run that is returned."""
@@ -347,7 +344,9 @@ class RunExecution:
         else:
             ctx.journal.wake_ms = None  # Other work of the run is not finished, and waits for no time.
         result = ctx.build_result(status, self.state, failure)
-        error = str(failure) if failure is not None else ctx.account.describe_suspension()
+        error = None if failure is None else str(failure)
+        if error is None and ctx.account.suspended:
+            error = ctx.account.describe_suspension()
         if self._has_setback or ctx.journal.session.notes:
             self._note_setbacks()
         if failure is not None:

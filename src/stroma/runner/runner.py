@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import warnings
+from asyncio.events import _get_running_loop
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -37,12 +38,11 @@ from stroma.cost.budget import ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
 from stroma.engine.config import RunConfig, default_config
 from stroma.engine.config import new_run_id as fresh_run_id
-from stroma.engine.context import ReliabilityContext
-from stroma.engine.journal import BY_HAND, Dispatch
+from stroma.engine.context import BY_HAND, Dispatch, ReliabilityContext
 from stroma.engine.tasks import has_running_loop
 from stroma.failures.failure import Classifier
 from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
-from stroma.runner.flows.body_loop import refuse_in_body
+from stroma.runner.flows.body_loop import BodyLoop
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import Batch, LiveRuns
 from stroma.runner.pipeline import (
@@ -50,11 +50,11 @@ from stroma.runner.pipeline import (
     Pipeline,
     RunKeywords,
     check_keywords,
-    check_owners,
-    check_places,
+    check_nodes,
     check_state,
     code_of,
     find_position,
+    input_schema_of,
     nodes_of,
     override_config,
     queue_entry,
@@ -307,7 +307,7 @@ class StromaRunner(Generic[DepsT]):
         from stroma.contracts.checks.check import check_nodes  # Not loaded by runs that check nothing.
 
         nodes = nodes_of(node_sequence)
-        check_owners(nodes, self.registry)
+        check_nodes(nodes, self.registry)
         retried = self._config_of(node_sequence).retried_ids
         return check_nodes(nodes, self.registry, input_schema, retried=retried, steps=steps_of(nodes))
 
@@ -330,8 +330,7 @@ class StromaRunner(Generic[DepsT]):
         wait without a reply ends with its time limit; None as an answer leaves it to that. Raises ValueError
         for a wait without a reply that has none.
         """
-        from stroma.runner.determinism import check_flow  # Not loaded by runs.
-        from stroma.runner.rehearsal import Rehearsal
+        from stroma.runner.rehearsal import Rehearsal, check_flow  # Not loaded by runs.
 
         return await check_flow(self, flow, initial_state, Rehearsal(answers, messages))
 
@@ -368,13 +367,16 @@ class StromaRunner(Generic[DepsT]):
         watch: NodeHooks | None = None,
     ) -> ExecutionResult:
         """Implement :meth:`run`. ``dispatch``: how a dispatcher opens the run; ``watch``: further hooks."""
-        refuse_in_body("runner.run()", _STEPS)
-        config = override_config(self._config_of(node_sequence), options)
+        _refuse_in_body("runner.run()", _STEPS)
+        config = self._config_of(node_sequence)
+        if options:
+            config = override_config(config, options)
         nodes = nodes_of(node_sequence)
         check_state("the initial state", initial_state, nodes[0] if nodes else None)
-        check_owners(nodes, self.registry)
-        if not dispatch.reads:
-            check_places(nodes, self.registry, self._caller)
+        if dispatch.reads:
+            check_nodes(nodes, self.registry)
+        else:
+            check_nodes(nodes, self.registry, self._caller)
         target = config.resume_from
         start = None if target is None else find_position(nodes, target, "resume_from")
         if config.check:
@@ -392,7 +394,9 @@ class StromaRunner(Generic[DepsT]):
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline, ctx.journal.versions = node_sequence.name, node_sequence.versions
-        refuse_unknown_ids(config, nodes, self.registry, ctx.pipeline)
+        names_ids = config.names_ids
+        if names_ids:
+            refuse_unknown_ids(config, nodes, self.registry, ctx.pipeline)
         if (traceparent := options.get("traceparent")) is not None:
             set_traceparent(ctx, traceparent)
         ctx.journal.dispatch, ctx.journal.caller = dispatch, self._caller
@@ -401,8 +405,11 @@ class StromaRunner(Generic[DepsT]):
         try:
             result = await execution.run()
         finally:
-            self._live.remove(execution)
-        warn_of_unknown_ids(ctx, nodes, result, self.warned)
+            self._live.runs.discard(execution)  # Until then a shutdown includes it.
+            if execution.ended is not None and not execution.ended.done():
+                execution.ended.set_result(None)
+        if names_ids:
+            warn_of_unknown_ids(ctx, nodes, result, self.warned)
         return result
 
     @overload
@@ -434,7 +441,7 @@ class StromaRunner(Generic[DepsT]):
         with a group and ``input_schema`` is missing.
         """
         nodes = _listed(node_sequence)
-        schema = self._stored.input_schema(nodes_of(nodes), input_schema)
+        schema = input_schema_of(nodes_of(nodes), self.registry, input_schema)
         state = await self._stored.read_input(run_id, schema)
         fixed: RunKeywords[Any] = {"run_id": run_id, "resume": True}
         return await self._run(nodes, state, cast("RunKeywords[Any]", options | fixed))
@@ -505,7 +512,7 @@ class StromaRunner(Generic[DepsT]):
         At its end the file of an SQLiteStore is whole without its ``-wal`` file, unless another process uses
         it.
         """
-        refuse_in_body("runner.run_sync()", _STEPS)
+        _refuse_in_body("runner.run_sync()", _STEPS)
         if has_running_loop():
             fix = "use `await runner.run(...)` in place of run_sync(...)"
             raise RuntimeError(f"an event loop is already running; {fix}")
@@ -601,7 +608,7 @@ class StromaRunner(Generic[DepsT]):
         options: RunKeywords[Any],
     ) -> dict[str, ExecutionResult | Exception]:
         name = nodes.name if isinstance(nodes, Pipeline) else self.config.pipeline
-        schema = self._stored.input_schema(nodes_of(nodes), input_schema)
+        schema = input_schema_of(nodes_of(nodes), self.registry, input_schema)
         code = code_of(nodes) if isinstance(nodes, Pipeline) else ServedCode()
         served = ServedPipeline(nodes, schema, code=code)
         run_ids = await self._stored.find_interrupted(name, code.versions)
@@ -640,7 +647,7 @@ class StromaRunner(Generic[DepsT]):
         served = [one for one in pipelines if isinstance(one, Pipeline)]  # The worker refuses anything else.
         for one in served:
             refuse_unknown_ids(self._config_of(one), nodes_of(one), self.registry, one.name)
-            check_places(nodes_of(one), self.registry, self._caller)
+            check_nodes(nodes_of(one), self.registry, self._caller)
         with self._live.batch() as batch:
             readers = {one.name: readers_of(self._config_of(one).hooks) for one in served}
             worker = RunWorker(self._stored, self._driver(batch, {}), batch, self._live, health, readers)
@@ -693,7 +700,7 @@ class StromaRunner(Generic[DepsT]):
         Pipeline, one that starts with a group, and an unknown keyword, RunExists for a run of that id with
         another pipeline or input, ValueError for an invalid value, StoreError.
         """
-        refuse_in_body("runner.submit()", "await flow.submit(flow_or_pipeline, state)")
+        _refuse_in_body("runner.submit()", "await flow.submit(flow_or_pipeline, state)")
         served = self._stored.served([pipeline])[pipeline.name]
         check_state("the initial state", initial_state, next(iter(nodes_of(pipeline)), None))
         entry, given_id = queue_entry(options, now_ms()), options.get("run_id")
@@ -783,7 +790,7 @@ class StromaRunner(Generic[DepsT]):
         refuse_unknown_ids(config, records, self.registry, config.pipeline)  # Before the fork is stored.
         fork_id = new_run_id or fresh_run_id()
         of_state = type(state) if state and not before else None
-        original = self._stored.input_schema(records, input_schema or of_state)
+        original = input_schema_of(records, self.registry, input_schema or of_state)
         await self._stored.fork(run_id, fork_id, records, before, state, call)
         initial = state
         if initial is None or before:
@@ -928,6 +935,14 @@ class StromaRunner(Generic[DepsT]):
         fields = {"resume_from": None, "if_exists": "restart", "if_running": "error", "shared_budgets": ()}
         config = self._config_of(target).model_copy(update=fields | changes)
         return StromaRunner(self.registry, CheckpointManager(store), config)
+
+
+def _refuse_in_body(call: str, instead: str) -> None:
+    """Raise NotImplementedError in the body of a flow, where each resume would make this call again."""
+    if type(_get_running_loop()) is BodyLoop:
+        raise NotImplementedError(
+            f"the body of a flow called {call}, which each resume would call again; use {instead}"
+        )
 
 
 def _listed(node_sequence: Nodes) -> Pipeline | list[Any]:

@@ -21,7 +21,7 @@ from stroma.contracts.node import Group, Node, find_node, make_node
 from stroma.contracts.schema import has_secrets, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import RunningNode, running_node
+from stroma.engine.execution import CURRENT, RunningNode
 from stroma.engine.lifecycle import announce_start, open_run
 from stroma.engine.loop import execute
 from stroma.engine.outcome import Halt, Place, cancelled
@@ -30,7 +30,7 @@ from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.map import branches_in, is_apart
-from stroma.runner.pipeline import check_owners, check_state
+from stroma.runner.pipeline import check_nodes, check_state
 from stroma.trace.result import ExecutionResult, RunStatus
 
 
@@ -71,7 +71,7 @@ async def execute_step(
     """
     check_state(f"the input of step {step_id!r}", input_state)
     node = _node_of(step_id, func, ctx, contract)
-    parent = running_node()
+    parent = CURRENT.get()
     if parent is not None and parent.ctx is not ctx:
         parent = None
     if parent is not None:
@@ -126,7 +126,7 @@ def _node_of(
     marked = getattr(func, "_stroma_contract", None)
     node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
     if contract is None and getattr(func, "_stroma_node_id", None) == step_id:
-        check_owners((node,), ctx.registry)
+        check_nodes((node,), ctx.registry)
     return node
 
 

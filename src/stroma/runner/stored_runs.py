@@ -223,10 +223,6 @@ class StoredRuns:
             raise StoreError(f"{kind} has no journal of runs; use a journal store such as SQLiteStore")
         return self.store
 
-    def input_schema(self, nodes: list[Node | Group], input_class: type[BaseModel] | None = None) -> Schema:
-        """Return the schema of the input of these nodes. Raises TypeError if they start with a group."""
-        return input_schema_of(nodes, self._registry) if input_class is None else schema_of(input_class)
-
     async def _read(self, method: str, run_id: str) -> Any:
         """Call a blocking method of the journal about a run. Raises CheckpointNotFound without any run."""
         store = self.journal(method)
@@ -292,7 +288,9 @@ class StoredRuns:
                 )
             if one.name in served and served[one.name].nodes is not one:
                 raise ValueError(f"two pipelines have the name {one.name!r}; use distinct names")
-            served[one.name] = ServedPipeline(one, self.input_schema(nodes_of(one)), one.limits, code_of(one))
+            served[one.name] = ServedPipeline(
+                one, input_schema_of(nodes_of(one), self._registry), one.limits, code_of(one)
+            )
         return served
 
     async def read_input(self, run_id: str, schema: Schema) -> BaseModel:

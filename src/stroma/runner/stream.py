@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from stroma._utils.logs import get_logger
 from stroma.hooks.sets import NodeHooks
-from stroma.runner.events import EventHub, EventReader, StreamEvent, describe_result, event_hooks
+from stroma.runner.events import EventHooks, EventHub, EventReader, StreamEvent, describe_result
 from stroma.trace.result import ExecutionResult
 
 logger = get_logger()
@@ -132,7 +132,7 @@ class _WatchedRun:
         loop = asyncio.get_running_loop()
         if self._task is None:
             self._loop = loop
-            self._task = asyncio.create_task(self._begin(event_hooks(self.hub, self._note_end)))
+            self._task = asyncio.create_task(self._begin(EventHooks(hub=self.hub, on_end=self._note_end)))
             self._task.add_done_callback(self._close)
         elif self._loop is not loop:
             raise RuntimeError("the run of this stream belongs to another event loop; read it there")

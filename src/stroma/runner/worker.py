@@ -15,7 +15,7 @@ from stroma._utils.text import one_line, pluralize
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, StoreError
 from stroma.checkpoint.entries import delay_after
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures, QueueReading
-from stroma.engine.journal import Dispatch
+from stroma.engine.context import Dispatch
 from stroma.hooks.sets import AnyHooks, distinct, flatten
 from stroma.runner.drive import Blocked, Busy, RunDriver
 from stroma.runner.flows.suspension import now_ms
@@ -175,7 +175,7 @@ class RunWorker:
         self._stored.journal("claim")
         served = self._stored.served(pipelines)
         loop = asyncio.get_running_loop()
-        drained = asyncio.ensure_future(self._batch.until_drained())
+        drained = asyncio.ensure_future(self._batch.drained.wait())
         listen = getattr(self._stored.store, "listen", None)  # Calls when another process has made a run due.
         listener = None if listen is None else listen(partial(_wake, loop, self._news))
         note = self.health.note_queue if self.health.reads_queue else None
@@ -199,7 +199,7 @@ class RunWorker:
             if listener is not None:
                 listener.close()
             watching.cancel()
-            self._batch.drain()
+            self._batch.drained.set()
             await self._live.interrupt(set(self._active.values()))
             await asyncio.wait([watching])  # A worker that has ended shows no figures.
 

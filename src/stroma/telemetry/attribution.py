@@ -11,7 +11,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor, TracerProvider
 from opentelemetry.trace import get_current_span
 
-from stroma.engine.execution import RunningNode, current_run, running_node
+from stroma.engine.execution import CURRENT, RunningNode, current_run
 from stroma.telemetry.conventions import NODE_ID, OF_RUN, SCOPE, about_run
 from stroma.telemetry.inference import note_call, note_end
 
@@ -45,7 +45,7 @@ class AttributionProcessor(SpanProcessor):
         """Stamp a span."""
         parent = _put_inside(span, get_current_span(parent_context))
         of_parent: Any = getattr(parent, "attributes", None) or {}
-        node = running_node()
+        node = CURRENT.get()
         is_ours = span.instrumentation_scope is not None and span.instrumentation_scope.name == SCOPE
         if not is_ours:
             if "stroma.run.id" in of_parent:

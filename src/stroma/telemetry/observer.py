@@ -19,8 +19,7 @@ from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.queue import QueueReading
 from stroma.engine import tasks
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.current import AGENT, AgentRun
-from stroma.engine.execution import RunningNode, current_run, running_node
+from stroma.engine.execution import AGENT, CURRENT, AgentRun, RunningNode, current_run
 from stroma.failures.classes import FailureClass
 from stroma.hooks.sets import NodeHooks
 from stroma.trace.events import Outcome
@@ -326,10 +325,10 @@ class Observer:
             on_node_suspended=self._node_suspended if ends else None,
             on_run_start=self._hook("on_run_start", "run_started", current_run, 2),
             on_run_end=self._hook("on_run_end", "run_ended", current_run, 1),
-            on_node_retry=self._hook("on_node_retry", "retrying", running_node, 2),
-            on_node_skipped=self._hook("on_node_skipped", "skipped", running_node, 3),
+            on_node_retry=self._hook("on_node_retry", "retrying", CURRENT.get, 2),
+            on_node_skipped=self._hook("on_node_skipped", "skipped", CURRENT.get, 3),
             on_budget_warning=self._hook("on_budget_warning", "budget_warning", current_run, 1),
-            on_node_wait=self._hook("on_node_wait", "waiting", running_node, 2),
+            on_node_wait=self._hook("on_node_wait", "waiting", CURRENT.get, 2),
             on_circuit_change=self._hook("on_circuit_change", "circuit_changed", current_run, 1),
             on_limit_cooldown=self._hook("on_limit_cooldown", "limit_cooled_down", current_run, 1),
             reads_state=False,
@@ -351,7 +350,7 @@ class Observer:
         return hook
 
     async def _node_start(self, _run_id: str, _node_id: str, state: dict[str, Any]) -> None:
-        node = running_node()
+        node = CURRENT.get()
         if self._has_node_end:
             self._watch_end(node)
         self._safely("on_node_start", self.attempt_started, node, state)
@@ -362,7 +361,7 @@ class Observer:
     async def _node_failure(
         self, _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
     ) -> None:
-        node = running_node()
+        node = CURRENT.get()
         row = None if node is None else node.ended
         _, message, reason, _ = (
             (None, None, None, None) if row is None or row.failure is None else row.failure
@@ -374,7 +373,7 @@ class Observer:
         self._ended("on_node_cancelled", AttemptEnd("cancelled"))
 
     async def _node_suspended(self, _run_id: str, _node_id: str, _reason: str) -> None:
-        node = running_node()
+        node = CURRENT.get()
         if node is None or node.ended is not None:  # A question of a flow has no attempt.
             self._ended("on_node_suspended", AttemptEnd("suspended"))
 
@@ -397,7 +396,7 @@ class Observer:
         return id(self)
 
     def _ended(self, event: str, ended: AttemptEnd) -> None:
-        node = running_node()
+        node = CURRENT.get()
         # An end without a start: a violated input contract, or a hook call that is redelivered.
         if self._has_node_end:
             self._watch_end(node)

@@ -17,9 +17,9 @@ from stroma.checkpoint.memory import rows as _memory_rows
 from stroma.checkpoint.sqlite import connection as _sqlite_rows
 from stroma.engine import admission as _admission
 from stroma.engine import attempt as _attempt
+from stroma.engine import context as _context
 from stroma.engine import deadlines as _deadlines
 from stroma.engine import effects as _effects
-from stroma.engine import journal as _journal
 from stroma.engine import loop as _engine
 from stroma.engine import metering as _usage
 from stroma.engine import outcome as _outcome
@@ -148,14 +148,14 @@ class FakeClock:
         for module in (_memory_rows, classifiers, breaker, reservations):
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
-        of_runs = (_attempt, _deadlines, _effects, _outcome, _admission, _journal, _map)
+        of_runs = (_attempt, _deadlines, _effects, _outcome, _admission, _context, _map)
         for module in (*of_runs, body, calls, journal, suspension):
             self._patch(module, "perf_counter_ns", self._ns)
         for module in (_admission, dispatch):
             self._patch(module, "perf_counter", self._perf_counter)
         for module in (_map, driver, suspension):
             self._patch(module, "monotonic", self._monotonic)
-        for module in (_journal, suspension):
+        for module in (_context, suspension):
             self._patch(module, "time_ns", self._time_ns)
         self._patch(_engine, "sleep", self._sleep)
         for module in (tasks, _usage):

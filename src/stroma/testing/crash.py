@@ -16,7 +16,7 @@ from stroma.checkpoint.entries import RunControl
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import INTERCEPTORS, Call, Interceptor, ReliabilityContext
-from stroma.engine.execution import RunningNode, running_node
+from stroma.engine.execution import CURRENT, RunningNode
 from stroma.hooks.dispatch import Hooks
 from stroma.hooks.sets import NodeHooks
 from stroma.trace.events import AttemptRow
@@ -129,7 +129,7 @@ class Deaths(Interceptor):
 
     def begins(self, ctx: ReliabilityContext) -> NodeHooks | None:
         async def hook(run_id: str, node_id: str, *_: Any) -> None:
-            run = running_node()
+            run = CURRENT.get()
             if run is not None:
                 self.reach(ctx, _at("after_hooks", run))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple
 
+from stroma.contracts.contract import NodeContract
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.schema import Schema
 from stroma.failures.classes import FailureClass
@@ -24,8 +25,8 @@ class Failed(NamedTuple):
     error_type: str | None = None
 
 
-#: What reads a row's input, and its output; what else there is, is of no concern here.
-Schemas = tuple[Schema, Schema, object]
+#: What reads a row's input, and its output; and the contract of the node, if it has one.
+Schemas = tuple[Schema, Schema, NodeContract[Any, Any] | None]
 
 
 #: One attempt, as atoms, in this order. What most attempts lack (a failure, usage, children) is None.

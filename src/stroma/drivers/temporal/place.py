@@ -34,10 +34,7 @@ from stroma.drivers.temporal.workflow import UNREACHABLE, workflow_id
 from stroma.engine.commit import encode_rejected, violation_of
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.current import CURRENT, leave
-from stroma.engine.emitted import attempt_id_of
-from stroma.engine.execution import RunningNode
-from stroma.engine.journal import RunJournal
+from stroma.engine.execution import CURRENT, RunningNode, leave
 from stroma.engine.metering import count_returned
 from stroma.engine.placed_calls import OpenCall
 from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through
@@ -48,6 +45,7 @@ from stroma.failures.mistakes import explain_mistake
 from stroma.failures.providers import requested_waits
 from stroma.failures.refusals import is_refusal
 from stroma.hooks.dispatch import Hooks
+from stroma.hooks.sets import NodeHooks
 from stroma.runner.pipeline import Pipeline, leaves_in, nodes_of
 from stroma.runner.runner import StromaRunner
 from stroma.trace.rejected import read_rejected
@@ -257,8 +255,8 @@ class _PlacedRun(ReliabilityContext):
         return self.model
 
 
-class _NoJournal(RunJournal):
-    def start(self, manager: CheckpointManager, request: RunRequest) -> NoReturn:
+class _NoJournal(CheckpointManager):
+    def open_run(self, request: RunRequest) -> NoReturn:
         raise NotImplementedError(
             "a node with a place cannot call steps or agents under a guard; call them in another node"
         )
@@ -274,11 +272,15 @@ class _PlacedNode(RunningNode):
         return self.key
 
 
-class _Emitted:
-    """The newest events that a call has emitted; see EventReceiver."""
+class _Emitted(NodeHooks):
+    """The newest events that a call has emitted."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._events: deque[tuple[str, Any]] = deque(maxlen=_MAX_EVENTS)
+
+    def _event_receiver(self) -> _Emitted:
+        return self
 
     def emit(self, node: RunningNode, attempt_id: str, name: str, data: Any) -> None:
         self._events.append((name, data))
@@ -340,8 +342,8 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     tokens, cost_usd, latency_ms = request.remaining
     rest = ExecutionBudget(max_tokens_total=tokens, max_cost_usd=cost_usd, max_latency_ms=latency_ms)
     config = config.with_run_id(request.run_id).model_copy(update={"budget": rest})
-    ctx = _PlacedRun.for_run(config, ContractRegistry(), CheckpointManager(InMemoryStore()))
-    ctx.pipeline, ctx.model, ctx.journal = request.pipeline, request.model, _NoJournal()
+    ctx = _PlacedRun.for_run(config, ContractRegistry(), _NoJournal(InMemoryStore()))
+    ctx.pipeline, ctx.model = request.pipeline, request.model
     run = _PlacedNode(ctx, request.node_id, request.kind, request.position, request.branch)
     contract = node.contract
     assert contract is not None
@@ -349,8 +351,8 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     run.last_failure = request.failure_before(contract.output_schema)
     emitted = _Emitted()
     if request.takes_events:
-        ctx.fire = Hooks((), run_id=ctx.run_id, limit_seconds=None, failures=[], receivers=(emitted,))
-        attempt_id_of(run)
+        ctx.fire = Hooks((emitted,), run_id=ctx.run_id, limit_seconds=None, failures=[])
+        run.identify_attempt()
     answer, usage_error = PlaceAnswer(), None
     token = CURRENT.set(run)
     try:

@@ -16,7 +16,7 @@ from stroma.contracts.contract import ContractViolation, as_violation, output_vi
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import FlowNode, Group, Node
 from stroma.contracts.schema import schema_of
-from stroma.engine.commit import failed_of, record, settle
+from stroma.engine.commit import failed_of, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.loop import execute_in_turn
 from stroma.engine.merged_models import is_merged
@@ -75,7 +75,7 @@ async def commit_output(
         None,
         execution.busy_ns,
     )
-    again = partial(record, ctx, row, schema, model, step)
+    again = partial(ctx.journal.record, row, schema, model, step)
     pending = again()
     if pending is not None:
         refused, cancelled = await settle(ctx, row, pending, again)

@@ -262,14 +262,6 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         self.outer.call_exception_handler(context)
 
 
-def refuse_in_body(call: str, instead: str) -> None:
-    """Raise NotImplementedError in the body of a flow, where each resume would make this call again."""
-    if type(_get_running_loop()) is BodyLoop:
-        raise NotImplementedError(
-            f"the body of a flow called {call}, which each resume would call again; use {instead}"
-        )
-
-
 async def _close_all(generators: list[AsyncGenerator[Any, Any]]) -> None:
     for generator in generators:
         await generator.aclose()

@@ -15,9 +15,8 @@ from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.contracts.node import FlowNode, Group, Node, held_by
 from stroma.contracts.schema import comparable, schema_of
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.current import AGENT, running_agent
 from stroma.engine.effects import flight_inside, is_unknown
-from stroma.engine.execution import RunningNode
+from stroma.engine.execution import AGENT, RunningNode, running_agent
 from stroma.engine.loop import execute_in_turn
 from stroma.engine.merged_models import spelled_out
 from stroma.engine.outcome import Place

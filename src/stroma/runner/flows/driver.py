@@ -19,8 +19,7 @@ from stroma.checkpoint import PipelineChanged, StoreError
 from stroma.contracts.codec import describe_difference
 from stroma.contracts.node import FlowNode
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.current import CURRENT
-from stroma.engine.execution import RunningNode
+from stroma.engine.execution import CURRENT, RunningNode
 from stroma.engine.outcome import STOPPED, Halt
 from stroma.engine.tasks import cancel_all, raise_if
 from stroma.hooks.dispatch import HookNotAsync

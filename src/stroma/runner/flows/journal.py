@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from contextvars import ContextVar
 from heapq import heappop, heappush
 from time import perf_counter_ns
@@ -124,9 +124,8 @@ def number_of(identity: str) -> int | None:
 class FlowJournal:
     """The records of all flows of one run."""
 
-    def __init__(self, ctx: ReliabilityContext, random_bytes: Callable[[int], bytes] = os.urandom) -> None:
+    def __init__(self, ctx: ReliabilityContext) -> None:
         self._ctx = ctx
-        self._random_bytes = random_bytes
         self._flows: dict[int, FlowRecords] = {}
         #: Keys of the notes about events and observed times, by position and number.
         self._numbered: dict[tuple[int, int], list[str]] = {}
@@ -327,7 +326,7 @@ class FlowJournal:
         """Return the seed of the random values of this execution of the run."""
         records = self.records(position)
         if records.seed is None:
-            records.seed = self._random_bytes(16)
+            records.seed = os.urandom(16)
             self._ctx.session.note(f"{position}:seed:", records.seed)
         return records.seed
 

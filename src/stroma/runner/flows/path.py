@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from stroma.checkpoint.identity import quoted, with_outer
 from stroma.contracts.node import FlowNode
 from stroma.contracts.schema import schema_of
-from stroma.engine.current import CURRENT
+from stroma.engine.execution import CURRENT
 from stroma.runner.flows.call import FlowCall, FlowScope
 from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.endings import FlowClosed, describe

@@ -9,7 +9,7 @@ from ddtrace.propagation.http import HTTPPropagator
 from ddtrace.trace import Context
 
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import RunningNode, running_node
+from stroma.engine.execution import CURRENT, RunningNode
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content
@@ -228,7 +228,7 @@ class Datadog(MetricsObserver):
             span.finish((node.started_ns + (node.duration_ms or 0.0) * 1e6) / 1e9)
         else:
             span.finish()
-        if of_node.active and running_node() is node:
+        if of_node.active and CURRENT.get() is node:
             # By itself the tracer makes the run's span active, or nothing, and not what was so for the
             # caller.
             self._tracer.context_provider.activate(of_node.before)

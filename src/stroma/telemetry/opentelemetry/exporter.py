@@ -13,7 +13,7 @@ from opentelemetry.context import Context
 from stroma.checkpoint.queue import QueueReading
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import RunningNode, running_node
+from stroma.engine.execution import CURRENT, RunningNode
 from stroma.engine.redaction import UnreadState
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import type_name
@@ -372,7 +372,7 @@ class OpenTelemetry(MetricsObserver):
         if of_node is None:
             return
         span, ended = of_node.span, of_node.ended
-        if running_node() is node:  # A coroutine that is closed from elsewhere has left its context behind.
+        if CURRENT.get() is node:  # A coroutine that is closed from elsewhere has left its context behind.
             detach(of_node.attempt_token)
             detach(of_node.token)
         if of_node.attempt is not None:

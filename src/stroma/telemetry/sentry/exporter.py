@@ -11,7 +11,7 @@ import sentry_sdk.scope
 import sentry_sdk.tracing_utils
 
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.execution import RunningNode, running_node
+from stroma.engine.execution import CURRENT, RunningNode
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content
@@ -385,7 +385,7 @@ class Sentry(Observer):
         # Not "cancelled": the SDK streams spans of gen_ai operations, where every status but "ok" is an
         # error.
         spans.end(of_node.span, "internal_error" if outcome == "failure" else "ok", of_node.scope)
-        if of_node.entered is not None and running_node() is node:
+        if of_node.entered is not None and CURRENT.get() is node:
             of_node.entered.close()
 
     # ------------------------------------------------------------------ events
