@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pydantic import BaseModel
-
-from stroma.checkpoint import RunBusy, RunExists
 from stroma.engine.tasks import gather
 from stroma.runner.run import RunExecution
 from stroma.trace.result import ExecutionResult, RunStatus
@@ -28,65 +25,34 @@ class Batch:
         """True once no further run is to start."""
         return self.drained.is_set()
 
-    async def run_all(self, work: Iterable[Coroutine[Any, Any, None]], max_concurrency: int) -> None:
-        """Await all with bounded concurrency; each is created when there is room for it.
+    async def run_each(
+        self,
+        runs: Iterable[tuple[Any, Callable[[], Awaitable[ExecutionResult]]]],
+        max_concurrency: int,
+        on_result: Callable[[Any, ExecutionResult | Exception], None] | None = None,
+    ) -> dict[Any, ExecutionResult | Exception]:
+        """Make (key, run) calls with bounded concurrency, and return the outcomes by key, exceptions too.
 
-        The first exception, of creating or of running one, cancels the others and is raised.
+        Each is taken when there is room for it. The first exception of ``runs`` or ``on_result`` cancels the
+        runs in flight and is raised.
         """
         if max_concurrency < 1:
             raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency!r}")
-        pending = iter(work)
+        pending = iter(runs)
+        outcomes: dict[Any, ExecutionResult | Exception] = {}
 
         async def worker() -> None:
             while not self.draining and (item := next(pending, None)) is not None:
-                await item
+                key, run = item
+                try:
+                    outcomes[key] = await run()
+                except Exception as error:
+                    outcomes[key] = error
+                if on_result is not None:
+                    on_result(key, outcomes[key])
 
         await gather([worker() for _ in range(max_concurrency)])
-
-    async def run_each(
-        self,
-        run: Callable[..., Coroutine[Any, Any, ExecutionResult]],
-        inputs: Iterable[BaseModel],
-        max_concurrency: int,
-        run_ids: Callable[[int, BaseModel], str] | None,
-        on_result: Callable[[int, ExecutionResult | Exception], None] | None,
-    ) -> list[ExecutionResult | Exception]:
-        """Call ``run(state)``, with ``run_id=`` if there is ``run_ids``, for each input; see ``run_many``."""
-        outcomes: dict[int, ExecutionResult | Exception] = {}
-
-        async def run_one(number: int, state: BaseModel) -> None:
-            options = {} if run_ids is None else {"run_id": run_ids(number, state)}
-            outcomes[number] = await _outcome_of(run(state, **options))
-            if on_result is not None:
-                on_result(number, outcomes[number])
-
-        await self.run_all((run_one(number, state) for number, state in enumerate(inputs)), max_concurrency)
-        return [outcomes[number] for number in sorted(outcomes)]
-
-    async def recover_each(
-        self,
-        resume: Callable[[str], Coroutine[Any, Any, ExecutionResult]],
-        run_ids: Iterable[str],
-        max_concurrency: int,
-    ) -> dict[str, ExecutionResult | Exception]:
-        """Resume each run; return the outcomes by run id, without runs that another process has taken."""
-        outcomes: dict[str, ExecutionResult | Exception] = {}
-
-        async def recover_one(run_id: str) -> None:
-            outcome = await _outcome_of(resume(run_id))
-            if not isinstance(outcome, (RunBusy, RunExists)):
-                outcomes[run_id] = outcome
-
-        await self.run_all((recover_one(run_id) for run_id in run_ids), max_concurrency)
         return outcomes
-
-
-async def _outcome_of(run: Coroutine[Any, Any, ExecutionResult]) -> ExecutionResult | Exception:
-    """Return the result of a run, or the exception that it raised."""
-    try:
-        return await run
-    except Exception as error:
-        return error
 
 
 class LiveRuns:

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NoReturn
 
@@ -29,11 +28,11 @@ from stroma.engine.lifecycle import (
     open_run,
 )
 from stroma.engine.loop import execute_in_turn, note_end
-from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, limit_that_stopped
+from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, halt_of_ended_run, limit_that_stopped
 from stroma.engine.restore import check_place, check_unfinished_call, output_schema, redeliver, restore
 from stroma.engine.tasks import raise_if
-from stroma.failures.classes import FailureClass, describe_class
-from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED, RunFailed, SharedBudgetExceeded
+from stroma.failures.classes import describe_class
+from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED, SharedBudgetExceeded
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError
@@ -318,10 +317,7 @@ class RunExecution:
             elif not ctx.account.suspended:
                 ctx.account.note_suspended(finished.error or "waiting for an answer")
             return
-        error = RunFailed(finished.error or f"run {ctx.run_id!r} ended as {status}")
-        failure = diagnose(error, NodeContext("run", 1, ctx.run_id))
-        kind = FailureClass.TERMINAL if status is RunStatus.FAILED else FailureClass.RECOVERABLE
-        self._failure = replace(failure, failure_class=kind, reason=finished.reason or failure.reason)
+        self._failure = halt_of_ended_run(ctx, "run", finished).failure
 
     def _note_setbacks(self) -> None:
         """Count the setbacks of the run in succession, and note when it is due after one."""

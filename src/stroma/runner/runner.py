@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from asyncio.events import _get_running_loop
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from types import FrameType, ModuleType, NoneType
@@ -20,6 +20,8 @@ from stroma.checkpoint import (
     CheckpointManager,
     CheckpointStore,
     PipelineChanged,
+    RunBusy,
+    RunExists,
     StoreError,
 )
 from stroma.checkpoint.entries import MAX_DELAY_SECONDS, RunRequest
@@ -575,11 +577,17 @@ class StromaRunner(Generic[DepsT]):
         """
         check_keywords("run_many", options, RunKeywords)
         nodes = _listed(node_sequence)
-        run = partial(self.run, nodes, **options)
+
+        def runs() -> Iterator[tuple[int, Callable[[], Coroutine[Any, Any, ExecutionResult]]]]:
+            for number, state in enumerate(inputs):
+                own = {} if run_ids is None else {"run_id": run_ids(number, state)}
+                yield number, partial(self.run, nodes, state, **{**options, **own})
+
         with self._live.batch() as batch:
             if recover:
                 await self._recover(nodes, batch, max_concurrency, None, options)
-            return await batch.run_each(run, inputs, max_concurrency, run_ids, on_result)
+            outcomes = await batch.run_each(runs(), max_concurrency, on_result)
+            return [outcomes[number] for number in sorted(outcomes)]
 
     async def recover(
         self,
@@ -615,7 +623,10 @@ class StromaRunner(Generic[DepsT]):
         # The delay of a dispatcher after a setback does not bind a program that starts.
         due = Dispatch(now_ms() + int(1000 * MAX_DELAY_SECONDS))
         resume = partial(self._driver(batch, options).resume, served=served, dispatch=due)
-        return await batch.recover_each(resume, run_ids, max_concurrency)
+        runs = ((run_id, partial(resume, run_id)) for run_id in run_ids)
+        outcomes = await batch.run_each(runs, max_concurrency)
+        # Without runs that another process has taken meanwhile.
+        return {key: one for key, one in outcomes.items() if not isinstance(one, (RunBusy, RunExists))}
 
     async def serve(
         self,
