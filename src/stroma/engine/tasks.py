@@ -61,24 +61,16 @@ class ThreadPlaces:
                     future.set_result(None)
 
 
-class _Scope:
-    """The places outside of all plain nodes, or inside one of them."""
-
-    def __init__(self) -> None:
-        self._places: WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, ThreadPlaces]]
-        self._places = WeakKeyDictionary()
-
-    def places(self, owner: object) -> ThreadPlaces:
-        loops = self._places.setdefault(owner, WeakKeyDictionary())
-        return loops.setdefault(asyncio.get_running_loop(), ThreadPlaces())
-
-
-_SCOPE: ContextVar[_Scope] = ContextVar("stroma_thread_scope", default=_Scope())  # noqa: B039
+#: By owner and event loop.
+_Places = WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, ThreadPlaces]]
+#: The places outside of all plain nodes, or inside one of them.
+_PLACES: ContextVar[_Places] = ContextVar("stroma_thread_places", default=_Places())  # noqa: B039
 
 
 def thread_places(owner: object) -> ThreadPlaces:
     """Return the places of a runner's plain nodes in the running event loop. ``owner``: its registry."""
-    return _SCOPE.get().places(owner)
+    loops = _PLACES.get().setdefault(owner, WeakKeyDictionary())
+    return loops.setdefault(asyncio.get_running_loop(), ThreadPlaces())
 
 
 #: Message of the cancellation of a task that is given up. It reaches the tasks that the task awaits.
@@ -158,7 +150,7 @@ async def call_in_thread(
 
     def call() -> Any:
         nonlocal is_running
-        _SCOPE.set(_Scope())  # Plain nodes in it must not wait for the place that it takes.
+        _PLACES.set(_Places())  # Plain nodes in it must not wait for the place that it takes.
         try:
             return func(*args)
         finally:
