@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
     from stroma.checkpoint.cells import Change
     from stroma.engine.effects import Effect
     from stroma.limits.breaker import Breaker, CircuitState
-    from stroma.limits.gate import BudgetWarning, CooldownBegun, Gate
+    from stroma.limits.gate import DueHook, Gate
     from stroma.trace.events import AttemptUsage, MarkKind
 
 _POLL_SECONDS: Final = (
@@ -234,7 +234,7 @@ class Permit:
             effect.error = None
         if failure is not None and not run.raised_itself(failure.exception):
             failure = None  # The execution inside that raised it has reported it.
-        due: list[BudgetWarning | CooldownBegun] = []
+        due: list[DueHook] = []
         self._uncharge()
         for gate in reversed(self.gates):
             if gate in self.answers:
@@ -542,13 +542,14 @@ class _Queued:
             _mark(self._ctx, self._run, "wait", reason, (perf_counter() - self._begin) * 1000)
 
 
-async def _announce(ctx: ReliabilityContext, run: RunningNode, event: BudgetWarning | CooldownBegun) -> None:
+async def _announce(ctx: ReliabilityContext, run: RunningNode, due: DueHook) -> None:
     node_id: str | None = None
-    if event.hook == "on_limit_cooldown":
-        node_id, label, seconds = run.node_id, f"limit {event[0]!r}", float(event[1])
+    if due.hook == "on_limit_cooldown":
+        node_id, (name, seconds) = run.node_id, due.arguments
+        label = f"limit {name!r}"
         _mark(ctx, run, "cooldown", label, 0.0)
         ctx.run_logger.warning("%s is closed for %.3g s because the provider asked to wait", label, seconds)
-    await ctx.fire.fire(event.hook, node_id, ctx.run_id, *event)
+    await ctx.fire.fire(due.hook, node_id, ctx.run_id, *due.arguments)
 
 
 async def _announce_circuit(ctx: ReliabilityContext, run: RunningNode, key: str, state: CircuitState) -> None:

@@ -60,27 +60,11 @@ class WaitQueue:
         return wait if wait.ms is None else Wait(COOLDOWN, max(0, wait.ms - passed))
 
 
-class BudgetWarning(NamedTuple):
-    """A limit of a shared budget has reached 80 %: the arguments of ``on_budget_warning``."""
+class DueHook(NamedTuple):
+    """A hook that is to be called after a call: its name, and its arguments after the run id."""
 
-    dimension: str
-    used: float
-    limit: float
-
-    @property
-    def hook(self) -> str:
-        return "on_budget_warning"
-
-
-class CooldownBegun(NamedTuple):
-    """A call has closed a limit: the arguments of ``on_limit_cooldown``."""
-
-    limit: str
-    seconds: float
-
-    @property
-    def hook(self) -> str:
-        return "on_limit_cooldown"
+    hook: str
+    arguments: tuple[Any, ...]
 
 
 class Gate(ABC):
@@ -188,7 +172,7 @@ class Gate(ABC):
     @abstractmethod
     async def count_call(
         self, node_id: str, token: str, used: AttemptUsage, failure: Failure | None, *, has_output: bool
-    ) -> Sequence[BudgetWarning | CooldownBegun]:
+    ) -> Sequence[DueHook]:
         """Count a call that was made, and return what is to be announced. Raises StoreError.
 
         ``failure`` is None for a call that succeeded or was cancelled. A call over a budget has an output and
@@ -202,7 +186,7 @@ class Gate(ABC):
         """
         return None
 
-    def finish_charge(self, token: str, answer: Any) -> Sequence[BudgetWarning]:
+    def finish_charge(self, token: str, answer: Any) -> Sequence[DueHook]:
         """Return the same as :meth:`count_call`, for a call that a charge has counted. Raises StoreError."""
         raise NotImplementedError
 

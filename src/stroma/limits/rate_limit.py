@@ -16,7 +16,7 @@ from stroma.failures.errors import COOLDOWN, LimitError, Wait, WaitedTooLong
 from stroma.failures.providers import requested_waits
 from stroma.limits.breaker import Breaker
 from stroma.limits.gate import (
-    CooldownBegun,
+    DueHook,
     Gate,
     OnStoreError,
     check_max_wait,
@@ -155,7 +155,7 @@ class RateGate(Gate):
 
     async def count_call(
         self, node_id: str, token: str, used: AttemptUsage, failure: Failure | None, *, has_output: bool
-    ) -> list[CooldownBegun]:
+    ) -> list[DueHook]:
         end = CallReport(answered=True) if has_output else _end_of_call(failure)
         if not (self._records_end or end.refused or token in self._probes):
             return []
@@ -166,7 +166,7 @@ class RateGate(Gate):
         if seconds is None:
             return []
         self.store.post_cell(_COOLDOWNS, list_cooldown(self.name))
-        return [CooldownBegun(self.name, seconds)]
+        return [DueHook("on_limit_cooldown", (self.name, seconds))]
 
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
         # A call that was cancelled while it asked may have become the probe.

@@ -32,7 +32,7 @@ from stroma.limits.budget_state import (
     settle,
 )
 from stroma.limits.gate import (
-    BudgetWarning,
+    DueHook,
     Gate,
     OnStoreError,
     check_max_wait,
@@ -199,7 +199,7 @@ class SharedBudget(Gate):
 
     async def count_call(
         self, node_id: str, token: str, used: AttemptUsage, failure: Failure | None, *, has_output: bool
-    ) -> list[BudgetWarning]:
+    ) -> list[DueHook]:
         """See Gate. Returns the limits that have reached 80 %."""
         self.release(token)
         spend = self._spend(node_id, token, used, has_output)
@@ -210,13 +210,12 @@ class SharedBudget(Gate):
             raise
         return self._warnings(due)
 
-    def _warnings(self, due: list[tuple[str, int, int]]) -> list[BudgetWarning]:
+    def _warnings(self, due: list[tuple[str, int, int]]) -> list[DueHook]:
+        def amount(what: str, figure: int) -> float:
+            return _usd(figure) if what == "cost" else figure
+
         return [
-            BudgetWarning(
-                f"{self.name}:{what}",
-                _usd(used) if what == "cost" else used,
-                _usd(limit) if what == "cost" else limit,
-            )
+            DueHook("on_budget_warning", (f"{self.name}:{what}", amount(what, used), amount(what, limit)))
             for what, used, limit in due
         ]
 
@@ -239,9 +238,7 @@ class SharedBudget(Gate):
 
         return change
 
-    def finish_charge(
-        self, token: str, answer: list[tuple[str, int, int]] | StoreError
-    ) -> list[BudgetWarning]:
+    def finish_charge(self, token: str, answer: list[tuple[str, int, int]] | StoreError) -> list[DueHook]:
         """Return the same as :meth:`count_call`, for a call that a charge has counted. Raises StoreError."""
         self.release(token)
         if isinstance(answer, StoreError):
