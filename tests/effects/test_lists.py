@@ -24,7 +24,7 @@ from stroma import (
     Unknown,
     parallel,
 )
-from stroma.engine import attempt
+from stroma.engine.context import RunJournal
 from stroma.testing import crash_at
 
 store = store_fixture(*FAMILIES)
@@ -390,16 +390,16 @@ async def test_a_charge_whose_commit_is_refused_stays_unknown(store: Any, monkey
         return Order(cents=cents.pop(0))
 
     nodes = [before, runner.node("charge", input=Order, output=Receipt, effect=True)(shop.charge)]
-    record = attempt.record
+    record = RunJournal.record
 
-    def refuse(ctx: Any, row: Any, schema: Any = None, output: Any = None, *more: Any) -> Any:
+    def refuse(self: Any, row: Any, schema: Any = None, output: Any = None, *more: Any) -> Any:
         if output is not None and row.node_id == "charge":
             return StoreError("disk full")
-        return record(ctx, row, schema, output, *more)
+        return record(self, row, schema, output, *more)
 
     monkeypatch.setattr("stroma.engine.commit._STORE_DELAYS", ())
     with monkeypatch.context() as patched:
-        patched.setattr(attempt, "record", refuse)
+        patched.setattr(RunJournal, "record", refuse)
         assert (await runner.run(nodes, Order(), run_id="r")).status is RunStatus.PARTIAL
     (effect,) = store.facts_of("r").effects.values()
     assert effect.is_unknown

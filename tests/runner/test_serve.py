@@ -31,7 +31,7 @@ from stroma import (
 from stroma.checkpoint.entries import RunRequest
 from stroma.checkpoint.queue import Candidate, ClaimRequest, ServedCode
 from stroma.contracts.schema import schema_of
-from stroma.engine import attempt
+from stroma.engine.context import RunJournal
 from stroma.runner.drive import Ended, Suspended
 from stroma.testing import FakeClock
 
@@ -275,15 +275,15 @@ async def test_a_run_that_fails_does_not_stop_others(clock: Clock, caplog: pytes
 
 def _refuse_outputs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Have every store refuse outputs while the returned list has an entry."""
-    refuses, record = [True], attempt.record
+    refuses, record = [True], RunJournal.record
 
-    def refuse(ctx: Any, row: Any, schema: Any = None, output: Any = None, *more: Any) -> Any:
+    def refuse(self: Any, row: Any, schema: Any = None, output: Any = None, *more: Any) -> Any:
         if output is not None and refuses:
             return StoreError("AccessDenied")
-        return record(ctx, row, schema, output, *more)
+        return record(self, row, schema, output, *more)
 
     monkeypatch.setattr("stroma.engine.commit._STORE_DELAYS", ())
-    monkeypatch.setattr(attempt, "record", refuse)
+    monkeypatch.setattr(RunJournal, "record", refuse)
     return refuses
 
 
