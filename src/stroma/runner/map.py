@@ -25,7 +25,6 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place, paused
-from stroma.engine.parts import wait_unless_held
 from stroma.engine.restore import check_committed, output_schema, read_output, value_of
 from stroma.engine.tasks import TaskPool, raise_if
 from stroma.failures.classes import FailureClass
@@ -192,7 +191,7 @@ class MapRun:
         ctx, ends = self._ctx, self._ends
         async with contextlib.aclosing(self._source.pages()) as pages:
             # A source may wait for its next items: a pause ends that.
-            while page := await wait_unless_held(ctx.stopping, partial(anext, pages, None)):
+            while page := await ctx.stopping.wait_unless_held(partial(anext, pages, None)):
                 committed = await self._find_committed(page) if self._may_have_committed else {}
                 for item in page:
                     self.count = item.index + 1
