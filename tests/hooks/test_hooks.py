@@ -362,28 +362,6 @@ async def test_skipped_on_resume_from(seen: Recorder) -> None:
     assert seen.names[0] == RUN_START, "a run's first event is on_run_start"
 
 
-async def test_skipped_children(seen: Recorder) -> None:
-    """On resume a group runs only its unfinished children, and the finished ones fire on_node_skipped."""
-    store = AsyncInMemoryStore()
-    fail = True
-
-    @node("wobbly", output=Text)
-    async def wobbly(state: State) -> Any:
-        await asyncio.sleep(0)
-        if fail:
-            raise ValueError
-        return {"text": "ok"}
-
-    group = parallel(plus, wobbly)
-    await quick(store=store, hooks=NodeHooks(), policy_map=NEVER).run([group], State())
-    fail = False
-    result = await quick(seen, store=store, resume=True).run([group], State())
-    assert result.status is RunStatus.RESUMED
-    assert [n for _, n, _ in seen.of(START)] == ["parallel(plus, wobbly)", "wobbly"]
-    assert [n for _, n, _ in seen.of(SKIPPED)] == ["plus"]
-    seen.assert_paired()
-
-
 @pytest.mark.core
 async def test_budget_warning(seen: Recorder) -> None:
     """on_budget_warning(run_id, dimension, used, limit) fires once per dimension, at 80 % and not below."""
@@ -1430,23 +1408,6 @@ async def test_current_node_in_hooks_and_function() -> None:
         WARNING: [at("n", 1, 2)],
         RUN_END: [None],
     }
-
-
-async def test_current_node_of_cancelled_and_skipped() -> None:
-    """current_node() is set in on_node_cancelled and on_node_skipped too."""
-    places: list[Any] = []
-
-    async def look(*_: Any) -> None:
-        here = current_node_or_none()
-        places.append(here and (here.node_id, here.position))
-
-    store = AsyncInMemoryStore()
-    hooks = NodeHooks(on_node_cancelled=look, on_node_skipped=look)
-    for resume in (False, True):
-        waits, started = waiting()
-        task = asyncio.create_task(quick(hooks, store=store, resume=resume).run([plus, waits], State()))
-        await cancelled_after(task, started)
-    assert places == [("waiting", 1), ("plus", 0), ("waiting", 1)]
 
 
 async def test_current_node_in_threads_and_subtasks() -> None:

@@ -70,15 +70,6 @@ def bare(node_id: str, func: Any) -> Any:
     return marked
 
 
-async def test_the_merged_state_is_a_model_for_the_next_node() -> None:
-    """The merged state is a model instance that the next node's contract accepts."""
-    right = node("r", returning(Right(right=2, both="r")), Num, Right)
-    group = parallel(node("l", returning({"left": 1, "both": "l"}), Num, Left), right)
-
-    result = await quick().run([group, node("same", same, Both, Both)], Num())
-    assert result.final_state == Both(left=1, right=2, both="r")
-
-
 async def test_a_child_without_a_contract_passes_unvalidated() -> None:
     """A child without a contract gets the state as it is and its output is merged as it was returned."""
     seen: list[Any] = []
@@ -514,32 +505,6 @@ async def test_a_registered_contract_counts_in_a_group() -> None:
     runner.registry.register(NodeContract(node_id="c", input_schema=Num, output_schema=Left))
     result = await runner.run([parallel(child)], Num())
     assert result.final_state.model_dump() == {"left": 5, "both": ""}
-
-
-@pytest.mark.core
-async def test_map_over_collects_in_order() -> None:
-    """map_over runs one node for each item and collects the outputs in order; other fields stay."""
-    gates = [asyncio.Event() for _ in range(4)]
-    gates[3].set()
-
-    async def double(state: Num) -> Any:
-        await gates[state.n].wait()
-        if state.n:
-            gates[state.n - 1].set()
-        return {"n": state.n * 2}, state.n
-
-    group = map_over("items", node("double", double), into="out")
-    result = await quick().run([group], Items(items=[{"n": i} for i in range(4)]))
-    assert result.status is RunStatus.COMPLETED, result.failure
-    assert result.final_state.model_dump() == {
-        "items": [{"n": i} for i in range(4)],
-        "other": "kept",
-        "out": [{"n": i * 2} for i in range(4)],
-    }
-    assert result.total_tokens == 6
-    (event,) = result.trace
-    assert event.node_id == "map_over(items, double)"
-    assert [c.branch for c in event.children] == ["3", "2", "1", "0"]
 
 
 async def test_map_over_of_nothing() -> None:
