@@ -32,7 +32,7 @@ def test_sigint_in_the_middle_of_a_node(stroma):
     assert "stroma: SIGINT: stopping" in err
     assert "cancelled" in err
     assert "stroma: stopped by SIGINT: run x is CANCELLED" in err
-    assert "resume with: stroma resume x sums.py:pipeline" in err
+    assert "or continue it here: stroma resume x sums.py:pipeline" in err
     assert "Traceback" not in err
     data = json.loads(out)
     assert (data["exit_code"], data["status"], data["final_state"]) == (130, "CANCELLED", {"n": 2})
@@ -52,7 +52,7 @@ def test_sigterm_lets_the_node_in_flight_finish(stroma):
     assert process.returncode == 0, err
     assert "stroma: SIGTERM: stopping after the node in flight, in 10.0 s at most" in err
     assert "stopped by SIGTERM: run x is INTERRUPTED\n" in err
-    assert "resume with: stroma resume x sums.py:pipeline" in err
+    assert "or continue it here: stroma resume x sums.py:pipeline" in err
     data = json.loads(out)
     assert (data["exit_code"], data["status"], data["final_state"]) == (0, "INTERRUPTED", {"n": 4})
     assert data["resume"] == "stroma resume x sums.py:pipeline"

@@ -33,7 +33,7 @@ from tests.testing.pipelines import Number, make
 from tests.tiers import examples
 from typing_extensions import TypedDict
 
-from stroma import StromaRunner, parallel, stroma_node
+from stroma import StromaRunner, current_node, parallel, stroma_node
 from stroma.testing import assert_contract_holds
 from stroma.testing.contracts import inputs_of
 
@@ -251,6 +251,19 @@ def test_an_exception_of_the_node_is_a_failure():
     ):
         assert_contract_holds(adder(divides))
     assert_contract_holds(adder(divides), allow=(ZeroDivisionError,))
+
+
+@pytest.mark.parametrize("ends", ["raises", "asks"])
+def test_a_node_that_returns_nothing_is_not_proven(ends: str) -> None:
+    """A contract of which no output was checked does not hold."""
+
+    async def empty(state: Any) -> Any:
+        if ends == "asks":
+            return current_node().wait_for(Number, reason="how many?")
+        raise ConnectionError("no server in this test")
+
+    with pytest.raises(AssertionError, match="node 'sum' returned no output for any example"):
+        assert_contract_holds(adder(empty), examples=3, allow=(ConnectionError,))
 
 
 async def test_it_works_where_an_event_loop_is_running():

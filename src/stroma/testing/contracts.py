@@ -23,6 +23,7 @@ from stroma.failures.policy import FailurePolicy
 from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
 from stroma.trace.plain import jsonable
+from stroma.trace.result import RunStatus
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
@@ -66,7 +67,8 @@ def assert_contract_holds(
     ``fields``: strategies of hypothesis for single fields of the input; ``inputs``: one for the whole input.
     ``runner``: source of contracts and context. ``allow``: exceptions that the node may raise.
 
-    Raises AssertionError with the smallest input that breaks the contract, or that the node raises for;
+    Raises AssertionError with the smallest input that breaks the contract, or that the node raises for, and
+    if the node returned nothing for any input;
     ImportError without hypothesis; TypeError for a group, a node without a contract, or an input without a
     known strategy.
     """
@@ -82,17 +84,25 @@ def assert_contract_holds(
     none: dict[str, Any] = {"node_policies": {}, "contract_retries": {}, "limits": {}, "node_limits": {}}
     twin = runner._twin([node], AsyncInMemoryStore(), policy_map=never, breaker=None, **none)
     numbers = itertools.count()
+    has_returned = False
 
     def holds(loop: asyncio.Runner, state: Any) -> None:
+        nonlocal has_returned
         example = state if isinstance(state, BaseModel) else contract.input_schema.model_validate(state)
         result = loop.run(twin.run([node], example, run_id=f"example-{next(numbers)}"))
         failure = result.failure
+        has_returned = has_returned or result.status is RunStatus.COMPLETED
         if failure is not None and not isinstance(failure.exception, allow):
             raise AssertionError(
                 _failure_message(target.node_id, example, failure.exception, failure.message)
             )
 
     _without_loop(lambda: _try_examples(strategy, holds, examples, seed))
+    if not has_returned:
+        raise AssertionError(
+            f"node {target.node_id!r} returned no output for any example, so that nothing was checked; pass "
+            "inputs= that it can process"
+        )
 
 
 def _try_examples(
