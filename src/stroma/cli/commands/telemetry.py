@@ -26,8 +26,8 @@ def assets(directory: Path, force: bool, as_json: bool) -> None:
     A Grafana dashboard, Prometheus alert and recording rules with their unit tests (promtool test rules), a
     Datadog dashboard.
     """
-    found = [asset for asset in files("stroma.telemetry").joinpath("assets").iterdir() if asset.is_file()]
-    contents = {directory / one.name: one.read_bytes() for one in sorted(found, key=lambda one: one.name)}
+    sources = [asset for asset in files("stroma.telemetry").joinpath("assets").iterdir() if asset.is_file()]
+    contents = {directory / one.name: one.read_bytes() for one in sorted(sources, key=lambda one: one.name)}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         changed = [path for path, data in contents.items() if path.exists() and path.read_bytes() != data]
