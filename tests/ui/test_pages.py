@@ -425,7 +425,9 @@ def test_overview(site: Site) -> None:
     assert to_address("/", q="node:total", status="failed", **{"class": "TERMINAL"}) in links
     for link in links:
         assert "data-row" in site.ask("GET", link).text, link
-    assert site.get("/overview", days=30).status == 200
+    for days, form in (("1", r"\d\d:\d\d"), ("7", r"\d\d-\d\d \d\d:\d\d"), ("30", r"\d\d-\d\d \d\d:\d\d")):
+        chart = site.get("/overview", days=days).text.partition('class="chart"')[2].partition("</svg>")[0]
+        assert len(re.findall(rf">{form}</text>", chart)) == 5, days
     assert "No attempt in that time" not in text
 
 

@@ -137,7 +137,7 @@ class Buckets:
         return [(self.first + n, utc((self.first + n) * self.bucket_ms)) for n in range(BUCKETS + 1)]
 
     def labels(self) -> list[str]:
-        return [when[11:16] if self.bucket_ms < 7_200_000 else when[5:10] for _, when in self.times()]
+        return [when[11:16] if self.bucket_ms < 7_200_000 else when[5:16] for _, when in self.times()]
 
     def of(self, ms: int) -> int:
         return ms // self.bucket_ms
