@@ -30,8 +30,7 @@ def result_of(guard: Guard) -> ExecutionResult:
 
 @pytest.mark.slow
 def test_a_step_ends_and_the_next_one_is_refused(tmp_path: Path) -> None:
-    """`stroma cancel` does not interrupt a step: its result is recorded, and nothing follows, whatever the
-    framework makes of the refusal."""
+    """`stroma cancel` interrupts no step: its result is recorded, nothing follows, whatever frameworks do."""
     with SQLiteStore(tmp_path / "x.db") as store:
         guard = Guard(StromaRunner.quick(store=store))
         calls: list[str] = []

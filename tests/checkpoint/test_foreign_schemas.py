@@ -1,5 +1,4 @@
-"""Stores that somebody else has prepared: nothing of theirs runs in our name, and nothing that may never end
-is read."""
+"""Stores that somebody else has prepared: nothing of theirs runs in our name or reads without end."""
 
 from __future__ import annotations
 

@@ -127,8 +127,7 @@ async def test_a_new_run_has_nothing_of_the_old_one(at: tuple[str, str], way: st
 
 @pytest.mark.slow
 async def test_a_fork_has_only_what_it_copies(at: tuple[str, str], tmp_path: Path) -> None:
-    """A fork gets the input, the commits before its position with the effects that they called, and what the
-    run belongs to; no other record."""
+    """A fork gets input, earlier commits with the effects that they called, and labels; no other record."""
     kind, where = at
     async with opened_with_blobs(kind, where, tmp_path) as store:
         session = await write_every_kind(store, "r", MARK)

@@ -267,8 +267,7 @@ async def test_limits_of_runs(store: Any) -> None:
 
 @pytest.mark.parametrize("how", ["suspended", "lost", "blocked"])
 async def test_runs_that_stopped_are_picked_as_queued_ones(store: Any, how: str) -> None:
-    """Among runs that are due again, priority comes first, and those of a key at its limit do not delay
-    another key, even if they are due for longer."""
+    """Among due runs priority comes first, and those of a key at its limit do not delay another key."""
     runs = [(f"a{number}", 0, "a") for number in range(4)]
     runs += [("b0", 0, "b"), ("plain", 1, None), ("urgent", -1, None)]
     for run_id, priority, key in runs:
@@ -430,8 +429,7 @@ async def test_control_of_a_queued_run(store: Any) -> None:
 
 @pytest.mark.parametrize("take_back", ["unpause", "reopen"])
 async def test_a_queued_run_whose_pause_ends_is_queued_as_before(store: Any, take_back: str) -> None:
-    """A queued run that was paused, even twice, has its due time, priority, key and latest start again once
-    the pause is taken back; a message in between changes none of them."""
+    """A queued run that was paused has its due time, priority, key and latest start again after the pause."""
     place = {"due_ms": NOW + 5, "priority": 3, "key": "k", "expires_ms": NOW + 9}
     await submit(store, "later", **place)
     await submit(store, "urgent", due_ms=NOW + 5, priority=-1)

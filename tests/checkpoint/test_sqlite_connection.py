@@ -1,5 +1,4 @@
-"""The connection that a SQLite store writes with: what is kept of operations that wait together, and what
-each one is told."""
+"""The connection that a SQLite store writes with: what is kept of operations, and what each one is told."""
 
 from __future__ import annotations
 

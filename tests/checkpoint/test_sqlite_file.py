@@ -1,5 +1,4 @@
-"""The file of a SQLite store: how it is made and opened, which files are refused, how long is waited, and
-each error in words."""
+"""The file of a SQLite store: how it is made and opened, what is refused, waits, and errors in words."""
 
 from __future__ import annotations
 

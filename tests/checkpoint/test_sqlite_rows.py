@@ -103,8 +103,7 @@ def table(rows: SqliteRows, name: str, order: str = "1, 2, 3") -> list[tuple[Any
     "change", [{"run": 2}, {"epoch": 2}, {"epoch": 0}, {"owner": THEIRS}, {"acknowledged": 1}]
 )
 def test_the_fence(rows: SqliteRows, clock: Clock, change: dict[str, Any]) -> None:
-    """Whoever has another run, epoch or owner, or more acknowledged attempts than the run counts, writes
-    neither figures nor an output, ends nothing and renews nothing."""
+    """Whoever has another run, epoch or owner, or more acknowledged attempts, writes and renews nothing."""
     fence = rows.begin(None, opening())
     before = table(rows, "runs")
     clock.now = clock.lease = 10**9

@@ -75,8 +75,7 @@ def test_a_run_that_waits_is_no_failure(desk, inside):
 
 
 def test_what_is_told_of_an_answer(desk, golden):
-    """run, show and approve tell each node that waits, with its reason, what it asks for and whether it has
-    its answer, for people and as JSON."""
+    """run, show and approve name each waiting node, its reason, what it asks and whether it is answered."""
     run = """run desk.py:pipeline '{"n": 1}' -q --run-id"""
     golden("asked", f"{run} y --json", f"{run} x", "show x --json", columns=(120,))
     approve = """approve x desk.py:pipeline '{"approved": true}' --json"""
@@ -88,8 +87,7 @@ def test_what_is_told_of_an_answer(desk, golden):
     "words", ["paused", "budget", "effect", "sleeping until 2030", "waiting for a message"]
 )
 def test_the_words_of_a_question_decide_nothing(desk, inside, words):
-    """A question whose text is what the engine says of a pause, a budget, an effect or a wait is shown as a
-    question, with the command that answers it."""
+    """A question whose text is like the engine's about a pause or an effect is shown as a question."""
     text = f"""
         from desk import *
         async def asks(state):

@@ -112,8 +112,7 @@ def test_an_answer_in_the_place_of_the_pipeline(shop, inside, fails):
 
 
 def test_a_dry_run_names_what_must_be_settled(shop, inside, ran):
-    """--dry-run says first that the outcome of a call of an effect must be stated; it refuses code that has
-    another node in its place, as a resume does."""
+    """--dry-run says first that an effect's outcome must be stated; it refuses another node in its place."""
     ran("x", target="shop.py:pipeline", given='{"n": 1}', code=7)
     planned = inside("resume", "x", "shop.py:pipeline", "--dry-run").out
     assert planned.startswith(

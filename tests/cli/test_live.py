@@ -205,8 +205,7 @@ def test_a_small_terminal_gets_lines(stroma):
 
 
 def test_steps_of_a_flow_and_of_flows_inside_are_rows(terminal):
-    """A flow has a row with the sums of its steps, each step and each map its own; no hook of the table
-    fails."""
+    """A flow has a row with the sums of its steps, each step and map its own; no hook of the table fails."""
     terminal = terminal()
     runner = StromaRunner.quick()
 

@@ -32,8 +32,7 @@ def change(stroma, old, new, name="changed.py"):
 
 
 def test_what_is_printed(recorded, golden):
-    """Code that goes the same way ends with 0, other code with 6, and each difference is a line on stdout;
-    --json is one object. No node is called."""
+    """Code that goes the same way ends with 0, other code with 6; each difference is a line; no node runs."""
     change(recorded, "class Sum(BaseModel):\n    n: int", "class Sum(BaseModel):\n    n: int = Field(lt=4)")
     change(recorded, "max_retries=1", "max_retries=0", "fewer.py")
     golden(

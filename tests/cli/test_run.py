@@ -99,8 +99,7 @@ RUN = f"run sums.py:pipeline '{GOOD}' -q --run-id"
 
 
 def test_what_is_printed_at_the_end(golden, monkeypatch):
-    """stdout has the final state, or with --json one object with a schema; stderr why a run did not end as
-    COMPLETED, and the command that goes on."""
+    """stdout has the final state, or one JSON object; stderr the reason of another end, and a command."""
     golden("run", f"{RUN} a", f"{RUN} b --json")
     monkeypatch.setenv("SECOND", "state = 1; raise ContractViolation('x', 'output', {}, [])")
     golden("run-failed", f"{RUN} a", f"{RUN} b --json")

@@ -97,8 +97,7 @@ def unique(alias: Any, number: int) -> Any:
 
 
 def test_what_an_example_holds() -> None:
-    """An example has the required properties by their aliases, and the first of several choices; without
-    required ones, the defaults."""
+    """An example has the required properties by alias and the first of several choices, else the defaults."""
     assert example_for(Inner) == {"number": 4, "texts": ["..", ".."]}
     assert example_for(Tree) == {"left": None, "items": []}
     assert example_for(RootModel[list[int]]) == []

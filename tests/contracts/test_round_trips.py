@@ -174,8 +174,7 @@ class Patch(BaseModel):
 
 
 async def test_only_values_of_fields_pass() -> None:
-    """Between neighbours of one class, private attributes and excluded fields return to their defaults, and
-    ``model_fields_set`` has all fields."""
+    """Between neighbours of one class private attributes and excluded fields return to their defaults."""
     seen: list[Any] = []
 
     async def write(state: Num) -> Patch:

@@ -78,8 +78,7 @@ def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: st
 async def test_an_owner_that_reads_no_request(
     kind: str, request_name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A request to an owner that renews its lease and reads nothing returns after a while with a warning, and
-    holds from the next opening on."""
+    """A request to an owner that reads nothing returns with a warning, and holds from the next opening on."""
     monkeypatch.setattr(stored_runs, "_OWNER_SECONDS", 0.3)
     with place(kind) as where, opened(kind, where) as store, opened(kind, where) as other:
         session = await begin(store, lease_seconds=2.0)

@@ -181,8 +181,7 @@ async def test_reported_usage_shows_at_once() -> None:
 
 @pytest.mark.parametrize("limit", [0.0, 0.1, 0.3, 0.7, 1.1], ids=str)
 async def test_a_cost_at_eighty_percent_warns(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """on_budget_warning is called at 80 % of a limit in dollars, also where a binary fraction falls short;
-    nothing of a limit of 0 is used up before something was spent."""
+    """on_budget_warning is called at 80 % of a limit in dollars, despite binary fractions."""
     monkeypatch.setitem(KNOWN_MODELS, "one cent", (10_000.0, 0.0))
     seen: list[Any] = []
 

@@ -1,5 +1,4 @@
-"""docs/temporal.md and the examples that it speaks of: the code runs against a server, the commands and files
-are sound."""
+"""docs/temporal.md and its examples: the code runs against a server, commands and files are sound."""
 
 from __future__ import annotations
 

@@ -125,8 +125,7 @@ async def test_a_submitter_that_dies_too_early(cluster: Cluster, monkeypatch: py
 async def test_a_run_that_is_resumed_or_submitted_again_without_temporal(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker starts another workflow for a failed run that was only resumed in the store, and for a deleted
-    run id that is submitted again."""
+    """A worker starts another workflow for a run that was resumed in the store, and for a reused id."""
     monkeypatch.setattr(worker_module, "REPAIR_SECONDS", 0.1)
     monkeypatch.setattr(worker_module, "MIN_AGE_SECONDS", 0.0)
     monkeypatch.setattr(worker_module, "MAX_CLAIM_SECONDS", 0.1)

@@ -1,5 +1,4 @@
-"""Calls of effects that the code around them cuts off, and calls at the place of an unknown one with another
-input."""
+"""Calls of effects that the code around them cuts off, and calls with another input at their place."""
 
 from __future__ import annotations
 

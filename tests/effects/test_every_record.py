@@ -1,5 +1,4 @@
-"""Runs that end at each record in the life of an effect: killed, cancelled, or given up since a sibling
-failed."""
+"""Runs that end at each record in the life of an effect: killed, cancelled, or given up for a sibling."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Effects in groups, maps and nodes that the body of a flow sees fail: the next calls take what they came
-to."""
+"""Effects in groups, maps and nodes that a flow's body sees fail: the next calls take their outcome."""
 
 from __future__ import annotations
 
@@ -100,8 +99,7 @@ def shop_flow(
 
 @pytest.mark.parametrize("within", ["group", "node"])
 async def test_a_charge_that_was_made_is_not_repeated(store: Any, within: str) -> None:
-    """G13. A charge whose sibling failed, or the node that made it, is that of the next call of the group or
-    node; a call after that is another charge."""
+    """G13. A charge whose sibling or node failed is that of the next call; a call after that is another."""
     shop = Store(failures=2)
     runner, buy = shop_flow(shop, store, shop.look, further=1, within=within)
     result = await runner.run(buy, Order(), run_id="r")

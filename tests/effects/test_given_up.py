@@ -182,8 +182,7 @@ async def test_after_a_death_it_is_found_out_first(store: Any, stated: str, call
 
 @pytest.mark.parametrize("way", ["call", "gather", "group"])
 async def test_an_effect_inside_a_step_runs_to_its_end(store: Any, way: str) -> None:
-    """G13. The body of a flow that gives up a step does not cut off an effect which a node inside it calls;
-    the next call of the effect takes the outcome."""
+    """G13. A body that gives up a step cuts off no effect inside it; the next call takes the outcome."""
     shop = SlowShop()
     runner = StromaRunner.quick(store=store, policy_map=NEVER)
     charge = runner.node("charge", input=Order, output=Receipt, effect=True)(shop.charge)

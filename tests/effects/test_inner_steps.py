@@ -1,5 +1,4 @@
-"""Effects that call other steps: what a step inside raises or asks says nothing about the effect around
-it."""
+"""Effects that call other steps: what a step inside raises says nothing about the effect around it."""
 
 from typing import Any
 
@@ -106,8 +105,7 @@ async def test_an_own_refusal_beside_a_failed_step_is_one(store: Any) -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("asks", [True, False])
 async def test_a_question_inside_is_not_asked_before_the_effect(store: Any, asks: bool) -> None:
-    """G13: An effect that acts, and then calls a step that asks or an effect with an unknown outcome, is
-    not called again for the answer: a person is asked about it too."""
+    """G13: An effect that acts, then calls a step that asks, is not called again: a person is asked."""
     charges = list[int]()
     question: list[Exception] = [Suspend("which?", schema=Order) if asks else TimeoutError()]
     runner = StromaRunner.quick(store=store, policy_map=NEVER, resume=True, run_id="r")

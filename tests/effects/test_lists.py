@@ -1,5 +1,4 @@
-"""Effects in lists of nodes: a call is repeated only if somebody states that the one before did not
-happen."""
+"""Effects in lists: a call is repeated only if somebody states that the one before did not happen."""
 
 import asyncio
 from collections.abc import Callable
@@ -149,8 +148,7 @@ async def test_a_reconcile_that_cannot_tell_suspends(store: Any) -> None:
 
 @pytest.mark.core
 async def test_a_statement_that_comes_during_reconcile_holds(store: Any) -> None:
-    """After a person states during reconcile that a call happened, NotDone() does not repeat it. A statement
-    that comes later is refused."""
+    """A statement during reconcile that a call happened wins over NotDone(). A later statement is refused."""
     shop, asked = Shop(after=[TimeoutError(), TimeoutError()]), asyncio.Event()
     verdicts: list[Any] = [Unknown()]
 

@@ -221,8 +221,7 @@ async def test_an_error_that_is_raised_for_a_failure_is_tried_again(store: Any) 
 
 
 async def test_a_flow_inside_may_decide_otherwise(store: Any) -> None:
-    """A flow inside that ended after a failure which is retried has the output that its body returns now, on
-    this resume and on the next ones."""
+    """An inner flow that ended after a failure which is retried has the output that its body returns now."""
     shop = Shop("paid")
     shop.failing, shop.turns = {"bad", "quote"}, {"quote": 20}
     bad, quote = shop.step("bad"), shop.step("quote", lambda n: 100)

@@ -1,5 +1,4 @@
-"""run() of an id that exists: by default it discards no unfinished execution, no answer and no recorded
-effect."""
+"""run() of an id that exists: by default it discards no unfinished execution, answer or recorded effect."""
 
 import subprocess
 import sys

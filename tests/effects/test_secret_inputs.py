@@ -116,8 +116,7 @@ async def test_an_effect_is_known_by_its_secret(store: Any) -> None:
 
 
 async def test_a_codec_lets_another_process_find_it(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G13. A process that takes over knows an effect by its secret, if the store has a codec: it asks before
-    the next call with that input."""
+    """G13. A process that takes over knows an effect by its secret if the store has a codec, and asks."""
     shop = Shop()
     shop.dies = True
     run = asyncio.create_task(runner_on(store).run(shop.flow([1, 1]), Num()))
@@ -160,8 +159,7 @@ def has_codec(store: Any) -> bool:
 async def test_a_step_with_another_secret_is_a_change(
     store: Any, monkeypatch: pytest.MonkeyPatch, is_same_process: bool
 ) -> None:
-    """A resume whose step has another secret is refused, and its message does not show the secret. Without a
-    codec, another process cannot compare secrets."""
+    """A resume whose step has another secret is refused without showing it; comparing needs a codec."""
     pan = "4111"
     check = stroma_node("check", input=Card, output=Num)(lambda state: Num(n=state.order))
 

@@ -1,5 +1,4 @@
-"""A turn of an agent that calls three tools, fails after one of them took effect, and is tried again as a
-whole."""
+"""A turn of an agent that calls three tools, fails after one took effect, and is tried again as a whole."""
 
 from __future__ import annotations
 

@@ -1177,8 +1177,7 @@ SHOWN = (
 
 
 def test_the_class_that_users_see_has_the_documented_names_only() -> None:
-    """Completion after ``current_node().`` shows the names of the documentation; the engine's own are those
-    of a subclass, which no published function returns by type."""
+    """Completion after ``current_node().`` shows the documented names; the engine's own are a subclass's."""
     names = {name for name in (*dir(NodeExecution), *NodeExecution.__annotations__) if name[0] != "_"}
     assert sorted(names) == SHOWN.split()
     for function in (current_node, current_node_or_none):

@@ -54,8 +54,7 @@ store = store_fixture(*IN_PROCESS)
 
 @pytest.mark.core
 async def test_idempotency_keys_never_collide(store: Any) -> None:
-    """Every execution, run, position and child has an idempotency key of its own, of 32 digits and letters,
-    whatever the run's id looks like."""
+    """Every execution, run, position and child has an idempotency key of its own of 32 digits and letters."""
     keys: list[str] = []
 
     async def note(state: Any) -> Any:

@@ -328,8 +328,7 @@ async def test_redact_gets_each_message(redact: Any, message: str) -> None:
 
 @pytest.mark.core
 async def test_what_the_users_code_raises_is_logged_by_its_type(caplog: pytest.LogCaptureFixture) -> None:
-    """With a redact, exceptions of hooks and classifiers are logged without their messages: these get the
-    original exception of the node."""
+    """With a redact, exceptions of hooks and classifiers, which get the original, are logged by type."""
 
     async def on_node_failure(_run: str, _node: str, error: Exception, _kind: Any) -> None:
         raise RuntimeError(f"cannot report {error}")
@@ -400,8 +399,7 @@ async def test_a_changed_call_is_named_by_its_fields(
 
 @pytest.mark.core
 async def test_a_redact_may_change_its_argument(store: SQLiteStore, runner: StromaRunner[Any]) -> None:
-    """G7: A redact that changes the dict it gets hides as one that returns another: in recordings, pages and
-    HTML; the trace stays as it was."""
+    """G7: A redact that changes the dict it gets hides as one that returns another; the trace stays."""
 
     @runner.node
     async def keep(state: Person) -> Person:

@@ -1,5 +1,4 @@
-"""The examples with an embedding model, a FastAPI service and a notebook: they run, without a network, and
-show what they say."""
+"""The examples with an embedding model, a FastAPI service and a notebook run without a network."""
 
 from __future__ import annotations
 

@@ -125,8 +125,7 @@ def test_own_words_about_keys_are_not_a_clients() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_a_providers_error_means(case: Case, provider: Server) -> None:
-    """The SDK's own exception, raised by the SDK from the server's answer, has its class and its reason, and
-    so has what is raised from it."""
+    """The SDK's own exception for the server's answer has its class and reason, and so has what it causes."""
     url = provider.url(case.answer)
     error = error_of(lambda: ASK[case.sdk](url, case.answer))
     assert type(error).__module__.partition(".")[0] in SDKS[case.sdk].packages

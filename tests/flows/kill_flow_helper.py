@@ -1,5 +1,4 @@
-"""One life of a process that runs a random program and may kill itself: kind of store, its place, side file,
-seed, life."""
+"""One life of a process that runs a random program: kind of store, its place, side file, seed, life."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The world of a random program: its nodes, the ledger of its effects, who sends it messages, and its
-lives."""
+"""The world of a random program: its nodes, its ledger of effects, its messages, and its lives."""
 
 from __future__ import annotations
 

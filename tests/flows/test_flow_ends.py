@@ -1,5 +1,4 @@
-"""What a resume tries again of a flow that failed, and what it leaves alone; calls that come when a flow is
-ending."""
+"""What a resume tries again of a failed flow, and what it leaves alone; calls while a flow is ending."""
 
 from __future__ import annotations
 

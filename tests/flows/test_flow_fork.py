@@ -66,8 +66,7 @@ async def test_a_flow_is_forked_at_a_call(store: Any) -> None:
 
 
 async def test_a_flow_in_a_pipeline_is_forked_at_a_call(store: Any) -> None:
-    """What comes before the flow is restored, and what comes after it is called again. The place of the call
-    is given as `show` prints it."""
+    """What is before the flow is restored, what is after it is called; `show` prints the place of a call."""
     world = World()
     first, add, last = (world.step(name) for name in ("first", "mail.add", "last"))
 

@@ -1,5 +1,4 @@
-"""The event loop of a flow's body: asyncio as it is, in an order that a replay repeats, and nothing from
-outside."""
+"""The event loop of a flow's body: asyncio in an order that a replay repeats, and nothing from outside."""
 
 from __future__ import annotations
 

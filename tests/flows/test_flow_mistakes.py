@@ -355,8 +355,7 @@ async def test_what_is_deterministic_passes() -> None:
 
 
 async def test_a_flow_that_waits_is_checked_to_its_end() -> None:
-    """check_deterministic answers questions in the order in which they are asked, and lets timers pass at
-    once: also the code behind a wait is replayed."""
+    """check_deterministic answers questions in order and lets timers pass: it replays code behind waits."""
 
     async def body(flow: Flow, state: Num) -> Num:
         one = await flow.wait_for(Num, reason="one?")

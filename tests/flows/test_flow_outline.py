@@ -1,5 +1,4 @@
-"""A run of a flow as it is shown: calls as a tree, repeated calls folded, waits as what they are; over every
-shared store."""
+"""A run of a flow as it is shown: calls as a tree, repeated calls folded, waits as what they are."""
 
 from __future__ import annotations
 
@@ -328,8 +327,7 @@ def test_repeated_calls_have_one_key() -> None:
 
 
 def test_failures_inside_of_folded_calls_are_shown() -> None:
-    """Folded calls of a Pipeline, which have no attempts of their own, name those whose last node failed.
-    Their places have the ids of nodes as they are."""
+    """Folded calls of a Pipeline, which have no attempts, name those whose last node failed, by plain ids."""
     bars = [
         Bar(f"n{node}", f"0.mail%2Erun#{call}.{node}", 1, 2 * call + node, 1, "success")
         for call in range(3)

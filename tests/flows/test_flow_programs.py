@@ -1,5 +1,4 @@
-"""Random programs of flows that are killed at random, resumed, and cut at any event equal the same programs
-undisturbed."""
+"""Random programs of flows that are killed, resumed and cut at any event end as if undisturbed."""
 
 from __future__ import annotations
 

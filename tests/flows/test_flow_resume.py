@@ -890,8 +890,7 @@ class Sizes(BaseModel):
 
 @pytest.mark.parametrize("way", ["alone", "in a group", "in a flow"])
 async def test_failed_items_of_restored_maps_are_counted(store: Any, way: str) -> None:
-    """Failed items of a map that a flow calls are counted in each result: at the suspension, after the
-    resume, of the returned run, of a fork, and at the end of a follow."""
+    """Failed items of a map that a flow calls are counted in each result, of forks and follows as well."""
 
     async def size(page: Page) -> Page:
         if page.n == 2:

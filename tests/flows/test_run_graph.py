@@ -1,5 +1,4 @@
-"""The graph of the recorded runs of a flow, over every shared store, on the command line and in the web
-interface."""
+"""The graph of the recorded runs of a flow, over every store, in the command line and the web interface."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What the tests of frameworks in the body of a flow share: a model and a tool that are steps, and the proof
-that it resumes."""
+"""What tests of frameworks in a flow's body share: a model, a tool, and the proof that it resumes."""
 
 from __future__ import annotations
 

@@ -375,8 +375,7 @@ async def test_failures_without_a_host_count_for_the_limit() -> None:
 @pytest.mark.core
 @pytest.mark.parametrize("stated", [Unknown(), NotDone(), State(n=1)], ids=["unknown", "not done", "done"])
 async def test_effects_with_an_unknown_outcome_count(stated: Any) -> None:
-    """The call of an effect that fails counts as failed, whatever is stated about it: the circuit opens, and
-    a Retry-After closes the limit."""
+    """A failed call of an effect counts, whatever is stated: circuits open, Retry-After closes the limit."""
     calls: list[int] = []
 
     @stroma_node("pay", effect=True, reconcile=lambda state, key: stated)

@@ -206,8 +206,7 @@ async def test_an_unknown_run(store: Any) -> None:
 
 
 async def test_a_failing_store_leaves_the_run_to_others(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store that fails in the middle of a driven run is an exception; the run stays INTERRUPTED, and a
-    call five seconds later continues it."""
+    """A store that fails in a driven run is an exception; the run stays INTERRUPTED for a later call."""
     world, clock = World(), Clock(monkeypatch)
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     await _interrupt(store, world, pipeline, "b 1")

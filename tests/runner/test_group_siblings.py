@@ -182,8 +182,7 @@ store = store_fixture(*IN_PROCESS)
 
 @pytest.mark.parametrize("depth", [1, 2])
 async def test_a_child_cancelled_right_after_its_commit_is_not_called_again(depth: int, store: Any) -> None:
-    """A child that was committed is not called again by the group's next attempt, though its sibling's
-    failure cancelled it before its success hook had ended."""
+    """A committed child is not called again by its group, though it was cancelled before its success hook."""
     calls: collections.Counter[str] = collections.Counter()
     committed = asyncio.Event()
 
@@ -325,8 +324,7 @@ async def test_many_steps_of_one_context_at_once(store: Any) -> None:
 
 
 async def test_a_crossed_budget_comes_before_a_siblings_failure() -> None:
-    """Once a child has crossed the budget, a sibling that fails afterwards cancels nobody: children in flight
-    finish, and the run stops as PARTIAL for its budget."""
+    """Once a child has crossed the budget, a failing sibling cancels nobody; the run stops as PARTIAL."""
     entry = InMemoryStore()
     crossed, broken, started = asyncio.Event(), asyncio.Event(), asyncio.Event()
 

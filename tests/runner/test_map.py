@@ -461,8 +461,7 @@ async def test_a_file_that_changes_while_it_is_read(tmp_path: Path, doubler: Dou
 
 @pytest.mark.core
 async def test_a_source_that_gives_something_else_is_refused(store: Any, doubler: Doubler) -> None:
-    """A function that gives another item, or fewer of them, than those that are done is PipelineChanged,
-    whatever the text of its items says."""
+    """A function that gives other or fewer items than are done is PipelineChanged, whatever their text is."""
     inputs = [{"n": n, "text": f"<Job object at 0x7f01> {n}"} for n in range(20)]
 
     def gives(state: State) -> Any:

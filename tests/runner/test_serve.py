@@ -290,8 +290,7 @@ def _refuse_outputs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 async def test_a_run_whose_store_refuses_its_commits_waits_longer_each_time(
     store: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A commit that the store refuses makes the run due after a delay that doubles, for all workers and
-    drive; the next run with such an end waits for the first delay again."""
+    """A refused commit makes the run due after a doubling delay; another run waits for the first delay."""
     refuses, world = _refuse_outputs(monkeypatch), World()
     pipeline = Pipeline("p", [world.step("add")])
     await _runner(store).submit(pipeline, Num(), run_id="r")

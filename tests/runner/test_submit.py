@@ -183,8 +183,7 @@ async def test_a_wait_that_begins_while_the_store_fails(monkeypatch: pytest.Monk
 
 
 async def test_submitting_again_restarts_nothing(store: Any) -> None:
-    """The same submission gives the handle of the run that exists, also with its dicts in another order;
-    another input is RunExists."""
+    """The same submission, in any order of keys, gives the handle of the run; another input is RunExists."""
     world = World()
     pipeline = Pipeline("p", [world.step("a")])
     runner = _runner(store)

@@ -55,8 +55,7 @@ def fails(state: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("redact", [None, hides, fails])
 @pytest.mark.parametrize("step", [False, True])
 async def test_a_message_says_no_secret(redact: Any, step: bool) -> None:
-    """Whatever type a secret has and wherever in the state it is, also where redact takes it out of the
-    state: a message that names it is sent without."""
+    """Whatever type a secret has, wherever it is, a message that names it is sent without it."""
     seen = Seen()
     runner = quick(seen.hooks(content="redacted"), retries=0, redact=redact)
 
@@ -326,8 +325,7 @@ async def test_a_secret_at_the_end_of_what_is_sent() -> None:
 
 @pytest.mark.core
 async def test_encoded_secrets_in_messages_and_hook_errors(caplog: pytest.LogCaptureFixture) -> None:
-    """A secret of the state or of the context is masked in messages, as it is, quoted, in base64, in hex and
-    in upper case; in what hooks raised, too."""
+    """A secret of state or context is masked in messages and hook errors in every encoding."""
 
     class Holder(BaseModel):
         token: SecretStr = SecretStr(SECRET_TEXTS[0])

@@ -262,8 +262,7 @@ async def test_a_provider_that_shows_no_spans_of_others(seen: Seen) -> None:
 
 
 async def test_a_call_whose_span_is_around_the_node(seen: Seen) -> None:
-    """A span of a model call around the node, as Pydantic AI makes it, has the tokens of its answer; ours
-    have those of failed attempts."""
+    """A model call's span around the node has its answer's tokens; ours have those of failed attempts."""
     guard = Guard(quick(seen.hooks(inference="auto"), retries=1))
 
     @guard.step("model")

@@ -314,8 +314,7 @@ class TestEndings:
 
     @pytest.mark.core
     async def test_attempts_as_spans(self, seen: Seen) -> None:
-        """attempts="spans" gives each attempt a span under its node's, with the user's spans in it; one that
-        is tried again is no error."""
+        """attempts="spans" gives each attempt a span under its node's; a retried attempt is no error."""
         runner = quick(seen.hooks(attempts="spans"))
 
         @runner.node("node", input=State, output=State)

@@ -40,8 +40,7 @@ async def until(condition: Any) -> None:
 
 
 async def test_a_worker_shows_the_queues_that_it_serves(store: Any) -> None:
-    """A worker whose places are taken shows how many runs are queued, and since when the oldest is due; a
-    worker that has ended shows nothing, and no run id or key is a label."""
+    """A full worker shows how many runs are queued and since when; no run id or key is a label."""
     systems, gate, entered = Systems(), asyncio.Event(), asyncio.Event()
 
     async def wait(state: Num) -> Num:

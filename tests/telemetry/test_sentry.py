@@ -248,8 +248,7 @@ async def test_redacted_content(sentry: RecordedSentry) -> None:
 
 @pytest.mark.parametrize("content", ["none", "redacted"])
 async def test_the_engines_own_log_lines_tell_nothing(content: str) -> None:
-    """Sentry's logging integration has lines of the engine with what exceptions said, and its errors about
-    hooks with what these were called with; neither leaves."""
+    """Lines of the engine with texts of exceptions or arguments of hooks do not leave by Sentry's logging."""
     from sentry_sdk.integrations.logging import LoggingIntegration
 
     async def broken(_run_id: str, _node_id: str, state: dict[str, Any]) -> None:

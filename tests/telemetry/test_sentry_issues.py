@@ -26,8 +26,7 @@ def violating(runner: StromaRunner) -> Any:
 
 @pytest.mark.core
 async def test_a_violation_that_is_redacted_is_the_same_failure(sentry: RecordedSentry) -> None:
-    """Hooks see a copy of a violation where states are redacted: its issue is at the child that failed all
-    the same, and is one where a run in a run ends with it."""
+    """Where states are redacted, a violation's issue is at the failed child, and is one for nested runs."""
     runner = quick(sentry, retries=0, redact=lambda state: state)
     await runner.run([parallel(violating(runner))], State())
     (event,) = sentry.transport.events

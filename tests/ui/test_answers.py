@@ -1,5 +1,4 @@
-"""The form that answers a question: fields made of the stored JSON schema, and an error beside each field
-that does not fit."""
+"""The form that answers a question: fields of the stored JSON schema, and an error beside each field."""
 
 from __future__ import annotations
 

@@ -57,8 +57,7 @@ async def asks(flow: Flow, state: Num) -> Num:
 
 
 def test_answered_questions_of_a_flow_have_one_line(store: SQLiteStore, serve: Any) -> None:
-    """The page of a run shows until when it waits for an answer; an answered question is one line, with a
-    timeout or without."""
+    """The page of a run shows until when it waits; an answered question is one line, timeout or not."""
     runner = StromaRunner.quick(store=store, run_id="r", policy_map=NEVER)
     asyncio.run(runner.run(asks, Num()))
     site: Site = serve(store)

@@ -1,5 +1,4 @@
-"""Runs that a framework's call has begun: in the journal, in the commands, and on the pages, like all
-others."""
+"""Runs that a framework's call has begun: in the journal, the commands and on the pages, like others."""
 
 from __future__ import annotations
 
@@ -43,8 +42,7 @@ class Framework:
 
 
 def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """With its nodes inside each other, every attempt, tokens and cost, the cause of the one that failed, and
-    how its program resumes it: no command can."""
+    """It is shown with its tree, attempts, tokens, cost and cause, and how its program resumes it."""
     quick = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in ("RECOVERABLE", "AMBIGUOUS")}
     guard = Guard(StromaRunner.quick(store=store, policy_map=quick, pipeline="agents"))
     assert asyncio.run(Framework(guard).run("Oslo")) == 4

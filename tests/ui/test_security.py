@@ -525,8 +525,7 @@ async def _asks(state: Any) -> Any:
 
 @pytest.mark.core
 def test_messages_are_redacted(store: SQLiteStore, serve: Any) -> None:
-    """What the config's redact removes from a state is in no message or question that a run records: not in a
-    list, on a page or in a file."""
+    """What redact removes from a state is in no recorded message or question, on no page and in no file."""
 
     def hide(state: dict[str, Any]) -> dict[str, Any]:
         return {**state, "text": "***"} if "text" in state else state

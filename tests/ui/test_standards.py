@@ -1,5 +1,4 @@
-"""What others say of the pages: axe-core of what users with a screen reader meet, html-validate of the
-HTML."""
+"""What others say of the pages: axe-core for screen readers, html-validate for the HTML."""
 
 from __future__ import annotations
 

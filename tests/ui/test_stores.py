@@ -57,8 +57,7 @@ def store(url: str) -> Iterator[Any]:
 def test_pages_take_few_round_trips(
     store: Any, serve: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many runs and attempts a page shows, it asks a Redis server at most 16 times for them, for the
-    overview 17, not once for each."""
+    """However much a page shows, it asks a Redis server at most 16 times, the overview 17 times."""
     trips: list[int] = []
     send = RedisLink._send_once
 

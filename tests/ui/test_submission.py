@@ -79,8 +79,7 @@ def test_open_runs_have_no_part_in_the_success_rate(store: SQLiteStore, site: Si
 
 
 def test_a_queued_run(store: SQLiteStore, site: Site) -> None:
-    """The page of a queued run says since when it is queued, when it is due, and with which priority, key and
-    latest start; the lists count it."""
+    """The page of a queued run says since when it is queued, when it is due, its priority and key."""
     make_runs(store, ("good", GOOD))
     submit(store, "one", priority=-4, key=SCRIPT, delay=LATER, expires=2 * LATER)
     submit(store, "two")

@@ -1,5 +1,4 @@
-"""Runs as their readers are told of them: events by hand and at random, and the texts that a page shows in
-the end."""
+"""Runs as their readers are told of them: events by hand and at random, and the texts of a page."""
 
 from __future__ import annotations
 

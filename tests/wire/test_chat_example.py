@@ -69,8 +69,7 @@ def processes(tmp_path: Path) -> Iterator[Processes]:
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_chat_over_reloads_a_retry_a_death_and_an_approval(processes: Processes, browser: Browser) -> None:
-    """The answer streams, a reload in mid-sentence shows it again, a failed attempt and a killed worker
-    discard their half, the approval is clicked, and the end is seen."""
+    """An answer streams over a reload, a failed attempt and a killed worker, and the approval is clicked."""
     shown = "document.getElementById('answer').textContent.trim()"
     processes.start(str(EXAMPLE))
     url = processes.wait_for_server()
@@ -104,8 +103,7 @@ def test_a_chat_over_reloads_a_retry_a_death_and_an_approval(processes: Processe
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_page_of_the_docs_shows_answers_and_failures(processes: Processes, browser: Browser) -> None:
-    """docs/howto/stream-to-a-page.md: an answer, also after a reload; why a run failed; a request that is
-    refused; and an address without a run."""
+    """docs/howto/stream-to-a-page.md: an answer, a reload, a failure, a refusal, an unknown address."""
     fail = '    if "fail" in question.text:\n        raise PermissionError("no words")\n    words ='
     text = (ROOT / "docs" / "howto" / "stream-to-a-page.md").read_text("utf-8").replace("    words =", fail)
     for block in of_page(text):

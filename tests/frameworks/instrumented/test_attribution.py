@@ -245,8 +245,7 @@ def path_of(span: ReadableSpan, spans: list[ReadableSpan]) -> list[ReadableSpan]
 @pytest.mark.parametrize("inside", [False, True], ids=["a call", "in a run"])
 @pytest.mark.parametrize(("name", "kind"), EVERY_WAY)
 def test_one_tree_with_each_node_once(name: str, kind: str, inside: bool, instrumented: Instrumented) -> None:
-    """All spans are one trace with one root, each node has one place in it, and the tokens of the run are
-    those of the spans of model calls, inside the node that made each."""
+    """All spans are one trace with one root and one place for each node, and tokens are the model calls'."""
     instrumented.exporter.clear()
     guard = instrumented.guard("bill")
     with guard.run() if inside else contextlib.nullcontext():

@@ -743,8 +743,7 @@ async def test_a_tool_that_is_an_effect_is_asked_about() -> None:
 
 @pytest.mark.parametrize("effect", ["charge", "tools.price"])
 async def test_a_person_states_the_result_of_an_effect(effect: str) -> None:
-    """G13: Without ``reconcile``, a person states what the node or tool returned, and nothing else: an
-    accepted statement stays, so an empty one would end the run."""
+    """G13: Without ``reconcile`` a person states what the node or tool returned, and nothing empty."""
     shop = Shop()
     shop.is_dying, options = True, {effect: {"effect": True}}
 

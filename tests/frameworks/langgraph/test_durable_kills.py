@@ -145,8 +145,7 @@ approve = approve_with(InterruptAnswer("yes"))
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_a_killed_graph_ends_as_an_undisturbed_one(kind: str) -> None:
-    """G5, G13: Killed at random records, the graph has the state and the bill that it has undisturbed; what
-    was called again was in flight, and the charge is made once."""
+    """G5, G13: Killed at random records, the graph has the state and bill of an undisturbed one."""
     await kill_at_random_records(kind, Research, approve, in_flight=3)
 
 

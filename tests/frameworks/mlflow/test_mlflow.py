@@ -49,8 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_the_tree(server: Server) -> None:
-    """A run that was killed and resumed is one tree, its fork another one; nodes are under their flow, map or
-    group, and calls of models under their node."""
+    """A killed and resumed run is one tree, its fork another; nodes are under their flow, map or group."""
     spans = server.spans()
     names = {span.span_id: span.name for span in spans}
     assert sorted(((span.name, names.get(span.parent_id)) for span in spans), key=str) == TREE
@@ -58,8 +57,7 @@ def test_the_tree(server: Server) -> None:
 
 
 def test_kinds(server: Server) -> None:
-    """Runs, flows, maps, groups and nodes are of type CHAIN, model calls LLM and tools TOOL; the client's own
-    is what the client says."""
+    """Flows, maps, groups and nodes are of type CHAIN, model calls LLM, tools TOOL, the client's its own."""
     kinds = Counter((span.name, span.span_type) for span in server.spans())
     names = Counter(name for name, _ in TREE)
 
@@ -82,8 +80,7 @@ def test_inputs_and_outputs(server: Server) -> None:
 
 
 def test_errors(server: Server) -> None:
-    """The node whose key was refused and its run are errors; attempts that were tried again are not, nor is a
-    run that was killed."""
+    """The node whose key was refused and its run are errors; retried attempts and killed runs are not."""
     assert [trace.info.state.value for trace in server.traces()] == ["OK", "OK", "ERROR"]
     errors = sorted(span.name for span in server.spans() if span.status.status_code.value == "ERROR")
     assert errors == ["invoke_workflow support", "stroma.node classify"]

@@ -672,8 +672,7 @@ async def test_failures_of_tools_go_to_the_model_after_their_retries() -> None:
 
 
 async def test_a_failed_request_is_retried_as_a_step_is() -> None:
-    """A rate limit of the provider is retried by the policy of the step, and not by the SDK; a refused
-    request stops the flow with its failure."""
+    """A rate limit is retried by the step's policy, not by the SDK; a refused request stops the flow."""
 
     class Refused(Exception):
         def __init__(self, status_code: int) -> None:

@@ -78,8 +78,7 @@ def phoenix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Phoenix]:
 
 
 def test_the_tree(phoenix: Phoenix) -> None:
-    """A run that was killed and resumed is one tree, its fork another one; nodes are under their flow, map or
-    group, and calls of models under their node."""
+    """A killed and resumed run is one tree, its fork another; nodes are under their flow, map or group."""
     spans = phoenix.spans()
     names = {span["context"]["span_id"]: span["name"] for span in spans}
     assert sorted(((span["name"], names.get(span["parent_id"])) for span in spans), key=str) == TREE
@@ -112,8 +111,7 @@ def test_inputs_and_outputs(phoenix: Phoenix) -> None:
 
 
 def test_errors(phoenix: Phoenix) -> None:
-    """The node whose key was refused and its run are errors; attempts that were tried again are not, nor is a
-    run that was killed."""
+    """The node whose key was refused and its run are errors; retried attempts and killed runs are not."""
     errors = {span["name"]: span for span in phoenix.spans() if span["status_code"] == "ERROR"}
     assert sorted(errors) == ["invoke_workflow support", "stroma.node classify"]
     assert {span["attributes"]["stroma.run.id"] for span in errors.values()} == {"refused"}

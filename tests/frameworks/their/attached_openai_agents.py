@@ -1,5 +1,4 @@
-"""A plugin of pytest: every run of an agent, and every realtime session, is in a run of a guard; for the
-SDK's own tests."""
+"""A plugin of pytest for the SDK's own tests: each run of an agent or realtime session has a guard's run."""
 
 from __future__ import annotations
 
