@@ -294,6 +294,22 @@ def test_all_spend_is_that_of_the_provider_s_ledger(kind: str, caplog: pytest.Lo
     assert [line for line in lines_of(guard) if "judge" in line] == ["  judge success"]
 
 
+def test_a_stream_that_opens_too_late_is_requested_again() -> None:
+    """A stream whose first part exceeds the time limit of its model is read from the next request alone."""
+    requests: list[int] = []
+
+    async def parts(_: Any, __: Any) -> Any:
+        requests.append(1)
+        await asyncio.sleep(60 if len(requests) == 1 else 0)
+        yield "one two"
+
+    guard = guard_of(node_timeouts={"model": 100})
+    agent = Agent(FunctionModel(stream_function=parts), name="asker", capabilities=[StromaCapability(guard)])
+    assert ask(agent, "run_stream") == "one two"
+    ends = [line.split()[:2] for line in lines_of(guard)]
+    assert ends == [["asker", "success"], ["model", "failure"], ["model", "success"]]
+
+
 def test_a_stream_is_counted_as_the_framework_counts_it() -> None:
     """With sub-agents in its tools, all of the framework's own figure is counted."""
     ledger, guard = Ledger(), guard_of()
