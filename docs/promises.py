@@ -54,7 +54,8 @@ MEANS = {
     7: "An event is a snapshot with the input and output at that time, and with usage, class and duration. The trace of a "
     "[map into a file](map.md) has the first thousands of items, and counts the rest.",
     8: "Hooks are awaited under a time limit (`hook_timeout_ms`), outside of the node's error handling. A hook that blocks the event "
-    "loop cannot be interrupted; a warning names it. The one exception is a hook that is not async: TypeError.",
+    "loop cannot be interrupted; a warning names it. The one exception is a hook that is not async: TypeError. "
+    "[Usage that a start hook reports](prices.md) counts like that of its node.",
     9: "Holds within a live process: success, failure, cancelled or suspended. After a crash, the next process calls the missing hooks "
     'if `hook_delivery="at_least_once"` is set.',
     10: "Holds on a journal store. A lease names the owner of the run, and an epoch makes late writes of an earlier owner fail: Fenced.",
