@@ -15,7 +15,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from stroma._utils.svg import as_xml
-from stroma._utils.text import clean, format_duration, pluralize
+from stroma._utils.text import clean, format_duration, format_time, pluralize, replace_utc
 from stroma.failures.classes import describe_class
 from stroma.trace.events import SLEEPS
 from stroma.trace.outline import (
@@ -400,10 +400,16 @@ def _row(name: tuple[str, str, str], lane: str, figures: str, label: str = "", *
     kind, at, text = name
     place = f'<span class="dim mono">{as_xml(at)}</span> ' if at else ""
     whole = clean(text, 200)
+    shown = replace_utc(as_xml(clean(text, 60)), time_tag)  # The end of a sleep.
     return (
-        f'<span class="name {kind}" title="{as_xml(whole)}">{place}{as_xml(clean(text, 60))}</span>'
+        f'<span class="name {kind}" title="{as_xml(whole)}">{place}{shown}</span>'
         f'<svg class="lane" role="{role}" aria-label="{as_xml(label or whole)}">{lane}</svg>{figures}'
     )
+
+
+def time_tag(ms: int) -> str:
+    """Return a time as HTML: a page shows it in the zone of its reader, a file in UTC."""
+    return f'<time data-ms="{ms}" data-full>{format_time(ms, "%Y-%m-%d %H:%M:%S UTC")}</time>'
 
 
 def _took(ms: float) -> str:

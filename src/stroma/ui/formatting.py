@@ -18,9 +18,10 @@ from stroma.checkpoint.history import FAILED, FINISHED, Payload, bar_of, changes
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cost.prices import find_pricer
 from stroma.failures.classes import describe_class
-from stroma.trace.html import tree, utc
+from stroma.trace.html import tree
 from stroma.trace.outline import duration
 from stroma.trace.terminal import cells_of
+from stroma.trace.timeline import time_tag
 from stroma.ui.components import chip
 
 _FILTERS: Final = ("tag", "node", "class", "pipeline")
@@ -180,7 +181,7 @@ def mark_controls(value: Any) -> Any:
 def local_times(text: str) -> Markup:
     """Return a text whose times are shown in the time zone of the reader."""
     escaped = str(escape(mark_controls(text)))
-    return Markup(replace_utc(escaped, lambda ms: f'<time data-ms="{ms}" data-full>{utc(ms)}</time>'))
+    return Markup(replace_utc(escaped, time_tag))
 
 
 def to_json(value: Any) -> str:
