@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any, Final
 
@@ -34,15 +34,15 @@ class StopSignals:
         *,
         patience: str,
         after: str,
-        messages: Mapping[str, str] | None = None,
+        message: str | None = None,
         say: Callable[[str], bool] = lambda _text: False,
         quiet: bool = False,
     ) -> None:
         """Install the handlers, if called in the main thread.
 
         ``drain``: called in the task's loop for SIGTERM, instead of cancelling the task. ``patience``: its
-        time limit as text. ``after``: printed when the second signal ends the process. ``messages``: printed
-        for the first signal, by name.
+        time limit as text. ``after``: printed when the second signal ends the process. ``message``: printed
+        for the first signal, of either name.
         ``say``: prints this text and returns True, if something else writes to the terminal; must be safe in
             a handler. ``quiet``: the first signal prints nothing.
         """
@@ -56,8 +56,9 @@ class StopSignals:
             "SIGINT": "stopping; finished nodes are stored. Repeat the signal to stop at once",
             "SIGTERM": f"stopping after the node in flight, in {patience} at most; finished nodes are "
             "stored. Repeat the signal to stop at once",
-            **(messages or {}),
         }
+        if message is not None:
+            self._messages = dict.fromkeys(self._messages, message)
         self._signalled_at = 0.0
         if threading.current_thread() is threading.main_thread():
             # Not loop.add_signal_handler: its callback would wait for a loop that a node may block.
@@ -114,8 +115,9 @@ async def serve_until_signal(
     is_asked = asyncio.Event()
     waiting = asyncio.ensure_future(is_asked.wait())
     patience = format_duration(seconds)
-    messages = dict.fromkeys(("SIGINT", "SIGTERM"), message.format(patience))
-    stop = StopSignals(waiting, is_asked.set, patience=patience, after=after, messages=messages, quiet=quiet)
+    stop = StopSignals(
+        waiting, is_asked.set, patience=patience, after=after, message=message.format(patience), quiet=quiet
+    )
     try:
         await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
         if not serving.done():
