@@ -32,7 +32,7 @@ def test_sigint_in_the_middle_of_a_node(stroma):
     assert "stroma: SIGINT: stopping" in err
     assert "cancelled" in err
     assert "stroma: stopped by SIGINT: run x is CANCELLED" in err
-    assert "or continue it here: stroma resume x sums.py:pipeline" in err
+    assert "resume with: stroma resume x sums.py:pipeline" in err
     assert "Traceback" not in err
     data = json.loads(out)
     assert (data["exit_code"], data["status"], data["final_state"]) == (130, "CANCELLED", {"n": 2})
