@@ -185,9 +185,12 @@ async def test_a_pause_holds_in_maps(store: Any, into: str) -> None:
     assert (gate.calls.count("first"), gate.calls.count("item")) == (1, 50)
 
 
-async def test_a_pause_ends_the_wait_for_an_item(store: Any) -> None:
-    """A map whose source waits for its next item is SUSPENDED at once; the resume reads it again."""
-    gate = gate_of(store)
+@pytest.mark.parametrize("end", ["pause", "crossed limit"])
+async def test_the_wait_for_an_item_ends(store: Any, end: str) -> None:
+    """A map whose source waits for its next item stops at once, paused or over a limit; a resume reads the
+    source again."""
+    is_paused = end == "pause"
+    gate = gate_of(store, budget=ExecutionBudget(max_tokens_total=None if is_paused else 5))
     waiting, never = asyncio.Event(), asyncio.Event()
 
     async def items(state: Any) -> Any:
@@ -195,12 +198,17 @@ async def test_a_pause_ends_the_wait_for_an_item(store: Any) -> None:
         waiting.set()
         await never.wait()
 
-    nodes = [map_over(items, gate.node("item"), into="outputs")]
+    gate.close("item")
+    nodes = [map_over(items, gate.node("item", tokens=10), into="outputs")]
     run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
     await waiting.wait()
-    assert await gate.runner.pause("r")
-    assert (await run).status == "SUSPENDED"
+    await gate.reached["item"].wait()
+    if is_paused:
+        assert await gate.runner.pause("r")
+    gate.open()
+    assert (await run).status == ("SUSPENDED" if is_paused else "PARTIAL")
     never.set()
+    await gate.runner.set_budget("r", tokens=100)
     again = await gate.runner.resume(nodes, "r", input_schema=Num)
     assert (again.status, gate.calls) == ("RESUMED", ["item"])
 

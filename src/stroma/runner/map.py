@@ -21,7 +21,7 @@ from stroma.contracts.node import Group, Node, first_in
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.commit import failed_of, settle
-from stroma.engine.context import ReliabilityContext
+from stroma.engine.context import ReliabilityContext, Stopping
 from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place, paused
@@ -137,6 +137,7 @@ class MapRun:
         self._inside_step = inside_of(execution.step)
         self._pool = TaskPool(group.max_concurrency)
         self._ends = ChildEnds()
+        self._reading = Stopping()  # Of the items of the source.
         self._progress = ProgressReporter(ctx, execution, source)
         self._may_have_committed = ctx.session.continued or execution.attempt > 1
         #: By index; None where they stay in the journal.
@@ -190,8 +191,9 @@ class MapRun:
     async def _start_items(self) -> None:
         ctx, ends = self._ctx, self._ends
         async with contextlib.aclosing(self._source.pages()) as pages:
-            # A source may wait for its next items: a pause ends that.
-            while page := await ctx.stopping.wait_unless_held(partial(anext, pages, None)):
+            # A source may wait for its next items: a pause and a crossed limit end that.
+            read = partial(self._reading.wait_unless_held, partial(anext, pages, None))
+            while page := await ctx.stopping.wait_unless_held(read):
                 committed = await self._find_committed(page) if self._may_have_committed else {}
                 for item in page:
                     self.count = item.index + 1
@@ -207,7 +209,7 @@ class MapRun:
                 if self._may_have_committed and self._source.page < _PAGE_ITEMS:
                     is_all = len(committed) == len(page)
                     self._source.page = min(_PAGE_ITEMS, 2 * self._source.page) if is_all else 1
-        if ctx.stopping.holds:
+        if ctx.stopping.holds or ends.stopped is not None:
             if ctx.stopping.is_paused:
                 ends.suspended = ends.suspended or paused(ctx, self._child.node_id, 1)
             return
@@ -265,6 +267,9 @@ class MapRun:
             await self._record_failure(item, halt.failure)
         else:
             self._ends.note(halt)
+            if self._ends.stopped is not None:
+                self._reading.holds = True
+                self._reading.end_waits()
 
     async def _record_failure(self, item: Item, failure: Failure) -> None:
         """Commit the failure of an item in place of its output, so that a resume does not run it again."""
