@@ -564,7 +564,30 @@ async def test_duplicate_ids_count_from_zero(n: int) -> None:
     assert len(result.trace.events_for("same")) == 2 * (n + 1)
 
 
-# ---------------------------------------------------------------------- contract repair
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_client_of_another_event_loop_is_named(wrapped: bool) -> None:
+    """A failure whose cause is a lock or client of another event loop has the fix in its message."""
+    lock, loops = asyncio.Lock(), set[Any]()
+
+    async def func(state: Num) -> Any:
+        loops.add(asyncio.get_running_loop())
+        async with lock:
+            waiter = asyncio.create_task(lock.acquire())
+            await asyncio.sleep(0)
+            if len(loops) == 1:  # The lock belongs to this loop from now on.
+                waiter.cancel()
+                return state
+            try:
+                return await waiter
+            except RuntimeError as error:
+                if wrapped:
+                    raise ConnectionError("Connection error.") from error
+                raise
+
+    runner = quick(policy_map=fast(recoverable=1, ambiguous=1))
+    assert runner.run_sync([node("ask", func)], Num()).status is RunStatus.COMPLETED
+    failure = runner.run_sync([node("ask", func)], Num()).failure
+    assert "create it in the node, or call asyncio.run() once around all runs" in failure.message
 
 
 # ---------------------------------------------------------------------- timeouts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, TypeAlias, cast
 
 _AttributeOf: TypeAlias = Callable[[BaseException], BaseException | None]
@@ -10,6 +10,14 @@ _AttributeOf: TypeAlias = Callable[[BaseException], BaseException | None]
 cause_of: Final[_AttributeOf] = cast("Any", BaseException).__cause__.__get__
 context_of: Final[_AttributeOf] = cast("Any", BaseException).__context__.__get__
 _members_of_group: Final = cast("Any", BaseExceptionGroup).exceptions.__get__
+
+
+def causes_of(error: BaseException, most: int) -> Iterator[BaseException]:
+    """Yield an exception, and what it was raised from: at most so many."""
+    cause: BaseException | None = error
+    while cause is not None and most:
+        yield cause
+        cause, most = cause_of(cause) or context_of(cause), most - 1
 
 
 def members_of(error: BaseException) -> tuple[BaseException, ...]:

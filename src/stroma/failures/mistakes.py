@@ -9,15 +9,22 @@ from opcode import opmap
 from types import TracebackType
 from typing import Any, Final
 
+from stroma._utils.access import causes_of
 from stroma._utils.text import clean
 from stroma.cost.fallback import FallbackView
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure
+from stroma.failures.failure import Failure, message_of
 from stroma.failures.tracebacks import is_library_file, is_stroma_file
 
 _MISTAKES: Final = frozenset({TypeError, AttributeError})
 _RAISES: Final = frozenset({opmap["RAISE_VARARGS"], opmap["RERAISE"]})
 _SUBSCRIPT: Final = re.compile(r"(\w+)\[[^\[\]]*\]")
+#: Messages of asyncio.
+_OTHER_LOOP: Final = re.compile("Event loop is closed|to a different (event )?loop")
+_OWN_LOOP: Final = (
+    "; an async client or lock belongs to another event loop: create it in the node, or call asyncio.run() "
+    "once around all runs, because each run_sync() has its own"
+)
 _MAX_KEYS: Final = 20
 _PASS_CONTEXT: Final = "pass context= to run(), or set RunConfig(context=) on the pipeline or runner"
 
@@ -32,6 +39,8 @@ def explain_mistake(failure: Failure, context: Any) -> str:
         return _explain_key(error, context)
     if type(error) is AttributeError and isinstance(context, dict) and _is_context(error.obj, context):
         return f"; the context is a dict, {_keys_of(context)}; {_PASS_CONTEXT}"
+    if any(type(one) is RuntimeError and _OTHER_LOOP.search(message_of(one)) for one in causes_of(error, 6)):
+        return _OWN_LOOP
     if _may_be_mistake(failure) and _own_line(error) is not None:
         return "; this is probably a bug in the node"
     return ""

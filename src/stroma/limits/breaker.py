@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from stroma._utils.access import safe_get
+from stroma._utils.access import causes_of, safe_get
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
@@ -206,16 +206,8 @@ def host_of(error: BaseException) -> str | None:
 
     Reads its causes too: SDKs wrap the exceptions of their HTTP client.
     """
-    cause: BaseException | None = error
-    for _ in range(4):
-        if cause is None:
-            return None
-        for candidate in _host_candidates(cause):
-            host = _host(candidate)
-            if host is not None:
-                return host
-        cause = cause.__cause__ or cause.__context__
-    return None
+    candidates = (one for cause in causes_of(error, 4) for one in _host_candidates(cause))
+    return next((host for one in candidates if (host := _host(one)) is not None), None)
 
 
 def _host_candidates(error: BaseException) -> Iterator[Any]:
