@@ -463,14 +463,11 @@ class RunStore(ReadableStore):
     # ------------------------------------------------------------------ retention
 
     def expired(self, keep_for: timedelta, *, unfinished: bool = False) -> list[str]:
-        """Return the ids of the runs that :meth:`gc` would delete. Raises StoreError."""
-
-        def query(rows: Rows) -> list[str]:
-            before = rows.now_ms() - int(keep_for.total_seconds() * 1000)
-            run_ids = rows.expired_run_ids(before, unfinished=unfinished, limit=_MAX_EXPIRED)
-            return [run_id for run_id in run_ids if _is_free(rows.find(run_id), before)]
-
-        return self.read(query, [])
+        """Return the ids of the runs that :meth:`gc` would delete unless they have an owner. Raises StoreError."""
+        ms, most = int(keep_for.total_seconds() * 1000), _MAX_EXPIRED
+        return self.read(
+            lambda rows: rows.expired_run_ids(rows.now_ms() - ms, unfinished=unfinished, limit=most), []
+        )
 
     async def gc(
         self, *, keep_for: timedelta, unfinished: bool = False, blobs: BlobStore | None = None
@@ -590,12 +587,8 @@ def _referenced_blobs(rows: Rows) -> set[str]:
 
 
 def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
-    is_free = _is_free(rows.find(run_id, lock=True), before_ms)
-    if is_free:
-        rows.delete(run_id)
-    return is_free
-
-
-def _is_free(run: RunRow | None, before_ms: int) -> bool:
-    """Return True for a run without an owner that was last written before a time."""
-    return run is not None and run.holder is None and run.updated_ms < before_ms
+    run = rows.find(run_id, lock=True)
+    if run is None or run.holder is not None or run.updated_ms >= before_ms:
+        return False
+    rows.delete(run_id)
+    return True

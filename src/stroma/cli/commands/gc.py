@@ -46,7 +46,7 @@ def gc(
     store = database.reader
     if dry_run:
         run_ids = [] if database.is_empty else store.expired(keep_for, unfinished=unfinished)
-        records = [one for run_id in run_ids if (one := store.get_run(run_id)) is not None]
+        records = [one for run_id in run_ids if (one := store.get_run(run_id)) and one.holder is None]
         if records or as_json:
             print_runs(database, records, len(records), as_json=as_json)
         if not as_json:
