@@ -716,7 +716,7 @@ class ReliabilityContext:
         """Return the result so far: totals and trace of the whole context."""
         if isinstance(final_state, BaseModel):
             schema_of(type(final_state)).mark_shared(final_state)
-            if final_state.__pydantic_extra__:
+            if getattr(final_state, "__pydantic_extra__", None):
                 final_state = spelled_out(final_state)
         spent, account = self.cost_tracker, self.account
         tokens, cost_usd = spent.total_tokens, spent.total_cost_usd

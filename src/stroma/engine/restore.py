@@ -349,7 +349,7 @@ class _RawOutput(NamedTuple):
     redactor: Redactor
 
     def for_reader(self) -> dict[str, Any]:
-        return self.redactor.redact_state(isolate(self.value))
+        return self.redactor.redact_state(isolate(self.value)) if self.value else {}
 
     def for_others(self) -> dict[str, Any]:
         return {}

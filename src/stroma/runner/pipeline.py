@@ -77,7 +77,13 @@ def check_nodes(nodes: Sequence[Node | Group], registry: ContractRegistry, calle
             check_nodes(node.children, registry, caller)
             continue
         own, known, latest = node.contract, registry.find(node.node_id), registry.decorated.get(node.node_id)
-        if latest is not None and own is not None and latest.contract is known and known != own:
+        if (
+            latest is not None
+            and latest.contract is known
+            and own is not None
+            and own is not known
+            and own != known
+        ):
             raise ValueError(
                 f"{node.func!r} cannot run as node {node.node_id!r}: the id was later assigned to "
                 f"{latest.owner}, with another contract; rename one of them"
