@@ -1196,6 +1196,45 @@ def test_steps_between_the_chunks_of_a_stream_are_not_inside_it() -> None:
 # ---------------------------------------------------------------------- runs, hooks and the journal
 
 
+@pytest.mark.parametrize("awaits", range(3))
+@pytest.mark.parametrize("kind", ["async with", "aover"])
+async def test_a_run_that_is_cancelled_while_it_begins_ends(kind: str, awaits: int) -> None:
+    """G9: A guarded run whose caller is cancelled in its start hook, or right after it, has one end hook."""
+    ends: list[RunStatus] = []
+    begun = asyncio.Event()
+
+    async def on_run_start(*_: Any) -> None:
+        begun.set()
+        await asyncio.sleep(0)
+
+    async def on_run_end(_: str, result: Any) -> None:
+        await asyncio.sleep(0)
+        ends.append(result.status)
+
+    guard = guard_of(hooks=NodeHooks(on_run_start=on_run_start, on_run_end=on_run_end))
+
+    async def parts() -> Any:
+        await asyncio.sleep(60)
+        yield 1
+
+    async def program() -> None:
+        if kind == "aover":
+            async for _ in guard.aover(parts):
+                pass
+        else:
+            async with guard.run():
+                await asyncio.sleep(60)
+
+    task = asyncio.create_task(program())
+    await begun.wait()
+    for _ in range(awaits):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ends == [RunStatus.CANCELLED]
+
+
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_hooks_see_steps_in_order_with_their_parents(kind: str) -> None:
     seen = Recorder()

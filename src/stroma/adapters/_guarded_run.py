@@ -250,8 +250,16 @@ class GuardedRun:
         """End a run that was opened in its own context there, unless nothing can be awaited."""
         if isinstance(error, GeneratorExit):
             await self.close(error)
-        else:
-            await asyncio.get_running_loop().create_task(self.close(error), context=self._context)
+            return
+        closing = asyncio.get_running_loop().create_task(self.close(error), context=self._context)
+        cancelled: asyncio.CancelledError | None = None
+        while not closing.done():  # A cancelled task might not even begin.
+            try:
+                await asyncio.wait([closing])
+            except asyncio.CancelledError as again:
+                cancelled = again
+        closing.result()
+        raise_if(cancelled)
 
     async def _open(self, first: Call | None) -> None:
         ctx = self.ctx
@@ -266,7 +274,11 @@ class GuardedRun:
             self.usage.loop = loop = asyncio.get_running_loop()
             ctx.session.on_control = partial(self._control, loop)
         if self.ends:
-            await announce_start(ctx, initial)
+            try:
+                await announce_start(ctx, initial)
+            except BaseException as error:  # Nobody else ends a run that was not entered.
+                await self.close(error)
+                raise
 
     # ------------------------------------------------------------------ end
 
@@ -374,11 +386,11 @@ class GuardedRun:
         """Do the same as :meth:`over` for an async iterator."""
         # Not in the context of the caller, who has the parts: the run is around the framework's code alone.
         self._context = copy_context()
-        await asyncio.get_running_loop().create_task(self._open_apart(), context=self._context)
         self._register()
         raised: BaseException | None = None
         source: Any = None
         try:
+            await asyncio.get_running_loop().create_task(self._open_apart(), context=self._context)
             with self.here():
                 source = aiter(start())
             while True:
@@ -397,7 +409,8 @@ class GuardedRun:
             raise
         finally:
             self._leave()
-            await self._close_apart(raised)
+            if self._opened:  # Maybe at the moment at which the caller was cancelled.
+                await self._close_apart(raised)
 
     def _register(self) -> None:
         if self.ended or self in self.guard.open_runs:
