@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.copying import Snapshot
@@ -25,8 +25,9 @@ class Failed(NamedTuple):
     error_type: str | None = None
 
 
-#: What reads a row's input, and its output; and the contract of the node, if it has one.
-Schemas = tuple[Schema, Schema, NodeContract[Any, Any] | None]
+#: What reads a row's input, and its output; and the contract of the node, if it has one. As a string, because
+#: NodeContract[Any, Any] builds a validator, which an import must not.
+Schemas: TypeAlias = "tuple[Schema, Schema, NodeContract[Any, Any] | None]"
 
 
 #: One attempt, as atoms, in this order. What most attempts lack (a failure, usage, children) is None.
