@@ -14,6 +14,7 @@ from stroma import RunStatus, SQLiteStore, StromaRunner, stroma_node
 from stroma.checkpoint import RunQuery, RunRequest, open_store
 from stroma.checkpoint.durable.integrity import seal
 from stroma.checkpoint.durable.rows import Step
+from stroma.checkpoint.records import mark_of
 from stroma.contracts.schema import schema_of
 
 SCHEMA = schema_of(Num)
@@ -214,9 +215,9 @@ def _middle(store: Any, runs: int) -> str:
     """Where a page ends whose last run is the one in the middle."""
     started = store.get_run(run_name(runs // 2)).started_ms
     return (
-        f"{started}.{runs // 2 + 1}"
+        mark_of(started, runs // 2 + 1)
         if hasattr(store, "path") or hasattr(store, "schema")
-        else f"{started * 1000}.{run_name(runs // 2)}"
+        else mark_of(started * 1000, run_name(runs // 2))
     )
 
 

@@ -74,7 +74,7 @@ def test_a_message_that_nothing_waits_for(chat: Any, inside: Any) -> None:
     assert inside("run", "ask.py:chat", "{}", "--run-id", "q").code == 7
     done = inside("send", "q", '{"text": "c"}')
     assert "waits for a message: it is waiting for an answer: well?\n" in done.err
-    assert "answer: stroma approve q ask.py:chat '{}' --question " in done.err
+    assert """answer: stroma approve q ask.py:chat '{"text": ""}' --question """ in done.err
 
 
 def test_a_message_that_cannot_be_sent(chat: Any, inside: Any, fails: Any) -> None:

@@ -128,7 +128,7 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
                     findings.add((path.relative_to(SOURCE).as_posix(), outer.name))
     callers = {(module, name) for module, name in findings if module != "engine/attempt.py"}
     assert callers == {
-        ("runner/pipeline.py", "check_nodes"),  # It names a function.
+        ("runner/pipeline.py", "require_runnable"),  # It names a function.
         ("runner/groups.py", "_call_directly"),
         ("engine/deadlines.py", "call_in_time"),  # It puts the interceptors of tests around the call.
         ("hooks/sets.py", "_function_of"),  # It unwraps partials.

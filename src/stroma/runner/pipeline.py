@@ -66,7 +66,9 @@ def leaves_in(nodes: Sequence[Node | Group]) -> Iterator[Node]:
 _ANY_CALLER: Final = object()
 
 
-def check_nodes(nodes: Sequence[Node | Group], registry: ContractRegistry, caller: Any = _ANY_CALLER) -> None:
+def require_runnable(
+    nodes: Sequence[Node | Group], registry: ContractRegistry, caller: Any = _ANY_CALLER
+) -> None:
     """Raise ValueError for a node whose id was later assigned to another function with another contract.
 
     With a ``caller``, see :func:`place_error`, raise PlaceError for a node with a place that cannot be called
@@ -74,7 +76,7 @@ def check_nodes(nodes: Sequence[Node | Group], registry: ContractRegistry, calle
     """
     for node in nodes:
         if isinstance(node, Group):
-            check_nodes(node.children, registry, caller)
+            require_runnable(node.children, registry, caller)
             continue
         own, known, latest = node.contract, registry.find(node.node_id), registry.decorated.get(node.node_id)
         if (

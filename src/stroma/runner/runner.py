@@ -52,7 +52,6 @@ from stroma.runner.pipeline import (
     Pipeline,
     RunKeywords,
     check_keywords,
-    check_nodes,
     check_state,
     code_of,
     find_position,
@@ -61,6 +60,7 @@ from stroma.runner.pipeline import (
     override_config,
     queue_entry,
     refuse_unknown_ids,
+    require_runnable,
     steps_of,
     warn_of_unknown_ids,
     with_hooks,
@@ -309,7 +309,7 @@ class StromaRunner(Generic[DepsT]):
         from stroma.contracts.checks.check import check_nodes  # Not loaded by runs that check nothing.
 
         nodes = nodes_of(node_sequence)
-        check_nodes(nodes, self.registry)
+        require_runnable(nodes, self.registry)
         retried = self._config_of(node_sequence).retried_ids
         return check_nodes(nodes, self.registry, input_schema, retried=retried, steps=steps_of(nodes))
 
@@ -376,9 +376,9 @@ class StromaRunner(Generic[DepsT]):
         nodes = nodes_of(node_sequence)
         check_state("the initial state", initial_state, nodes[0] if nodes else None)
         if dispatch.reads:
-            check_nodes(nodes, self.registry)
+            require_runnable(nodes, self.registry)
         else:
-            check_nodes(nodes, self.registry, self._caller)
+            require_runnable(nodes, self.registry, self._caller)
         target = config.resume_from
         start = None if target is None else find_position(nodes, target, "resume_from")
         if config.check:
@@ -658,7 +658,7 @@ class StromaRunner(Generic[DepsT]):
         served = [one for one in pipelines if isinstance(one, Pipeline)]  # The worker refuses anything else.
         for one in served:
             refuse_unknown_ids(self._config_of(one), nodes_of(one), self.registry, one.name)
-            check_nodes(nodes_of(one), self.registry, self._caller)
+            require_runnable(nodes_of(one), self.registry, self._caller)
         with self._live.batch() as batch:
             readers = {one.name: readers_of(self._config_of(one).hooks) for one in served}
             worker = RunWorker(self._stored, self._driver(batch, {}), batch, self._live, health, readers)

@@ -30,7 +30,7 @@ from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.map import branches_in, is_apart
-from stroma.runner.pipeline import check_nodes, check_state
+from stroma.runner.pipeline import check_state, require_runnable
 from stroma.trace.result import ExecutionResult, RunStatus
 
 
@@ -126,7 +126,7 @@ def _node_of(
     marked = getattr(func, "_stroma_contract", None)
     node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
     if contract is None and getattr(func, "_stroma_node_id", None) == step_id:
-        check_nodes((node,), ctx.registry)
+        require_runnable((node,), ctx.registry)
     return node
 
 

@@ -28,7 +28,7 @@ from stroma.drivers.temporal.place import CallActivity, TemporalCaller
 from stroma.drivers.temporal.workflow import PIPELINE_KEY, STATUS_KEY, Dispatcher, LeaseSettings, StromaRun
 from stroma.engine.config import RunConfig
 from stroma.failures.errors import PlaceError
-from stroma.runner.pipeline import Pipeline, check_nodes, nodes_of
+from stroma.runner.pipeline import Pipeline, nodes_of, require_runnable
 from stroma.runner.runner import StromaRunner
 from stroma.runner.worker import readers_of, watch_queues
 
@@ -87,7 +87,7 @@ class StromaPlugin(SimplePlugin):
         self._served = self._runner._stored.served(pipelines)
         self._configs = {name: self._runner._config_of(one.nodes) for name, one in self._served.items()}
         for one in self._served.values():
-            check_nodes(nodes_of(one.nodes), self._runner.registry, caller)
+            require_runnable(nodes_of(one.nodes), self._runner.registry, caller)
         for name in (name for name, one in self._served.items() if any(one.limits)):
             fix = "do not apply on Temporal; use its task queues"
             logger.warning("max_runs and max_runs_per_key of pipeline %r %s", name, fix)
