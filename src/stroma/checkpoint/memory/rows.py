@@ -126,7 +126,8 @@ class MemoryRun:
             state = UnencodedState(schema, schema.snapshot(output))
             step = Step(contract_of(row, schema), schema_ref(schema.model), state, b"")
             entry = _Commit(StepRow(row.position, row.branch, row.node_id, step), row)
-        self.replace(key, entry)
+        if self.steps.get(key) is not entry:  # One that is sent again does not become the newest.
+            self.replace(key, entry)
 
     def replace(self, key: Key, entry: AttemptRow | _Commit) -> None:
         """Store an output as the newest one."""
