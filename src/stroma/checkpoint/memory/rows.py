@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Final, NamedTuple, cast
 
 from stroma.checkpoint.decisions import ENDED, MESSAGE_SENT, UNFINISHED, has_expired
@@ -60,6 +61,15 @@ class _Commit(NamedTuple):
     attempt: AttemptRow | AttemptRecord | None
 
 
+class _Row(SimpleNamespace):
+    """The fields of a RunRow, set in place: a new row for each change took a fifth of a run of one node."""
+
+    mark = RunRow.mark
+
+
+_UNTOUCHED: Final = RunRow(None, "", "", 0, "RUNNING", None, 0, 0, 0, 0, 0, None, 0, -1.0, 0)._asdict()
+
+
 class MemoryRun:
     """One run.
 
@@ -84,7 +94,8 @@ class MemoryRun:
     session: Callable[[], Any] | None = None
 
     def __init__(self, run_id: str) -> None:
-        self.row = RunRow(None, run_id, "", 0, "RUNNING", None, 0, 0, 0, 0, 0, None, 0, -1.0, 0)
+        self.row = cast("RunRow", _Row())
+        vars(self.row).update(_UNTOUCHED, run_id=run_id)
         self.annotations: dict[Place, StepRow] = {}
         self.steps: dict[Key, AttemptRow | _Commit] = {}
         self.empty()
@@ -256,13 +267,15 @@ class MemoryRows(ScannedRows):
     ) -> bool:
         if fence is not None and (run.row.epoch, run.row.owner) != (fence.epoch, fence.owner):
             return False
-        values = {name: value for name, value in fields.items() if name not in LEASE_TIMES}
+        values = {**fields}
+        for name in LEASE_TIMES:
+            values.pop(name, None)
         for name, value in values.items():
-            if isinstance(value, Delay):
+            if type(value) is Delay:
                 values[name] = _now_ms() + value.ms
-        if "claim" in fields:
+        if "claim" in values:
             run.claim = None
-        run.row = run.row._replace(**values)
+        vars(run.row).update(values)
         return True
 
     def input(self, run: MemoryRun, execution: int) -> tuple[str, Any, Any] | None:
@@ -389,9 +402,7 @@ class MemoryRows(ScannedRows):
     def delete(self, run_id: str) -> None:
         run = self._runs.pop(run_id, None)
         if run is not None:
-            run.row = run.row._replace(
-                epoch=run.row.epoch + 1
-            )  # Fences off the session that has the run open.
+            vars(run.row)["epoch"] += 1  # Fences off the session that has the run open.
 
     # ------------------------------------------------------------------ events
 
@@ -486,7 +497,7 @@ def _now_ms() -> int:
 
 
 def _run_row(run: MemoryRun) -> RunRow:
-    row, records = run.row, _records(run, run.row.execution)
+    row, records = RunRow(**vars(run.row)), _records(run, run.row.execution)
     ends = [(one.started_ns + one.duration_ns) // 1_000_000 for one in records]
     places = list(run.committed())
     return row._replace(
