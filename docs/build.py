@@ -85,7 +85,14 @@ NAV: dict[str, list[str]] = {
     ],
     "Integrations/Telemetry": ["telemetry.md", "telemetry/"],
     "Integrations/Agent frameworks": ["adapters.md", "adapters/"],
-    "Reference": ["reference/index.md", "reference/", "cli.md", "reference/commands.md", "json.md", "errors.md"],
+    "Reference": [
+        "reference/index.md",
+        "reference/",
+        "cli.md",
+        "reference/commands.md",
+        "json.md",
+        "errors.md",
+    ],
     "Project": [
         "changelog.md",
         "performance.md",

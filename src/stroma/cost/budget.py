@@ -270,7 +270,9 @@ class CostTracker:
     def summary(self) -> dict[str, NodeUsage]:
         """Return the sums by node id, as new records."""
         sums = CostTracker()
-        for figures in (*((node_id, *row) for node_id, row in self.added.items()), *self.per_node()):
+        for node_id, row in self.added.items():
+            sums.add(node_id, *row)
+        for figures in self.per_node():
             sums.add(*figures)
         return {
             node_id: NodeUsage(node_id, row[0], row[2], row[3] // 1_000_000, row[4], row[1])

@@ -46,7 +46,8 @@ async def open_run(
     journal, config = ctx.journal, ctx.config
     if journal.session is not NULL_SESSION:
         return journal.session
-    if journal.opening is None:
+    opening = journal.opening
+    if opening is None:
         if ctx.plain_steps.has_end and journal.versions is None:
             ctx.plain_steps.at_exit = _end_plain_code
         journal.apart = apart
@@ -81,11 +82,11 @@ async def open_run(
             opened = ctx.checkpoint_manager.open_run(request)
         if not hasattr(opened, "__await__"):  # inspect.isawaitable() takes 1 us more of the 50 of a run.
             return _begin(ctx, opened, carry=discard_from is None)
-        journal.opening = asyncio.ensure_future(opened)
+        opening = journal.opening = asyncio.ensure_future(opened)
     try:
         # Steps that begin at the same time wait for one opening, which the cancellation of one of them
         # does not end.
-        session = await asyncio.shield(journal.opening)
+        session = await asyncio.shield(opening)
     except Exception:
         journal.opening = None  # The next step opens it again.
         raise

@@ -463,7 +463,7 @@ class RunStore(ReadableStore):
     # ------------------------------------------------------------------ retention
 
     def expired(self, keep_for: timedelta, *, unfinished: bool = False) -> list[str]:
-        """Return the ids of the runs that :meth:`gc` would delete unless they have an owner. Raises StoreError."""
+        """Return the ids of the runs that :meth:`gc` would delete if none has an owner. Raises StoreError."""
         ms, most = int(keep_for.total_seconds() * 1000), _MAX_EXPIRED
         return self.read(
             lambda rows: rows.expired_run_ids(rows.now_ms() - ms, unfinished=unfinished, limit=most), []
