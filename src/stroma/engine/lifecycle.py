@@ -284,7 +284,7 @@ async def give_back(ctx: ReliabilityContext, result: ExecutionResult | None) -> 
 
 
 async def _call_run_hooks(ctx: ReliabilityContext, event: str, calls: Calls, values: tuple[Any, ...]) -> None:
-    """Call the hooks of one event of a run. There is no current node. Raises HookNotAsync."""
+    """Call the hooks of one event of a run, without a current node. Raises HookNotAsync."""
     firing = Firing(ctx.fire, event, calls, None, values)
     with _as_current(ctx):
         try:
