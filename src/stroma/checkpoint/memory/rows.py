@@ -95,7 +95,7 @@ class MemoryRun:
 
     def __init__(self, run_id: str) -> None:
         self.row = cast("RunRow", _Row())
-        vars(self.row).update(_UNTOUCHED, run_id=run_id)
+        self.set(**_UNTOUCHED | {"run_id": run_id})
         self.annotations: dict[Place, StepRow] = {}
         self.steps: dict[Key, AttemptRow | _Commit] = {}
         self.empty()
@@ -107,6 +107,10 @@ class MemoryRun:
         self.attempts: dict[tuple[Any, ...], AttemptRow | AttemptRecord] = {}
         self.identities: dict[str, int] = {}
         self.failure_sites: dict[Place, tuple[int, int, Callable[[], bytes]]] = {}
+
+    def set(self, **fields: Any) -> None:
+        """Set fields of its row."""
+        vars(self.row).update(fields)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -275,7 +279,7 @@ class MemoryRows(ScannedRows):
                 values[name] = _now_ms() + value.ms
         if "claim" in values:
             run.claim = None
-        vars(run.row).update(values)
+        run.set(**values)
         return True
 
     def input(self, run: MemoryRun, execution: int) -> tuple[str, Any, Any] | None:
@@ -402,7 +406,7 @@ class MemoryRows(ScannedRows):
     def delete(self, run_id: str) -> None:
         run = self._runs.pop(run_id, None)
         if run is not None:
-            vars(run.row)["epoch"] += 1  # Fences off the session that has the run open.
+            run.set(epoch=run.row.epoch + 1)  # Fences off the session that has the run open.
 
     # ------------------------------------------------------------------ events
 
