@@ -61,6 +61,16 @@ def test_runs_are_filtered(filled, inside, fails):
 
 
 @pytest.mark.core
+@pytest.mark.parametrize(
+    ("limit", "totals"), [("1", "2+ runs: "), ("2", "2+ runs: "), ("3", "3 runs: "), ("4", "3 runs: ")]
+)
+def test_totals_say_if_more_runs_match(filled, inside, monkeypatch, limit, totals):
+    """The totals of `runs` have a plus if further runs match that were not counted, and only then."""
+    monkeypatch.setattr("stroma.cli.commands.runs._MAX_COUNTED", 2)
+    assert totals in inside("runs", "--limit", limit).err
+    assert "2 runs: 2 COMPLETED" in inside("runs", "--status", "completed").err
+
+
 def test_runs_are_shown_and_compared(filled, golden, fails, inside):
     """Output of `runs`, `show`, `tail`, `diff` and `resume --dry-run` is the same on every store."""
     golden("runs", "runs", "runs --limit 2", "runs --failed --json")

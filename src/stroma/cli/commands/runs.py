@@ -157,9 +157,10 @@ def runs(query: RunQuery, limit: int, as_json: bool, db: str | None) -> None:
     """
     database = Database.from_option(db)
     store = database.reader
-    records = [] if database.is_empty else History(store).runs(query, max(limit, _MAX_COUNTED))
+    most = max(limit, _MAX_COUNTED)
+    records = [] if database.is_empty else History(store).runs(query, most + 1)
     if records or as_json:
-        print_runs(database, records, limit, as_json=as_json)
+        print_runs(database, records[:most], limit, as_json=as_json, has_more=len(records) > most)
         return
     if query != RunQuery():
         err.line(f"no run matches in {database.name}; list all: ", database.hint("runs"))
@@ -169,8 +170,13 @@ def runs(query: RunQuery, limit: int, as_json: bool, db: str | None) -> None:
         err.line(f"  {line}")
 
 
-def print_runs(database: Database, records: Sequence[RunRecord], limit: int, *, as_json: bool) -> None:
-    """Print the first ``limit`` runs on stdout; with them, or on stderr, the totals of all."""
+def print_runs(
+    database: Database, records: Sequence[RunRecord], limit: int, *, as_json: bool, has_more: bool = False
+) -> None:
+    """Print the first ``limit`` runs on stdout; with them, or on stderr, the totals of all.
+
+    ``has_more``: further runs match, which are not counted.
+    """
     shown, totals = records[:limit], _totals(records)
     if as_json:
         emit_fields("stroma.runs/1", runs=[run_data(record) for record in shown], totals=totals)
@@ -192,7 +198,7 @@ def print_runs(database: Database, records: Sequence[RunRecord], limit: int, *, 
     if any(map(is_interrupted, shown)):
         err.line("resume a run without owner: ", database.hint("resume", "RUN", "FILE.py:NAME"))
     if len(records) > 1:
-        _print_totals(totals, len(shown))
+        _print_totals(totals, len(shown), has_more=has_more)
 
 
 def _totals(records: Sequence[RunRecord]) -> dict[str, Any]:
@@ -208,9 +214,9 @@ def _totals(records: Sequence[RunRecord]) -> dict[str, Any]:
     }
 
 
-def _print_totals(totals: dict[str, Any], shown: int) -> None:
+def _print_totals(totals: dict[str, Any], shown: int, *, has_more: bool) -> None:
     count, causes = totals["runs"], totals["causes"]
-    runs = f"{count:,}{'+' if count == _MAX_COUNTED else ''} runs"
+    runs = f"{count:,}{'+' if has_more else ''} runs"
     statuses = ", ".join(f"{number:,} {status}" for status, number in totals["statuses"].items())
     more = f"; the newest {shown:,} are listed, more with --limit" if shown < count else ""
     err.line((f"{runs}: {statuses}{more}", "dim"))
