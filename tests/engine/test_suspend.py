@@ -15,6 +15,7 @@ from stroma import (
     AsyncInMemoryStore,
     CheckpointNotFound,
     ExecutionBudget,
+    FailureClass,
     RequestRefused,
     RunStatus,
     SQLiteStore,
@@ -173,6 +174,26 @@ async def test_a_sync_node_waits_too(store: Any) -> None:
     assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["well?"])
     await runner(store).signal("r", {"approved": True})
     assert (await runner(store, resume=True).run(nodes, Num())).final_state == Num(n=1)
+
+
+async def test_an_answer_is_for_one_question(store: Any) -> None:
+    """A node that asks a second question does not get the answer to its first one: it fails for good."""
+    transfers: list[str] = []
+
+    async def ask(state: Num) -> dict[str, Any]:
+        here = current_node()
+        if here.wait_for(Approval, reason="may the mail go out?").approved:
+            transfers.append(here.wait_for(Approval, reason="may the money be sent?").by)
+        return {"n": 1}
+
+    nodes = [node("ask", ask)]
+    await runner(store).run(nodes, Num())
+    await runner(store).signal("r", {"approved": True, "by": "Ada"})
+    failure = (await runner(store, resume=True).run(nodes, Num())).failure
+    assert failure is not None
+    assert failure.failure_class is FailureClass.TERMINAL
+    assert "'ask' asks a second question" in str(failure.exception)
+    assert transfers == []
 
 
 @pytest.mark.core

@@ -310,10 +310,20 @@ class NodeExecution:
         return held_by(decode_answer(schema_of(model), answered))
 
     def wait_for(self, schema: type[AnswerT], *, reason: str) -> AnswerT:
-        """Return a person's answer as a ``schema``. Raises Suspend, or PipelineChanged if it does not fit."""
+        """Return a person's answer as a ``schema``: a node asks one question, in each of its attempts.
+
+        Raises Suspend without an answer, PipelineChanged if the answer does not fit, NotImplementedError for
+        a second question.
+        """
         answered = self._own.waiting()
         if answered is None or answered.payload is None:
             raise Suspend(reason, schema=schema)
+        if self._own.answered_attempt == self._own.attempt:
+            raise NotImplementedError(
+                f"node {self.node_id!r} asks a second question, and the answer to its first one is no answer "
+                "to it; ask it in another node, or with flow.wait_for() in a flow"
+            )
+        self._own.answered_attempt = self._own.attempt
         return cast("AnswerT", decode_answer(schema_of(schema), answered))
 
 
@@ -378,6 +388,8 @@ class RunningNode(NodeExecution):
     attempt_id: str | None = None
     #: Number of an attempt, and the exceptions that executions inside of it ended with.
     raised_inside: tuple[int, list[BaseException]] | None = None
+    #: Number of the attempt that got the answer to the question of the node.
+    answered_attempt: int = 0
     #: The last response of a provider that was reported, with the attempt that reported it.
     response: tuple[int, Any] = (0, None)
     _notes: dict[Any, Any] | None = None
