@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextvars import copy_context
 from queue import SimpleQueue
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from pydantic import BaseModel
 
@@ -17,6 +17,8 @@ from stroma.adapters._background_loop import Turn, hand_back, start_in_backgroun
 from stroma.adapters._state_views import given_to, made_by
 from stroma.adapters._step import (
     CallTask,
+    Control,
+    ErrorAnswer,
     GuardedStep,
     InnerCalls,
     Invoke,
@@ -61,6 +63,7 @@ class Call:
         "error",
         "execution",
         "func",
+        "has_answer",
         "is_counted",
         "kwargs",
         "raises_own_error",
@@ -81,8 +84,8 @@ class Call:
         #: Result and exception of the function in the last attempt.
         self.value: Any = None
         self.error: BaseException | None = None
-        #: The caller gets `error`, even if the engine records another failure.
-        self.raises_own_error = False
+        #: The caller gets `error`, or `value`, even if the engine records another failure.
+        self.raises_own_error = self.has_answer = False
         self.chunks: list[Any] | None = None
         self.count = 0
         #: The usage in `chunks`, those of the present attempt, is counted.
@@ -305,7 +308,7 @@ class Call:
     ) -> Any:
         """Make one call, as the function of the node that the engine executes."""
         run, step_id = self.run, self.step.step_id
-        self.value, self.error, self.raises_own_error = None, None, False
+        self.value, self.error, self.raises_own_error, self.has_answer = None, None, False, False
         self.chunks, self.is_counted = None, False
         execution = CURRENT.get()
         assert execution is not None
@@ -330,6 +333,10 @@ class Call:
         self.value = value
         if self.count:
             value = self._stream_result(value)
+        meaning = None if self.step.judge is None else self._view("judge", self.step.judge, value)
+        if meaning is not None:
+            self.has_answer = True
+            self._stop(execution, inner, meaning, ErrorAnswer(meaning.value))
         return self._output_of(execution, value, contract)
 
     def _take_stated(self, output: BaseModel) -> None:
@@ -389,26 +396,17 @@ class Call:
         self.error = error
         ctx, step = execution.ctx, self.step
         control = None if step.control is None else self._view("control", step.control, error)
-        if control is None or control.outcome != "returned":
-            self._count_unfinished()
-        where = NodeContext(execution.node_id, execution.attempt, ctx.run_id)
         if control is not None:
             self.raises_own_error = True
             if control.outcome == "returned":
                 return self._output_of(execution, control.value, contract)
-            message = str(control.value) if control.value else message_of(error)
-            is_suspended = control.outcome == "suspended"
-            kind = FailureClass.RECOVERABLE if is_suspended else FailureClass.TERMINAL
-            redact = ctx.redactor.redact_question if is_suspended else ctx.redactor.redact_message
-            message = redact(message, states_around(execution, execution.input_snapshot))
-            if is_suspended and not any(halt.suspended for _, halt in inner.halts):
-                ctx.account.note_suspended(message)
-            raise GroupStopped(Halt(_failure(error, kind, where, message), suspended=is_suspended)) from error
+            self._stop(execution, inner, control, error)
+        self._count_unfinished()
+        where = NodeContext(execution.node_id, execution.attempt, ctx.run_id)
         if isinstance(error, (HookNotAsync, PipelineChanged, CorruptCheckpoint, Undeclared)):
             self.raises_own_error = True
-            raise GroupStopped(
-                Halt(_failure(error, FailureClass.TERMINAL, where, message_of(error)))
-            ) from error
+            failure = Failure(error, FailureClass.TERMINAL, where.node_id, where.attempt, message_of(error))
+            raise GroupStopped(Halt(failure)) from error
         # A CancelledError without a cancellation of the task is a failure like any other.
         if isinstance(error, Exception) or (
             isinstance_by_type(error, asyncio.CancelledError) and not is_cancelled(entry)
@@ -432,6 +430,21 @@ class Call:
         execution.is_final = bool(self.count) or inner.is_published or not step.can_retry
         raise error
 
+    def _stop(
+        self, execution: RunningNode, inner: InnerCalls, meaning: Control, error: BaseException
+    ) -> NoReturn:
+        """End the step by an exception, or a result, that is control flow of the framework."""
+        self._count_unfinished()
+        ctx, is_suspended = execution.ctx, meaning.outcome == "suspended"
+        message = str(meaning.value) if meaning.value else message_of(error)
+        kind = FailureClass.RECOVERABLE if is_suspended else FailureClass.TERMINAL
+        redact = ctx.redactor.redact_question if is_suspended else ctx.redactor.redact_message
+        message = redact(message, states_around(execution, execution.input_snapshot))
+        if is_suspended and not any(halt.suspended for _, halt in inner.halts):
+            ctx.account.note_suspended(message)
+        failure = Failure(error, kind, execution.node_id, execution.attempt, message)
+        raise GroupStopped(Halt(failure, suspended=is_suspended)) from error
+
     # ------------------------------------------------------------------ result for the caller
 
     def _error_for_caller(self, halt: Halt) -> BaseException:
@@ -444,15 +457,11 @@ class Call:
         return error
 
     def _return(self, outcome: BaseModel | Halt) -> Any:
-        if isinstance(outcome, Halt):
+        if isinstance(outcome, Halt) and not self.has_answer:
             raise self._error_for_caller(outcome)
         if self.error is not None:  # An exception by which the framework returns.
             raise self.error
         return self.value
-
-
-def _failure(error: BaseException, kind: FailureClass, where: NodeContext, message: str) -> Failure:
-    return Failure(error, kind, where.node_id, where.attempt, message)
 
 
 # ---------------------------------------------------------------------- functions that call others as steps

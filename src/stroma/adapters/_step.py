@@ -20,12 +20,14 @@ from stroma.trace.events import AttemptRow, AttemptUsage, TraceEvent
 
 
 class Control(NamedTuple):
-    """Meaning of an exception that a framework uses for control flow: it is raised unchanged, never retried.
+    """Meaning of an exception, or a result, that a framework uses for control flow.
+
+    The caller gets it unchanged, and there is no further attempt.
 
     Attributes:
         outcome: "suspended": the step waits for a person; "returned": it ended with ``value``; "passed": it
-            ends the run of the framework, as a terminal failure.
-        value: the value that it returned, or the reason of the suspension as text.
+            failed for good, which mostly ends the run of the framework.
+        value: the value that it returned, or the reason of the suspension or failure as text.
     """
 
     outcome: Literal["suspended", "returned", "passed"]
@@ -33,15 +35,7 @@ class Control(NamedTuple):
 
 
 class ErrorAnswer(Exception):
-    """An answer by which a tool says that it failed: no output, and no second call; its caller gets it."""
-
-    def __init__(self, answer: Any, text: object) -> None:
-        super().__init__(str(text))
-        self.answer = answer
-
-    @staticmethod
-    def control(error: BaseException) -> Control | None:
-        return Control("passed") if isinstance(error, ErrorAnswer) else None
+    """Failure of a step whose result says that it failed. Its caller gets the result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +50,7 @@ class GuardedStep:
         usage: returns the provider's response in a result, or a :class:`stroma.Usage`; None if nothing was
             used.
         control: returns the meaning of an exception of the framework; None for a failure.
+        judge: returns the meaning of a result that is not an output; None for an output.
         collect: returns the result of a stream for the list of its chunks. Without it a stream's result is
             their number, or the list if the step has a contract or reads usage.
         delta: returns the text that a chunk of a stream adds to the answer, for the readers of the run's
@@ -72,6 +67,7 @@ class GuardedStep:
     messages: View | None = None
     usage: Callable[[Any], Any] | None = None
     control: Callable[[BaseException], Control | None] | None = None
+    judge: Callable[[Any], Control | None] | None = None
     collect: Callable[[list[Any]], Any] | None = None
     delta: Callable[[Any], str | None] | None = None
     can_retry: bool = True

@@ -35,7 +35,7 @@ except ImportError as error:
 
 from stroma.adapters._guarded_run import active_run
 from stroma.adapters._state_views import parse_text
-from stroma.adapters._step import ErrorAnswer, emit_text
+from stroma.adapters._step import Control, emit_text
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.cost.usage import Usage, usage_from
 from stroma.engine.execution import CURRENT, current_run
@@ -95,33 +95,26 @@ def guarded_tools(
     for tool in tools:
         step = guard.wrap(
             tool.name,
-            _judged(tool.handler),
+            tool.handler,
             contract=by_name.get(tool.name),
             input_view=lambda a, _: a[0],
             output_view=_result_of,
-            control=ErrorAnswer.control,
+            judge=_judge,
             role="tool",
         )
         guarded.append(dataclasses.replace(tool, handler=_noting(step)))
     return guarded
 
 
-def _judged(handler: Any) -> Any:
-    async def call(arguments: Any) -> Any:
-        answer = await handler(arguments)
-        if isinstance(answer, dict) and answer.get("is_error"):
-            raise ErrorAnswer(answer, _text_of(answer))
-        return answer
-
-    return call
+def _judge(answer: Any) -> Control | None:
+    is_error = isinstance(answer, dict) and answer.get("is_error")
+    return Control("passed", _text_of(answer)) if is_error else None
 
 
 def _noting(step: Any) -> Any:
     async def handler(arguments: Any) -> Any:
         try:
             return await step(arguments)
-        except ErrorAnswer as error:
-            return error.answer
         except Exception as error:
             run = current_run()
             if run is not None and what_stopped(error) is not None:

@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise import_error("langchain", error) from error
 
-from stroma.adapters._step import Control, ErrorAnswer, GuardedStep
+from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 
 warn_if_untested("langchain")
@@ -66,17 +66,11 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
 
     def wrap_tool_call(self, request: Any, handler: Any) -> Any:
         """Call a tool as the step of its name. An error message is returned unchanged, without a retry."""
-        try:
-            return self.guard.call(self._tool(request), _counted(handler), request)
-        except ErrorAnswer as error:
-            return error.answer
+        return self.guard.call(self._tool(request), _counted(handler), request)
 
     async def awrap_tool_call(self, request: Any, handler: Any) -> Any:
         """Do the same as :meth:`wrap_tool_call` for an async agent."""
-        try:
-            return await self.guard.acall(self._tool(request), _acounted(handler), request)
-        except ErrorAnswer as error:
-            return error.answer
+        return await self.guard.acall(self._tool(request), _acounted(handler), request)
 
     def _tool(self, request: Any) -> GuardedStep:
         name = request.tool_call["name"]
@@ -86,7 +80,8 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
             self._contracts.get(name),
             input_view=input_view,
             output_view=result_of,
-            control=_control,
+            control=control,
+            judge=_judge,
             role="tool",
         )
 
@@ -100,20 +95,15 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
             self._checked = True
 
 
-def _control(error: BaseException) -> Control | None:
-    return ErrorAnswer.control(error) or control(error)
-
-
-def _judged(answer: Any) -> Any:
-    if isinstance(answer, ToolMessage) and answer.status == "error":
-        raise ErrorAnswer(answer, answer.content)
-    return answer
+def _judge(answer: Any) -> Control | None:
+    is_error = isinstance(answer, ToolMessage) and answer.status == "error"
+    return Control("passed", answer.content) if is_error else None
 
 
 def _counted(handler: Any) -> Any:
     def call(request: Any) -> Any:
         with counting():
-            return _judged(handler(request))
+            return handler(request)
 
     return call
 
@@ -121,6 +111,6 @@ def _counted(handler: Any) -> Any:
 def _acounted(handler: Any) -> Any:
     async def acall(request: Any) -> Any:
         with counting():
-            return _judged(await handler(request))
+            return await handler(request)
 
     return acall

@@ -23,7 +23,7 @@ except ImportError as error:
 
 from stroma.adapters._delegation import wrap_method
 from stroma.adapters._state_views import parse_text
-from stroma.adapters._step import ErrorAnswer, GuardedStep
+from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
 
 warn_if_untested("mcp")
@@ -56,19 +56,10 @@ def attach(session: T, guard: Guard, contracts: Contracts | None = None) -> T:
                 by_name.get(name),
                 input_view=lambda *_: dict(arguments or {}),
                 output_view=_result,
-                control=ErrorAnswer.control,
+                judge=_judge,
                 role="tool",
             )
-            try:
-                return await guard.acall(step, answered, self, name, arguments, *args, **kwargs)
-            except ErrorAnswer as error:
-                return error.answer
-
-        async def answered(*args: Any, **kwargs: Any) -> Any:
-            result = await bare(*args, **kwargs)
-            if getattr(result, "isError", False) or getattr(result, "is_error", False):
-                raise ErrorAnswer(result, _text(result))
-            return result
+            return await guard.acall(step, bare, self, name, arguments, *args, **kwargs)
 
         return call_tool
 
@@ -86,6 +77,11 @@ def attach(session: T, guard: Guard, contracts: Contracts | None = None) -> T:
     wrap_method(session, "call_tool", guard, calling)
     wrap_method(session, "list_tools", guard, listing)
     return session
+
+
+def _judge(result: Any) -> Control | None:
+    is_error = getattr(result, "isError", False) or getattr(result, "is_error", False)
+    return Control("passed", _text(result)) if is_error else None
 
 
 def _text(result: Any) -> str:

@@ -126,24 +126,12 @@ class GuardedRunner:
         return GuardedStream(self.guard, agent, input, options)
 
     async def _arun_step(self, agent: Any, input: Any, **options: Any) -> Any:
-        async def run() -> Any:
-            return _ended(await Runner.run(agent, input, **options))
-
-        try:
-            with self.guard.current.here():
-                return await self.guard.acall(_step_of(agent, input), run)
-        except _Interrupted as interrupted:
-            return interrupted.result
+        with self.guard.current.here():
+            return await self.guard.acall(_step_of(agent, input), Runner.run, agent, input, **options)
 
     def _run_step(self, agent: Any, input: Any, **options: Any) -> Any:
-        def run() -> Any:
-            return _ended(Runner.run_sync(agent, input, **options))
-
-        try:
-            with self.guard.current.here():
-                return self.guard.call(_step_of(agent, input), run)
-        except _Interrupted as interrupted:
-            return interrupted.result
+        with self.guard.current.here():
+            return self.guard.call(_step_of(agent, input), Runner.run_sync, agent, input, **options)
 
 
 class GuardedStream:
@@ -167,10 +155,9 @@ class GuardedStream:
             _input_view(args, {}),
             is_continuation=_is_continuation(args),
         )
-        with contextlib.suppress(_Interrupted):
-            async with contextlib.aclosing(cast("AsyncGenerator[Any, None]", events)):
-                async for event in events:
-                    yield event
+        async with contextlib.aclosing(cast("AsyncGenerator[Any, None]", events)):
+            async for event in events:
+                yield event
 
     async def _events(self) -> AsyncIterator[Any]:
         self._result = result = Runner.run_streamed(self._agent, self._input, **self._options)
@@ -180,7 +167,6 @@ class GuardedStream:
         finally:
             if not result.is_complete:
                 result.cancel()
-        _ended(result)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or self._result is None:
@@ -188,18 +174,12 @@ class GuardedStream:
         return getattr(self._result, name)
 
 
-def _ended(result: Any) -> Any:
-    if isinstance(result.interruptions, list) and result.interruptions:
-        raise _Interrupted(result)
-    return result
-
-
-class _Interrupted(Exception):
-    """The run of an agent that waits for approvals."""
-
-    def __init__(self, result: Any) -> None:
-        super().__init__("; ".join(f"approval of {item.name}" for item in result.interruptions))
-        self.result = result
+def _judge(result: Any) -> Control | None:
+    """Return the meaning of a result with interruptions: the run waits for approvals."""
+    waits = getattr(result, "interruptions", None)
+    if not isinstance(waits, list) or not waits:
+        return None
+    return Control("suspended", "; ".join(f"approval of {item.name}" for item in waits))
 
 
 def _is_continuation(args: tuple[Any, ...]) -> bool:
@@ -219,12 +199,8 @@ def _final(result: Any) -> Any:
 def _step_of(agent: Any, input: Any) -> GuardedStep:
     """Return the step around an agent. Its models and tools had their retries: it is called once."""
     seen = _input_view((agent, input), {})
-    about: Any = {"input_view": lambda *_: seen, "output_view": _final, "control": _control}
-    return GuardedStep(agent.name, can_retry=False, role="agent", **about)
-
-
-def _control(error: BaseException) -> Control | None:
-    return Control("suspended", str(error)) if isinstance(error, _Interrupted) else _control_of(error)
+    about: Any = {"input_view": lambda *_: seen, "output_view": _final, "control": _control_of}
+    return GuardedStep(agent.name, judge=_judge, can_retry=False, role="agent", **about)
 
 
 # ---------------------------------------------------------------------- models

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from stroma._utils.lazy import lazy
 from stroma.adapters._patches import patch
@@ -83,28 +83,20 @@ class StromaCapability(AbstractCapability[Any]):
             self._output,
             output_view=lambda result: result.output,
             control=control,
+            judge=_judge,
             can_retry=False,
             role="agent",
         )
 
         async def run(_: Any) -> Any:
             current_node().notes[_RUN] = ctx.run_id
-            result = await handler()
-            if isinstance(getattr(result, "output", None), DeferredToolRequests):
-                deferred = _Deferred(result)
-                for reason in deferred.reasons:
-                    current_node().ctx.account.note_suspended(reason)
-                raise deferred
-            return result
+            return await handler()
 
-        try:
-            if self.guard.inside:
-                with self.guard.current.here():
-                    return await self.guard.acall(step, run, {"prompt": ctx.prompt})
-            async with self.guard.begin({"prompt": ctx.prompt}, is_continuation=ctx.prompt is None):
+        if self.guard.inside:
+            with self.guard.current.here():
                 return await self.guard.acall(step, run, {"prompt": ctx.prompt})
-        except _Deferred as deferred:
-            return deferred.result
+        async with self.guard.begin({"prompt": ctx.prompt}, is_continuation=ctx.prompt is None):
+            return await self.guard.acall(step, run, {"prompt": ctx.prompt})
 
     async def before_model_request(self, ctx: Any, request_context: Any) -> Any:
         """Let the model's request be the step ``model``. Raises UnknownNode for a contract of no tool."""
@@ -153,19 +145,15 @@ class StromaCapability(AbstractCapability[Any]):
 _RUN, _CALL = "pydantic_ai run", "pydantic_ai call"
 
 
-class _Deferred(Exception):
-    """The run of an agent that waits for approvals, or for results of tools that others run."""
-
-    def __init__(self, result: Any) -> None:
-        approvals, calls = result.output.approvals, result.output.calls
-        self.reasons = [_reason("approval", call.tool_name) for call in approvals]
-        self.reasons += [_reason("result", call.tool_name) for call in calls]
-        super().__init__("; ".join(self.reasons))
-        self.result = result
-
-
-def _reason(kind: Literal["approval", "result"], tool: str) -> str:
-    return f"{kind} of {tool}"
+def _judge(result: Any) -> Control | None:
+    """Return the meaning of a result that asks for approvals, or for results of tools that others run."""
+    requests: Any = getattr(result, "output", None)
+    if not isinstance(requests, DeferredToolRequests):
+        return None
+    reasons = [f"approval of {call.tool_name}" for call in requests.approvals]
+    return Control(
+        "suspended", "; ".join(reasons + [f"result of {call.tool_name}" for call in requests.calls])
+    )
 
 
 class StepModel(WrapperModel):
@@ -200,10 +188,8 @@ class StepModel(WrapperModel):
 def control(error: BaseException, tool: str = "a tool") -> Control | None:
     """Return the meaning of an exception that Pydantic AI uses for control flow."""
     if isinstance(error, (exceptions.CallDeferred, exceptions.ApprovalRequired)):
-        is_call = isinstance(error, exceptions.CallDeferred)
-        return Control("suspended", _reason("result" if is_call else "approval", tool))
-    if isinstance(error, _Deferred):
-        return Control("suspended", str(error))
+        kind = "result" if isinstance(error, exceptions.CallDeferred) else "approval"
+        return Control("suspended", f"{kind} of {tool}")
     if isinstance(error, (exceptions.SkipToolExecution, exceptions.SkipModelRequest)):
         return Control("returned", getattr(error, "result", None) or getattr(error, "response", None))
     return Control("passed") if isinstance(error, _TOLD_TO_THE_MODEL) else None
