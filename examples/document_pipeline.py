@@ -61,23 +61,20 @@ async def main() -> ExecutionResult:
     calls = {"extract": 0, "post": 0}
     ledger_is_up = False
 
-    with Provider(calm=True) as provider, tempfile.TemporaryDirectory() as folder:
+    # The first call is refused for a moment, the second one gets an answer whose total is not a number.
+    faults = ["429", "wrong_type"]
+    with Provider(faults=faults) as provider, tempfile.TemporaryDirectory() as folder:
         client = openai.AsyncOpenAI(api_key="demo", base_url=provider.base_url, max_retries=0)
 
         @stroma_node("extract", NodeContract(node_id="extract", input_schema=Mail, output_schema=Invoice))
         async def extract(mail: Mail) -> Any:
             calls["extract"] += 1
-            node = current_node()
             answer = await client.chat.completions.create(
                 model="gpt-4o-mini",
                 messages=[
                     {"role": "system", "content": "TASK: extract"},
                     {"role": "user", "content": mail.text},
                 ],
-                # The first call is refused for a moment, the second one gets an answer whose total is not a number.
-                extra_headers={1: {"X-Demo-Fault": "429"}, 2: {"X-Demo-Fault": "wrong_type"}}.get(
-                    node.attempt, {}
-                ),
             )
             # Beside the output, the response: tokens of failed attempts count, too.
             return json.loads(answer.choices[0].message.content or ""), answer

@@ -4,7 +4,7 @@
 
 Needs `pip install "stroma-runner[demo]"`, and neither a key nor a network: the real OpenAI client asks the
 demo's provider, which gives its first answer with a field of the wrong type (or, with `malformed` as an
-argument, cuts it short). Against OpenAI itself, drop the provider and the header.
+argument, cuts it short). Against OpenAI itself, drop the provider.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ def read(answer: str) -> Any:
 
 
 async def main(fault: str = "wrong_type") -> ExecutionResult:
-    with Provider(calm=True) as provider:
+    with Provider(faults=[fault]) as provider:
         client = openai.AsyncOpenAI(api_key="demo", base_url=provider.base_url, max_retries=0)
 
         @stroma_node("extract", NodeContract(node_id="extract", input_schema=Document, output_schema=Invoice))
@@ -64,10 +64,7 @@ async def main(fault: str = "wrong_type") -> ExecutionResult:
                 print(f"--- attempt {node.attempt} says to the model:\n{mistake}\n---")
                 messages.append({"role": "user", "content": mistake})
             answer = await client.chat.completions.create(
-                model="gpt-4o-mini",
-                messages=messages,
-                response_format={"type": "json_object"},
-                extra_headers={} if mistake else {"X-Demo-Fault": fault},
+                model="gpt-4o-mini", messages=messages, response_format={"type": "json_object"}
             )
             # The response beside the output: its tokens are counted and priced, in a failed attempt too.
             return read(answer.choices[0].message.content or ""), answer

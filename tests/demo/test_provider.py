@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from stroma.demo import provider
+from stroma.demo.pipeline import Extraction, Label, Risk
 from stroma.demo.provider import FAULTS, Provider, digest_of, faults_of
 from stroma.demo.provider import answer as answer_of
 
@@ -45,7 +46,7 @@ def client_of(running: Provider, timeout: float = 10) -> openai.AsyncOpenAI:
 
 
 async def complete(
-    client: openai.AsyncOpenAI, text: str, task: str = "extract", *, model: str = MODEL, **headers: str
+    client: openai.AsyncOpenAI, text: str, task: str = "extract", *, model: str = MODEL
 ) -> Any:
     return await client.chat.completions.create(
         model=model,
@@ -54,34 +55,13 @@ async def complete(
             {"role": "user", "content": text},
         ],
         response_format={"type": "json_object"},
-        extra_headers={name.replace("_", "-"): value for name, value in headers.items()},
     )
-
-
-async def answer(
-    client: openai.AsyncOpenAI, text: str, task: str = "extract", **headers: str
-) -> dict[str, Any]:
-    got: dict[str, Any] = json.loads(
-        (await complete(client, text, task, **headers)).choices[0].message.content
-    )
-    return got
 
 
 @pytest.fixture(scope="module")
 def calm() -> Iterator[Provider]:
-    with Provider(calm=True) as running:
+    with Provider(faults=()) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def extracted(calm: Provider) -> dict[str, dict[str, Any]]:
-    """What the provider says about each shipped document."""
-
-    async def ask() -> list[dict[str, Any]]:
-        async with client_of(calm) as client:
-            return await asyncio.gather(*(answer(client, text) for text in shipped().values()))
-
-    return dict(zip(shipped(), asyncio.run(ask()), strict=True))
 
 
 # --- Answers over the shipped documents ---------------------------------------------------------------------
@@ -123,11 +103,10 @@ def test_every_shipped_document_has_an_expectation() -> None:
     assert sorted(EXPECTED) == sorted(shipped())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_extract(extracted: dict[str, dict[str, Any]], name: str) -> None:
+def test_extract(name: str) -> None:
     """Each shipped document is read for what it says."""
-    got = extracted[name]
+    got = answer_of("extract", shipped()[name])
     fields = ("kind", "party", "reference", "date", "currency", "total", "flags")
     assert tuple(got[f] for f in fields) == EXPECTED[name]
     assert got["summary"]
@@ -135,13 +114,12 @@ def test_extract(extracted: dict[str, dict[str, Any]], name: str) -> None:
     assert list(got) == [*fields[:-1], "summary", "flags"]
 
 
-@pytest.mark.slow
-def test_injection_is_not_obeyed(extracted: dict[str, dict[str, Any]]) -> None:
+def test_injection_is_not_obeyed() -> None:
     """An order hidden in a support mail is reported; the invoice that it claims to be is not there."""
     text = shipped()["support-refund-kessler.eml"]
     assert "Ignore all previous instructions" in text
     assert "9,800.00 EUR" in text
-    got = extracted["support-refund-kessler.eml"]
+    got = answer_of("extract", text)
     assert got["kind"] == "support"
     assert got["total"] is None
     assert got["reference"] != "KC-9001"
@@ -159,18 +137,12 @@ def test_documents_are_what_they_are_for() -> None:
     assert sum("RE-2025-0417" in text and "Gesamtbetrag" in text for text in shipped().values()) == 2
 
 
-def test_classify_and_risk(calm: Provider, extracted: dict[str, dict[str, Any]]) -> None:
+def test_classify_and_risk() -> None:
     """One call each sorts and weighs all records; the same invoice number twice is a high risk of both."""
-    records = [{"name": name, **record} for name, record in extracted.items()]
-
-    async def ask() -> tuple[Any, Any]:
-        async with client_of(calm) as client:
-            message = json.dumps({"records": records})
-            return await answer(client, message, "classify"), await answer(client, message, "risk")
-
-    labels, risks = asyncio.run(ask())
-    assert [label["name"] for label in labels["labels"]] == list(extracted)
-    assert [risk["name"] for risk in risks["risks"]] == list(extracted)
+    message = json.dumps({"records": [{"name": name} for name in shipped()]})
+    labels, risks = (answer_of(task, message) for task in ("classify", "risk"))
+    assert [label["name"] for label in labels["labels"]] == list(shipped())
+    assert [risk["name"] for risk in risks["risks"]] == list(shipped())
     categories = {label["name"]: (label["category"], label["priority"]) for label in labels["labels"]}
     levels = {risk["name"]: risk["level"] for risk in risks["risks"]}
     assert categories["invoice-copperline-88213.txt"] == ("payable", "normal")
@@ -196,44 +168,41 @@ def test_classify_and_risk(calm: Provider, extracted: dict[str, dict[str, Any]])
 # --- Documents nobody has seen ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("INVOICE No. PT-77\nSubtotal  $900.00\nTotal  $1,981.00", ("invoice", "PT-77", 1981.0, [])),
-        ("Invoice no. 5\nthank you", ("invoice", "5", None, ["total_missing"])),
-        ("A haiku about the sea.", ("other", None, None, [])),
-    ],
-    ids=["invoice", "no total", "neither"],
-)
-def test_unseen_documents(text: str, expected: tuple[object, ...]) -> None:
-    """Of a document that does not ship with the demo, kind, number and total are guessed."""
-    got = answer_of("extract", text)
-    assert tuple(got[f] for f in ("kind", "reference", "total", "flags")) == expected
+def test_unseen_documents() -> None:
+    """A document that does not ship with the demo is of no kind, and its answers fit the contracts."""
+    got = answer_of("extract", "INVOICE No. PT-77\nTotal  $1,981.00")
+    Extraction.model_validate({"name": "mine.txt", **got})
+    assert (got["kind"], got["total"]) == ("other", None)
+    message = '{"records": [{"name": "mine.txt"}]}'
+    (label,), (risk,) = answer_of("classify", message)["labels"], answer_of("risk", message)["risks"]
+    assert (Label.model_validate(label).category, Risk.model_validate(risk).level) == ("ignore", "low")
 
 
 # --- Faults -------------------------------------------------------------------------------------------------
 
 
-async def provoke(running: Provider, fault: str, text: str = "Invoice no. 1\nTotal: 5.00 EUR") -> Any:
-    async with client_of(running, 0.3 if fault == "hang" else 10) as client:
-        return await complete(client, text, X_Demo_Fault=fault)
+async def provoke(
+    fault: str, text: str = "Invoice no. 1", task: str = "extract", hang_seconds: float = 4.0
+) -> Any:
+    with Provider(faults=[fault], hang_seconds=hang_seconds) as running:
+        async with client_of(running, 0.3 if hang_seconds == 4.0 else 10) as client:
+            return await complete(client, text, task)
 
 
 @pytest.mark.parametrize(
     ("fault", "error", "status", "code"),
     [
         ("429", openai.RateLimitError, 429, "rate_limit_exceeded"),
-        ("quota", openai.RateLimitError, 429, "insufficient_quota"),
         ("500", openai.InternalServerError, 500, None),
         ("503", openai.InternalServerError, 503, None),
     ],
 )
 def test_error_statuses(
-    calm: Provider, fault: str, error: type[openai.APIStatusError], status: int, code: str | None
+    fault: str, error: type[openai.APIStatusError], status: int, code: str | None
 ) -> None:
-    """A forced error has the status, the exception class and the body that OpenAI's would have."""
+    """An error has the status, the exception class and the body that OpenAI's would have."""
     with pytest.raises(error) as caught:
-        asyncio.run(provoke(calm, fault))
+        asyncio.run(provoke(fault))
     assert type(caught.value) is error
     assert caught.value.status_code == status
     assert caught.value.code == code
@@ -241,12 +210,12 @@ def test_error_statuses(
     assert sorted(caught.value.body) == ["code", "message", "param", "type"]
 
 
-def test_hang_and_drop(calm: Provider) -> None:
+def test_hang_and_drop() -> None:
     """A hang runs into the client's timeout; a dropped connection is a connection error and no timeout."""
     with pytest.raises(openai.APITimeoutError):
-        asyncio.run(provoke(calm, "hang"))
+        asyncio.run(provoke("hang"))
     with pytest.raises(openai.APIConnectionError) as caught:
-        asyncio.run(provoke(calm, "drop"))
+        asyncio.run(provoke("drop"))
     assert not isinstance(caught.value, openai.APITimeoutError)
 
 
@@ -254,23 +223,19 @@ def test_hang_and_drop(calm: Provider) -> None:
 def test_a_hang_ends_in_a_dropped_connection() -> None:
     """A client more patient than the hang sees the connection close without an answer."""
 
-    async def ask(running: Provider) -> None:
-        async with client_of(running) as client:
-            await complete(client, "text", X_Demo_Fault="hang")
-
-    with Provider(calm=True, hang_seconds=0.05) as running:
-        with pytest.raises(openai.APIConnectionError) as caught:
-            asyncio.run(ask(running))
-        assert not isinstance(caught.value, openai.APITimeoutError)
+    with pytest.raises(openai.APIConnectionError) as caught:
+        asyncio.run(provoke("hang", hang_seconds=0.05))
+    assert not isinstance(caught.value, openai.APITimeoutError)
 
 
-def test_rate_limit_says_when_to_come_back(calm: Provider) -> None:
+def test_rate_limit_says_when_to_come_back() -> None:
     """Both forms of Retry-After are in use: seconds and `retry-after-ms`."""
 
     async def headers(text: str) -> tuple[str | None, str | None]:
         with pytest.raises(openai.RateLimitError) as caught:
-            await provoke(calm, "429", text)
-        return tuple(caught.value.response.headers.get(n) for n in ("retry-after", "retry-after-ms"))
+            await provoke("429", text)
+        headers = caught.value.response.headers
+        return headers.get("retry-after"), headers.get("retry-after-ms")
 
     async def ask() -> set[tuple[str | None, str | None]]:
         return set(await asyncio.gather(*(headers(f"document {n}") for n in range(12))))
@@ -279,40 +244,20 @@ def test_rate_limit_says_when_to_come_back(calm: Provider) -> None:
 
 
 @pytest.mark.parametrize("task", ["extract", "classify", "risk"])
-def test_wrong_answers(calm: Provider, task: str) -> None:
+def test_wrong_answers(task: str) -> None:
     """Truncated JSON and a wrong type arrive as a success that is billed."""
-    text = "Invoice no. 1\nTotal: 5.00 EUR" if task == "extract" else '{"records": [{"name": "a"}]}'
-
-    async def ask() -> tuple[Any, Any]:
-        async with client_of(calm) as client:
-            malformed = await complete(client, text, task, X_Demo_Fault="malformed")
-            return malformed, await answer(client, text, task, X_Demo_Fault="wrong_type")
-
-    malformed, wrong = asyncio.run(ask())
+    text = "Invoice no. 1" if task == "extract" else '{"records": [{"name": "a"}]}'
+    malformed, wrong = (asyncio.run(provoke(fault, text, task)) for fault in ("malformed", "wrong_type"))
     with pytest.raises(ValueError, match=r"Unterminated|Expecting"):
         json.loads(malformed.choices[0].message.content)
     assert malformed.usage.completion_tokens > 0
+    got = json.loads(wrong.choices[0].message.content)
     values: dict[str, Any] = {
-        "extract": wrong.get("total"),
-        "classify": wrong.get("labels", [{}])[0].get("priority"),
-        "risk": wrong.get("risks", [{}])[0].get("level"),
+        "extract": got.get("total"),
+        "classify": got.get("labels", [{}])[0].get("priority"),
+        "risk": got.get("risks", [{}])[0].get("level"),
     }
     assert values[task] == ("twelve hundred" if task == "extract" else 3)
-
-
-def test_quota_on_request(calm: Provider) -> None:
-    """The quota error is shown on request, and is counted."""
-
-    async def ask(**how: str) -> None:
-        async with client_of(calm) as client:
-            with pytest.raises(openai.RateLimitError) as caught:
-                await complete(client, "text for quota", **how)
-            assert caught.value.code == "insufficient_quota"
-
-    before = calm.stats()["by_outcome"].get("quota", 0)
-    asyncio.run(ask(X_Demo_Fault="quota"))
-    assert calm.stats()["by_text"][digest_of("extract", "text for quota")] == 1
-    assert calm.stats()["by_outcome"]["quota"] == before + 1
 
 
 def test_completion_shape(calm: Provider) -> None:
@@ -334,37 +279,38 @@ def test_completion_shape(calm: Provider) -> None:
 def test_bad_requests_say_what_is_wrong(calm: Provider) -> None:
     """A wrong request is a 400 that names the mistake, and is not counted as served."""
 
-    async def ask(text: str, task: str, **headers: str) -> str:
+    async def ask(text: str, task: str) -> str:
         async with client_of(calm) as client:
             with pytest.raises(openai.BadRequestError) as caught:
-                await complete(client, text, task, **headers)
+                await complete(client, text, task)
             return caught.value.message
 
-    before = calm.stats()["calls"]
+    before = calm.calls()
     assert "TASK: extract" in asyncio.run(ask("x", "translate"))
     assert "records" in asyncio.run(ask("[]", "risk"))
-    assert "429" in asyncio.run(ask("x", "extract", X_Demo_Fault="gremlins"))
-    assert calm.stats()["calls"] == before
+    assert calm.calls() == before
+    with pytest.raises(ValueError, match="gremlins"):
+        Provider(faults=["gremlins"])
 
 
 # --- Which call gets which fault ----------------------------------------------------------------------------
 
 
 def test_shipped_documents_have_every_fault() -> None:
-    """Over the shipped documents each fault but the quota occurs, and one document needs three attempts."""
+    """Over the shipped documents each fault occurs, and one document needs three attempts."""
     plans = {name: faults_of(digest_of("extract", text)) for name, text in shipped().items()}
     everything = Counter(fault for plan in plans.values() for fault in plan)
-    assert set(everything) == set(FAULTS) - {"quota"}
+    assert set(everything) == set(FAULTS)
     assert everything["hang"] == everything["malformed"] == everything["wrong_type"] == 1
     assert any(len(plan) == 2 for plan in plans.values())
     assert plans["support-refund-kessler.eml"] == ()
 
 
 def test_unseen_documents_have_any_fault() -> None:
-    """About every third of other texts has one fault, of any kind but the quota."""
+    """About every third of other texts has one fault, of any kind."""
     plans = [faults_of(digest_of("extract", f"document {n}")) for n in range(1000)]
     assert sum(map(bool, plans)) / len(plans) == pytest.approx(1 / 3, abs=0.05)
-    assert {fault for plan in plans for fault in plan} == set(FAULTS) - {"quota"}
+    assert {fault for plan in plans for fault in plan} == set(FAULTS)
 
 
 async def outcome_of(client: openai.AsyncOpenAI, text: str) -> str:
@@ -406,10 +352,8 @@ def test_faults_do_not_depend_on_concurrency_or_restarts() -> None:
     for ask in (one_by_one, at_once):
         with Provider() as running:
             results.append(asyncio.run(ask(running)))
-            stats = running.stats()
-        assert sum(stats["by_outcome"].values()) == stats["calls"] == 3 * len(documents)
-        assert set(stats["by_text"].values()) == {3}
-        ledgers.append(stats)
+            ledgers.append(running.calls())
+        assert list(ledgers[-1].values()) == [3] * len(documents)
     assert results[0] == results[1]
     assert ledgers[0] == ledgers[1]
     for name, text in documents.items():
@@ -417,16 +361,12 @@ def test_faults_do_not_depend_on_concurrency_or_restarts() -> None:
         assert results[0][name] == plan + ["ok"] * (3 - len(plan)), name
 
 
-@pytest.mark.slow
-def test_a_forced_fault_leaves_the_plan_as_it_is() -> None:
-    """What is shown on purpose uses up no fault that a text has coming; a later message changes none."""
-    texts = map("document {}".format, range(1000))
-    text = next(text for text in texts if faults_of(digest_of("extract", text)) == ("500",))
+def test_later_messages_change_neither_answer_nor_faults() -> None:
+    """A request to fix an earlier answer is a further call of the same text."""
+    text = "some text"
 
     async def ask(running: Provider) -> list[str]:
         async with client_of(running) as client:
-            with pytest.raises(openai.RateLimitError):
-                await complete(client, text, X_Demo_Fault="quota")
             first = await outcome_of(client, text)
             got = await client.chat.completions.create(
                 model=MODEL,
@@ -439,19 +379,22 @@ def test_a_forced_fault_leaves_the_plan_as_it_is() -> None:
             )
             return [first, json.loads(got.choices[0].message.content or "")["kind"]]
 
-    with Provider() as running:
+    with Provider(faults=["500"]) as running:
         assert asyncio.run(ask(running)) == ["500", "other"]
-        assert running.stats()["by_outcome"] == {"quota": 1, "500": 1, "ok": 1}
+        assert running.calls() == {digest_of("extract", text): 2}
 
 
 def test_close_ends_it_while_a_request_hangs() -> None:
     """After close() the port refuses connections, also while a request hangs; a second call does nothing."""
-    running = Provider(calm=True)
+    running = Provider(faults=["hang"])
     address = urlsplit(running.base_url).netloc
-    messages = [{"role": "system", "content": "TASK: extract"}, {"role": "user", "content": ""}]
+    messages = [
+        {"role": "system", "content": "TASK: extract"},
+        {"role": "user", "content": ""},
+    ]
     body = json.dumps({"model": "m", "messages": messages})
     hanging = http.client.HTTPConnection(address, timeout=10)
-    hanging.request("POST", "/v1/chat/completions", body, {"X-Demo-Fault": "hang"})
+    hanging.request("POST", "/v1/chat/completions", body)
     running.close()
     running.close()
     with pytest.raises(ConnectionRefusedError):

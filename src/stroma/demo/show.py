@@ -108,7 +108,7 @@ class Demo:
 
     def calls(self, provider: Provider, run_id: str) -> dict[str, int]:
         """Return how often a provider was asked about each document, by its own ledger."""
-        ledger = provider.stats()["by_text"]
+        ledger = provider.calls()
         return {
             d.name: ledger.get(digest_of("extract", d.text), 0) for d in self._documents(run_id).documents
         }
