@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 from tests.fixtures import store_fixture
 from tests.flows.steps import World
 from tests.kit import NEVER, Num, Text, node, record_hooks, same
@@ -22,6 +22,7 @@ from stroma import (
     CheckpointNotFound,
     Flow,
     Pipeline,
+    PipelineChanged,
     RunExists,
     RunStatus,
     SQLiteStore,
@@ -30,7 +31,7 @@ from stroma import (
     parallel,
     stroma_flow,
 )
-from stroma.runner.drive import Suspended
+from stroma.runner.drive import Blocked, Ended, Suspended
 
 store = store_fixture(*STORES)
 
@@ -180,6 +181,36 @@ async def test_a_wait_that_begins_while_the_store_fails(monkeypatch: pytest.Monk
         await waits[0]
     await runner.drive("second", pipelines=[pipeline])
     assert (await waits[1]).status is RunStatus.COMPLETED
+
+
+def _letters(**fields: Any) -> tuple[Pipeline, type[BaseModel]]:
+    """Return a pipeline whose input class has a text and further fields, as another deploy has it."""
+    letter = create_model("Letter", text=(str, ...), **fields)
+    return Pipeline("letters", [node("echo", same, letter, letter)]), letter
+
+
+async def test_a_deploy_may_add_fields_to_the_input(store: Any) -> None:
+    """A queued run starts with the defaults of fields that its class got since, and is the same submission.
+
+    A class that lacks a recorded field, or refuses the input, leaves the run blocked.
+    """
+    runner = _runner(store)
+    before, letter = _letters(seal=(str, "red"))
+    await runner.submit(before, letter(text="hi"), run_id="r")
+    renamed, _ = _letters(wax=(str, "green"))
+    refusing, _ = _letters(seal=(int, 1))
+    for pipeline, why in ((renamed, "another input"), (refusing, "is not a Letter: seal")):
+        outcome = await runner.drive("r", pipelines=[pipeline])
+        assert isinstance(outcome, Blocked)
+        assert why in outcome.reason
+        with pytest.raises(PipelineChanged, match=why):
+            await runner.resume(pipeline, "r")
+    after, letter = _letters(seal=(str, "red"), stamps=(list[bytes], [b"1"]))
+    handle = await runner.submit(after, letter(text="hi"), run_id="r")
+    with pytest.raises(RunExists, match="another input"):
+        await runner.submit(after, letter(text="hi", stamps=[]), run_id="r")
+    assert isinstance(await runner.drive("r", pipelines=[after]), Ended)
+    assert (await handle.result(timeout=20)).output == letter(text="hi")
 
 
 async def test_submitting_again_restarts_nothing(store: Any) -> None:

@@ -15,6 +15,7 @@ from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem, describe_error
 from stroma.cli.stores import Database
+from stroma.contracts.codec import is_extended
 from stroma.contracts.examples import NoExampleError, example_for
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import schema_of
@@ -235,7 +236,7 @@ def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, targ
     why = "it is of another class"
     try:
         state = schema.decode(data)
-        if schema.encode(state) == data:
+        if is_extended(schema.encode(state), data):
             return state
     except Exception as error:
         why = describe_error(error)

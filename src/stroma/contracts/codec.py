@@ -230,6 +230,19 @@ def is_same_data(data: bytes, other: bytes) -> bool:
     return data == other or _content(data) == _content(other)
 
 
+def is_extended(data: bytes, before: bytes) -> bool:
+    """Return True if a stored form has all the data of another one, and at most further fields."""
+    return _has_all(json.loads(_content(data)), json.loads(_content(before)))
+
+
+def _has_all(value: Any, before: Any) -> bool:
+    if type(value) is dict and type(before) is dict:
+        return all(name in value and _has_all(value[name], one) for name, one in before.items())
+    if type(value) is list and type(before) is list:
+        return len(value) == len(before) and all(map(_has_all, value, before))
+    return type(value) is type(before) and bool(value == before)
+
+
 def _content(data: bytes) -> bytes:
     data = sort_keys(data)
     if not data.startswith(_TAGGED_START):

@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from stroma._utils.logs import refused_fields
 from stroma.checkpoint import PipelineChanged, RunBusy, RunExists
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.engine.context import Dispatch
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import Batch
 from stroma.runner.pipeline import Pipeline
-from stroma.runner.stored_runs import ServedPipeline, StoredRuns
+from stroma.runner.stored_runs import ServedPipeline, StoredRuns, decode_input
 from stroma.trace.result import ExecutionResult, Question, RunStatus
 
 if TYPE_CHECKING:
@@ -145,22 +144,16 @@ class RunDriver:
             if data is None:
                 state = await self._stored.read_input(run_id, served.schema)
             else:
-                state = served.schema.decode(data)
+                state = decode_input(run_id, served.schema, data)
             if self._batch.draining:
                 raise RunExists(
                     f"run {run_id!r} is not continued, as the runner shuts down; another process continues it"
                 )
             return await self._run(served.nodes, state, run_id, dispatch)
         except PipelineChanged as error:
-            changed = error
-        except ValidationError as error:
-            model = served.schema.model.__name__
-            changed = PipelineChanged(
-                f"the input of run {run_id!r} is not a {model}: {refused_fields(error)}; restore its schema"
-            )
-        store = self._stored.journal("block")
-        await store.block(run_id, str(changed), served.code.name, dispatch.claim, now_ms())
-        raise changed
+            store = self._stored.journal("block")
+            await store.block(run_id, str(error), served.code.name, dispatch.claim, now_ms())
+            raise
 
     async def _settled(self, record: RunRecord, result: ExecutionResult | None = None) -> DriveOutcome | None:
         """Return the outcome for a run that is not due; None for any other run, and one with an owner."""

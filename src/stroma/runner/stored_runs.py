@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from uuid import uuid4
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
-from stroma._utils.logs import get_logger
+from stroma._utils.logs import get_logger, refused_fields
 from stroma.checkpoint import (
     CheckpointManager,
     CheckpointNotFound,
+    PipelineChanged,
     RequestRefused,
     StoreError,
     Waiting,
@@ -49,6 +50,17 @@ _UNREAD_IN: Final = {
     "pause": ("RUNNING", "INTERRUPTED", "SUSPENDED"),
     "set_budget": ("RUNNING",),
 }
+
+
+def decode_input(run_id: str, schema: Schema, data: bytes) -> BaseModel:
+    """Return the stored input of a run. Raises PipelineChanged if its class no longer accepts it."""
+    try:
+        return schema.decode(data)
+    except ValidationError as error:
+        why = refused_fields(error)  # Without the values, which the exception would show as its cause.
+    raise PipelineChanged(
+        f"the input of run {run_id!r} is not a {schema.model.__name__}: {why}; restore its schema"
+    )
 
 
 def limits_of(tokens: int | None, cost_usd: float | None, latency_ms: int | None) -> Mapping[str, float]:
@@ -294,8 +306,8 @@ class StoredRuns:
         return served
 
     async def read_input(self, run_id: str, schema: Schema) -> BaseModel:
-        """Return the original input of a run. Raises CheckpointNotFound."""
-        return schema.decode(await self._read("input_of", run_id))
+        """Return the original input of a run. Raises CheckpointNotFound, and as :func:`decode_input`."""
+        return decode_input(run_id, schema, await self._read("input_of", run_id))
 
     async def read_map(self, run_id: str, node: Any) -> AsyncIterator[tuple[int, Any]]:
         """Yield the outputs of a map; see :meth:`StromaRunner.map_outputs`."""

@@ -66,7 +66,7 @@ from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreE
 from stroma.checkpoint.payloads import PayloadPlace, Payloads, Stored, UnencodedState
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import PICO, AttemptRecord
-from stroma.contracts.codec import is_same_data
+from stroma.contracts.codec import is_extended, is_same_data
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.failures.errors import PAUSED
 
@@ -418,7 +418,10 @@ def has_same_input(
     opening: Opening,
     plain_input: Stored,
 ) -> bool:
-    """Return True if the input equals the input of the last execution, or if none is recorded."""
+    """Return True if the input equals the input of the last execution, or if none is recorded.
+
+    If its class has new fields since, those have their defaults.
+    """
     # A run without its input is damaged, which is reported unless the run begins anew.
     if stored is None or stored[2] == opening.sha256:
         return True
@@ -429,9 +432,14 @@ def has_same_input(
         place = PayloadPlace(request.run_id, run.execution, "input")
         recorded = payloads.open(data, place, f"the input of run {request.run_id!r}")
         other = plain_input.encode() if isinstance(plain_input, UnencodedState) else plain_input
-        return is_same_data(recorded, other)
-    except NotSerialisable:  # In memory, states that have no stored form are compared as they are.
-        return False
+        return is_same_data(recorded, other) or (
+            is_extended(other, recorded)
+            and is_same_data(request.schema.encode(request.schema.decode(recorded), secrets=True), other)
+        )
+    except (NotSerialisable, ValueError):
+        return (
+            False  # A state in memory may have no stored form, and a changed class may refuse the recorded.
+        )
     except StoreError:
         if request.if_exists in ("new", "restart", "error") or request.discard_from is not None:
             return False  # These do not use the old input, so an unreadable one is no error.
