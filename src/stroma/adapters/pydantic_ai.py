@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ from pydantic import BaseModel
 
 from stroma.adapters._guarded_run import active_run
 from stroma.adapters._state_views import newest_of, violation
-from stroma.adapters._step import Control, GuardedStep
+from stroma.adapters._step import Control, GuardedStep, InnerCalls, find_halt
 from stroma.adapters.guard import Contracts, Guard, contract_for
 from stroma.engine.execution import CURRENT, current_node
 
@@ -90,7 +91,12 @@ class StromaCapability(AbstractCapability[Any]):
 
         async def run(_: Any) -> Any:
             current_node().notes[_RUN] = ctx.run_id
-            return await handler()
+            try:
+                return await handler()
+            except asyncio.CancelledError as error:
+                if find_halt(error, InnerCalls.of(current_node()._own).halts) is None:
+                    await _cancel_here()
+                raise
 
         if self.guard.inside:
             with self.guard.current.here():
@@ -139,6 +145,14 @@ class StromaCapability(AbstractCapability[Any]):
             names |= set(getattr(toolset, "tools", ()))
         self.guard.contracts(self._tools, names, "tool")
         self._checked = True
+
+
+async def _cancel_here() -> None:
+    """Cancel the running task as the agent's was: Pydantic AI calls ``wrap_run`` in a task of its own."""
+    task = asyncio.current_task()
+    if task is not None and not task.cancelling():
+        task.cancel()
+        await asyncio.sleep(0)
 
 
 #: Keys of an execution's notes: the run of an agent, and the call of a tool.

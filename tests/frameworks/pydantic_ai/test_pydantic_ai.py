@@ -387,6 +387,31 @@ def test_a_response_without_usage_stops_a_run_with_a_limit() -> None:
     assert (limited.status, limited.failure and limited.failure.reason) == (RunStatus.FAILED, "usage")
 
 
+@pytest.mark.parametrize("kind", ["run", "run_stream"])
+def test_a_cancelled_agent_is_a_cancelled_step(kind: str) -> None:
+    """Cancelling the task of an agent is a failure of no step: the agent's and the tool's are cancelled."""
+    guard, begun = guard_of(), asyncio.Event()
+
+    async def wait() -> str:
+        begun.set()
+        await asyncio.sleep(60)
+        return ""
+
+    async def main() -> None:
+        agent = agent_of(Script(("weather", {})), StromaCapability(guard), wait)
+        opened = agent.run("hello") if kind == "run" else agent.run_stream("hello").__aenter__()
+        task = asyncio.ensure_future(opened)
+        await begun.wait()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        assert task.cancelled()
+
+    asyncio.run(main())
+    assert lines_of(guard)[0::2] == ["forecaster cancelled", "  weather cancelled"]
+    assert result_of(guard).status is RunStatus.CANCELLED
+
+
 def test_fifty_runs_at_once_are_counted_apart() -> None:
     """Each run of fifty at the same time has its own spend, as the provider charged it."""
     guard = guard_of()
