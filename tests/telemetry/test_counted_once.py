@@ -115,7 +115,7 @@ async def test_callers_that_attach_count_no_run_again(
     fails: bool, tmp_path: Path, sentry: RecordedSentry, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A run that others wait for, or whose result is asked for later, counts once in each system."""
-    caplog.set_level("INFO", logger="stroma.events")
+    caplog.set_level("INFO", logger="stroma")
     registry, otel, statsd, tracer = CollectorRegistry(), Otel(), Statsd(), Tracer()
     hooks = [
         prometheus_hooks(registry=registry),
@@ -150,6 +150,9 @@ async def test_callers_that_attach_count_no_run_again(
     lines = [record.getMessage().partition(":")[0] for record in caplog.records]
     assert (lines.count("run started"), lines.count("run ended")) == (1, 1)
     assert lines.count("run returned") == len(results) - 1
+    assert "node restored" not in lines
+    engine = [record.getMessage() for record in caplog.records if record.name == "stroma"]
+    assert sum("pipeline 'p' ended" in line for line in engine) == 1
     assert sentry_sdk.get_isolation_scope()._breadcrumbs == before
 
 
@@ -174,7 +177,7 @@ async def test_two_sets_of_one_exporter_in_a_run_are_one(
     how: str, sentry: RecordedSentry, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Sets of hooks of one run with the same registry, provider, client or logger count each event once."""
-    caplog.set_level("INFO", logger="stroma.events")
+    caplog.set_level("INFO", logger="stroma")
     registry, otel, statsd, tracer = CollectorRegistry(), Otel(), Statsd(), Tracer()
     makers: list[Callable[[], Any]] = [
         lambda: prometheus_hooks(registry=registry),

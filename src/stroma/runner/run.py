@@ -358,7 +358,8 @@ class RunExecution:
             if failure is not None and status in _LEVELS:
                 why = describe_class(failure.failure_class, failure.reason)
                 cause = f" at node {failure.node_id!r}: {why}"
-            ctx.run_logger.log(level, "pipeline %r ended: %s%s", ctx.pipeline, status, cause, extra=about)
+            what = "returned its stored result" if was_finished else "ended"
+            ctx.run_logger.log(level, "pipeline %r %s: %s%s", ctx.pipeline, what, status, cause, extra=about)
         has_hooks = ctx.fire.on_run_end is not None
         ending = end_and_announce(ctx, status, error, result) if has_hooks else end_run(ctx, status, error)
         raise_if(await ending)

@@ -163,7 +163,8 @@ class _Logs(Observer):
         self._write(logging.INFO, "node retried", lambda: {**_of_node(node), **about})
 
     def skipped(self, node: RunningNode) -> None:
-        self._write(logging.INFO, "node restored", lambda: _of_node(node))
+        if not is_returned(node.ctx):
+            self._write(logging.INFO, "node restored", lambda: _of_node(node))
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
         about = {"dimension": dimension, "used": used, "limit": limit}
