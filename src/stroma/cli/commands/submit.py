@@ -103,9 +103,7 @@ def submit(
         for line in database.other_stores:
             err.line(f"the run is in {database.name}; {line}")
     else:
-        err.line(
-            f"the run exists already, its status is {status}: {database.hint('show', id_word(config.run_id))}"
-        )
+        err.line(f"the run is {status} already: {database.hint('show', id_word(config.run_id))}")
     return Code.OK
 
 
