@@ -65,6 +65,8 @@ async def test_limits_of_any_size() -> None:
         quick(node_timeouts={"a": 10**5000})
     with pytest.raises(ValueError, match="hook_timeout_ms"):
         quick(hook_timeout_ms=10**400)
+    with pytest.raises(ValueError, match="lease_seconds"):
+        quick(lease_seconds=1e300)
     budget = ExecutionBudget(max_tokens_total=largest, max_cost_usd=1.7e308, max_latency_ms=largest)
 
     async def wait(*_: Any) -> None:

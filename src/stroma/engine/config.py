@@ -223,7 +223,7 @@ class RunConfig(StrictModel):
     allow_changes: bool = False
     check: bool = False
     on_budget: Literal["stop", "wait"] = "stop"
-    lease_seconds: float = Field(default=30.0, ge=0.1, allow_inf_nan=False)
+    lease_seconds: float = Field(default=30.0, ge=0.1, le=1e12)
     inline_wait_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)
     unknown_model: Literal["warn", "error"] | None = None
