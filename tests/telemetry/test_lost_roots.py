@@ -148,7 +148,7 @@ def test_it_is_one_trace_in_sentry(tmp_path: pathlib.Path, mode: str, traceparen
     assert "stroma.resumed_from" not in root["data"]
 
 
-def run_with_datadog(agent: DatadogAgent, code: str, *arguments: str) -> None:
+def run_with_datadog(agent: DatadogAgent, code: str, *arguments: str, **variables: str) -> None:
     """Run code in a process that is killed, and in another one."""
     program = (
         "import pathlib, sys; from tests.telemetry.test_lost_roots import run_flow, run_with; "
@@ -158,7 +158,7 @@ def run_with_datadog(agent: DatadogAgent, code: str, *arguments: str) -> None:
     for dies in ("dies", ""):
         done = subprocess.run(
             [sys.executable, "-c", program + code, dies, *arguments],
-            env=agent.environment(DD_TRACE_PARTIAL_FLUSH_MIN_SPANS="1"),
+            env=agent.environment(DD_TRACE_PARTIAL_FLUSH_MIN_SPANS="1", **variables),
             cwd=pathlib.Path(__file__).parents[2],
             check=False,
             timeout=60,
@@ -166,19 +166,27 @@ def run_with_datadog(agent: DatadogAgent, code: str, *arguments: str) -> None:
         assert done.returncode == (-signal.SIGKILL if dies else 0)
 
 
-@pytest.mark.parametrize("traceparent", [None, OUTER], ids=["alone", "in a trace"])
+@pytest.mark.parametrize(
+    ("traceparent", "priority"),
+    [(None, 2), (None, -1), (OUTER, 1)],
+    ids=["sampled", "not sampled", "in a trace"],
+)
 def test_it_is_one_trace_in_datadog(
-    datadog_agent: DatadogAgent, tmp_path: pathlib.Path, traceparent: str | None
+    datadog_agent: DatadogAgent, tmp_path: pathlib.Path, traceparent: str | None, priority: int
 ) -> None:
-    """The nodes that the first process has sent are under the root that the second one sends."""
+    """The nodes that the first process has sent are under the root that the second one sends, and both
+    processes make the same decision about sampling."""
     datadog_agent.clear()
     run_with_datadog(
         datadog_agent,
         "run_with(datadog_hooks(), path, dies=dies, traceparent=traceparent, before_death=tracer.flush)",
         str(tmp_path),
         traceparent or "",
+        DD_TRACE_SAMPLING_RULES=json.dumps([{"sample_rate": float(priority > 0)}]),
     )
     spans = [span for trace in datadog_agent.traces(at_least=1) for span in trace]
+    decisions = [span["metrics"].get("_sampling_priority_v1") for span in spans]
+    assert {decision for decision in decisions if decision is not None} == {priority}
     (root,) = [span for span in spans if span["name"] == "stroma.run"]
     nodes = [span for span in spans if span["name"] == "stroma.node"]
     assert sorted(span["resource"] for span in nodes) == ["first", "second"]

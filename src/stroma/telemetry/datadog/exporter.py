@@ -84,10 +84,9 @@ class Datadog(MetricsObserver):
         parent = self._outer(run) or self._tracer.current_trace_context()
         before, lost = run.first_trace(self.system), self.lost_root(run)
         first = None if before is None else _context_of(before)
-        if lost is not None and first is not None:
-            same = parent is not None and parent.trace_id == first.trace_id
-            above = parent.span_id if parent is not None and same else None
-            parent = Context(first.trace_id, above, sampling_priority=first.sampling_priority)
+        if lost is not None and first is not None and (parent is None or parent.trace_id != first.trace_id):
+            # Without a priority the sampler decides as in that process: by the id of the trace.
+            parent = Context(first.trace_id)
         span = self._tracer.start_span(
             "stroma.run", child_of=parent, service=self._service, resource=run.pipeline, span_type="worker"
         )
