@@ -261,15 +261,20 @@ LEASE_TIMES: Final = ("until_ms", "claim_until_ms")
 _MARK: Final = ("blocked", "blocked_since_ms", "blocked_until_ms", "blocked_codes")
 #: Fields that every opening and every end deletes.
 _UNMARKED: Final[dict[str, Any]] = dict.fromkeys((*_MARK, "claim", "claim_until_ms"))
-_COUNTS: Final = ("tokens", "cost_pico", "latency_ns", "attempt_count", "commit_count")
-#: Fields of a run whose execution begins.
-_NEW: Final[dict[str, Any]] = {
-    **dict.fromkeys(_COUNTS, 0),
-    "started_ms": NOW,
-    "priority": 0,
-    "key": None,
-    "expires_ms": None,
+#: Fields of every run that is opened, of one whose execution begins, and of one that stops.
+_OPENED: Final[dict[str, Any]] = {
+    **_UNMARKED,
+    **dict.fromkeys(("error", "wake_ms")),
+    "status": "RUNNING",
+    "updated_ms": NOW,
 }
+_NEW: Final[dict[str, Any]] = {
+    **_OPENED,
+    **dict.fromkeys(("tokens", "cost_pico", "latency_ns", "attempt_count", "commit_count", "priority"), 0),
+    **dict.fromkeys(("key", "expires_ms")),
+    "started_ms": NOW,
+}
+_STOPPED: Final[dict[str, Any]] = {**_UNMARKED, "until_ms": None}
 
 
 class Rows(Protocol):
@@ -313,7 +318,7 @@ class Rows(Protocol):
         """Begin an execution: number 1, or the next one of an existing run. Increments the epoch."""
         execution, epoch = (1, 1) if run is None else (run.execution + 1, run.epoch + 1)
         key = self.add_execution(run, opening, execution)
-        fields = _NEW | {"pipeline": opening.pipeline, "execution": execution}
+        fields = {**_NEW, "pipeline": opening.pipeline, "execution": execution}
         return self._write_opening(key, execution, epoch, opening, fields)
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
@@ -323,22 +328,14 @@ class Rows(Protocol):
         """
         first = None if opening.discard_from is None else max(opening.discard_from, 0)
         key = self.continue_execution(run, first)
-        return self._write_opening(key, run.execution, run.epoch + 1, opening, {})
+        return self._write_opening(key, run.execution, run.epoch + 1, opening, {**_OPENED})
 
     def _write_opening(
-        self, run: Any, execution: int, epoch: int, opening: Opening, fields: Mapping[str, Any]
+        self, run: Any, execution: int, epoch: int, opening: Opening, fields: dict[str, Any]
     ) -> Fence:
-        opened = {
-            "status": "RUNNING",
-            "error": None,
-            "owner": opening.owner,
-            "epoch": epoch,
-            "until_ms": Delay(int(opening.lease_seconds * 1000)),
-            "updated_ms": NOW,
-            "wake_ms": None,
-            "version": opening.version,
-        }
-        self.update(run, {**fields, **opened, **_UNMARKED})
+        fields["owner"], fields["epoch"], fields["version"] = opening.owner, epoch, opening.version
+        fields["until_ms"] = Delay(int(opening.lease_seconds * 1000))
+        self.update(run, fields)
         if opening.tags:
             self.add_tags(run, opening.tags)
         return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
@@ -383,10 +380,9 @@ class Rows(Protocol):
 
         Deletes its mark.
         """
-        fields = end._asdict() | _UNMARKED | {"until_ms": None}
-        if end.updated_ms is None:
-            fields["updated_ms"] = NOW
-        return self.update(fence.run, fields, fence=fence)
+        updated_ms = NOW if end.updated_ms is None else end.updated_ms
+        fields = {"status": end.status, "error": end.error, "wake_ms": end.wake_ms, "updated_ms": updated_ms}
+        return self.update(fence.run, {**_STOPPED, **fields}, fence=fence)
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:
         """Set from when on a run is due if it is suspended, or will be; 0: at once, None: never by itself."""

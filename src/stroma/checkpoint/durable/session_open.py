@@ -476,6 +476,8 @@ def finish_execution(records: RunRecords, fence: Fence, end: RunEnd, read: int |
 
 
 def _seal_end(records: RunRecords, end: RunEnd) -> RunEnd:
+    if end.error is None:
+        return end
     return end._replace(error=records.payloads.seal_text(end.error, records.place("error")))
 
 
@@ -484,9 +486,11 @@ def record_end(records: RunRecords, fence: Fence, end: RunEnd, news_ms: int | No
 
     ``news_ms``: from when on it is due because of what came since it was claimed, such as an answer.
     """
-    times = [0 if end.status == "INTERRUPTED" and end.wake_ms is None else end.wake_ms, news_ms]
-    wake_ms = min((ms for ms in times if ms is not None), default=None)
-    end = end._replace(wake_ms=wake_ms if end.status in UNFINISHED else None)
+    if end.status in UNFINISHED:
+        times = [0 if end.status == "INTERRUPTED" and end.wake_ms is None else end.wake_ms, news_ms]
+        end = end._replace(wake_ms=min((ms for ms in times if ms is not None), default=None))
+    elif end.wake_ms is not None:
+        end = end._replace(wake_ms=None)
     if not records.rows.finish(fence, end):
         raise fence_error(records.rows, fence, records.run_id)
     if end.status == "CANCELLED":

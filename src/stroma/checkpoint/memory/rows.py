@@ -9,16 +9,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, Final, NamedTuple, cast
 
 from stroma.checkpoint.decisions import ENDED, MESSAGE_SENT, UNFINISHED, has_expired
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.integrity import seal
 from stroma.checkpoint.durable.rows import (
-    LEASE_TIMES,
+    NOW,
     Annotation,
-    Delay,
     EventRow,
     Fence,
     Opening,
@@ -61,20 +59,10 @@ class _Commit(NamedTuple):
     attempt: AttemptRow | AttemptRecord | None
 
 
-class _Row(SimpleNamespace):
-    """The fields of a RunRow, set in place: a new row for each change took a fifth of a run of one node."""
-
-    mark = RunRow.mark
-
-
-_UNTOUCHED: Final = RunRow(None, "", "", 0, "RUNNING", None, 0, 0, 0, 0, 0, None, 0, -1.0, 0)._asdict()
-
-
 class MemoryRun:
-    """One run.
+    """One run: the fields of its row that are not counted when it is read, and its records.
 
     Attributes:
-        row: its row, except for its key and what is counted when the row is read.
         steps: outputs, and at the position of SAVED the states that ``save()`` stored; the newest last. Most
             are the row of the attempt, whose output is a snapshot.
         calls: the calls of the outputs that are such rows.
@@ -86,6 +74,25 @@ class MemoryRun:
         failure_sites: (attempt, start, function that encodes the frames) of the last failure at a place.
     """
 
+    pipeline: str = ""
+    execution: int = 0
+    status: str = "RUNNING"
+    error: str | None = None
+    started_ms: int = 0
+    updated_ms: int = 0
+    owner: str | None = None
+    epoch: int = 0
+    wake_ms: int | None = None
+    expires_ms: int | None = None
+    priority: int | None = None
+    key: str | None = None
+    version: str = ""
+    blocked: str | None = None
+    blocked_since_ms: int | None = None
+    blocked_until_ms: int | None = None
+    blocked_codes: str | None = None
+    mark: Any = RunRow.mark  # Made of these fields.
+
     number: int = 0
     claim: tuple[str, float] | None = None
     tags: tuple[str, ...] = ()
@@ -94,8 +101,7 @@ class MemoryRun:
     session: Callable[[], Any] | None = None
 
     def __init__(self, run_id: str) -> None:
-        self.row = cast("RunRow", _Row())
-        self.set(**_UNTOUCHED | {"run_id": run_id})
+        self.run_id = run_id
         self.annotations: dict[Place, StepRow] = {}
         self.steps: dict[Key, AttemptRow | _Commit] = {}
         self.empty()
@@ -108,14 +114,10 @@ class MemoryRun:
         self.identities: dict[str, int] = {}
         self.failure_sites: dict[Place, tuple[int, int, Callable[[], bytes]]] = {}
 
-    def set(self, **fields: Any) -> None:
-        """Set fields of its row."""
-        vars(self.row).update(fields)
-
     @property
     def place(self) -> tuple[int, int]:
         """Its place in the list of all runs."""
-        return self.row.started_ms, self.number
+        return self.started_ms, self.number
 
     @property
     def live_claim(self) -> str | None:
@@ -126,7 +128,7 @@ class MemoryRun:
     def is_held(self) -> bool:
         """Return True if a session that records its end has the run."""
         session = None if self.session is None else self.session()
-        return self.row.status == "RUNNING" and session is not None and session.owns_run
+        return self.status == "RUNNING" and session is not None and session.owns_run
 
     def commit(self, row: AttemptRow, schema: Schema, output: Any, call: StepCall | None) -> None:
         """Store the output of an attempt."""
@@ -153,7 +155,7 @@ class MemoryRun:
         """Return all attempts by epoch and key. One that was sent twice is one attempt."""
         attempts = dict(self.attempts)
         for row in list(self.log):
-            attempts.setdefault((self.row.epoch, row.position, row.started_ns, row.branch, row.attempt), row)
+            attempts.setdefault((self.epoch, row.position, row.started_ns, row.branch, row.attempt), row)
         return attempts
 
     def end_epoch(self) -> None:
@@ -242,19 +244,15 @@ class MemoryRows(ScannedRows):
         return None if run is None else _run_row(run)
 
     def add_execution(self, run: RunRow | None, opening: Opening, execution: int) -> MemoryRun:
-        one = self._existing(opening.run_id)
-        if run is not None:
+        one: MemoryRun = MemoryRun(opening.run_id) if run is None else run.run
+        if run is None:
+            self._runs[opening.run_id] = one
+        else:
             one.discard(0)
             one.empty()
             one.tags, one.events = (), None
         one.input, one.number = (opening.contract, opening.input, opening.sha256), next(_NUMBERS)
         return one
-
-    def _existing(self, run_id: str) -> MemoryRun:
-        run = self._runs.get(run_id)
-        if run is None:
-            run = self._runs[run_id] = MemoryRun(run_id)
-        return run
 
     def continue_execution(self, run: RunRow, discard_from: int | None) -> MemoryRun:
         one: MemoryRun = run.run
@@ -269,21 +267,17 @@ class MemoryRows(ScannedRows):
     def update(
         self, run: MemoryRun, fields: Mapping[str, Any], *, fence: Fence | None = None, is_news: bool = False
     ) -> bool:
-        if fence is not None and (run.row.epoch, run.row.owner) != (fence.epoch, fence.owner):
+        if fence is not None and (run.epoch, run.owner) != (fence.epoch, fence.owner):
             return False
-        values = {**fields}
-        for name in LEASE_TIMES:
-            values.pop(name, None)
-        for name, value in values.items():
-            if type(value) is Delay:
-                values[name] = _now_ms() + value.ms
-        if "claim" in values:
-            run.claim = None
-        run.set(**values)
+        values = vars(run)
+        values.update(fields)  # With times of leases, which memory does not have.
+        for name in ("started_ms", "updated_ms"):
+            if values.get(name) is NOW:
+                values[name] = _now_ms()
         return True
 
     def input(self, run: MemoryRun, execution: int) -> tuple[str, Any, Any] | None:
-        return run.input if execution == run.row.execution else None
+        return run.input if execution == run.execution else None
 
     def steps(
         self, run: MemoryRun, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()
@@ -298,7 +292,7 @@ class MemoryRows(ScannedRows):
     def steps_at(
         self, run: MemoryRun, execution: int, position: int, branches: Sequence[str]
     ) -> list[StepRow]:
-        places = [(position, branch) for branch in branches] if execution == run.row.execution else []
+        places = [(position, branch) for branch in branches] if execution == run.execution else []
         return list(run.steps_at(places))
 
     def identities(self, run: MemoryRun, execution: int) -> list[tuple[str, int]]:
@@ -306,7 +300,7 @@ class MemoryRows(ScannedRows):
 
     def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
         run: MemoryRun = fence.run
-        if run.row.epoch != fence.epoch:
+        if run.epoch != fence.epoch:
             return False
         if (fence.epoch, *attempt.key) not in run.attempts:
             run.attempts[fence.epoch, *attempt.key] = attempt
@@ -323,14 +317,14 @@ class MemoryRows(ScannedRows):
         code = request.code_of(pipeline)
         candidates: list[Candidate] = []
         for run in self._of(pipeline, code.versions):
-            row, mark = run.row, run.row.mark
-            is_lost = row.status == "RUNNING" and request.with_lost and not run.is_held
-            is_due = row.status in UNFINISHED and row.wake_ms is not None and row.wake_ms <= request.now_ms
+            mark = run.mark
+            is_lost = run.status == "RUNNING" and request.with_lost and not run.is_held
+            is_due = run.status in UNFINISHED and run.wake_ms is not None and run.wake_ms <= request.now_ms
             is_kept = mark is not None and mark.until_ms > request.now_ms and code.name in mark.codes
             if (is_lost or is_due) and not is_kept and run.live_claim is None:
-                is_over = mark is None and has_expired(row.status, row.expires_ms, _now_ms())
-                place = row.priority or 0, row.wake_ms or 0, row.key
-                candidates.append(Candidate(run, row.run_id, pipeline, *place, has_expired=is_over))
+                is_over = mark is None and has_expired(run.status, run.expires_ms, _now_ms())
+                place = run.priority or 0, run.wake_ms or 0, run.key
+                candidates.append(Candidate(run, run.run_id, pipeline, *place, has_expired=is_over))
         return candidates
 
     def _of(self, pipeline: str, versions: Sequence[str]) -> list[MemoryRun]:
@@ -338,14 +332,14 @@ class MemoryRows(ScannedRows):
         return [
             run
             for run in list(self._runs.values())
-            if run.row.execution and run.row.pipeline == pipeline and run.row.version in ("", *versions)
+            if run.execution and run.pipeline == pipeline and run.version in ("", *versions)
         ]
 
     def live_runs(self, pipeline: str) -> dict[str | None, int]:
         live: dict[str | None, int] = {}
         for run in list(self._runs.values()):
-            if run.row.pipeline == pipeline and (run.live_claim not in (None, POSTPONED) or run.is_held):
-                live[run.row.key] = live.get(run.row.key, 0) + 1
+            if run.pipeline == pipeline and (run.live_claim not in (None, POSTPONED) or run.is_held):
+                live[run.key] = live.get(run.key, 0) + 1
         return live
 
     def claim(self, candidates: Sequence[Candidate], token: str, seconds: float) -> list[Candidate]:
@@ -354,16 +348,16 @@ class MemoryRows(ScannedRows):
         return list(candidates)
 
     def queue_figures(self, pipeline: str, versions: Sequence[str], now_ms: int) -> QueueFigures:
-        rows = [run.row for run in self._of(pipeline, versions)]
-        since = [row.mark.since_ms for row in rows if row.mark is not None]
-        rows = [row for row in rows if row.status in UNFINISHED and row.mark is None]
-        due = [ms for row in rows if MESSAGE_SENT < (ms := row.wake_ms or 0) <= now_ms]
-        queued = sum(row.status == QUEUED for row in rows)
+        runs = self._of(pipeline, versions)
+        since = [run.mark.since_ms for run in runs if run.mark is not None]
+        runs = [run for run in runs if run.status in UNFINISHED and run.mark is None]
+        due = [ms for run in runs if MESSAGE_SENT < (ms := run.wake_ms or 0) <= now_ms]
+        queued = sum(run.status == QUEUED for run in runs)
         return QueueFigures(queued, min(due, default=None), len(since), min(since, default=None))
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         runs = map(self._runs.get, run_ids)
-        return {run.row.run_id: run.row.status for run in runs if run is not None and run.row.execution}
+        return {run.run_id: run.status for run in runs if run is not None and run.execution}
 
     def renew(self, fences: list[Fence]) -> list[Fence]:
         return fences
@@ -371,7 +365,9 @@ class MemoryRows(ScannedRows):
     # ------------------------------------------------------------------ annotations
 
     def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
-        run, row = self._existing(run_id), StepRow(position, branch, node_id, step)
+        run, row = self._runs.get(run_id), StepRow(position, branch, node_id, step)
+        if run is None:
+            run = self._runs[run_id] = MemoryRun(run_id)
         if position == Annotation.SAVED:
             run.replace((position, branch), _Commit(row, None))
         else:
@@ -406,7 +402,7 @@ class MemoryRows(ScannedRows):
     def delete(self, run_id: str) -> None:
         run = self._runs.pop(run_id, None)
         if run is not None:
-            run.set(epoch=run.row.epoch + 1)  # Fences off the session that has the run open.
+            run.epoch += 1  # Fences off the session that has the run open.
 
     # ------------------------------------------------------------------ events
 
@@ -416,7 +412,7 @@ class MemoryRows(ScannedRows):
             if run.events is None:
                 run.events = deque(maxlen=MAX_BATCHES)
             is_new = not run.events or run.events[-1].last < one.last
-            if is_new and run.row.execution == one.execution and self._runs.get(run.row.run_id) is run:
+            if is_new and run.execution == one.execution and self._runs.get(run.run_id) is run:
                 run.events.append(one)
 
     def events(self, run: MemoryRun, execution: int, after: EventPlace, limit: int) -> list[EventRow]:
@@ -435,8 +431,8 @@ class MemoryRows(ScannedRows):
         return _now_ms()
 
     def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
-        rows = [run.row for run in list(self._runs.values()) if run.row.updated_ms < before_ms]
-        return [row.run_id for row in rows if unfinished or (row.execution and row.status in ENDED)][:limit]
+        runs = [run for run in list(self._runs.values()) if run.updated_ms < before_ms]
+        return [run.run_id for run in runs if unfinished or (run.execution and run.status in ENDED)][:limit]
 
     def blobs(self) -> Iterable[bytes]:
         return ()
@@ -450,7 +446,7 @@ class MemoryRows(ScannedRows):
         runs = [
             run
             for run in list(self._runs.values())
-            if run.row.execution and run.place < end and matches(query, run.row, run.tags)
+            if run.execution and run.place < end and matches(query, run, run.tags)
             if query.failure_class is query.node is None or any(map(query.matches_failure, _failed(run)))
         ]
         runs.sort(key=lambda run: run.place, reverse=True)
@@ -468,9 +464,9 @@ class MemoryRows(ScannedRows):
         return extras
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
-        runs = [run for run in list(self._runs.values()) if run.row.run_id.startswith(prefix)]
-        runs.sort(key=lambda run: (run.row.run_id == prefix, run.place), reverse=True)
-        return [run.row.run_id for run in runs if run.row.execution][:limit]
+        runs = [run for run in list(self._runs.values()) if run.run_id.startswith(prefix)]
+        runs.sort(key=lambda run: (run.run_id == prefix, run.place), reverse=True)
+        return [run.run_id for run in runs if run.execution][:limit]
 
     def attempts(self, run: MemoryRun, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
         for record in _records(run, execution):
@@ -500,13 +496,19 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+_STORED: Final = tuple(name for name in RunRow._fields if hasattr(MemoryRun, name) and name != "claim")
+
+
 def _run_row(run: MemoryRun) -> RunRow:
-    row, records = RunRow(**vars(run.row)), _records(run, run.row.execution)
-    ends = [(one.started_ns + one.duration_ns) // 1_000_000 for one in records]
-    places = list(run.committed())
-    return row._replace(
+    records, places = _records(run, run.execution), run.committed()
+    stored = {name: getattr(run, name) for name in _STORED}
+    if run.status == "RUNNING":
+        ends = [(one.started_ns + one.duration_ns) // 1_000_000 for one in records]
+        stored["updated_ms"] = max([run.updated_ms, *ends])
+    return RunRow(
+        **stored,
         run=run,
-        updated_ms=max([row.updated_ms, *ends]) if row.status == "RUNNING" else row.updated_ms,
+        run_id=run.run_id,
         tokens=sum(one.tokens for one in records),
         cost_pico=sum(one.cost_pico for one in records),
         latency_ns=sum(one.function_ns for one in records if not one.branch),
@@ -520,7 +522,7 @@ def _run_row(run: MemoryRun) -> RunRow:
 
 def _records(run: MemoryRun, execution: int) -> list[AttemptRecord]:
     """Return the attempts of the last execution in their order; ``output_bytes`` is 0 for each commit."""
-    if execution != run.row.execution:
+    if execution != run.execution:
         return []
     positions = {position: identity for identity, position in list(run.identities.items())}
     records: list[AttemptRecord] = []
@@ -540,5 +542,5 @@ def _records(run: MemoryRun, execution: int) -> list[AttemptRecord]:
 
 def _failed(run: MemoryRun) -> list[AttemptRecord]:
     """Return the failed attempts of the last execution, the latest end first."""
-    failed = [one for one in _records(run, run.row.execution) if one.failure_class is not None]
+    failed = [one for one in _records(run, run.execution) if one.failure_class is not None]
     return sorted(failed, key=lambda one: one.started_ns + one.duration_ns, reverse=True)

@@ -27,13 +27,8 @@ from stroma.checkpoint.payloads import Payloads, Stored, UnencodedState
 from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow
 
-# One lock for all stores in memory: it is held for microseconds.
+# Under which all stores in memory change, for microseconds: their runs may be shared by threads.
 _lock = threading.RLock()
-
-
-def memory_lock() -> threading.RLock:
-    """Return the lock under which stores in memory change: their runs may be shared by threads."""
-    return _lock
 
 
 def _after_fork() -> None:
@@ -67,7 +62,7 @@ class MemorySession(DurableSession):
         self, run_id: str, rows: MemoryRows, payloads: Payloads, on_suspension: Callable[[str], None]
     ) -> None:
         self.run_id, self._payloads, self._rows = run_id, payloads, rows
-        self._rejected, self._pending_notes, self.waiting, self._identities = {}, {}, {}, {}
+        self._rejected, self._pending_notes, self._identities = {}, {}, {}
         self._on_suspension = on_suspension
 
     def open(self, request: RunRequest, opening: Opening, plain_input: Stored, rows: Rows) -> MemorySession:
@@ -89,7 +84,7 @@ class MemorySession(DurableSession):
         then: Callable[[Any], object] | None = None,
         in_any_case: Callable[[], object] | None = None,
     ) -> DoneNow:
-        with memory_lock():
+        with _lock:
             value = operation(self._rows)
             if then is not None:
                 then(value)
@@ -102,15 +97,15 @@ class MemorySession(DurableSession):
             pass  # It is fenced off.
 
     def _require_fence(self, rows: Rows) -> None:
-        if self._run.row.epoch != self.epoch:
+        if self._run.epoch != self.epoch:
             raise fence_error(rows, self.fence, self.run_id)
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> None:
         run = self._run
-        with memory_lock():
-            if run.row.epoch != self.epoch:
+        with _lock:
+            if run.epoch != self.epoch:
                 raise fence_error(self._rows, self.fence, self.run_id)
             self.completed = None
             run.log.append(row)
@@ -141,14 +136,14 @@ class MemorySession(DurableSession):
         return True
 
     def note_call(self, position: int, identity: str) -> None:
-        if self._run.row.epoch == self.epoch:
+        if self._run.epoch == self.epoch:
             self._run.identities[identity] = position
 
     def record_failure_site(
         self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
     ) -> None:
         """See Session. The frames are encoded when they are read."""
-        if self._run.row.epoch == self.epoch:
+        if self._run.epoch == self.epoch:
             self._run.failure_sites[position, branch] = (attempt, started_ns, write)
 
     def abandon(self) -> None:
@@ -161,7 +156,7 @@ class MemorySession(DurableSession):
         end = self._to_record(status, error, wake_ms)
         if end is not None:
             try:
-                with memory_lock():
+                with _lock:
                     self._finish(end, self._rows)
             finally:
                 self.abandon()
@@ -197,7 +192,7 @@ class _MemoryStore(RunStore):
         return query(self._rows)
 
     def _submit(self, operation: Callable[[Rows], Any]) -> DoneNow:
-        with memory_lock():
+        with _lock:
             return DoneNow(operation(self._rows))
 
     async def change_cell(self, name: str, change: Change[T]) -> T:
@@ -213,7 +208,7 @@ class _MemoryStore(RunStore):
         run = self._runs.get(run_id)
         session = None if run is None or run.session is None else run.session()
         if session is not None:
-            with memory_lock():
+            with _lock:
                 session.read_requests(self._rows)
 
     def open_run(self, request: RunRequest) -> MemorySession:
@@ -221,7 +216,7 @@ class _MemoryStore(RunStore):
         data = self._encode(request.schema, request.initial_state)
         opening = self._opening(request, data, memory_owner(ends=request.ends))
         session = MemorySession(request.run_id, self._rows, self._payloads, self.warn_of_loss)
-        with memory_lock():
+        with _lock:
             return session.open(request, opening, data, self._rows)
 
     def _encode(self, schema: Schema, state: BaseModel) -> UnencodedState:
@@ -240,7 +235,7 @@ class _MemoryStore(RunStore):
 
     def delete_now(self, run_id: str) -> None:
         """Delete a run at once; nothing happens if there is none."""
-        with memory_lock():
+        with _lock:
             self._rows.delete(run_id)
 
 
