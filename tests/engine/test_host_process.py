@@ -64,7 +64,7 @@ def test_new_records_are_frozen() -> None:
         "ReliabilityContext",
         "TraceEvent",
     }
-    state = {"Account", "Handover", "PlainSteps", "Stopping"}
+    state = {"Account", "Handover", "Stopping"}
     names = (
         "checkpoint.entries contracts.contract contracts.node cost.budget cost.fallback "
         "engine.config"

@@ -141,6 +141,16 @@ StepUsage = NodeUsage
 class CostTracker:
     """Running totals of a run, and the sums per node id."""
 
+    _tokens = 0
+    _cost = 0.0
+    _cost_carry = 0.0  # What each float addition lost (Neumaier), so that a million cents stay exact.
+    #: Wall time of attempts; the engine adds to it.
+    latency_ns = 0
+    # Spent by earlier processes on this execution: budgets remember it, this result's totals do not.
+    prior_tokens = 0
+    prior_cost_usd = 0.0
+    prior_latency_ms = 0.0
+
     def __init__(self) -> None:
         #: The figures of the engine's attempts, for :meth:`add`. They stand in the trace already: nothing is
         #: kept twice.
@@ -148,17 +158,6 @@ class CostTracker:
         #: Sums of what was added here, without the engine's attempts, by node id: tokens, output tokens, USD,
         #: ns, model.
         self.added: dict[str, list[Any]] = {}
-        self._tokens = 0
-        self._cost = 0.0
-        self._cost_carry = (
-            0.0  # What each float addition lost (Neumaier), so that a million cents stay exact.
-        )
-        #: Wall time of attempts; the engine adds to it.
-        self.latency_ns = 0
-        # Spent by earlier processes on this execution: budgets remember it, this result's totals do not.
-        self.prior_tokens = 0
-        self.prior_cost_usd = 0.0
-        self.prior_latency_ms = 0.0
 
     def record(self, usage: NodeUsage) -> None:
         """Add a usage. Raises UsageError for negative or non-finite figures, and records nothing then."""

@@ -407,10 +407,8 @@ _FACTORIES: Final = {
 
 def default_config() -> RunConfig:
     """Return ``RunConfig()``, without its validators: 10 us less of the 90 of a run of one node."""
-    values = _SHARED_DEFAULTS.copy()
-    for name, make in _FACTORIES.items():
-        values[name] = make()
-    return construct(RunConfig, values, set())
+    others = {name: make() for name, make in _FACTORIES.items()}
+    return construct(RunConfig, {**_SHARED_DEFAULTS, **others}, set())
 
 
 #: Retries by failure class, or by the name of one. Not Literal: mypy would take no dict of names for it.

@@ -73,7 +73,7 @@ INTERCEPTORS: list[Interceptor] = []
 
 _NO_TOTAL: Final = Total()
 _NO_USAGE: Final = PriorUsage()
-_NO_FAILED_MAPS: Final[Mapping[tuple[int, str], int]] = {}
+_NOTHING: Final[Mapping[Any, Any]] = {}
 #: Share of a limit at which ``on_budget_warning`` is called.
 _WARN_AT: Final = 0.8
 T = TypeVar("T")
@@ -272,7 +272,6 @@ class Handover:
 
 
 @final
-@dataclass(eq=False, slots=True)
 class PlainSteps:
     """The steps of plain code in one run.
 
@@ -372,13 +371,7 @@ class RunJournal:
         traceparent: the W3C trace context of the caller.
         kept_traces: trace contexts for processes that resume the run, by system: the first one that each
             system recorded.
-        effects: the last calls of effects in this process, by the keys of their notes.
-        unknown_ends: calls that ended in this process with an unknown outcome, by the place of their notes.
-        flights: calls of effects that this process makes now, by the place of their notes.
-        body_calls: by the position of a flow and the branch, the calls that its body awaits (False), and
-            those whose output it has received (True).
-        effect_places, taken_over: by position, the places of the notes of effects by node and digest; and by
-            the place of a note, the place of the call that takes its effect.
+        effects: see stroma.engine.effects.effect_calls; None before the first one.
         attempt_count: the attempts whose events have an id.
         opening: the call of a store that takes its time to open the run. ``is_waiting``: it waits between two
             looks at a run of another process; ``is_over``: it need not look again.
@@ -387,30 +380,25 @@ class RunJournal:
     """
 
     def __init__(self) -> None:
-        self.session: Session = NULL_SESSION
-        self.restored: Mapping[tuple[int, str], Committed] = NULL_SESSION.restored
         self.epoch_ns = time_ns() - perf_counter_ns()
-        self.effects: dict[str, Any] = {}
-        self.unknown_ends: dict[tuple[int, str], Any] = {}
-        self.flights: dict[tuple[int, str], Any] = {}
-        self.body_calls: dict[int, dict[str, bool]] = {}
-        self.effect_places: dict[int, dict[tuple[str, str], dict[tuple[int, str], None]]] = {}
-        self.taken_over: dict[tuple[int, str], tuple[int, str]] = {}
-        self.kept_traces: dict[str, str] = {}
-        self.tried: dict[tuple[int, str], Tried] | None = None
 
     # On the class until a run needs them.
+    session: Session = NULL_SESSION
+    restored: Mapping[tuple[int, str], Committed] = NULL_SESSION.restored
+    tried: dict[tuple[int, str], Tried] | None = None
     prior_unrecorded: PriorUsage = _NO_USAGE
     unrecorded: PriorUsage = _NO_USAGE
-    failed_maps: Mapping[tuple[int, str], int] = _NO_FAILED_MAPS
+    failed_maps: Mapping[tuple[int, str], int] = _NOTHING
     apart: tuple[tuple[int, str], ...] = ()
     dispatch: Dispatch = BY_HAND
     versions: tuple[str, ...] | None = None
     caller: Any = None
+    effects: Any = None
     wake_ms: int | None = None
     number_event: Callable[[str], int] | None = None
     noticed: int = 0
     traceparent: str | None = None
+    kept_traces: Mapping[str, str] = _NOTHING
     attempt_count: int = 0
     opening: asyncio.Future[Session] | None = None
     is_waiting: bool = False
@@ -622,13 +610,13 @@ class ReliabilityContext:
 
         ``system``: "" is every system that records none of its own.
         """
-        self.journal.kept_traces.setdefault(system, traceparent)
+        self.journal.kept_traces = {system: traceparent, **self.journal.kept_traces}
 
     def all_traces(self) -> str | None:
         """Return all trace contexts of the run as one text: recorded ones precede the caller's."""
         if not self.journal.kept_traces:
             return self.journal.traceparent
-        traces = _traces_of(self.traceparent) | self.journal.kept_traces
+        traces = {**_traces_of(self.traceparent), **self.journal.kept_traces}
         return ";".join(f"{system}={one}" if system else one for system, one in traces.items())
 
     # ------------------------------------------------------------------ for the engine

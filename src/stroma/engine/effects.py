@@ -106,6 +106,36 @@ class Flight:
             self.ended.set_result(None)
 
 
+class EffectCalls:
+    """The calls of effects in one run, as this process knows them.
+
+    Attributes:
+        intents: the last calls, by the keys of their notes.
+        unknown_ends: calls that ended with an unknown outcome, by the place of their notes.
+        flights: calls that are made now, by the place of their notes.
+        of_bodies: by the position of a flow and the branch, the calls that its body awaits (False), and those
+            whose output it has received (True).
+        places: by position, the places of the notes by node and digest.
+        taken_over: by the place of a note, the place of the call that takes its effect.
+    """
+
+    def __init__(self) -> None:
+        self.intents: dict[str, Intent] = {}
+        self.unknown_ends: dict[NotePlace, UnknownEnd] = {}
+        self.flights: dict[NotePlace, Flight] = {}
+        self.of_bodies: dict[int, dict[str, bool]] = {}
+        self.places: dict[int, dict[tuple[str, str], dict[NotePlace, None]]] = {}
+        self.taken_over: dict[NotePlace, NotePlace] = {}
+
+
+def effect_calls(ctx: ReliabilityContext) -> EffectCalls:
+    """Return the calls of effects in a run."""
+    calls: EffectCalls | None = ctx.journal.effects
+    if calls is None:
+        calls = ctx.journal.effects = EffectCalls()
+    return calls
+
+
 class UnknownOutcome(Suspend):
     """Suspends a run, because the outcome of a call of an effect is unknown."""
 
@@ -147,9 +177,10 @@ class Effect:
         if self._intent is not None:
             self._find_others(self._intent)
         self.key = run.key_of(self._place[1])
-        if run.ctx.journal.unknown_ends:
-            self._continue(run.ctx.journal.unknown_ends)
-        if run.position in run.ctx.journal.body_calls and not self.is_open:
+        known = effect_calls(run.ctx)
+        if known.unknown_ends:
+            self._continue(known.unknown_ends)
+        if run.position in known.of_bodies and not self.is_open:
             self._take_over()
 
     def _find_others(self, first: Intent) -> None:
@@ -173,20 +204,20 @@ class Effect:
 
     def _take_over(self) -> None:
         """Take the place of a call with the same input whose outcome the flow's body has not received."""
-        run, journal, own = self._run, self._run.ctx.journal, self._first
-        places, calls = _places_of_calls(run, self._digest), journal.body_calls[run.position]
+        run, known, own = self._run, effect_calls(self._run.ctx), self._first
+        places, calls = _places_of_calls(run, self._digest), known.of_bodies[run.position]
         for place in list(places):
             one = _read(run, place)
             if one is None or not one.is_open:
                 del places[place]
                 continue
-            holder = journal.taken_over.get(place, _holder_of(one))
+            holder = known.taken_over.get(place, _holder_of(one))
             is_received = None if holder == own else _is_received(calls, one, holder)
             if is_received:
                 del places[place]  # No further call looks at it: there may be many with one input.
             elif is_received is None:
-                journal.taken_over[place] = own
-                journal.unknown_ends.pop(place, None)
+                known.taken_over[place] = own
+                known.unknown_ends.pop(place, None)
                 self._first = self._place = place
                 self._intent, self.key = one, one.key
                 return
@@ -250,7 +281,7 @@ class Effect:
     def _take_off(self) -> Flight:
         run = self._run
         flight = self._flight = Flight((run.position, without_attempts(run.branch)))
-        run.ctx.journal.flights[self._place] = flight
+        effect_calls(run.ctx).flights[self._place] = flight
         return flight
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -272,11 +303,11 @@ class Effect:
         """
         flight, self._flight = self._flight, None
         if flight is not None:
-            self._run.ctx.journal.flights.pop(self._place, None)
+            effect_calls(self._run.ctx).flights.pop(self._place, None)
             flight.end()
         if self.is_open and outcome in (None, "cancelled", "suspended"):
             end = UnknownEnd(self._run.node_id, self._digest, self.key, self._snapshot)
-            self._run.ctx.journal.unknown_ends[self._place] = end
+            effect_calls(self._run.ctx).unknown_ends[self._place] = end
 
     def close(self, *, is_stated: bool = False) -> None:
         """Note that the last call did not happen; it is stored with the attempt."""
@@ -325,9 +356,9 @@ class Effect:
         None if no call is open. A call that is being made is awaited first. ``is_sent``: the last call is at
         its place, which has its outcome. Raises StoreError.
         """
-        while (flight := self._run.ctx.journal.flights.get(self._place)) is not None:
+        while (flight := effect_calls(self._run.ctx).flights.get(self._place)) is not None:
             await asyncio.wait([flight.ended])
-            self._run.ctx.journal.unknown_ends.pop(self._place, None)
+            effect_calls(self._run.ctx).unknown_ends.pop(self._place, None)
             self._intent = _read(self._run, self._place)
         question = await self._settle_others(cancelling)
         if question is not None or not self.is_open or is_sent:
@@ -341,7 +372,7 @@ class Effect:
         Return the question about an unknown outcome.
         """
         for place in self._others:
-            intent, end = _read(self._run, place), self._run.ctx.journal.unknown_ends.get(place)
+            intent, end = _read(self._run, place), effect_calls(self._run.ctx).unknown_ends.get(place)
             if intent is not None and intent.is_unknown:
                 other = copy(self)
                 other._place, other._intent = place, intent
@@ -449,7 +480,7 @@ def _read(run: RunningNode, place: NotePlace) -> Intent | None:
     Raises PipelineChanged if the outcome of the other node's call is unknown.
     """
     key = effect_note(*place)
-    intent = run.ctx.journal.effects.get(key)
+    intent = effect_calls(run.ctx).intents.get(key)
     if intent is None:
         data = run.ctx.session.notes.get(key)
         name = RecordName(run.run_id, "note", key)
@@ -467,16 +498,16 @@ def _read(run: RunningNode, place: NotePlace) -> Intent | None:
 def write_intent(ctx: ReliabilityContext, place: NotePlace, intent: Intent) -> None:
     """Note the last call at a place; it is stored with the next record."""
     key = effect_note(*place)
-    ctx.journal.effects[key] = intent
+    effect_calls(ctx).intents[key] = intent
     ctx.session.note(key, json.dumps(intent).encode())
-    places = ctx.journal.effect_places.get(place[0])
+    places = effect_calls(ctx).places.get(place[0])
     if places is not None:
         places.setdefault((intent.node_id, intent.digest), {})[place] = None
 
 
 def _places_of_calls(run: RunningNode, digest: str) -> dict[NotePlace, None]:
     """Return the places of the calls of a node with an input in the flow at its position, in their order."""
-    by_place = run.ctx.journal.effect_places
+    by_place = effect_calls(run.ctx).places
     if run.position not in by_place:
         by_call = by_place[run.position] = {}
         calls = intents(run.ctx, run.position).items()
@@ -489,7 +520,7 @@ def _is_received(calls: Mapping[str, bool], intent: Intent, holder: NotePlace) -
     """Return True if the body of a flow has received what a call came to, False if it awaits that.
 
     None: neither, and the outcome is for the next call with the same input. ``calls``: of the body, see
-    RunJournal. ``holder``: the place that has the call.
+    EffectCalls. ``holder``: the place that has the call.
     """
     known = [calls[branch] for branch in with_outer(holder[1]) if branch in calls]
     if False in known:
@@ -499,7 +530,7 @@ def _is_received(calls: Mapping[str, bool], intent: Intent, holder: NotePlace) -
 
 def flight_inside(ctx: ReliabilityContext, position: int, branch: str) -> Flight | None:
     """Return a call of an effect in flight at a branch or inside it."""
-    flights = ctx.journal.flights.values()
+    flights = effect_calls(ctx).flights.values()
     return next((one for one in flights if one.is_sent and _is_inside(one.place, (position, branch))), None)
 
 
@@ -522,7 +553,7 @@ def settle_left_calls(ctx: ReliabilityContext, position: int) -> list[tuple[Note
 
 def intents(ctx: ReliabilityContext, position: int | None = None) -> dict[NotePlace, Intent]:
     """Return the last calls of effects, at a position or in the whole run, by the places of their notes."""
-    known = ctx.journal.effects
+    known = effect_calls(ctx).intents
     calls: dict[NotePlace, Intent] = {}
     for name in {**ctx.session.notes, **known}:
         at, _, branch = name.split(":", 2) if is_effect_note(name) else ("", "", "")
@@ -545,7 +576,7 @@ def _is_inside(place: NotePlace, group: NotePlace) -> bool:
 def is_unknown(ctx: ReliabilityContext, position: int, branch: str) -> bool:
     """Return True if the outcome of the effect that was called at a branch is unknown."""
     return any(
-        one.is_unknown and ctx.journal.taken_over.get(place, _holder_of(one)) == (position, branch)
+        one.is_unknown and effect_calls(ctx).taken_over.get(place, _holder_of(one)) == (position, branch)
         for place, one in intents(ctx, position).items()
     )
 

@@ -137,8 +137,7 @@ def _begin(ctx: ReliabilityContext, session: Session, *, carry: bool) -> Session
     journal.restored = session.restored
     if session.control is not NO_CONTROL:
         ctx.accept(session.control)
-    if session.tried:
-        journal.tried = dict(session.tried)
+    journal.tried = dict(session.tried)
     if journal.restored:
         journal.failed_maps = {
             at: committed.failed_items

@@ -129,7 +129,7 @@ async def check_flow(
         raise ValueError(f"flow {flow.name!r} does not end: {missing_reply(first)}")
     recorded = store._runs[_RUN_ID]
     recorded.steps.pop(0, None)  # The output: the body is to run again.
-    recorded.set(status="INTERRUPTED")
+    recorded.status = "INTERRUPTED"
     token = REPLAY_ONLY.set(frozenset(row.branch for row in first.trace))
     try:
         with _another_time(flow):

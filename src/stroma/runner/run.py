@@ -46,6 +46,16 @@ _CUT_SHORT = (RunStatus.CANCELLED, RunStatus.INTERRUPTED)
 class RunExecution:
     """One call of ``run``. :meth:`run` stores how the run ended, whichever way that was."""
 
+    continued = False
+    ended: asyncio.Future[None] | None = None  # Done when the run has ended; made by drain().
+    _status = RunStatus.INTERRUPTED
+    _failure: Failure | None = None
+    _result: ExecutionResult | None = None
+    _has_started = _has_ended = False
+    #: The run ends INTERRUPTED, and would at once again: its dispatcher continues it after a delay.
+    _has_setback = False
+    _cancelled_as: RunStatus | None = None  # The status of a run that cancel() has cancelled.
+
     def __init__(
         self, ctx: ReliabilityContext, nodes: list[Node | Group], initial: BaseModel, start: int | None
     ) -> None:
@@ -53,17 +63,8 @@ class RunExecution:
         self.nodes = nodes
         self.initial = initial
         self.start = start
-        self.continued = False
         self.loop = asyncio.get_running_loop()
         self.task = asyncio.current_task(self.loop)
-        self.ended: asyncio.Future[None] | None = None  # Done when the run has ended; made by drain().
-        self._status = RunStatus.INTERRUPTED
-        self._failure: Failure | None = None
-        self._result: ExecutionResult | None = None
-        self._has_started = self._has_ended = False
-        #: The run ends INTERRUPTED, and would at once again: its dispatcher continues it after a delay.
-        self._has_setback = False
-        self._cancelled_as: RunStatus | None = None  # The status of a run that cancel() has cancelled.
         self._cancelling = 0 if self.task is None else self.task.cancelling()
 
     @property

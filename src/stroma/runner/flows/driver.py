@@ -19,6 +19,7 @@ from stroma.checkpoint import PipelineChanged, StoreError
 from stroma.contracts.codec import describe_difference
 from stroma.contracts.node import FlowNode
 from stroma.engine.context import ReliabilityContext
+from stroma.engine.effects import effect_calls
 from stroma.engine.execution import CURRENT, RunningNode
 from stroma.engine.outcome import STOPPED, Halt
 from stroma.engine.tasks import cancel_all, raise_if
@@ -63,8 +64,8 @@ class FlowDriver(FlowWaits):
         self._withdrawn: list[FlowCall] = []  # Questions that the body gave up in the replay.
         #: Effects that the body gave up; a next call with the same input takes the outcome.
         self._given_up: list[FlowCall] = []
-        #: See RunJournal.
-        self._body_calls = ctx.journal.body_calls[position] = {}
+        #: See EffectCalls.
+        self._body_calls = effect_calls(ctx).of_bodies[position] = {}
 
     def _look_for_records(self) -> None:
         """Note if calls may have an earlier record, and if their inputs are stored or compared."""
