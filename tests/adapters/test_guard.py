@@ -223,7 +223,8 @@ def test_a_guarded_callable_looks_like_the_bare_one(name: str) -> None:
 
 
 def test_a_method_can_be_decorated_where_it_is_defined() -> None:
-    """A step in a class body binds like a method; neither self nor cls is part of its input."""
+    """A step in a class body binds like a method, also above the decorator of a static or class method;
+    neither self nor cls is part of its input."""
     guard = guard_of()
 
     class Desk:
@@ -235,10 +236,23 @@ def test_a_method_can_be_decorated_where_it_is_defined() -> None:
             self.sold += 1
             return f"{name} {self.sold}"
 
+        @guard.step("close")
+        @classmethod
+        def close(cls, hour: int) -> str:
+            return f"{cls.__name__} {hour}"
+
+        @guard.step("price")
+        @staticmethod
+        def price(seats: int) -> int:
+            return seats * 5
+
     desk = Desk()
     assert (desk.sell("Ada"), desk.sell(name="Bo")) == ("Ada 1", "Bo 2")
     events = guard.current.ctx.trace
     assert [event.input_state for event in events] == [{"name": "Ada", "seat": 1}, {"name": "Bo", "seat": 1}]
+    assert (desk.close(8), Desk.close(9), desk.price(2), Desk.price(3)) == ("Desk 8", "Desk 9", 10, 15)
+    inputs = [event.input_state for event in events][2:]
+    assert inputs == [{"hour": 8}, {"hour": 9}, {"seats": 2}, {"seats": 3}]
 
 
 def test_the_wrong_arguments_are_the_callers_error() -> None:

@@ -264,6 +264,9 @@ class Guard:
         where inspection cannot tell. Raises TypeError for an object that is not callable, ValueError for an
         invalid id.
         """
+        if isinstance(func, (staticmethod, classmethod)):  # The decorator stands above theirs.
+            inner = self.wrap(step_id, func.__func__, kind=kind, input_view=input_view, **options)
+            return cast("Callable[P, R]", type(func)(inner))
         if not callable(func):
             raise TypeError(f"{func!r} cannot be a step: it is not callable")
         step = GuardedStep(
