@@ -1,13 +1,15 @@
 """Code that changed while the outcome of an effect is unknown: nothing is called before somebody decides."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 from tests.effects.shop import Order, Receipt, Shop
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, open_question
+from tests.flows.steps import runner_on
+from tests.kit import NEVER, Num, node, open_question
 from tests.shared_stores import FAMILIES
 
 from stroma import (
@@ -18,6 +20,9 @@ from stroma import (
     RunStatus,
     StepFailed,
     StromaRunner,
+    current_node,
+    current_run,
+    execute_step,
     map_over,
     parallel,
     stroma_flow,
@@ -240,3 +245,66 @@ async def test_a_call_of_a_discarded_path(store: Any) -> None:
 
 async def run(store: Any, nodes: Any, **kwargs: Any) -> Any:
     return await StromaRunner.quick(store=store, policy_map=NEVER).run(nodes, Order(), run_id="r", **kwargs)
+
+
+def _deploy(charges: list[str], way: str, fields: dict[str, Any], failed: asyncio.Event) -> Any:
+    """Return a flow that charges an order with these fields, the first time after a step has failed."""
+    order: Any = create_model("Order", **fields)
+
+    async def charge(state: Any) -> Receipt:
+        await failed.wait()
+        charges.append(current_node().idempotency_key)
+        return Receipt(number=len(charges))
+
+    async def reserve(state: Num) -> Num:
+        if not failed.is_set():
+            raise KeyError("nothing is left")
+        return state
+
+    contract = NodeContract(node_id="pay", input_schema=order, output_schema=Receipt, effect=True)
+    pay = stroma_node("pay", contract)(charge)
+
+    async def call(state: Any) -> Any:
+        run = current_run()
+        assert run is not None
+        return (await execute_step("pay", pay, state, run)).final_state
+
+    @stroma_flow("inner", input=order, output=Receipt)
+    async def inner(flow: Flow, state: Any) -> Receipt:
+        return await flow.step(pay, state)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        bill = order(**dict.fromkeys(fields, 5))
+        ways: dict[str, Callable[[], Awaitable[Any]]] = {
+            "step": lambda: flow.step(pay, bill),
+            "map": lambda: flow.map(pay, [bill]),
+            "flow": lambda: flow.run(inner, bill),
+            "node": lambda: flow.step(node("agent", call, order, Receipt), bill),
+        }
+        paying = asyncio.ensure_future(ways[way]())
+        try:
+            await flow.step(node("reserve", reserve), state)
+        finally:
+            failed.set()
+        await paying
+        return await flow.wait_for(Num, reason="Done?")
+
+    return f
+
+
+@pytest.mark.parametrize("way", ["step", "map", "flow", "node"])
+@pytest.mark.parametrize("now", [{"cents": (int, 0), "cur": (int, 5)}, {"amount": (int, 0)}])
+async def test_a_deploy_that_changes_an_order_does_not_charge_again(
+    store: Any, way: str, now: dict[str, Any]
+) -> None:
+    """G13. A resume that retries a failure takes the charge made after it, also if its class has changed."""
+    charges, failed = list[str](), asyncio.Event()
+    before = _deploy(charges, way, {"cents": (int, 0)}, failed)
+    assert (await runner_on(store).run(before, Num())).status is RunStatus.PARTIAL
+    assert len(charges) == 1
+    after = _deploy(charges, way, now, failed)
+    assert (await runner_on(store).run(after, Num())).status is RunStatus.SUSPENDED
+    await runner_on(store).signal("r", Num(n=3))
+    result = await runner_on(store).run(after, Num())
+    assert (result.status, result.final_state, len(charges)) == (RunStatus.RESUMED, Num(n=3), 1)

@@ -230,17 +230,21 @@ def is_same_data(data: bytes, other: bytes) -> bool:
     return data == other or _content(data) == _content(other)
 
 
-def is_extended(data: bytes, before: bytes) -> bool:
-    """Return True if a stored form has all the data of another one, and at most further fields."""
-    return _has_all(json.loads(_content(data)), json.loads(_content(before)))
+def is_extended(data: bytes, before: bytes, *, values: bool = True) -> bool:
+    """Return True if a stored form has all fields of another one, with their values: it may have more.
+
+    Raises ValueError for data that is not JSON.
+    """
+    return _has_all(json.loads(_content(data)), json.loads(_content(before)), values)
 
 
-def _has_all(value: Any, before: Any) -> bool:
+def _has_all(value: Any, before: Any, values: bool) -> bool:
     if type(value) is dict and type(before) is dict:
-        return all(name in value and _has_all(value[name], one) for name, one in before.items())
+        return all(name in value and _has_all(value[name], one, values) for name, one in before.items())
     if type(value) is list and type(before) is list:
-        return len(value) == len(before) and all(map(_has_all, value, before))
-    return type(value) is type(before) and bool(value == before)
+        pairs = zip(value, before, strict=False)
+        return (len(value) == len(before) or not values) and all(_has_all(*pair, values) for pair in pairs)
+    return not values or (type(value) is type(before) and bool(value == before))
 
 
 def _content(data: bytes) -> bytes:

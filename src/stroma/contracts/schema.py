@@ -29,7 +29,7 @@ from weakref import WeakValueDictionary
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from stroma.contracts.codec import SchemaCodec, decode_raw, has_class_tags, sort_keys
+from stroma.contracts.codec import SchemaCodec, decode_raw, has_class_tags, is_extended, sort_keys
 from stroma.contracts.copying import (
     PickledSnapshot,
     Snapshot,
@@ -497,6 +497,21 @@ class Schema:
             return None
         digest, owner = hashlib.sha256(data if is_sealed else _PROCESS_KEY + data), _PROCESS
         return b"%s%s %s" % (_SECRET, b"sealed" if is_sealed else owner, digest.hexdigest().encode())
+
+    def renew_key(self, key: bytes | None) -> bytes | None:
+        """Return a recorded input key as inputs are compared now: fields that are new have their defaults.
+
+        None for an input that cannot be compared: its class had other fields, or see :func:`comparable`.
+        """
+        if key is None or has_secrets(key):
+            return comparable(key)
+        with contextlib.suppress(ValueError, NotSerialisable):
+            now = self.encode_sorted(self.decode(key))
+            if is_extended(now, key):
+                return now
+            if is_extended(now, key, values=False):  # Its validators change it each time.
+                return key
+        return None
 
     @staticmethod
     def decode_raw(data: bytes) -> Any:

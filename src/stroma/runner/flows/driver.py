@@ -27,7 +27,14 @@ from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.flows.body_loop import BodyLoop
 from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.endings import FlowClosed, StepFailed, describe, end_of
-from stroma.runner.flows.journal import REPLAY_ONLY, Event, FlowJournal, message_of, read_failure
+from stroma.runner.flows.journal import (
+    REPLAY_ONLY,
+    Event,
+    FlowJournal,
+    input_schema,
+    message_of,
+    read_failure,
+)
 from stroma.runner.flows.suspension import FlowWaits, now_ms
 
 #: How often a body that does not end is cancelled.
@@ -412,11 +419,13 @@ class FlowDriver(FlowWaits):
 
     async def _read(self, call: FlowCall, event: Event) -> Any:
         """Return the recorded end of a call. Ends the flow if its input has changed."""
-        before = self.journal.input_key_of(self.position, event)
-        if before is not None and call.input_key is not None and before != call.input_key:
-            inputs = before, call.input_key
-            difference = describe_difference(*inputs)
-            return self.stop_as_changed(f"makes {describe(call.branch)} with {difference}", inputs=inputs)
+        before, now = self.journal.input_key_of(self.position, event), call.input_key
+        if before is not None and now is not None and before != now:
+            renewed = input_schema(self.ctx, call.node, call.state).renew_key(before)
+            # An input that could not be compared was no obstacle to take the output.
+            if renewed != now and (renewed is not None or not event.source):
+                makes = f"makes {describe(call.branch)} with {describe_difference(before, now)}"
+                return self.stop_as_changed(makes, inputs=(before, now))
         if event.failure is not None:
             return self.failed(call, read_failure(event.failure), event.number)
         if event.received is not None:

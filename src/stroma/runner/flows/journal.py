@@ -26,7 +26,7 @@ from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.checkpoint.flow_notes import FailureNote, MessageNote, decode_flow_note
 from stroma.checkpoint.identity import is_called, with_outer, without_attempts
 from stroma.contracts.node import Group, Node
-from stroma.contracts.schema import comparable, schema_of
+from stroma.contracts.schema import Schema, comparable, schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.effects import intents, write_intent
 from stroma.failures.classes import FailureClass
@@ -58,6 +58,8 @@ class FlowRecords:
         #: node and input.
         self.loose: dict[str, Committed] = {}
         self._untaken: dict[tuple[str, bytes | None], list[str]] = {}
+        #: Nodes and classes of inputs that :meth:`renew_keys` was called with.
+        self._renewed: set[tuple[str, Schema]] = set()
         #: Identities of the calls that must be made again, by the branch of their flow and their number.
         self.calls: dict[tuple[str, int | None], str] = {}
         #: Nodes of the effects whose call must be made again, by its branch: its outcome is unknown.
@@ -87,6 +89,21 @@ class FlowRecords:
             if free := self._untaken.get(key):
                 return free.pop(0)
         return ""
+
+    def renew_keys(self, node_id: str, schema: Schema) -> None:
+        """Compare the inputs of the loose outputs of a node as a class has them now."""
+        if (node_id, schema) in self._renewed:
+            return
+        self._renewed.add((node_id, schema))
+        for branch, output in self.loose.items():
+            step = _step_of(output)
+            if output.node_id != node_id or (key := schema.renew_key(step.input_key)) == step.input_key:
+                continue
+            free = self._untaken.get(self._key_of(branch), [])
+            self.loose[branch] = output._replace(step=step._replace(input_key=key))
+            if branch in free:
+                free.remove(branch)
+                self._untaken.setdefault(self._key_of(branch), []).append(branch)
 
     def put_back(self, branch: str) -> None:
         """Free an output that a call has taken, and that the body has not received."""
@@ -355,10 +372,15 @@ def misfit_of(problem: str) -> Failure:
     return Failure(error, FailureClass.TERMINAL, "receive", 1, problem, "contract")
 
 
+def input_schema(ctx: ReliabilityContext, node: Node | Group, state: BaseModel) -> Schema:
+    """Return the schema that the input of a call is recorded with."""
+    contract = None if isinstance(node, Group) else ctx.contract_of(node)
+    return schema_of(type(state) if contract is None else contract.input_schema)
+
+
 def encode_input(ctx: ReliabilityContext, node: Node | Group, state: BaseModel) -> bytes | None:
     """Return the input of a call in stored form, as its node's contract has it; None if it has none."""
-    contract = None if isinstance(node, Group) else ctx.contract_of(node)
-    schema = schema_of(type(state) if contract is None else contract.input_schema)
+    schema = input_schema(ctx, node, state)
     try:
         model = state if type(state) is schema.model else schema.convert(state)
         return schema.input_key(model, is_sealed=ctx.session.stores_secrets)

@@ -15,7 +15,7 @@ from stroma.engine.execution import CURRENT
 from stroma.runner.flows.call import FlowCall, FlowScope
 from stroma.runner.flows.driver import FlowDriver
 from stroma.runner.flows.endings import FlowClosed, describe
-from stroma.runner.flows.journal import encode_input
+from stroma.runner.flows.journal import encode_input, input_schema
 
 #: The innermost flow around the code of a body, and around what it has begun. Weak: tasks of the body
 #: reference it.
@@ -105,6 +105,8 @@ class FlowPath(FlowScope):
         """Give a call another place, and so another idempotency key, if a loose output has its place."""
         records = self.driver.records
         identity, number, loose = call.identity, 1, records.loose
+        if loose and call.input_key is not None:
+            records.renew_keys(call.node.node_id, input_schema(self.driver.ctx, call.node, call.state))
         while (output := loose.get(call.branch)) is not None and call.is_other_than(output):
             number += 1
             call.name(f"{identity}@{number}")
