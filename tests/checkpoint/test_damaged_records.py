@@ -71,7 +71,7 @@ NOTES: dict[str, bytes] = {
     effect_note(0, ""): b'["n", 1, true, "", ""]',
 }
 #: Rows without a checksum: their damage shows only where a value has a type that no store writes.
-UNSIGNED = ("runs", "tags", "attempts", "run", "failed", "identities", "nodes", "ids", "due")
+UNSIGNED = ("runs", "attempts", "run", "failed", "identities", "nodes", "ids", "due")
 
 
 async def fill(store: Any, run_id: str) -> None:
@@ -96,7 +96,7 @@ async def fill(store: Any, run_id: str) -> None:
     await settled(session.ask(Waiting(3, "", "ask", "and this?", "m:Q", b"7")))
 
     def control(rows: Rows) -> None:
-        annotate(rows, run_id, Annotation.PARENT, "", "parent", Step("", "", b"", b"", 1))
+        rows.update(rows.find(run_id).run, {"parent": "parent"})
         annotate(rows, run_id, Annotation.DEATHS, "", "deaths", Step("1", str(session.epoch), b"", b"", 1))
         accept_requests(session._records(rows))
 
@@ -198,7 +198,7 @@ def _keys(where: str) -> Iterator[Record]:
 
 
 def _cells(kind: str, where: str) -> Iterator[Record]:
-    keys = {"runs": "run", "inputs": "run, execution", "steps": "id", "tags": "run, tag"}
+    keys = {"runs": "run", "inputs": "run, execution", "steps": "id"}
     keys["attempts"] = "run, execution, epoch, position, started_ns, branch, attempt"
     for table, key in keys.items():
         at = " AND ".join(f"{name} = ?" for name in key.split(", "))

@@ -134,7 +134,7 @@ async def test_a_fork_has_only_what_it_copies(at: tuple[str, str], tmp_path: Pat
         await commit(session, 0, State(text="public"))
         await finish(session)
         await store.fork("r", "f", 1)
-        assert sorted(kinds_of(store, "f")) == sorted({*FORKED, Annotation.EFFECT, Annotation.PARENT})
+        assert sorted(kinds_of(store, "f")) == sorted({*FORKED, Annotation.EFFECT})
         session = await begin(store, "f", State(text=MARK), if_exists="resume")
         assert (session.notes, session.waiting, session.undelivered) == ({}, {}, [])
         assert session.attribution["session"] == "r"

@@ -87,15 +87,15 @@ def step(data: bytes = b"{}", number: int | None = None, input_data: bytes | Non
 
 
 def table(rows: SqliteRows, name: str, order: str = "1, 2, 3") -> list[tuple[Any, ...]]:
-    """Return the rows of a table without index keys; a run is without its place in the queue and its mark,
-    which no test here gives it."""
+    """Return the rows of a table without index keys; a run is without its place in the queue, its mark, its
+    parent and its tags."""
     cursor = rows.db.execute(f"SELECT * FROM {name} ORDER BY {order}")
     keys = ("run_key", "branch_key")
     shown = [at for at, (column, *_) in enumerate(cursor.description) if column not in keys]
     found = [tuple(row[at] for at in shown) for row in cursor]
     if name == "runs":
-        assert {row[-10:] for row in found} <= {(0, None, None, None, None, "", None, None, None, None)}
-        return [row[:-10] for row in found]
+        assert {row[-12:-2] for row in found} <= {(0, None, None, None, None, "", None, None, None, None)}
+        return [row[:-12] for row in found]
     return found
 
 
@@ -194,9 +194,9 @@ def test_a_run_is_deleted_from_all_tables(rows: SqliteRows) -> None:
         rows.commit(fence, attempt(), step())
         rows.annotate(run_id, Annotation.SAVED, "n", "n", step())
     rows.delete("s")
-    names = ("runs", "inputs", "tags", "attempts", "steps")
+    names = ("runs", "inputs", "attempts", "steps")
     numbers = [{one[0] if name != "steps" else one[1] for one in table(rows, name)} for name in names]
-    assert numbers == [{1}] * 5
+    assert numbers == [{1}] * 4
     assert len(table(rows, "steps")) == 2
     rows.delete("nobody")
     assert rows.begin(None, opening("s")).run == 3

@@ -46,7 +46,7 @@ class RunQuery:
     @property
     def needs_scan(self) -> bool:
         """Return True if no index serves the query, so that runs are examined one by one."""
-        return (self.failure_class, self.node, self.text) != (None, None, None)
+        return (self.tag, self.failure_class, self.node, self.text) != (None, None, None, None)
 
     def matches_failure(self, failed: AttemptRecord) -> bool:
         """Return True if a failed attempt has this class and node."""

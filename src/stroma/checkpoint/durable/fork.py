@@ -92,7 +92,7 @@ def fork_run(
     record_notes(
         copied, {(Annotation.EFFECT, row.node_id): b"called" for row in steps if row.node_id in called}
     )
-    copied.put(Annotation.PARENT, "", source, Step("", "", b"", b"", before))
+    rows.update(fence.run, {"parent": source})
     copied.put(Annotation.ATTRIBUTION, "session", source)
     for row in recorded.all(*FORKED):
         copied.put(Annotation(row.position), row.branch, row.node_id, row.step)

@@ -20,7 +20,7 @@ from stroma.checkpoint.durable.integrity import (
     verify_step,
 )
 from stroma.checkpoint.durable.owner import Owner
-from stroma.checkpoint.durable.rows import Annotation, Rows, RunExtras, RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.entries import (
     NO_CONTROL,
     OF_FLOW,
@@ -37,6 +37,7 @@ from stroma.checkpoint.records import (
     PICO,
     AttemptPage,
     AttemptRecord,
+    Cause,
     RunPage,
     RunQuery,
     RunRecord,
@@ -252,12 +253,14 @@ class ReadableStore(ABC):
 
     def _run_records(self, rows: Rows, runs: list[RunRow], *, failed: int) -> list[RunRecord]:
         records: list[RunRecord] = []
-        for run, extras in zip(runs, rows.run_extras(runs, failed=failed), strict=True):
+        failures = rows.failed(runs, failed) if failed else [[] for _ in runs]
+        for run, attempts in zip(runs, failures, strict=True):
             of_run = RunRecords.of(rows, run, self._payloads)
             error = self._payloads.open_text(run.error, of_run.place("error"))
             blocked = self._payloads.open_text(run.blocked, of_run.place("blocked"))
-            causes = _possible_causes(rows, run, self._with_messages(of_run, extras.failed))
-            records.append(_run_record(run._replace(error=error, blocked=blocked), extras, causes))
+            self._with_messages(of_run, attempts)
+            cause = cause_of(_possible_causes(rows, run, attempts))
+            records.append(_run_record(run._replace(error=error, blocked=blocked), cause, len(attempts)))
         return records
 
     def _with_messages(self, records: RunRecords, attempts: list[AttemptRecord]) -> list[AttemptRecord]:
@@ -431,7 +434,7 @@ def _possible_causes(rows: Rows, run: RunRow, failed: list[AttemptRecord]) -> li
     return [one for one in failed if one.started_ns > last_fix[one.position, one.branch]]
 
 
-def _run_record(row: RunRow, extras: RunExtras, causes: list[AttemptRecord]) -> RunRecord:
+def _run_record(row: RunRow, cause: Cause | None, failures: int) -> RunRecord:
     holder = row.holder
     return RunRecord(
         run_id=row.run_id,
@@ -445,11 +448,11 @@ def _run_record(row: RunRow, extras: RunExtras, causes: list[AttemptRecord]) -> 
         nodes=row.nodes,
         error=row.error,
         holder=None if holder is None else holder.place,
-        parent=extras.parent,
+        parent=row.parent,
         latency_ms=row.latency_ns / 1e6,
-        tags=tuple(sorted(extras.tags)),
-        cause=cause_of(causes),
-        failures=len(extras.failed),
+        tags=tuple(sorted(row.tag_list)),
+        cause=cause,
+        failures=failures,
         epoch=row.epoch,
         due_ms=row.wake_ms,
         priority=row.priority or 0,

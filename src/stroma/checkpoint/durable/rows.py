@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, Protocol
+from urllib.parse import quote, unquote
 
 from stroma.checkpoint.durable.owner import Owner, is_gone
 from stroma.checkpoint.events import EventPlace
@@ -44,7 +45,6 @@ class Annotation(IntEnum):
     SAVED = -1  #: a state from ``save()``; branch: the node id
     WAITING = -2  #: an approval that a node waits for, and its answer; branch: "position:branch"
     REQUEST = -3  #: a request about the run that no owner has read; branch: its key, see ``control``
-    PARENT = -4  #: the run that this one was forked from, as node id
     TRACE = -5  #: the trace context of the process that started the execution, as node id
     DUE_HOOKS = -6  #: an attempt whose end hooks may not have been called; branch: :func:`due_hooks_key`
     FAILURE_SITE = -7  #: where the last failed attempt at a place failed; branch: "position:branch"
@@ -58,7 +58,7 @@ class Annotation(IntEnum):
 
 
 #: Annotations that belong to the run, and those that belong to one execution: a restart deletes them.
-_OF_RUN: Final = (Annotation.SAVED, Annotation.PARENT, Annotation.EFFECT)
+_OF_RUN: Final = (Annotation.SAVED, Annotation.EFFECT)
 OF_EXECUTION: Final = tuple(kind for kind in Annotation if kind not in _OF_RUN)
 #: Annotations that a fork copies.
 FORKED: Final = (Annotation.ATTRIBUTION, Annotation.TRACE)
@@ -127,6 +127,8 @@ class RunRow(NamedTuple):
         blocked, blocked_since_ms, blocked_until_ms, blocked_codes: see :attr:`mark`; None of a run that is
             not blocked.
         claim: token of the worker that has claimed the run; None if there is no claim, or it has expired.
+        parent: the run that it was forked from.
+        tags: those of the last execution, as :func:`pack_tags` returns them.
     """
 
     run: Any
@@ -156,6 +158,13 @@ class RunRow(NamedTuple):
     blocked_until_ms: int | None = None
     blocked_codes: str | None = None
     claim: str | None = None
+    parent: str | None = None
+    tags: str = ""
+
+    @property
+    def tag_list(self) -> list[str]:
+        """The tags, in their order."""
+        return list(map(unquote, self.tags.split()))
 
     @property
     def mark(self) -> BlockedMark | None:
@@ -170,6 +179,11 @@ class RunRow(NamedTuple):
         """The owner of the run; None if it is not running, or if its owner is gone."""
         is_held = self.status == "RUNNING" and not is_free(self.owner, self.left_seconds)
         return Owner.read(self.owner) if is_held else None
+
+
+def pack_tags(tags: Iterable[str]) -> str:
+    """Return tags as one text: each percent-encoded, with spaces around it, and once."""
+    return "".join(f" {quote(tag, safe='', errors='backslashreplace')} " for tag in dict.fromkeys(tags))
 
 
 class Step(NamedTuple):
@@ -241,14 +255,6 @@ class EventRow(NamedTuple):
     trims: bool = False
 
 
-class RunExtras(NamedTuple):
-    """Data of a run besides its row. ``failed``: its last failed attempts, the latest end first."""
-
-    parent: str | None
-    tags: tuple[str, ...]
-    failed: list[AttemptRecord]
-
-
 class Delay(NamedTuple):
     """A time in so many milliseconds, as the value of a field of a run."""
 
@@ -273,6 +279,7 @@ _NEW: Final[dict[str, Any]] = {
     **dict.fromkeys(("tokens", "cost_pico", "latency_ns", "attempt_count", "commit_count", "priority"), 0),
     **dict.fromkeys(("key", "expires_ms")),
     "started_ms": NOW,
+    "tags": "",
 }
 _STOPPED: Final[dict[str, Any]] = {**_UNMARKED, "until_ms": None}
 
@@ -292,17 +299,14 @@ class Rows(Protocol):
     def add_execution(self, run: RunRow | None, opening: Opening, execution: int) -> Any:
         """Add an execution without attempts, with its input, to a run; None: to a new one. Return its key.
 
-        Tags and events of the execution before are deleted, and so are its commits where only the last ones
-        are stored.
+        Events of the execution before are deleted, and so are its commits where only the last ones are
+        stored.
         """
         ...
 
     def continue_execution(self, run: RunRow, discard_from: int | None) -> Any:
         """Discard the commits of the last execution from a position on; None: none. Return its key."""
         ...
-
-    def add_tags(self, run: Any, tags: Sequence[str]) -> None:
-        """Add tags to the last execution."""
 
     def update(
         self, run: Any, fields: Mapping[str, Any], *, fence: Fence | None = None, is_news: bool = False
@@ -319,6 +323,8 @@ class Rows(Protocol):
         execution, epoch = (1, 1) if run is None else (run.execution + 1, run.epoch + 1)
         key = self.add_execution(run, opening, execution)
         fields = {**_NEW, "pipeline": opening.pipeline, "execution": execution}
+        if opening.tags:
+            fields["tags"] = pack_tags(opening.tags)
         return self._write_opening(key, execution, epoch, opening, fields)
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
@@ -328,7 +334,10 @@ class Rows(Protocol):
         """
         first = None if opening.discard_from is None else max(opening.discard_from, 0)
         key = self.continue_execution(run, first)
-        return self._write_opening(key, run.execution, run.epoch + 1, opening, {**_OPENED})
+        fields = {**_OPENED}
+        if opening.tags:
+            fields["tags"] = pack_tags((*run.tag_list, *opening.tags))
+        return self._write_opening(key, run.execution, run.epoch + 1, opening, fields)
 
     def _write_opening(
         self, run: Any, execution: int, epoch: int, opening: Opening, fields: dict[str, Any]
@@ -336,8 +345,6 @@ class Rows(Protocol):
         fields["owner"], fields["epoch"], fields["version"] = opening.owner, epoch, opening.version
         fields["until_ms"] = Delay(int(opening.lease_seconds * 1000))
         self.update(run, fields)
-        if opening.tags:
-            self.add_tags(run, opening.tags)
         return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
 
     def replace_owner(self, run: RunRow, owner: str) -> Fence:
@@ -504,8 +511,8 @@ class Rows(Protocol):
         """
         ...
 
-    def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
-        """Return the extras of each of these runs, with at most so many failed attempts, in Redis 20."""
+    def failed(self, runs: Sequence[RunRow], limit: int) -> list[list[AttemptRecord]]:
+        """Return the last failed attempts of each run, the latest end first; in Redis at most 20."""
         ...
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
@@ -535,11 +542,11 @@ class Rows(Protocol):
         ...
 
 
-def matches(query: RunQuery, run: Any, tags: Sequence[str]) -> bool:
+def matches(query: RunQuery, run: Any) -> bool:
     """Return True if a run matches a query, except for its attempts. ``run``: has the names of a RunRow."""
     if query.pipeline not in (None, run.pipeline) or (query.statuses and run.status not in query.statuses):
         return False
-    if (query.tag is not None and query.tag not in tags) or (query.blocked and run.blocked is None):
+    if (query.tag is not None and query.tag not in run.tag_list) or (query.blocked and run.blocked is None):
         return False
     if query.since_ms is not None and run.started_ms < query.since_ms:
         return False

@@ -340,8 +340,8 @@ class RunOpener:
         elif has_died:
             self._count_deaths(records, number, first_epoch)
             if request.discard_from is None:
-                (extras,) = rows.run_extras([run], failed=_MAX_FAILED)
-                failed = [one for one in reversed(extras.failed) if one.epoch >= first_epoch]
+                (last_failed,) = rows.failed([run], _MAX_FAILED)
+                failed = [one for one in reversed(last_failed) if one.epoch >= first_epoch]
                 for one in failed:
                     open_message(self._payloads, self._run_id, run.execution, one)
                 tried = _count_failed(failed, opened.restored)

@@ -20,7 +20,6 @@ from stroma.checkpoint.durable.rows import (
     EventRow,
     Fence,
     Opening,
-    RunExtras,
     RunRow,
     ScannedRows,
     Step,
@@ -91,11 +90,13 @@ class MemoryRun:
     blocked_since_ms: int | None = None
     blocked_until_ms: int | None = None
     blocked_codes: str | None = None
+    parent: str | None = None
+    tags: str = ""
     mark: Any = RunRow.mark  # Made of these fields.
+    tag_list: Any = RunRow.tag_list
 
     number: int = 0
     claim: tuple[str, float] | None = None
-    tags: tuple[str, ...] = ()
     input: tuple[str, Any, Any] | None = None
     events: deque[EventRow] | None = None
     session: Callable[[], Any] | None = None
@@ -250,7 +251,7 @@ class MemoryRows(ScannedRows):
         else:
             one.discard(0)
             one.empty()
-            one.tags, one.events = (), None
+            one.events = None
         one.input, one.number = (opening.contract, opening.input, opening.sha256), next(_NUMBERS)
         return one
 
@@ -260,9 +261,6 @@ class MemoryRows(ScannedRows):
         if discard_from is not None:
             one.discard(discard_from)
         return one
-
-    def add_tags(self, run: MemoryRun, tags: Sequence[str]) -> None:
-        run.tags = tuple(dict.fromkeys((*run.tags, *tags)))
 
     def update(
         self, run: MemoryRun, fields: Mapping[str, Any], *, fence: Fence | None = None, is_news: bool = False
@@ -446,7 +444,7 @@ class MemoryRows(ScannedRows):
         runs = [
             run
             for run in list(self._runs.values())
-            if run.execution and run.place < end and matches(query, run, run.tags)
+            if run.execution and run.place < end and matches(query, run)
             if query.failure_class is query.node is None or any(map(query.matches_failure, _failed(run)))
         ]
         runs.sort(key=lambda run: run.place, reverse=True)
@@ -454,14 +452,8 @@ class MemoryRows(ScannedRows):
         following = mark_of(*page[-1].place) if len(runs) > limit else None
         return list(map(_run_row, page)), following
 
-    def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
-        extras: list[RunExtras] = []
-        for one in runs:
-            run: MemoryRun = one.run
-            parent = run.annotations.get((Annotation.PARENT, ""))
-            failures = _failed(run)[:failed] if failed else []
-            extras.append(RunExtras(None if parent is None else parent.node_id, run.tags, failures))
-        return extras
+    def failed(self, runs: Sequence[RunRow], limit: int) -> list[list[AttemptRecord]]:
+        return [_failed(one.run)[:limit] for one in runs]
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
         runs = [run for run in list(self._runs.values()) if run.run_id.startswith(prefix)]

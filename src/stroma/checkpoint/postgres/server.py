@@ -326,7 +326,7 @@ _UNTRUSTED: Final = """WITH RECURSIVE ours(role) AS (SELECT oid FROM pg_roles WH
     WHERE f.what IS NOT NULL OR f.owner NOT IN (SELECT role FROM trusted) ORDER BY f.kind, f.name LIMIT 1"""
 # Read from a table: to_regclass() may not see objects that others created while this waited for a lock.
 _OBJECTS: Final = """SELECT coalesce(bool_or(c.relname = 'meta'), false),
-    coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts', 'tags')), false),
+    coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts')), false),
     (SELECT oid::bigint FROM pg_namespace WHERE nspname = %s)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s"""
 _SERVER_FACTS: Final = (

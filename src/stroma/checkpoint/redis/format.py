@@ -20,7 +20,7 @@ def annotations_key(kind: int) -> str:
 
 
 #: Format of the stored data, and the key that has its number. A release refuses any other format.
-FORMAT: Final = 4
+FORMAT: Final = 5
 FORMAT_KEY: Final = "stroma:format"
 #: The keys of a run, after its prefix, except the states from save(), which expire by themselves.
 RUN_KEYS: Final = (
@@ -52,7 +52,6 @@ class RedisRun:
     epoch: int = field(compare=False)
     writes: int = field(compare=False)
     changes: str = field(default="", compare=False)
-    tags: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def state(self) -> tuple[str, str, str]:
@@ -187,10 +186,7 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
     values["left_seconds"] = -1.0 if until is None else (until - now_ms) / 1000
     if claim_until < now_ms:
         values["claim"] = None
-    tags = decode_json(f.get("tags", b"[]"), list[str], _field_of(run_id, "tags"))
-    run = RedisRun(
-        run_id, read("token", str), values["epoch"], read("writes", int), read("changes", str), tuple(tags)
-    )
+    run = RedisRun(run_id, read("token", str), values["epoch"], read("writes", int), read("changes", str))
     return RunRow(**{**values, "run": run, "run_id": run_id})
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from stroma.checkpoint.decisions import MESSAGE_SENT
-from stroma.checkpoint.durable.rows import Annotation, EventRow, RunExtras, RunRow, ScannedRows, Step, matches
+from stroma.checkpoint.durable.rows import EventRow, RunRow, ScannedRows, Step, matches
 from stroma.checkpoint.errors import CheckpointLost
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
@@ -19,7 +19,6 @@ from stroma.checkpoint.redis.format import (
     FORMAT,
     NodeFacts,
     RedisRun,
-    annotations_key,
     as_hash,
     as_text,
     prefix_of,
@@ -37,7 +36,6 @@ _MAX_EXAMINED: Final = 2000  # runs that the server examines in one step
 
 
 _MAX_FAILED: Final = 20  # the server lists the last ones
-_PARENT: Final = annotations_key(Annotation.PARENT)
 #: Place of a run in the list of all runs: (start, id).
 _ListPlace = tuple[int, str]
 
@@ -91,16 +89,15 @@ class RedisReader(ScannedRows):
         """Return those of these runs that match a query."""
         named = [(as_text(run_id), int(start), row) for run_id, start, row in page]
         runs = [((start, run_id), read_run_row(row, run_id)) for run_id, start, row in named]
-        runs = [one for one in runs if matches(query, one[1], one[1].run.tags)]
+        runs = [one for one in runs if matches(query, one[1])]
         if (query.failure_class, query.node) == (None, None):
             return runs
-        failures = self._failed([run for _, run in runs], _MAX_FAILED)
+        failures = self.failed([run for _, run in runs], _MAX_FAILED)
         return [
             one for one, failed in zip(runs, failures, strict=True) if any(map(query.matches_failure, failed))
         ]
 
-    def _failed(self, runs: Sequence[RunRow], limit: int) -> list[list[AttemptRecord]]:
-        """Return the last failed attempts of each run, the latest end first."""
+    def failed(self, runs: Sequence[RunRow], limit: int) -> list[list[AttemptRecord]]:
         failed: list[list[AttemptRecord]] = [[] for _ in runs]
         keys = [f"{run.run.prefix}failed:{run.execution}" for run in runs]
         lists = self._get(*(("LRANGE", key, 0, limit - 1) for key in keys))
@@ -173,14 +170,6 @@ class RedisReader(ScannedRows):
         )
         statuses = zip(run_ids, replies, strict=True)
         return {run_id: as_text(status) for run_id, status in statuses if status is not None}
-
-    def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
-        parents = self._get(*(("HVALS", f"{run.run.prefix}{_PARENT}") for run in runs))
-        failures = self._failed(runs, failed) if failed else [[] for _ in runs]
-        return [
-            RunExtras(read_step(parent[0])[0] if parent else None, run.run.tags, one)
-            for run, parent, one in zip(runs, parents, failures, strict=True)
-        ]
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
         start = prefix.encode()

@@ -106,9 +106,7 @@ class RedisRows(RedisReader):
 
     def continue_execution(self, run: RunRow, discard_from: int | None) -> RedisRun:
         discard = "" if discard_from is None else discard_from
-        key = self._opened(run, run.run_id, run.run.token, "take_over", run.execution, discard)
-        key.tags = run.run.tags
-        return key
+        return self._opened(run, run.run_id, run.run.token, "take_over", run.execution, discard)
 
     def _opened(self, run: RunRow | None, run_id: str, token: str, operation: str, *values: Any) -> RedisRun:
         """Collect an opening, and return the key of the run after it."""
@@ -117,9 +115,6 @@ class RedisRows(RedisReader):
         on_reply = partial(is_recorded, key, server=self._link.server.name)
         self._writes.append(_Write(key.prefix, (operation, run_id, *values), on_reply))
         return key
-
-    def add_tags(self, run: RedisRun, tags: Sequence[str]) -> None:
-        self.update(run, {"tags": json.dumps(list(dict.fromkeys((*run.tags, *tags))))})
 
     def update(
         self, run: RedisRun, fields: Mapping[str, Any], *, fence: Fence | None = None, is_news: bool = False

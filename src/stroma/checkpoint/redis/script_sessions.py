@@ -34,7 +34,6 @@ function ops.begin(id, execution, token, input)
   for _, name in ipairs(EXECUTION_KEYS) do redis.call('DEL', p .. name .. ':' .. execution) end
   redis.call('HSET', p .. 'inputs', execution, input)
   redis.call('HSET', run, 'token', token, 'run_id', id, 'nodes', 0, 'identities', 0)
-  redis.call('HDEL', run, 'tags')
   redis.call('ZADD', RUNS, us, id)
   note_format()
   keep(id, execution)

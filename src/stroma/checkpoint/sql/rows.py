@@ -14,11 +14,11 @@ from stroma.checkpoint.durable.rows import (
     Fence,
     Opening,
     Rows,
-    RunExtras,
     RunRow,
     Step,
     StepRow,
     is_free,
+    pack_tags,
 )
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES, EventPlace
 from stroma.checkpoint.payloads import BLOB
@@ -111,7 +111,6 @@ class SqlRows(Rows):
             sha256=opening.sha256,
         )
         if execution > 1:
-            self._run(sql.UNTAG, run=number)
             self._run(sql.DISCARD_EVENTS, run=number)
         return number
 
@@ -120,10 +119,6 @@ class SqlRows(Rows):
             place = {"run": run.run, "execution": run.execution, "position": discard_from}
             self._run(sql.COUNT_DISCARDED, run=run.run, discarded=self._run(sql.DISCARD, **place))
         return run.run
-
-    def add_tags(self, run: Any, tags: Sequence[str]) -> None:
-        for tag in tags:
-            self._run(sql.TAG, run=run, tag=tag)
 
     def update(
         self, run: Any, fields: Mapping[str, Any], *, fence: Fence | None = None, is_news: bool = False
@@ -327,13 +322,11 @@ class SqlRows(Rows):
         self, query: RunQuery, status: str | None, limit: int, after: str | None, max_filtered: int | None
     ) -> tuple[list[RunRow], tuple[int, int] | None]:
         """Return the runs with a status, and the place of the last examined one; None: all were examined."""
-        order = "r" if query.tag is None else "t"
-        values = {"pipeline": query.pipeline, "status": status, "since_ms": query.since_ms, "tag": query.tag}
+        values = {"pipeline": query.pipeline, "status": status, "since_ms": query.since_ms}
         conditions = {
             "pipeline": "r.pipeline = :pipeline",
             "status": "r.status = :status",
-            "since_ms": f"{order}.started_ms >= :since_ms",
-            "tag": "r.run = t.run AND t.tag = :tag",
+            "since_ms": "r.started_ms >= :since_ms",
         }
         # Execution 0 has only states from save(): it is not a run of a pipeline.
         where = ["r.execution > 0"]
@@ -341,13 +334,9 @@ class SqlRows(Rows):
         if query.blocked:
             where.append("r.blocked_since_ms IS NOT NULL")
         if after is not None:
-            where.append(f"({order}.started_ms, {order}.run) < (:after_ms, :after_run)")
+            where.append("(r.started_ms, r.run) < (:after_ms, :after_run)")
             values["after_ms"], values["after_run"] = parse_mark(after, 2)
-        # CROSS JOIN: in SQLite, the tags first, in the order of their index.
-        source = "runs r" if query.tag is None else "tags t CROSS JOIN runs r"
-        inner = (
-            f"FROM {source} WHERE {' AND '.join(where)} ORDER BY {order}.started_ms DESC, {order}.run DESC"
-        )
+        inner = f"FROM runs r WHERE {' AND '.join(where)} ORDER BY r.started_ms DESC, r.run DESC"
         if not query.needs_scan:
             return self._parsed_runs(
                 f"SELECT {sql.RUN_COLUMNS} {inner} LIMIT :limit", **values, limit=limit
@@ -366,21 +355,11 @@ class SqlRows(Rows):
     def _parsed_runs(self, statement: str, **values: Any) -> list[RunRow]:
         return [self._run_row(row) for row in self._all(statement, **values)]
 
-    def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
-        numbers = [run.run for run in runs]
-        parents = dict(self._all(sql.PARENTS, runs=numbers))
-        tags: dict[Any, list[str]] = {}
-        for run, tag in self._all(sql.TAGS, runs=numbers):
-            tags.setdefault(run, []).append(tag)
-        places = [{"run": run.run, "execution": run.execution, "limit": failed} for run in runs]
-        attempts = self._execute_each(sql.FAILED, places) if failed else [[] for _ in runs]
+    def failed(self, runs: Sequence[RunRow], limit: int) -> list[list[AttemptRecord]]:
+        places = [{"run": run.run, "execution": run.execution, "limit": limit} for run in runs]
         return [
-            RunExtras(
-                parents.get(run),
-                tuple(tags.get(run, ())),
-                [to_record(attempt, epoch) for *attempt, epoch in rows],
-            )
-            for run, rows in zip(numbers, attempts, strict=True)
+            [to_record(attempt, epoch) for *attempt, epoch in rows]
+            for rows in self._execute_each(sql.FAILED, places)
         ]
 
     def find_run_ids(self, prefix: str, limit: int) -> list[str]:
@@ -475,6 +454,9 @@ def _filter(query: RunQuery) -> tuple[str, dict[str, Any]]:
                 failed += f" AND a.{column} = :{column}"
                 values[column] = value
         parts.append(f"EXISTS ({failed})")
+    if query.tag is not None:
+        values["tag"] = pack_tags([query.tag])
+        parts.append("strpos(r.tags, :tag) > 0")
     if query.text is not None:
         values["text"] = ascii_lower(query.text)
         columns = ("r.run_id", "r.pipeline", "coalesce(r.error, '')")

@@ -63,7 +63,7 @@ RUN_COLUMNS: Final = f"""r.run, r.run_id, r.pipeline, r.execution, r.status, r.e
     (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
     AND s.branch_key = ''), r.attempt_count, r.commit_count, r.wake_ms, r.expires_ms, r.priority, r.queue_key,
     r.version, r.blocked, r.blocked_since_ms, r.blocked_until_ms, r.blocked_codes,
-    CASE WHEN NOT {_FREE} THEN r.claim END"""
+    CASE WHEN NOT {_FREE} THEN r.claim END, r.parent, r.tags"""
 FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = :run_key"
 LOCK: Final = f"{FIND} FOR UPDATE OF r"
 LOCK_MANY: Final = f"""SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = ANY(:run_keys)
@@ -106,16 +106,12 @@ def update_run(fields: tuple[tuple[str, bool], ...], *, is_fenced: bool) -> str:
 
 RENEW: Final = f"""UPDATE runs SET lease_until_ms = clock_ms() + :lease_ms {FENCE} AND lease_until_ms
     IS NOT NULL RETURNING run"""
-TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT run, :tag, started_ms FROM runs WHERE
-    run = :run ON CONFLICT DO NOTHING"""
-UNTAG: Final = "DELETE FROM tags WHERE run = :run"
 STATUSES: Final = "SELECT run_id, status FROM runs WHERE execution > 0 AND run_key = ANY(:run_keys)"
 EXPIRED: Final = f"""SELECT run_id FROM runs WHERE updated_ms < :before_ms AND (:unfinished OR (execution > 0
     AND status IN {ENDED})) ORDER BY updated_ms LIMIT :limit"""
 DISCARD_EVENTS: Final = "DELETE FROM events WHERE run = :run"
 DELETE_RUN: Final = tuple(
-    f"DELETE FROM {table} WHERE run = :run"
-    for table in ("events", "tags", "steps", "inputs", "attempts", "runs")
+    f"DELETE FROM {table} WHERE run = :run" for table in ("events", "steps", "inputs", "attempts", "runs")
 )
 
 # ---------------------------------------------------------------------- attempts and steps
@@ -185,9 +181,6 @@ DELETE_ANNOTATIONS: Final = """DELETE FROM steps WHERE run = :run AND execution 
     AND branch_key = coalesce(:branch_key, branch_key)"""
 WITH_REQUESTS: Final = f"""SELECT run FROM steps
     WHERE run = ANY(:runs) AND execution = 0 AND position = {Annotation.REQUEST}"""
-PARENTS: Final = f"""SELECT run, node_id FROM steps
-    WHERE run = ANY(:runs) AND execution = 0 AND position = {Annotation.PARENT}"""
-TAGS: Final = "SELECT run, tag FROM tags WHERE run = ANY(:runs) ORDER BY run, tag"
 NEWEST_OUTPUT: Final = f"""{_STEPS} JOIN runs r ON s.run = r.run AND (s.execution = r.execution
     OR s.position = {Annotation.SAVED}) WHERE r.run_key = :run_key AND s.node_id = :node_id ORDER BY s.id
     DESC LIMIT 1"""

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, get_type_hints
 from stroma.checkpoint.durable.rows import Step
 from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord
 
-SCHEMA_VERSION: Final = 10  # of the tables, in every SQL store
+SCHEMA_VERSION: Final = 11  # of the tables, in every SQL store
 
 # Any stands for an output: bytes in these stores.
 _TYPES: Final = {bytes: "bytea", int: "bigint", str: "text"}
@@ -71,7 +71,7 @@ def key(text: str) -> str:
 # every opening increments the epoch and writes its owner and the end of its lease.
 # wake_ms: from when on a worker continues a run that stopped or is queued; every opening deletes it.
 # claim: the worker that is about to open the run, until claim_until_ms by the clock of leases.
-# blocked and the columns after it: the mark of a blocked run; every opening and every end deletes it.
+# blocked and the three columns after it: the mark of a blocked run; every opening and every end deletes it.
 # Events: batches of events of sessions, in the order of their key.
 # The indexes of runs use columns that no commit changes, and `failed` contains rows that few commits write.
 # Identities: only steps of plain code have one; they can be longer than an index entry.
@@ -101,7 +101,7 @@ def tables(types: Types) -> list[str]:
                 wake_ms {number}, priority {number} NOT NULL DEFAULT 0, queue_key {text}, expires_ms
                 {number}, claim {text}, claim_until_ms {number}, version {text} NOT NULL DEFAULT '',
                 blocked {text}, blocked_since_ms {number}, blocked_until_ms {number}, blocked_codes
-                {text}""",
+                {text}, parent {text}, tags {text} NOT NULL DEFAULT ''""",
             types.rewritten,
         ),
         table(
@@ -132,11 +132,6 @@ def tables(types: Types) -> list[str]:
             f"""run {number}, execution {number} NOT NULL, epoch {number}, last {number}, written_ms
                 {number} NOT NULL, data {data} NOT NULL, PRIMARY KEY (run, epoch, last)""",
         ),
-        table(
-            "tags",
-            f"run {number}, tag {text}, started_ms {number} NOT NULL, PRIMARY KEY (run, tag)",
-            types.by_key,
-        ),
         *_INDEXES,
         f"INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}')",
     ]
@@ -158,7 +153,6 @@ _INDEXES: Final = (
     """CREATE INDEX runs_by_expiry ON runs (pipeline, expires_ms)
         WHERE status = 'QUEUED' AND expires_ms IS NOT NULL AND blocked_since_ms IS NULL""",
     "CREATE INDEX runs_by_claim ON runs (pipeline, claim_until_ms) WHERE claim_until_ms IS NOT NULL",
-    "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
     "CREATE INDEX events_by_time ON events (written_ms)",
     "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS "
     "NOT NULL",
