@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeVar
 
@@ -45,6 +47,30 @@ def permanent_error(message: str) -> StoreError:
     error = StoreError(message)
     error.transient = False
     return error
+
+
+def retry(
+    call: Callable[[], T],
+    is_temporary: Callable[[Exception], bool],
+    patience_seconds: float,
+    pauses: tuple[float, float],
+) -> T:
+    """Repeat a call while its error is temporary, for so long after the first one. Raises its last error.
+
+    ``pauses``: the longest pause after the first call, in seconds, which doubles up to the second number.
+    """
+    deadline = None
+    pause, most = pauses
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            now = time.monotonic()
+            deadline = now + patience_seconds if deadline is None else deadline
+            if not is_temporary(error) or now >= deadline:
+                raise
+        time.sleep(random.uniform(0, pause))
+        pause = min(pause * 2, most)
 
 
 class Job:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,9 +19,9 @@ from stroma.checkpoint.durable.operations import (
 )
 from stroma.checkpoint.durable.owner import machine_prefix
 from stroma.checkpoint.durable.rows import Annotation, Fence, Rows, RunRow, Step, StepRow
-from stroma.checkpoint.durable.worker import Job, generation
+from stroma.checkpoint.durable.worker import Job, generation, retry
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.postgres.server import PostgresEndpoint, is_lost, is_misdirected, is_temporary, pause
+from stroma.checkpoint.postgres.server import PostgresEndpoint, is_lost, is_misdirected, is_temporary
 from stroma.checkpoint.records import AttemptRecord, StoreFacts
 from stroma.checkpoint.sql import statements as sql
 from stroma.checkpoint.sql.rows import SqlRows, commit_values, step_row
@@ -149,6 +149,7 @@ def read_commit(cursor: psycopg.Cursor[Any]) -> tuple[bool, int]:
 T = TypeVar("T")
 Database = psycopg.Connection[Any]
 
+_PAUSES_SECONDS = (0.04, 1.0)
 _MAX_LOSSES = 3  # lost connections during the same operations: one of them may crash the server
 
 
@@ -205,44 +206,43 @@ class PostgresConnection(ServerConnection):
     # ------------------------------------------------------------------ the connection
 
     def _retry(
-        self, do: Callable[[Database, bool], T], should_retry: Callable[[psycopg.Error], bool] = is_temporary
+        self, do: Callable[[Database, bool], T], should_retry: Callable[[Exception], bool] = is_temporary
     ) -> T:
         """Repeat an operation until it succeeds, fails permanently, or ``patience_seconds`` are over.
 
         The second argument of ``do`` is True if an earlier try may have been executed although its reply was
         lost.
         """
-        deadline = time.monotonic() + self._server.patience_seconds
-        tries = losses = 0
-        while True:
-            db = self._open(deadline)
+        losses, is_new_loss = 0, False
+
+        def once() -> T:
+            nonlocal losses, is_new_loss
+            db = self._open()
             try:
                 return do(db, losses > 0)
             except psycopg.Error as error:
-                lost = is_lost(db)
-                losses += lost
-                if lost or is_misdirected(error):
+                is_new_loss = is_lost(db)
+                losses += is_new_loss
+                if is_new_loss or is_misdirected(error):
                     self._drop()
-                if not (lost and losses < _MAX_LOSSES) and not should_retry(error):
-                    raise
-                if time.monotonic() > deadline:
-                    raise
-            tries += 1
-            pause(tries)
+                raise
 
-    def _open(self, deadline: float) -> Database:
-        tries = 0
-        while self._db is None or is_lost(self._db):
+        def may_succeed(error: Exception) -> bool:
+            if not isinstance(error, psycopg.Error):
+                return False
+            return (is_new_loss and losses < _MAX_LOSSES) or should_retry(error)
+
+        return retry(once, may_succeed, self._server.patience_seconds, _PAUSES_SECONDS)
+
+    def _open(self) -> Database:
+        if self._db is None or is_lost(self._db):
             self._drop()
             try:
-                self._db = self._server.connect()
-            except StoreError as error:
+                self._db = retry(
+                    self._server.connect, is_temporary, self._server.patience_seconds, _PAUSES_SECONDS
+                )
+            except (StoreError, psycopg.Error) as error:
                 raise Unreachable(error) from error
-            except psycopg.Error as error:
-                if not is_temporary(error) or time.monotonic() > deadline:
-                    raise Unreachable(error) from error
-                tries += 1
-                pause(tries)
         return self._db
 
     def _drop(self) -> None:
@@ -297,20 +297,19 @@ class PostgresReader:
 
     def read(self, query: Callable[[Rows], T], nothing: T) -> T:
         """Return the result of a query, or ``nothing`` if there are no tables. Raises StoreError."""
-        deadline = time.monotonic() + self._server.patience_seconds
-        tries = 0
-        while True:
-            idle = self._take_idle()
-            try:
-                db = self._server.connect_to_read() if idle is None else idle
-                return nothing if db is None else self._read_once(db, query)
-            except psycopg.Error as error:
-                if idle is not None:
-                    continue  # An idle connection may be broken or lead to an earlier server: use a new one.
-                if not is_temporary(error) or time.monotonic() > deadline:
-                    raise self._server.explain(error) from error
-            tries += 1
-            pause(tries)
+
+        def once() -> T:
+            # An idle connection may be broken or lead to an earlier server: then use a new one.
+            while (idle := self._take_idle()) is not None:
+                with contextlib.suppress(psycopg.Error):
+                    return self._read_once(idle, query)
+            db = self._server.connect_to_read()
+            return nothing if db is None else self._read_once(db, query)
+
+        try:
+            return retry(once, is_temporary, self._server.patience_seconds, _PAUSES_SECONDS)
+        except psycopg.Error as error:
+            raise self._server.explain(error) from error
 
     def close(self) -> None:
         """Close the idle connection, and keep none from now on. Reading stays possible."""

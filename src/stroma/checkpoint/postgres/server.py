@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 import time
 from collections.abc import Generator, Iterator
@@ -80,17 +79,12 @@ def is_misdirected(error: psycopg.Error) -> bool:
     return _code(error).startswith(_MISDIRECTED)
 
 
-def is_temporary(error: psycopg.Error) -> bool:
+def is_temporary(error: Exception) -> bool:
     """Return True if an immediate retry may help. A lock that is held for long is left to the caller."""
     code = _code(error)
     if not code:
         return isinstance(error, psycopg.OperationalError) and not _REFUSED.search(str(error))
     return code.startswith((*_TEMPORARY, *_MISDIRECTED))
-
-
-def pause(attempt: int) -> None:
-    """Wait before a retry: longer after each attempt, with jitter."""
-    time.sleep(random.uniform(0.3, 1.0) * min(0.02 * 2 ** min(attempt, 6), 1.0))
 
 
 class _Connection(psycopg.Connection[Any]):

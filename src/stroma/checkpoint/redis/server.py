@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
 
 from stroma._utils.logs import get_logger
-from stroma.checkpoint.durable.worker import permanent_error
+from stroma.checkpoint.durable.worker import permanent_error, retry
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.redis.format import FORMAT, FORMAT_KEY, as_hash, as_text, info_lines
 from stroma.checkpoint.redis.scripts import SCRIPT, SHA
-
-T = TypeVar("T")
 
 _log = get_logger()
 
 _CONNECT_SECONDS: Final = 5.0
 _REPLY_SECONDS: Final = 5.0
 _NEWS_SECONDS: Final = 3.0  # between looks whether anybody still listens; less than _REPLY_SECONDS
-_MAX_PAUSE_SECONDS: Final = 0.5
+_PAUSES_SECONDS: Final = (0.01, 0.5)
 
 # Temporary errors in a reply: the server starts, fails over, or is busy. The driver converts some of their
 # prefixes to classes, but not those of errors inside a script.
@@ -94,26 +90,6 @@ class RedisEndpoint:
             client.close()
 
     # ------------------------------------------------------------------ errors
-
-    def retry(self, call: Callable[[], T], before_retry: Callable[[], None]) -> T:
-        """Repeat a call until it has no temporary error, for ``patience_seconds``. Raises the driver's error.
-
-        The call may have been executed in spite of an error, so it must be idempotent.
-        """
-        deadline, pause = 0.0, 0.01
-        while True:
-            try:
-                return call()
-            except Exception as error:
-                if not self.is_temporary(error):
-                    raise
-                now = time.monotonic()
-                deadline = deadline or now + self.patience_seconds
-                if now >= deadline:
-                    raise
-                before_retry()
-            time.sleep(random.uniform(0, pause))
-            pause = min(pause * 2, _MAX_PAUSE_SECONDS)
 
     def is_temporary(self, error: BaseException) -> bool:
         """Return True if the server could not be reached, so that a retry may succeed."""
@@ -235,9 +211,14 @@ class RedisLink:
         """Send commands in one round trip, with ``atomic`` as one transaction, until the server replies.
 
         Returns the replies; a reply may be an exception. Raises the driver's error after
-        ``patience_seconds``.
+        ``patience_seconds``. Commands may have been executed in spite of an error, so they are idempotent.
         """
-        return self.server.retry(lambda: self._send(commands, atomic), self._disconnect_idle)
+        return retry(
+            lambda: self._send(commands, atomic),
+            self._has_lost_connection,
+            self.server.patience_seconds,
+            _PAUSES_SECONDS,
+        )
 
     def _send(self, commands: Sequence[tuple[Any, ...]], atomic: bool) -> list[Any]:
         if not self.server.has_checked_settings:
@@ -293,8 +274,12 @@ class RedisLink:
         replies: list[Any] = pipeline.execute(raise_on_error=False)
         return replies
 
-    def _disconnect_idle(self) -> None:
+    def _has_lost_connection(self, error: Exception) -> bool:
+        """Return True for a temporary error, after which idle connections are not used again."""
+        if not self.server.is_temporary(error):
+            return False
         self.client.connection_pool.disconnect(inuse_connections=False)
+        return True
 
     def close(self) -> None:
         """Close the connections. They are opened again on the next use."""

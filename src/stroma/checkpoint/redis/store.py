@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
-import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,7 +20,7 @@ from stroma.checkpoint.durable.operations import (
 from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.states import AsyncStates, SyncCalls
 from stroma.checkpoint.durable.store import DurableStore
-from stroma.checkpoint.durable.worker import Job, generation
+from stroma.checkpoint.durable.worker import Job, generation, retry
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
 from stroma.checkpoint.redis.rows import RedisRows, RunChanged, commit_command, is_recorded
@@ -39,21 +37,22 @@ def perform(link: RedisLink, ttl_ms: int | None, operation: Callable[[Rows], T])
 
     Raises what the operation raises, StoreError, or the driver's error.
     """
-    deadline, pause = time.monotonic() + link.server.patience_seconds, 0.001
-    while True:
-        try:
-            rows = RedisRows(link, ttl_ms)
-            value = operation(rows)
-            rows.flush()
-            return value
-        except RunChanged as error:
-            if time.monotonic() > deadline:
-                raise StoreError(
-                    f"other processes keep changing the same run in {link.server.name}; use one process "
-                    "for each run, then try again"
-                ) from error
-        time.sleep(random.uniform(0, pause))
-        pause = min(pause * 2, 0.1)
+
+    def once() -> T:
+        rows = RedisRows(link, ttl_ms)
+        value = operation(rows)
+        rows.flush()
+        return value
+
+    try:
+        return retry(
+            once, lambda error: isinstance(error, RunChanged), link.server.patience_seconds, (0.001, 0.1)
+        )
+    except RunChanged as error:
+        raise StoreError(
+            f"other processes keep changing the same run in {link.server.name}; use one process "
+            "for each run, then try again"
+        ) from error
 
 
 class RedisConnection(ServerConnection):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import random
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from functools import partial
 from typing import Any, Final, Literal, TypeVar
 from weakref import WeakSet
 
-from stroma.checkpoint.durable.worker import permanent_error
+from stroma.checkpoint.durable.worker import permanent_error, retry
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sql.tables import SCHEMA_VERSION, Types, tables
 
@@ -227,14 +225,9 @@ class DatabaseFile:
 
     def retry_while_locked(self, call: Callable[[], T]) -> T:
         """Repeat a call until no lock prevents it. Raises the sqlite3 error after ``patience_seconds``."""
-        deadline = time.monotonic() + self.patience_seconds
-        while True:
-            try:
-                return call()
-            except sqlite3.OperationalError as error:
-                if _code(error) & 0xFF not in _LOCK_ERRORS or time.monotonic() > deadline:
-                    raise
-            time.sleep(random.uniform(0.0001, 0.002))
+        return retry(
+            call, lambda error: _code(error) & 0xFF in _LOCK_ERRORS, self.patience_seconds, (0.002, 0.002)
+        )
 
     def explain(self, error: Exception) -> StoreError:
         """Return an error of SQLite or of the file system as a StoreError that says how to fix it."""
