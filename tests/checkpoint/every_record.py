@@ -66,6 +66,7 @@ async def write_every_kind(store: Any, run_id: str, text: str) -> Any:
     def mark(rows: Rows) -> None:
         run = rows.find(run_id, lock=True)
         assert run is not None
+        rows.update(run.run, {"parent": text})
         rows.block(run, BlockedMark(text, 1, 2, (text,)))
 
     await store._submit(Transaction(run_id, mark))

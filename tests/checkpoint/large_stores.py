@@ -118,13 +118,12 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
     import redis
 
     from stroma.checkpoint.records import AttemptRecord
-    from stroma.checkpoint.redis.format import NodeFacts, pack_attempt, pack_step, prefix_of
+    from stroma.checkpoint.redis.format import pack_attempt, pack_step, prefix_of
 
     client = redis.Redis.from_url(url)
     steps = {
         f"{j}:": pack_step(f"n{j}", Step(SCHEMA.fingerprint, "", OUTPUT, _sha_of(j))) for j in range(attempts)
     }
-    nodes = {f"{j}:": f"{j + 1} {NodeFacts(f'n{j}', 1, 1, j, len(OUTPUT)).pack()}" for j in range(attempts)}
     tried = {}
     for j in range(attempts):
         attempt = AttemptRecord(
@@ -144,7 +143,7 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
             model=None,
             function_ns=1,
         )
-        tried[f"1:{j}:{j}:1:"] = pack_attempt(attempt)
+        tried[f"1:{j}:{j}:1:"] = f"{j + 1} {len(OUTPUT)} {pack_attempt(attempt)}"
     value = pack_step("", Step(SCHEMA.fingerprint, "", OUTPUT, _sha()))
     pipe = client.pipeline(transaction=False)
     for i in range(runs):
@@ -172,7 +171,7 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
         }
         pipe.hset(f"{prefix}run", mapping=facts)
         pipe.hset(f"{prefix}inputs", "1", value)
-        for part, values in (("steps", steps), ("nodes", nodes), ("attempts", tried)):
+        for part, values in (("steps", steps), ("attempts", tried)):
             pipe.hset(f"{prefix}{part}:1", mapping=values)
         pipe.zadd("stroma:runs", {name: (1000 + i) * 1000})
         pipe.zadd("stroma:ids", {name: 0})

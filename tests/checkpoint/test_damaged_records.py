@@ -71,7 +71,7 @@ NOTES: dict[str, bytes] = {
     effect_note(0, ""): b'["n", 1, true, "", ""]',
 }
 #: Rows without a checksum: their damage shows only where a value has a type that no store writes.
-UNSIGNED = ("runs", "attempts", "run", "failed", "identities", "nodes", "ids", "due")
+UNSIGNED = ("runs", "attempts", "run", "failed", "identities", "ids", "due")
 
 
 async def fill(store: Any, run_id: str) -> None:

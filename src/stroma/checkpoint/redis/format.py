@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, get_type_hints
@@ -30,8 +31,10 @@ RUN_KEYS: Final = (
     *map(annotations_key, sorted(set(Annotation) - {Annotation.SAVED})),
 )
 #: The keys of each of its executions; a colon and its number follow.
-EXECUTION_KEYS: Final = ("steps", "nodes", "attempts", "failed", "identities")
+EXECUTION_KEYS: Final = ("steps", "attempts", "failed", "identities")
 
+#: In place of the node of a damaged step.
+DAMAGED: Final = "?"
 _compact: Final = json.JSONEncoder(separators=(",", ":")).encode
 #: The name of a record whose reader reports its damage by its own name.
 _A_RECORD: Final = RecordName("", "record")
@@ -103,17 +106,17 @@ def read_step(value: bytes) -> tuple[str, Step]:
         node_id, contract, schema_ref, sha256, number, key_bytes = decode_json(line, _StepHead, _A_RECORD)
         checksum = bytes.fromhex(sha256)
     except (CorruptCheckpoint, ValueError):
-        return "?", Step("", "", value, b"")
+        return DAMAGED, Step("", "", value, b"")
     size = len(data) if key_bytes is None else max(0, len(data) - key_bytes)
     key = None if key_bytes is None else data[size:]
     return node_id, Step(contract, schema_ref, data[:size], checksum, number, key)
 
 
-def step_row(run_id: str, place: str, node_id: str, value: bytes) -> StepRow:
+def step_row(run_id: str, place: str, value: bytes) -> StepRow:
     """Decode a row of committed outputs. Raises CorruptCheckpoint for a damaged place."""
     position, _, branch = place.partition(":")
     name = RecordName(run_id, "commit", place)
-    return StepRow(decode_number(position, name), branch, node_id, read_step(value)[1])
+    return StepRow(decode_number(position, name), branch, *read_step(value))
 
 
 def payloads_of(part: bytes, value: bytes) -> list[bytes]:
@@ -122,43 +125,42 @@ def payloads_of(part: bytes, value: bytes) -> list[bytes]:
     return [step.output] if step.input_key is None else [step.output, step.input_key]
 
 
-class NodeFacts(NamedTuple):
-    """Facts about a commit, which are read without its output. ``size``: of the output."""
-
-    node_id: str
-    epoch: int
-    attempt: int
-    started_ns: int
-    size: int
-
-    def pack(self) -> str:
-        """Return the stored form; the number of the commit precedes it, see :func:`read_node`."""
-        return _compact(self)
-
-
-def read_node(run_id: str, place: str, value: bytes) -> tuple[int, NodeFacts]:
-    """Return the number of a commit, since hashes have no order, and its facts. Raises CorruptCheckpoint."""
-    order, _, facts = value.partition(b" ")
-    name = RecordName(run_id, "commit", place)
-    return decode_number(order, name), decode_json(facts, NodeFacts, name)
-
-
 # ---------------------------------------------------------------------- attempts
 
 
 def pack_attempt(attempt: AttemptRecord) -> str:
-    """Encode an attempt."""
+    """Encode an attempt; the number of its commit and the size of its output, or 0, precede it."""
     return _compact(stored_values(attempt))
 
 
-def read_attempts(run_id: str, items: Iterable[tuple[str, bytes]]) -> list[AttemptRecord]:
-    """Decode attempts by their keys, in the order of the history. Raises CorruptCheckpoint."""
-    attempts: list[AttemptRecord] = []
+def read_attempts(
+    run_id: str, items: Iterable[tuple[str, bytes]], places: Iterable[Any] = ()
+) -> list[tuple[int, AttemptRecord]]:
+    """Decode attempts by their keys, in the order of the history, each with the number of its commit.
+
+    That is 0, and there is no size, if its output is not at one of these places, or was replaced there.
+    Raises CorruptCheckpoint.
+    """
+    attempts: list[tuple[int, AttemptRecord]] = []
+    newest = {as_text(place): 0.0 for place in places}
     for at, value in items:
         name = RecordName(run_id, "attempt", at)
         epoch = decode_number(at.partition(":")[0], name)
-        attempts.append(to_record(decode_json(value, ATTEMPT_SHAPE, name), epoch))
-    return sorted(attempts, key=lambda one: (one.epoch, one.key))
+        order, _, rest = value.partition(b" ")
+        size, _, fields = rest.partition(b" ")
+        one = to_record(decode_json(fields, ATTEMPT_SHAPE, name), epoch, decode_number(size, name))
+        attempts.append((number := decode_number(order, name), one))
+        newest[place_of(one)] = max(number, newest.get(place_of(one), math.inf))
+    attempts.sort(key=lambda pair: (pair[1].epoch, pair[1].key))
+    for index, (number, one) in enumerate(attempts):
+        if not number or newest[place_of(one)] != number:
+            one.output_bytes, attempts[index] = None, (0, one)
+    return attempts
+
+
+def place_of(attempt: AttemptRecord) -> str:
+    """Return the key of the output of an attempt among the outputs of its execution."""
+    return f"{attempt.position}:{attempt.branch}"
 
 
 # ---------------------------------------------------------------------- runs

@@ -17,13 +17,12 @@ from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
 from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally, mark_of, parse_mark
 from stroma.checkpoint.redis.format import (
     FORMAT,
-    NodeFacts,
     RedisRun,
     as_hash,
     as_text,
+    place_of,
     prefix_of,
     read_attempts,
-    read_node,
     read_run_row,
     read_step,
 )
@@ -107,7 +106,7 @@ class RedisReader(ScannedRows):
         )
         for (at, places), values in zip(listed, self._get(*commands), strict=True):
             known = [(as_text(one), value) for one, value in zip(places, values, strict=True) if value]
-            attempts = read_attempts(runs[at].run_id, known)
+            attempts = [one for _, one in read_attempts(runs[at].run_id, known)]
             failed[at] = sorted(attempts, key=lambda one: one.started_ns + one.duration_ns, reverse=True)
         return failed
 
@@ -204,28 +203,21 @@ class RedisReader(ScannedRows):
         ]
 
     def attempts(self, run: RedisRun, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
-        attempts, nodes, steps = self._get(
-            *(("HGETALL", f"{run.prefix}{name}:{execution}") for name in ("attempts", "nodes", "steps"))
+        attempts, steps = self._get(
+            *(("HGETALL", f"{run.prefix}{name}:{execution}") for name in ("attempts", "steps"))
         )
-        facts, outputs = _facts(run.run_id, nodes), as_hash(steps)
-        for one in read_attempts(run.run_id, as_hash(attempts).items()):
-            place = f"{one.position}:{one.branch}"
-            is_own = place in outputs and _is_of(one, facts[place])
-            yield one, read_step(outputs[place])[1] if is_own else None
+        outputs = as_hash(steps)
+        for number, one in read_attempts(run.run_id, as_hash(attempts).items(), outputs):
+            yield one, read_step(outputs[place_of(one)])[1] if number else None
 
     def _attempts_of(self, runs: Sequence[tuple[RedisRun, int]]) -> list[list[AttemptRecord]]:
         """Return the attempts of each execution, in the order of the history, without outputs."""
-        # The commits last: each has its attempt then.
         attempts = self._get(*(("HGETALL", f"{run.prefix}attempts:{execution}") for run, execution in runs))
-        nodes = self._get(*(("HGETALL", f"{run.prefix}nodes:{execution}") for run, execution in runs))
+        steps = self._get(*(("HKEYS", f"{run.prefix}steps:{execution}") for run, execution in runs))
         executions: list[list[AttemptRecord]] = []
-        for (run, _), one, commits in zip(runs, attempts, nodes, strict=True):
-            records, facts = read_attempts(run.run_id, as_hash(one).items()), _facts(run.run_id, commits)
-            for record in records:
-                fact = facts.get(f"{record.position}:{record.branch}")
-                if fact is not None and _is_of(record, fact):
-                    record.output_bytes = fact.size
-            executions.append(records)
+        for (run, _), one, places in zip(runs, attempts, steps, strict=True):
+            numbered = read_attempts(run.run_id, as_hash(one).items(), places)
+            executions.append([record for _, record in numbered])
         return executions
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
@@ -262,16 +254,6 @@ def run_lost_error(run_id: str, server: str) -> CheckpointLost:
         "maxmemory-policy noeviction, then resume the run; if this error is raised again, "
         f"delete({run_id!r}) and run it from the beginning"
     )
-
-
-def _facts(run_id: str, nodes: Any) -> dict[str, NodeFacts]:
-    """Return the facts about commits by their places. Raises CorruptCheckpoint."""
-    return {place: read_node(run_id, place, value)[1] for place, value in as_hash(nodes).items()}
-
-
-def _is_of(attempt: AttemptRecord, facts: NodeFacts) -> bool:
-    """Return True if an attempt committed the output at its place."""
-    return (attempt.epoch, attempt.attempt, attempt.started_ns) == facts[1:4]
 
 
 def _key(value: bytes) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.queue import Candidate
 from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.redis.format import (
-    NodeFacts,
+    DAMAGED,
     RedisRun,
     annotations_key,
     as_hash,
@@ -33,8 +33,9 @@ from stroma.checkpoint.redis.format import (
     pack_attempt,
     pack_step,
     payloads_of,
+    place_of,
     prefix_of,
-    read_node,
+    read_attempts,
     read_run_row,
     read_step,
     step_row,
@@ -146,30 +147,19 @@ class RedisRows(RedisReader):
     def steps(
         self, run: RedisRun, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()
     ) -> list[StepRow]:
-        read_all = ("HGETALL", f"{run.prefix}steps:{execution}")
-        count = ("HLEN", f"{run.prefix}steps:{execution}")
         state = ("HMGET", f"{run.prefix}run", "token", "epoch", "writes", "commit_count")
-        nodes_key = f"{run.prefix}nodes:{execution}"
-        before, nodes, steps, after = self._get(
-            state, ("HGETALL", nodes_key), count if lazily_loaded else read_all, state
-        )
-        known = [run.token, str(run.epoch), str(run.writes)]
-        if before != after or [*map(as_text, before[:3])] != known:
+        read = "HKEYS" if lazily_loaded else "HGETALL"
+        before, reply, after = self._get(state, (read, f"{run.prefix}steps:{execution}"), state)
+        if before != after or [*map(as_text, before[:3])] != [run.token, str(run.epoch), str(run.writes)]:
             raise RunChanged
-        nodes, steps = as_hash(nodes), steps if lazily_loaded else as_hash(steps)
-        is_complete = steps == len(nodes) if lazily_loaded else steps.keys() == nodes.keys()
-        if not is_complete or len(nodes) != int(before[3]):
+        steps = dict.fromkeys(map(as_text, reply), b"") if lazily_loaded else as_hash(reply)
+        if len(steps) != int(before[3]):
             raise run_lost_error(run.run_id, self._link.server.name)
-        prefixes = tuple(f"{position}:{prefix}" for position, prefix in lazily_loaded)
-        loaded = {
-            place: read_node(run.run_id, place, value)
-            for place, value in nodes.items()
-            if place.endswith(":") or not place.startswith(prefixes)
-        }
-        places = sorted(loaded, key=lambda place: loaded[place][0])
         if lazily_loaded:
-            steps = self._outputs(run, execution, places)
-        return [step_row(run.run_id, place, loaded[place][1].node_id, steps[place]) for place in places]
+            prefixes = tuple(f"{position}:{prefix}" for position, prefix in lazily_loaded)
+            loaded = [place for place in steps if place.endswith(":") or not place.startswith(prefixes)]
+            steps = self._outputs(run, execution, loaded)
+        return self._step_rows(run, execution, steps.items())
 
     def steps_at(
         self, run: RedisRun, execution: int, position: int, branches: Sequence[str]
@@ -177,14 +167,20 @@ class RedisRows(RedisReader):
         places = [f"{position}:{branch}" for branch in branches]
         if not places:
             return []
-        (values,) = self._get(("HMGET", f"{run.prefix}nodes:{execution}", *places))
-        nodes = {
-            place: read_node(run.run_id, place, value)[1]
-            for place, value in zip(places, values, strict=True)
-            if value is not None
-        }
-        outputs = self._outputs(run, execution, list(nodes))
-        return [step_row(run.run_id, place, nodes[place].node_id, outputs[place]) for place in nodes]
+        (values,) = self._get(("HMGET", f"{run.prefix}steps:{execution}", *places))
+        outputs = zip(places, values, strict=True)
+        return self._step_rows(run, execution, (one for one in outputs if one[1] is not None))
+
+    def _step_rows(
+        self, run: RedisRun, execution: int, outputs: Iterable[tuple[str, bytes]]
+    ) -> list[StepRow]:
+        """Decode commits by their places. A damaged one has the node of its attempt."""
+        rows = sorted(step_row(run.run_id, place, value) for place, value in outputs)
+        if any(row.node_id == DAMAGED for row in rows):
+            (attempts,) = self._attempts_of([(run, execution)])
+            nodes = {(one.position, one.branch): one.node_id for one in attempts}
+            rows = [row._replace(node_id=nodes.get(row[:2], row.node_id)) for row in rows]
+        return rows
 
     def _outputs(self, run: RedisRun, execution: int, places: list[str]) -> dict[str, bytes]:
         """Return the commits at these places in stored form. Raises CheckpointLost if one is missing."""
@@ -287,12 +283,14 @@ class RedisRows(RedisReader):
         (seconds, micros), saved, execution = self._get(
             ("TIME",), ("HGET", f"{prefix}saved", node_id), ("HGET", f"{prefix}run", "execution")
         )
-        newest, number = (0, ""), as_text(execution)
-        (nodes,) = self._get(("HGETALL", f"{prefix}nodes:{number}"))
-        for place, value in as_hash(nodes).items():
-            order, facts = read_node(run_id, place, value)
-            if facts.node_id == node_id:
-                newest = max(newest, (order, place))
+        number = as_text(execution)
+        attempts, places = self._get(
+            ("HGETALL", f"{prefix}attempts:{number}"), ("HKEYS", f"{prefix}steps:{number}")
+        )
+        numbered = read_attempts(run_id, as_hash(attempts).items(), places)
+        newest = max(
+            ((order, place_of(one)) for order, one in numbered if one.node_id == node_id), default=(0, "")
+        )
         if saved is not None:
             head, _, value = saved.partition(b"\n")
             name = RecordName(run_id, "saved state", node_id)
@@ -306,7 +304,7 @@ class RedisRows(RedisReader):
         (value,) = self._get(("HGET", f"{prefix}steps:{number}", newest[1]))
         if value is None:
             raise run_lost_error(run_id, self._link.server.name)
-        return step_row(run_id, newest[1], node_id, value)
+        return step_row(run_id, newest[1], value)
 
     def delete(self, run_id: str) -> None:
         self._write(prefix_of(run_id), "delete", run_id)
@@ -374,10 +372,9 @@ def _commit_values(fence: Fence, attempt: AttemptRecord, step: Step | None) -> t
     run = fence.run
     position, started_ns, branch, number = attempt.key
     at = f"{fence.epoch}:{position}:{started_ns}:{number}:{branch}"
-    output: tuple[Any, ...] = ("", "", b"")
+    output: tuple[Any, ...] = ("", 0, b"")
     if step is not None:
-        facts = NodeFacts(attempt.node_id, fence.epoch, number, started_ns, len(step.output))
-        output = (f"{position}:{branch}", facts.pack(), pack_step(attempt.node_id, step))
+        output = (place_of(attempt), len(step.output), pack_step(attempt.node_id, step))
     # The time of a group includes that of its children.
     usage = (attempt.cost_pico, attempt.tokens, 0 if branch else attempt.function_ns)
     fence_values = (run.token, fence.execution, fence.epoch, fence.owner, run.writes, _lease_ms(fence))

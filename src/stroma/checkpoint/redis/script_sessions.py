@@ -9,7 +9,7 @@ function ops.find(id)
   local row = redis.call('HGETALL', run)
   if #row == 0 then
     -- All keys of a run expire at once: if one remains, or the run is still listed, the others were lost.
-    local others = redis.call('EXISTS', p .. 'inputs', p .. 'attempts:1', p .. 'nodes:1', p .. 'steps:1')
+    local others = redis.call('EXISTS', p .. 'inputs', p .. 'attempts:1', p .. 'steps:1')
     if others > 0 then return 'lost' end
     local listed = redis.call('ZSCORE', RUNS, id) or redis.call('ZSCORE', IDS, id)
     if listed and not redis.call('ZSCORE', ENDED, id) then return 'lost' end
@@ -45,11 +45,9 @@ function ops.take_over(id, execution, discard)
   if not is_complete(execution) then return 'lost' end
   redis.call('ZADD', RUNS, 'NX', now_us(), id)
   if discard ~= '' then
-    local steps, nodes, commits, top = p .. 'steps:' .. execution, p .. 'nodes:' .. execution, 0, 0
-    for _, field in ipairs(redis.call('HKEYS', nodes)) do
-      if tonumber(string.match(field, '^%d+')) >= tonumber(discard) then
-        redis.call('HDEL', steps, field)
-        redis.call('HDEL', nodes, field)
+    local steps, commits, top = p .. 'steps:' .. execution, 0, 0
+    for _, field in ipairs(redis.call('HKEYS', steps)) do
+      if tonumber(string.match(field, '^%d+')) >= tonumber(discard) then redis.call('HDEL', steps, field)
       else
         commits = commits + 1
         if string.match(field, '^%d+:$') then top = top + 1 end
@@ -71,7 +69,7 @@ function ops.update(id, news, ...)
 end
 
 function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, attempt, cost, tokens, latency,
-    failed, place, node, step, identity, position)
+    failed, place, size, step, identity, position)
   local attempts = p .. 'attempts:' .. execution
   if redis.call('HGET', run, 'token') == token and redis.call('HEXISTS', attempts, at) == 1 then
     return tonumber(redis.call('HGET', run, 'writes'))
@@ -88,7 +86,8 @@ function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, att
     end
     if reply then added[name] = value end
   end
-  redis.call('HSET', attempts, at, attempt)
+  local order = place == '' and 0 or redis.call('HINCRBY', run, 'order', 1)
+  redis.call('HSET', attempts, at, string.format('%.0f ', order) .. size .. ' ' .. attempt)
   redis.call('HINCRBY', run, 'attempt_count', 1)
   if identity ~= '' and redis.call('HSET', p .. 'identities:' .. execution, identity, position) == 1 then
     redis.call('HINCRBY', run, 'identities', 1)
@@ -97,13 +96,9 @@ function ops.commit(token, execution, epoch, owner, acknowledged, lease, at, att
     redis.call('LPUSH', p .. 'failed:' .. execution, at)
     redis.call('LTRIM', p .. 'failed:' .. execution, 0, 19)
   end
-  if place ~= '' then
-    local order = redis.call('HINCRBY', run, 'order', 1)
-    redis.call('HSET', p .. 'nodes:' .. execution, place, string.format('%.0f ', order) .. node)
-    if redis.call('HSET', p .. 'steps:' .. execution, place, step) == 1 then
-      redis.call('HINCRBY', run, 'commit_count', 1)
-      if string.match(place, '^%d+:$') then redis.call('HINCRBY', run, 'nodes', 1) end
-    end
+  if place ~= '' and redis.call('HSET', p .. 'steps:' .. execution, place, step) == 1 then
+    redis.call('HINCRBY', run, 'commit_count', 1)
+    if string.match(place, '^%d+:$') then redis.call('HINCRBY', run, 'nodes', 1) end
   end
   local ms = now_ms()
   redis.call('HSET', run, 'updated_ms', ms)

@@ -14,8 +14,8 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
                    replies; queued, its member in a queue
     inputs         hash: execution -> input
     steps:E        hash: "position:branch" -> output
-    nodes:E        hash: "position:branch" -> number of the commit, and its NodeFacts
-    attempts:E     hash: "epoch:position:start:attempt:branch" -> attempt
+    attempts:E     hash: "epoch:position:start:attempt:branch" -> number of its commit, size of its output (0
+                   without one), attempt
     failed:E       list: the fields in attempts:E of the last failed attempts, the latest first
     identities:E   hash: identity of a step of plain code -> position
     annotations:P  hash: branch -> annotation, for each kind of Annotation except states from save()
@@ -81,9 +81,11 @@ local LIVE, QUEUE, QUEUE_KEYS, BLOCKED = 'stroma:live:', 'stroma:queue:', 'strom
     'stroma:blocked:'
 local LATER, EXPIRES = 'stroma:later:', 'stroma:expires:'
 
+-- One time for all of a step: the start of a run is its place in the list of all runs.
+local time
 local function now_us()
-  local t = redis.call('TIME')
-  return t[1] * 1000000 + t[2]
+  time = time or redis.call('TIME')
+  return time[1] * 1000000 + time[2]
 end
 
 local function now_ms() return math.floor(now_us() / 1000) end
@@ -115,7 +117,7 @@ end
 local function is_complete(e)
   local f = fields(run, 'commit_count', 'attempt_count', 'identities')
   local function has(name, rows) return redis.call('HLEN', p .. name .. ':' .. e) == tonumber(rows or 0) end
-  return has('steps', f.commit_count) and has('nodes', f.commit_count) and has('attempts', f.attempt_count)
+  return has('steps', f.commit_count) and has('attempts', f.attempt_count)
     and has('identities', f.identities) and redis.call('EXISTS', p .. 'inputs') == 1
 end
 
