@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from pydantic import BaseModel
 
 from stroma._utils.bounded_copy import BoundedCopy, map_texts
 from stroma._utils.secrets import MASK, DeclaredSecrets, Secrets, declared_secrets
 from stroma._utils.text import one_line
+from stroma.contracts.copying import is_record
 
 _VALUE: Final = 200  # characters of one value that came
 _READ: Final = 4000  # bytes of it that are read
@@ -35,11 +36,15 @@ _TAILS: Final = {"output": "Answer again with the whole answer, corrected, and n
 def repair_prompt(
     direction: str, errors: Sequence[Any], raw: Any, schema: type[BaseModel] | None, max_chars: int
 ) -> str:
-    """Return the errors of each field, the values received, and a compact schema of the fields concerned."""
+    """Return the errors of each field, the values received, and a compact schema of the fields concerned.
+
+    Those are fields of the whole: a part of one is understood within it only.
+    """
     looked_at = errors[: max(_FEWEST, max_chars // 20)]  # No line is shorter than that.
     declared = declared_secrets(schema)
     secrets = Secrets(schema, [raw, [e.get("input") for e in looked_at if isinstance(e, Mapping)]])
     document = _json_schema(schema)
+    definitions, fields = (document or {}).get("$defs", {}), _fields_of(document)
     head, tail = _HEADS[direction], _TAILS[direction]
     wrong: dict[str, None] = {}  # Of a union, several branches complain; each thing is said once.
     expected: dict[str, str] = {}
@@ -51,17 +56,18 @@ def repair_prompt(
         if not isinstance(error, Mapping):
             wrong[f"- {_cut(one_line(secrets.mask(str(error))), _MESSAGE)}"] = None
             continue
-        loc = tuple(error.get("loc", ()))
-        place = _follow(loc, document)
-        where = secrets.mask(_written(place.path, each=False)) or "the whole"
-        if place.kind:
-            where += f" (if it is a {place.kind})"
-        wrong[f"- {where}: {_complaint(error, declared, secrets)}{_came(error, loc, declared, secrets)}"] = (
-            None
-        )
-        if document is not None and place.node is not None:
-            what = _cut(_shape(place.node, document.get("$defs", {}), _DEEP), _EXPECTED)
-            expected.setdefault(secrets.mask(_written(place.whole, each=True)), what)
+        path, branches = _follow(error, raw, fields)
+        where = secrets.mask(_written(path)) or "the whole"
+        kinds = [one for one in branches if one in definitions]
+        if kinds:
+            where += f" (if it is a {kinds[-1]})"
+        came = _came(error, declared, secrets)
+        wrong[f"- {where}: {_complaint(error, declared, secrets)}{came}"] = None
+        field = path[:1] if fields else []
+        node = fields.get(str(field[0])) if field else document
+        if node is not None:
+            what = _cut(_shape(node, definitions, _DEEP), _EXPECTED)
+            expected.setdefault(secrets.mask(_written(field)), what)
     unseen = len(errors) - seen
     room = max_chars - len(head) - len(tail) - 60
     problems = _fitting(list(wrong), room * 6 // 10 if expected else room, unseen)
@@ -74,14 +80,14 @@ def repair_prompt(
 
 
 def complaints(
-    errors: Sequence[Any], schema: type[BaseModel] | None, secrets: Secrets
+    errors: Sequence[Any], raw: Any, schema: type[BaseModel] | None, secrets: Secrets
 ) -> list[tuple[tuple[str | int, ...], str]]:
     """Return (path, message) of each error as the prompt has them, without secrets and what came."""
-    document, declared = _json_schema(schema), declared_secrets(schema)
+    fields, declared = _fields_of(_json_schema(schema)), declared_secrets(schema)
     faults: dict[tuple[tuple[str | int, ...], str], None] = {}
     for error in errors:
         if isinstance(error, Mapping):
-            path = _follow(tuple(error.get("loc", ())), document).path
+            path = _follow(error, raw, fields)[0]
             masked = tuple(
                 part if isinstance(part, int) else _cut(secrets.mask(str(part)), _KEY) for part in path
             )
@@ -148,12 +154,12 @@ _WORDS: Final = {
 _SPOKEN: Final = frozenset({"value_error", "assertion_error"})
 
 
-def _came(error: Mapping[str, Any], loc: tuple[Any, ...], declared: DeclaredSecrets, secrets: Secrets) -> str:
+def _came(error: Mapping[str, Any], declared: DeclaredSecrets, secrets: Secrets) -> str:
     if error.get("type") == "missing":
         return ". Nothing came there"
     if "input" not in error:
         return ""
-    if declared.names.intersection(map(str, loc)):
+    if declared.names.intersection(map(str, error.get("loc", ()))):
         return f". This came: {MASK}"
     text = _input_text(error["input"], declared, secrets)
     # The quote is closed: what follows is no longer what came.
@@ -180,112 +186,57 @@ def _json_schema(schema: type[BaseModel] | None) -> dict[str, Any] | None:
         return None
 
 
-def _branches(node: Any, defs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the alternatives of a node, without references and unions around them."""
-    stack, seen = [node], 0
-    while stack and seen < 100:
-        node, seen = stack.pop(), seen + 1
-        if not isinstance(node, dict):
-            continue
-        if "$ref" in node:
-            stack.append(defs.get(node["$ref"].rpartition("/")[2]))
-            continue
-        inner = [part for key in ("anyOf", "oneOf", "allOf") for part in node.get(key, ())]
-        stack += reversed(inner)
-        if not inner:
-            yield node
+def _fields_of(document: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the fields of a JSON schema by name; {} if it is not an object."""
+    node = document or {}
+    if "$ref" in node:  # A class that holds itself.
+        node = node["$defs"].get(node["$ref"].rpartition("/")[2], {})
+    fields: dict[str, Any] = node.get("properties", {})
+    return fields
 
 
-class _ErrorLocation(NamedTuple):
-    """The location of an error.
+def _follow(
+    error: Mapping[str, Any], raw: Any, fields: Mapping[str, Any]
+) -> tuple[list[str | int], list[str]]:
+    """Return the place of an error in what came, and the branches of unions that pydantic names on the way.
 
-    Attributes:
-        path: without the names of a union's branches.
-        node: the schema of what is expected at ``whole``; None where nothing is.
-        kind: the class that it was taken for, where it could be several.
-        whole: where what is expected stands: ``path``, or the place of the union around it.
+    ``fields``: those of the schema, by name.
     """
-
-    path: list[str | int]
-    node: dict[str, Any] | None
-    kind: str | None
-    whole: list[str | int]
-
-
-def _follow(loc: tuple[Any, ...], document: dict[str, Any] | None) -> _ErrorLocation:
-    if document is None:
-        return _ErrorLocation(list(loc), None, None, list(loc))
-    defs = document.get("$defs", {})
     path: list[str | int] = []
-    node: dict[str, Any] | None = document
-    union: _ErrorLocation | None = None
-    for part in loc:
-        if node is None:
+    branches: list[str] = []
+    loc = tuple(error.get("loc", ()))
+    if "input" not in error:  # It was made by hand.
+        return list(loc), []
+    value = raw["value"] if isinstance(raw, dict) and [*raw] == ["value"] != [*loc[:1]] else raw
+    for at, part in enumerate(loc):
+        inner = _part_of(value, part)
+        is_missing = error.get("type") == "missing" and at == len(loc) - 1
+        is_known = inner is not _ABSENT or (at == 0 and part in fields)
+        if is_known or is_missing or isinstance(part, int):
             path.append(part)
-            continue
-        branches = list(_branches(node, defs))
-        chosen = _branch(part, node, branches, defs)
-        if chosen is not None:
-            # Without a discriminator all branches complain, each of what it would have been.
-            if union is None and "discriminator" not in node:
-                kind = str(chosen.get("title", part)) if "properties" in chosen else None
-                union = _ErrorLocation(path, node, kind, list(path))
-            node = chosen
-            continue
-        for branch in branches:
-            subschema: Any = None
-            if isinstance(part, int) and branch.get("type") == "array":
-                places = branch.get("prefixItems", [])
-                subschema = places[part] if part < len(places) else branch.get("items", {})
-            elif isinstance(part, str) and part in branch.get("properties", {}):
-                subschema = branch["properties"][part]
-            elif isinstance(part, str) and isinstance(branch.get("additionalProperties"), dict):
-                subschema = branch["additionalProperties"]
-            elif isinstance(part, str) and branch.get("additionalProperties") is False and part == loc[-1]:
-                path.append(part)  # It is not expected at all: what is expected is around it.
-                return union._replace(path=path) if union else _ErrorLocation(path, None, None, path)
-            if isinstance(subschema, dict):
-                path.append(part)
-                node = subschema
-                break
-    return union._replace(path=path) if union else _ErrorLocation(path, node, None, path)
+            value = inner
+        else:
+            branches.append(str(part))
+    return path, branches
 
 
-def _branch(
-    part: Any, node: dict[str, Any], branches: list[dict[str, Any]], defs: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Return the branch of a union that a part of a path names: by tag, class or plain type."""
-    if not isinstance(part, str) or len([b for b in branches if b.get("type") != "null"]) < 2:
-        return None
-    reference = node.get("discriminator", {}).get("mapping", {}).get(part)
-    if isinstance(reference, str):
-        definition = defs.get(reference.rpartition("/")[2])
-        return definition if isinstance(definition, dict) else None
-    kind = _TYPES.get(part.partition("[")[0])
-    for branch in branches:
-        title = branch.get("title")
-        if part == title or (title and part.endswith(f" {title}]")) or kind == branch.get("type", ""):
-            return branch
-    return None
+_ABSENT: Final = object()
 
 
-_TYPES: Final = {
-    "int": "integer",
-    "str": "string",
-    "float": "number",
-    "bool": "boolean",
-    "list": "array",
-    "tuple": "array",
-    "set": "array",
-    "dict": "object",
-}
+def _part_of(value: Any, part: Any) -> Any:
+    """Return a field or an item of a value; _ABSENT without it."""
+    if isinstance(value, dict):
+        return dict.get(value, part, _ABSENT)
+    if isinstance(value, (list, tuple)):
+        return value[part] if isinstance(part, int) and part < len(value) else _ABSENT
+    return vars(value).get(part, _ABSENT) if is_record(value) else _ABSENT
 
 
-def _written(path: list[str | int], *, each: bool) -> str:
+def _written(path: Sequence[str | int]) -> str:
     text = ""
     for part in path:
         if isinstance(part, int):
-            text += "[]" if each else f"[{part}]"
+            text += f"[{part}]"
         elif _NAME.fullmatch(str(part)):
             text += f".{part}" if text else str(part)
         else:  # What came is quoted, a key too.
@@ -334,7 +285,8 @@ def _shape(node: Any, defs: Mapping[str, Any], depth: int) -> str:
             text = f"[{inner}]"
         else:
             item = _shape(node.get("items"), defs, depth - 1)
-            text = f"list of {item}" if item[:1] in "{[" or not _SEVERAL.search(item) else f"list of ({item})"
+            is_one = item[:1] in "{[" and " | " not in item
+            text = f"list of {item}" if is_one or not _SEVERAL.search(item) else f"list of ({item})"
     elif kind == "object":
         text = _object(node, defs, depth)
     else:

@@ -132,7 +132,7 @@ def encode_rejected(
     if not declared.is_whole:
         value = map_texts(value, lambda texts: [MASK if declared.reveals(text) else text for text in texts])
     errors = violation.errors[:_MOST_COMPLAINTS]
-    faults = [Complaint(*one) for one in complaints(errors, schema, redactor.secrets)]
+    faults = [Complaint(*one) for one in complaints(errors, violation.raw, schema, redactor.secrets)]
     whole = RejectedOutput(value, copy.is_cut, tuple(faults), len(violation.errors) - len(errors))
     if keep == "redacted":
         whole = redactor.hide_rejected(whole)
