@@ -39,8 +39,6 @@ class PostgresRows(SqlRows):
     def __init__(self, db: psycopg.Connection[Any]) -> None:
         super().__init__()
         self.db = db
-        #: The runs that find() has created in this transaction to lock them, by id.
-        self._created: dict[str, int] = {}
         #: What read_ahead() has read, until it is asked for.
         self._runs: dict[str, RunRow] = {}
         self._inputs: dict[tuple[int, int], tuple[str, bytes, bytes]] = {}
@@ -97,25 +95,14 @@ class PostgresRows(SqlRows):
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
         if lock and run_id in self._runs:
             return self._runs.pop(run_id)
-        run = super().find(run_id, lock=lock)
-        if run is not None or not lock:
-            return run
-        # Without a row, there is nothing to lock: two sessions that open a new run wait for the same row.
-        created = self._one(sql.NEW_RUN, run_key=key(run_id), run_id=run_id)
-        if created is None:
-            return self.find(run_id, lock=True)
-        self._created[run_id] = created[0]
-        return None
+        return super().find(run_id, lock=lock)
 
     def _new_run(self, run_id: str) -> int:
-        if run_id not in self._created and (run := self.find(run_id, lock=True)) is not None:
-            return int(run.run)
-        return self._created.pop(run_id)
-
-    def delete_unused(self) -> None:
-        """Delete the rows that were created to lock runs which were not begun."""
-        for number in self._created.values():
-            self._run(sql.DELETE_RUN[-1], run=number)
+        # Without a row, find() has locked nothing. This waits for a session that creates the run, too.
+        created = self._one(sql.NEW_RUN, run_key=key(run_id), run_id=run_id)
+        if created is None:  # It was faster: this transaction begins again, and finds the run.
+            raise psycopg.errors.SerializationFailure(f"run {run_id!r} was created meanwhile")
+        return int(created[0])
 
     def commit(self, fence: Fence, attempt: AttemptRecord, step: Step | None) -> bool:
         is_recorded, attempts = read_commit(send_commit(self.db, fence, attempt, step))
@@ -267,7 +254,6 @@ def _transact(db: Database, operations: list[Any], is_repeated: bool) -> list[An
             continued = (one.run_id for one in operations if getattr(one, "continues", False))
             rows.read_ahead([run_id for run_id in continued if ids[run_id] == 1])
         values = perform_all(operations, rows)
-        rows.delete_unused()
     for fence, attempts in rows.attempt_counts:
         fence.acknowledge(attempts)
     return values

@@ -68,7 +68,7 @@ FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = :run_key"
 LOCK: Final = f"{FIND} FOR UPDATE OF r"
 LOCK_MANY: Final = f"""SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = ANY(:run_keys)
     ORDER BY r.run_id FOR UPDATE OF r"""
-# Two sessions that create a run at the same time: the second one waits for the first.
+# Two sessions that create a run at the same time: the second one waits for the first, and gets no row.
 NEW_RUN: Final = """INSERT INTO runs (run_key, run_id, pipeline, execution, status, started_ms,
     updated_ms, tokens, cost_pico, latency_ns, lease_epoch) VALUES (:run_key, :run_id, '', 0,
     'RUNNING', now_ms(), now_ms(), 0, 0, 0, 0) ON CONFLICT DO NOTHING RETURNING run"""
