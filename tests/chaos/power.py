@@ -34,7 +34,7 @@ from stroma.checkpoint.sqlite.connection import SqliteConnection
 CUTS = 50  # of one history
 BATCHES = 40  # of one history, more or less
 #: Everything that the store keeps.
-TABLES = ("meta", "inputs", "steps", "attempts", "runs")
+TABLES = ("inputs", "steps", "attempts", "runs")
 
 
 class State(BaseModel):

@@ -86,54 +86,16 @@ async def test_a_schema_of_another_role_is_refused(server: PostgresServer, role:
 
 
 @pytest.mark.slow
-async def test_a_table_of_another_role_is_refused(server: PostgresServer) -> None:
-    """Also in a schema of our own, in which it could make one."""
+@pytest.mark.parametrize(("role", "why"), [("mallory", "lets mallory"), ("PUBLIC", "lets every role")])
+async def test_a_schema_in_which_another_role_may_create_is_refused(
+    server: PostgresServer, role: str, why: str
+) -> None:
+    """A role that may create objects in a schema of ours could put a function in place of the server's."""
     await _use(server, "victim")
-    _execute(server, "victim", "GRANT USAGE, CREATE ON SCHEMA stroma TO mallory", "DROP TABLE stroma.cells")
-    _execute(
-        server, "mallory", "CREATE TABLE stroma.cells (cell_key bytea PRIMARY KEY, name text, data bytea)"
-    )
-    await _refused(server, "victim", "its table cells belongs to mallory")
-
-
-@pytest.mark.slow
-async def test_a_function_of_another_role_is_refused(server: PostgresServer) -> None:
-    """One that fits the arguments better would be called in place of the server's own."""
+    _execute(server, "victim", f"GRANT USAGE, CREATE ON SCHEMA stroma TO {role}")
+    await _refused(server, "victim", f"{why} create objects in it")
+    _execute(server, "victim", f"REVOKE CREATE ON SCHEMA stroma FROM {role}")
     await _use(server, "victim")
-    _execute(server, "victim", "GRANT USAGE, CREATE ON SCHEMA stroma TO mallory")
-    _execute(
-        server,
-        "mallory",
-        "CREATE FUNCTION stroma.make_interval(secs bigint) RETURNS interval LANGUAGE sql AS $$ SELECT "
-        "'1s'::interval $$",
-    )
-    await _refused(server, "victim", "its function make_interval belongs to mallory")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("statement", "why"),
-    [
-        (
-            "CREATE TRIGGER t AFTER INSERT ON stroma.runs FOR EACH ROW EXECUTE FUNCTION "
-            "suppress_redundant_updates_trigger()",
-            "its table runs has a trigger t",
-        ),
-        ("CREATE RULE r AS ON INSERT TO stroma.tags DO INSTEAD NOTHING", "its table tags has a rule r"),
-        ("CREATE VIEW stroma.more AS SELECT 1", "its view more is not a plain table"),
-        (
-            "DROP TABLE stroma.cells; CREATE VIEW stroma.cells AS SELECT ''::bytea AS cell_key, ''::bytea AS "
-            "data FROM generate_series(1, 1000000000)",
-            "its view cells is not a plain table",
-        ),
-        ("GRANT CREATE ON SCHEMA stroma TO PUBLIC", "lets every role create objects in it"),
-    ],
-)
-async def test_what_runs_programs_is_refused(server: PostgresServer, statement: str, why: str) -> None:
-    """A store has no triggers, rules or views, whoever made them."""
-    await _use(server, "victim")
-    _execute(server, "victim", *statement.split("; "))
-    await _refused(server, "victim", why)
 
 
 @pytest.mark.slow
@@ -168,24 +130,27 @@ ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
     ("statements", "why"),
     [
         (
-            ("DROP TABLE meta", f"CREATE VIEW meta AS {ENDLESS} SELECT 'min_reader' AS k, '4' AS v FROM n"),
-            "has a view 'meta'",
+            ("DROP TABLE cells", f"CREATE VIEW cells AS {ENDLESS} SELECT '' AS cell_key, i AS data FROM n"),
+            "has a view 'cells' that is not one of",
         ),
-        (("CREATE TRIGGER t AFTER INSERT ON attempts BEGIN DELETE FROM steps; END",), "has a trigger 't'"),
+        (
+            ("CREATE TRIGGER t AFTER INSERT ON attempts BEGIN DELETE FROM steps; END",),
+            "has a trigger 't' that",
+        ),
         (
             ("DROP TABLE cells", "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB)"),
-            "table 'cells' that is not a plain",
+            "table 'cells' that is not one of",
         ),
         (
             ("DROP TABLE cells", "CREATE VIRTUAL TABLE cells USING fts5(name, data)"),
-            "has a table 'cells.*' that is not a plain",
+            "has a table 'cells.*' that is not one of",
         ),
         (
             (
                 "DROP TABLE cells",
                 "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB AS (zeroblob(900000000))) STRICT",
             ),
-            "table 'cells' that is not a plain",
+            "table 'cells' that is not one of",
         ),
     ],
     ids=["endless view", "trigger", "types", "virtual", "computed"],

@@ -255,31 +255,19 @@ def other_mark(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA application_id = 7")
 
 
-def no_facts(db: sqlite3.Connection) -> None:
-    _ours(db)
-
-
-def no_number(db: sqlite3.Connection) -> None:
-    _ours(db)
-    db.execute("INSERT INTO meta VALUES ('schema_version', 'x')")
-
-
 def newer(db: sqlite3.Connection) -> None:
-    _ours(db)
-    db.execute(f"INSERT INTO meta VALUES ('schema_version', '{NEXT}')")
+    _ours(db, NEXT)
 
 
 def older(db: sqlite3.Connection) -> None:
-    _ours(db)
-    db.execute("INSERT INTO meta VALUES ('schema_version', '3')")
+    _ours(db, 3)
 
 
-def _ours(db: sqlite3.Connection) -> None:
+def _ours(db: sqlite3.Connection, version: int) -> None:
     db.execute("PRAGMA application_id = 0x5374726D")
-    db.execute("CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID, STRICT")
+    db.execute(f"PRAGMA user_version = {version}")
 
 
-DAMAGED = "{} is damaged: its format is missing; restore it from a backup"
 OTHER = (
     f"{{}} has format %s, and this release has format {NOW}; use the release that wrote it, or another path"
 )
@@ -290,8 +278,6 @@ OTHER = (
     [
         (other_program, FOREIGN),
         (other_mark, FOREIGN),
-        (no_facts, DAMAGED),
-        (no_number, DAMAGED),
         (newer, OTHER % NEXT),
         (older, OTHER % 3),
     ],

@@ -54,7 +54,7 @@ def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
 
     assert inside("run", "sums.py:pipeline", GOOD, "-q", "--db", "x.db").code == 0
     with sqlite3.connect(tmp_path / "x.db") as db:
-        db.execute("UPDATE meta SET v = '99' WHERE k = 'schema_version'")
+        db.execute("PRAGMA user_version = 99")
     db.close()
     newer = checks(inside("doctor", "--json", "--db", "x.db"))["store"]
     assert (newer["verdict"], "99" in newer["message"]) == ("wrong", True)

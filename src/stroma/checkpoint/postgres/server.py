@@ -282,42 +282,27 @@ _TYPES: Final = Types(
     rewritten=" WITH (fillfactor = 70)",
 )
 
-# The owner of the schema, or of an object in it, can make our statements run code: its triggers, rules and
-# functions run as our role. So the owner must be our role, a role that ours is a member of, or a superuser,
-# who may do all that anyway. Only granted memberships count: a superuser is a member of every role. "public"
-# belongs to the owner of the database.
+_META: Final = (
+    "CREATE TABLE meta (k text PRIMARY KEY, v text NOT NULL)",
+    f"INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}')",
+)
+
+# Whoever can create objects in the schema can make our statements run code: its triggers, rules and functions
+# run as our role. So that must be our role, a role that ours is a member of, or a superuser, who may do all
+# that anyway. Only granted memberships count: a superuser is a member of every role. "public" belongs to the
+# owner of the database.
 _UNTRUSTED: Final = """WITH RECURSIVE ours(role) AS (SELECT oid FROM pg_roles WHERE rolname = current_user
     UNION SELECT m.roleid FROM pg_auth_members m JOIN ours ON m.member = ours.role),
     trusted(role) AS (SELECT role FROM ours UNION SELECT oid FROM pg_roles WHERE rolsuper),
-    place AS (SELECT n.oid, CASE WHEN r.rolname = 'pg_database_owner' THEN d.datdba ELSE n.nspowner END AS
-    owner
-    FROM pg_namespace n JOIN pg_roles r ON r.oid = n.nspowner, pg_database d
-    WHERE n.nspname = %s AND d.datname = current_database()),
-    objects(kind, name, owner, what) AS (SELECT 1, '', owner,
-    CASE WHEN has_schema_privilege('public', oid, 'CREATE') THEN 'lets every role create objects in it' END
-    FROM place
-    UNION ALL SELECT 2, 'its ' || CASE c.relkind WHEN 'r' THEN 'table' WHEN 'v' THEN 'view' WHEN 'S' THEN
-    'sequence'
-    ELSE 'relation' END || ' ' || quote_ident(c.relname), c.relowner,
-    CASE WHEN c.relkind NOT IN ('r', 'S') THEN 'is not a plain table' END
-    FROM pg_class c JOIN place ON c.relnamespace = place.oid WHERE c.relkind NOT IN ('i', 'I')
-    UNION ALL SELECT 3, 'its function ' || quote_ident(f.proname), f.proowner, NULL
-    FROM pg_proc f JOIN place ON f.pronamespace = place.oid
-    UNION ALL SELECT 3, 'its operator ' || o.oprname, o.oprowner, NULL
-    FROM pg_operator o JOIN place ON o.oprnamespace = place.oid
-    UNION ALL SELECT 4, 'its table ' || quote_ident(c.relname), c.relowner, 'has a trigger ' ||
-    quote_ident(t.tgname)
-    FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN place ON c.relnamespace = place.oid WHERE
-    NOT t.tgisinternal
-    UNION ALL SELECT 4, 'its table ' || quote_ident(c.relname), c.relowner, 'has a rule ' ||
-    quote_ident(w.rulename)
-    FROM pg_rewrite w JOIN pg_class c ON c.oid = w.ev_class JOIN place ON c.relnamespace = place.oid WHERE
-    c.relkind = 'r')
-    SELECT f.name, CASE WHEN f.owner IN (SELECT role FROM trusted) THEN f.what ELSE 'belongs to '
-    || quote_ident(pg_get_userbyid(f.owner)) || ', a role that ' || quote_ident(current_user) ||
-    ' is not a member of' END
-    FROM objects f
-    WHERE f.what IS NOT NULL OR f.owner NOT IN (SELECT role FROM trusted) ORDER BY f.kind, f.name LIMIT 1"""
+    place AS (SELECT CASE WHEN r.rolname = 'pg_database_owner' THEN d.datdba ELSE n.nspowner END AS owner,
+    n.nspowner, n.nspacl FROM pg_namespace n JOIN pg_roles r ON r.oid = n.nspowner, pg_database d
+    WHERE n.nspname = %s AND d.datname = current_database())
+    SELECT 'belongs to ' || quote_ident(pg_get_userbyid(owner)) || ', a role that ' ||
+    quote_ident(current_user) || ' is not a member of' FROM place
+    WHERE owner NOT IN (SELECT role FROM trusted)
+    UNION ALL SELECT 'lets ' || CASE grantee WHEN 0 THEN 'every role' ELSE
+    quote_ident(pg_get_userbyid(grantee)) END || ' create objects in it' FROM place, aclexplode(nspacl)
+    WHERE privilege_type = 'CREATE' AND grantee <> nspowner AND grantee NOT IN (SELECT role FROM trusted)"""
 # Read from a table: to_regclass() may not see objects that others created while this waited for a lock.
 _OBJECTS: Final = """SELECT coalesce(bool_or(c.relname = 'meta'), false),
     coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts')), false),
@@ -349,7 +334,7 @@ def _create(db: psycopg.Connection[Any], schema: str, where: str) -> None:
         )
     if is_missing:  # An existing schema may have been created for a role that cannot create schemas.
         db.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
-    for statement in tables(_TYPES):
+    for statement in (*tables(_TYPES), *_META):
         db.execute(statement.encode())
 
 
@@ -380,12 +365,11 @@ def is_ours(db: psycopg.Connection[Any], schema: str, where: str, safe: set[int]
 
 
 def _refuse_untrusted(db: psycopg.Connection[Any], schema: str, where: str) -> None:
-    """Raise StoreError for a schema with tables that another role controls, or with code of its own."""
-    for name, what in db.execute(_UNTRUSTED, (schema,)).fetchall():
-        subject = f'schema "{schema}" of {where}' + (f": {name}" if name else "")
+    """Raise StoreError for a schema in which another role can put code."""
+    for (what,) in db.execute(_UNTRUSTED, (schema,)).fetchall():
         raise permanent_error(
-            f"{subject} {what}; its code would run as the role of the store. Create a new schema with "
-            "CREATE SCHEMA ... AUTHORIZATION CURRENT_USER, and pass its name as schema="
+            f'schema "{schema}" of {where} {what}; its code would run as the role of the store. Create a new '
+            "schema with CREATE SCHEMA ... AUTHORIZATION CURRENT_USER, and pass its name as schema="
         )
 
 

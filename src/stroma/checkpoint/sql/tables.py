@@ -89,7 +89,6 @@ def tables(types: Types) -> list[str]:
         return f"CREATE TABLE {name} ({body}){options}"
 
     return [
-        table("meta", f"k {text} PRIMARY KEY, v {text} NOT NULL"),
         table(
             "runs",
             f"""{types.run}, run_key {text} NOT NULL UNIQUE, run_id {text} NOT NULL, pipeline {text}
@@ -133,7 +132,6 @@ def tables(types: Types) -> list[str]:
                 {number} NOT NULL, data {data} NOT NULL, PRIMARY KEY (run, epoch, last)""",
         ),
         *_INDEXES,
-        f"INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}')",
     ]
 
 

@@ -16,6 +16,7 @@ from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.records import AttemptRecord, StoreFacts
 from stroma.checkpoint.sql import statements as sql
 from stroma.checkpoint.sql.rows import SqlRows, commit_values
+from stroma.checkpoint.sql.tables import SCHEMA_VERSION
 from stroma.checkpoint.sqlite.file import FORKS, DatabaseFile, is_fatal
 
 
@@ -52,8 +53,7 @@ class SqliteRows(SqlRows):
         return True
 
     def facts(self) -> StoreFacts:
-        (version,) = self.db.execute("SELECT v FROM meta WHERE k = 'schema_version'").fetchone()
-        return StoreFacts(f"SQLite {sqlite3.sqlite_version}", int(version))
+        return StoreFacts(f"SQLite {sqlite3.sqlite_version}", SCHEMA_VERSION)
 
     # ------------------------------------------------------------------ leases
     #

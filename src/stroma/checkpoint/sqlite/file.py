@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import sqlite3
@@ -84,15 +85,23 @@ _TYPES: Final = Types(
     by_key=" WITHOUT ROWID, STRICT",
     rewritten=" STRICT",
 )
-_SCHEMA: Final = (*tables(_TYPES), f"PRAGMA application_id = {_APPLICATION_ID}")
+_SCHEMA: Final = (
+    *tables(_TYPES),
+    f"PRAGMA application_id = {_APPLICATION_ID}",
+    f"PRAGMA user_version = {SCHEMA_VERSION}",
+)
 
-# Code that a file from another source may contain: a trigger, a view (which may never end) or a computed
-# column.
-_CODE: Final = "SELECT type, name FROM sqlite_master WHERE type IN ('view', 'trigger') LIMIT 1"
-_NOT_PLAIN: Final = """SELECT t.name FROM pragma_table_list t JOIN sqlite_master m ON m.name = t.name
-    WHERE t.schema = 'main' AND m.type = 'table' AND m.name NOT LIKE 'sqlite!_%' ESCAPE '!' AND (t.type <>
-    'table'
-    OR NOT t.strict OR EXISTS (SELECT 1 FROM pragma_table_xinfo(t.name) c WHERE c.hidden <> 0)) LIMIT 1"""
+_OBJECTS: Final = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite!_%' ESCAPE '!'"
+
+
+@functools.cache
+def _own_objects() -> set[tuple[str, str, str]]:
+    """Return type, name and definition of each table and index of a store."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        for statement in _SCHEMA:
+            db.execute(statement)
+        return {*db.execute(_OBJECTS)}
+
 
 _WAL_HEADER_BYTES: Final = 32
 _LOCK_ERRORS: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
@@ -158,7 +167,7 @@ class DatabaseFile:
     Attributes:
         path: absolute path.
         patience_seconds: maximum wait for a lock of another process.
-        checked: (identity of the file, number of its schema) of files that contain no code.
+        checked: (identity of the file, number of its schema) of files with the tables of a store only.
     """
 
     path: str
@@ -331,21 +340,17 @@ class DatabaseFile:
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (application,) = db.execute("PRAGMA application_id").fetchone()
         if application == _APPLICATION_ID:
-            (cookie,) = db.execute("PRAGMA schema_version").fetchone()
-            version = (self.identity(), cookie)
-            if version not in self.checked:  # The check takes 0.2 ms, too long for each read.
-                self._refuse_code(db)
-                self.checked.add(version)
-            rows = db.execute("SELECT v FROM meta WHERE k = 'schema_version'").fetchall()
-            if not rows or not str(rows[0][0]).isdecimal():
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version != SCHEMA_VERSION:
                 raise permanent_error(
-                    f"{self.path} is damaged: its format is missing; restore it from a backup"
-                )
-            if int(rows[0][0]) != SCHEMA_VERSION:
-                raise permanent_error(
-                    f"{self.path} has format {rows[0][0]}, and this release has format {SCHEMA_VERSION}; "
+                    f"{self.path} has format {version}, and this release has format {SCHEMA_VERSION}; "
                     "use the release that wrote it, or another path"
                 )
+            (cookie,) = db.execute("PRAGMA schema_version").fetchone()
+            key = (self.identity(), cookie)
+            if key not in self.checked:  # The check takes 0.2 ms, too long for each read.
+                self._refuse_others(db)
+                self.checked.add(key)
             return True
         if application or tables:
             raise permanent_error(
@@ -353,15 +358,10 @@ class DatabaseFile:
             )
         return False
 
-    def _refuse_code(self, db: sqlite3.Connection) -> None:
+    def _refuse_others(self, db: sqlite3.Connection) -> None:
         """Raise StoreError for a file in which reading or writing a row can run code from another source."""
-        for kind, name in db.execute(_CODE):
+        for kind, name, _ in {*db.execute(_OBJECTS)} - _own_objects():
             raise permanent_error(
-                f"{self.path} has a {kind} {name!r}, which a stroma store never has; drop it if it is "
+                f"{self.path} has a {kind} {name!r} that is not one of a stroma store; drop it if it is "
                 "yours, or use another path"
-            )
-        for (name,) in db.execute(_NOT_PLAIN):
-            raise permanent_error(
-                f"{self.path} has a table {name!r} that is not a plain STRICT table, unlike those of a "
-                "stroma store; drop it if it is yours, or use another path"
             )
