@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from stroma._utils.forks import process_lock
 from stroma._utils.text import did_you_mean
 
-_build_lock = threading.RLock()
-
-
-def _after_fork() -> None:
-    global _build_lock
-    _build_lock = threading.RLock()  # The parent may have held it.
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_after_fork)
+_build_lock = process_lock()
 
 
 class LazyModel(BaseModel):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
+from stroma._utils.forks import process_lock
 from stroma.cost.usage import Report, Usage
 
 if TYPE_CHECKING:
@@ -146,16 +145,7 @@ def _steps(price: Any) -> Steps | None:
 _looked_up: dict[str, tuple[DataSnapshot, _Listing | None]] = {}
 #: genai_prices.data_snapshot, once it was imported.
 _data: Any = None
-_loading = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _loading
-    _loading = threading.Lock()  # The parent may have held it.
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_after_fork)
+_loading = process_lock()
 
 
 def _load() -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, Literal, Self,
 
 from pydantic import ConfigDict, Field, SkipValidation, ValidationInfo, field_validator
 
+from stroma._utils.forks import call_in_child
 from stroma._utils.models import StrictModel
 from stroma.contracts.contract import check_id
 from stroma.contracts.copying import construct, replicate
@@ -79,12 +80,9 @@ class _GeneratedId(str):
         return self  # A deep copy of a config shares the mark too.
 
 
-def _after_fork() -> None:
+@call_in_child
+def _be_another_process() -> None:
     _GeneratedId.process = object()
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def check_label(text: str, what: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,6 +10,7 @@ from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from stroma._utils.access import causes_of, safe_get
+from stroma._utils.forks import process_lock
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
@@ -25,16 +24,7 @@ _PROVIDER_REASONS: Final = frozenset({"connection", "timeout", "server_error", "
 _LOCAL_REASONS: Final = frozenset({"budget", "usage", "not_serialisable", "store"})
 
 # One lock for all breakers: it is held for microseconds.
-_lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()  # The parent may have held it.
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_after_fork)
+_lock = process_lock()
 
 
 class Entry(NamedTuple):

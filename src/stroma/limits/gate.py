@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
+from stroma._utils.forks import call_in_child
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import CellStore, Change
 from stroma.checkpoint.errors import StoreError
@@ -31,8 +32,7 @@ OnStoreError = Literal["refuse", "allow"]
 
 #: The store of gates without a store: they share state by name.
 _PROCESS: Final = ProcessCells()
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_PROCESS.forget)  # Calls in flight belong to the parent.
+call_in_child(_PROCESS.forget)  # Calls in flight belong to the parent.
 
 
 class WaitQueue:

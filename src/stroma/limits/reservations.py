@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -11,6 +10,7 @@ from typing import Any, Final, Generic, Self, TypeVar
 
 from pydantic_core import from_json, to_json
 
+from stroma._utils.forks import call_in_child
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.errors import StoreError
 
@@ -283,9 +283,6 @@ class ReservationRenewer:
 RENEWER = ReservationRenewer()
 
 
-def _after_fork() -> None:
+@call_in_child
+def _forget_leases() -> None:
     RENEWER.__init__()  # type: ignore[misc]  # The leases belong to the parent.
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_after_fork)

@@ -8,7 +8,6 @@ the previous one.
 from __future__ import annotations
 
 import asyncio
-import os
 import queue
 import random
 import threading
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeVar
 
+from stroma._utils.forks import call_in_child
 from stroma.checkpoint.errors import StoreError
 
 T = TypeVar("T")
@@ -33,13 +33,10 @@ def generation() -> int:
     return _generation
 
 
-def _after_fork() -> None:
+@call_in_child
+def _count_fork() -> None:
     global _generation
     _generation += 1
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def permanent_error(message: str) -> StoreError:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import weakref
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
+from stroma._utils.forks import process_lock
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.durable.annotations import record_notes, record_rejected
@@ -28,16 +27,7 @@ from stroma.contracts.schema import Schema
 from stroma.trace.events import AttemptRow
 
 # Under which all stores in memory change, for microseconds: their runs may be shared by threads.
-_lock = threading.RLock()
-
-
-def _after_fork() -> None:
-    global _lock
-    _lock = threading.RLock()  # The parent may have held it.
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_after_fork)
+_lock = process_lock()
 
 
 class DoneNow(NamedTuple):

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Final, Literal, TypeVar
 from weakref import WeakSet
 
+from stroma._utils.forks import process_lock
 from stroma.checkpoint.durable.worker import permanent_error, retry
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sql.tables import SCHEMA_VERSION, Types, tables
@@ -117,16 +118,7 @@ _NO_SPACE: Final = (
 _NEEDS_RECOVERY: Final = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_READONLY_RECOVERY)
 # A process loses its fcntl locks when it closes *any* descriptor of the file: the descriptor that creates the
 # file must be closed before another thread opens a connection to it.
-_creating = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _creating
-    _creating = threading.Lock()  # The parent may have held it.
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_after_fork)
+_creating = process_lock()
 
 
 def _size(path: str) -> int:
