@@ -459,18 +459,18 @@ def test_a_damaged_text_is_read_as_far_as_it_can(tmp_path: Path) -> None:
     """Text that is not UTF-8 is read with escapes; another error of a query is raised."""
     store = SQLiteStore(tmp_path / "runs.db")
     db = store._file.open()
-    db.execute("INSERT INTO meta VALUES ('k', CAST(x'61ff62' AS TEXT)), ('l', 'é')")
+    db.execute("INSERT INTO cells VALUES ('k', CAST(x'61ff62' AS TEXT), x''), ('l', 'é', x'')")
     db.close()
 
     def texts(rows: Any) -> Any:
-        return rows.db.execute("SELECT v FROM meta WHERE k IN ('k', 'l') ORDER BY k").fetchall()
+        return rows.db.execute("SELECT name FROM cells ORDER BY cell_key").fetchall()
 
     assert store.read(texts, None) == [("a\\xffb",), ("é",)]
     tries = list[int]()
 
     def wrong(rows: Any) -> None:
         tries.append(1)
-        rows.db.execute("SELECT no_such FROM meta")
+        rows.db.execute("SELECT no_such FROM cells")
 
     text = fails(lambda: store.read(wrong, None))
     assert str(text) == f"{store.path}: no such column: no_such"
