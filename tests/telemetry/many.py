@@ -14,7 +14,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -287,9 +287,14 @@ def tree(spans: tuple[ReadableSpan, ...]) -> list[list[Any]]:
     return [[*place, count] for place, count in sorted(places.items())]
 
 
+def lost(series: Sequence[tuple[Mapping[str, Any], float]], label: str) -> float:
+    """The sum of the series of attempts without an output."""
+    return sum(value for labels, value in series if labels[label] != "success")
+
+
 def report(systems: Systems, store: SQLiteStore) -> dict[str, Any]:
     journal: Counter[str] = Counter()
-    tokens, micro = 0, 0.0
+    tokens, micro, lost_micro = 0, 0.0, 0.0
     for number in range(RUNS):
         for attempt in store.attempts(f"run-{number}"):
             if attempt.node_id == "flow":
@@ -297,6 +302,8 @@ def report(systems: Systems, store: SQLiteStore) -> dict[str, Any]:
             journal[key(attempt.node_id, attempt.outcome, attempt.failure_class)] += 1
             tokens += attempt.tokens
             micro += round(attempt.cost_usd * 1e6, 3)
+            if attempt.outcome != "success":
+                lost_micro += round(attempt.cost_usd * 1e6, 3)
     results, transport = systems.results.values(), systems.sentry.transport
     finished = systems.spans.get_finished_spans()
     attempts: Counter[str] = Counter()
@@ -327,6 +334,11 @@ def report(systems: Systems, store: SQLiteStore) -> dict[str, Any]:
             "journal": micro,
             "otel": otel("stroma.cost") * 1e6,
             "prometheus": prometheus("stroma_cost_usd_total") * 1e6,
+        },
+        "lost_micro_dollars": {
+            "journal": lost_micro,
+            "otel": 1e6 * lost(systems.points("stroma.cost"), "stroma.outcome"),
+            "prometheus": 1e6 * lost(systems.samples("stroma_cost_usd_total"), "outcome"),
         },
         "runs": {
             "ended": len(results),

@@ -65,6 +65,18 @@ def test_all_count_the_same(
     for what, micro in seen["micro_dollars"].items():
         assert micro == pytest.approx(seen["micro_dollars"]["trace"], rel=1e-9), what
     assert total("stroma.cost_usd") * 1e6 == pytest.approx(seen["micro_dollars"]["trace"])
+    lost = {
+        "datadog": 1e6
+        * sum(
+            float(line.value)
+            for line in statistics
+            if line.name == "stroma.cost_usd" and line.tags["outcome"] != "success"
+        ),
+        **seen["lost_micro_dollars"],
+    }
+    for what, micro in lost.items():
+        assert micro == pytest.approx(lost["journal"], rel=1e-9), what
+    assert 0 < lost["journal"] < seen["micro_dollars"]["trace"]
 
     assert set(seen["runs"].values()) == {seen["runs"]["ended"]}
     assert total("stroma.runs") == seen["runs"]["ended"]

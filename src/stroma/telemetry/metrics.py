@@ -121,6 +121,7 @@ COST: Final = _counter(
     "USD",
     "What they cost, in US dollars",
     *_OF_USAGE,
+    "outcome",
     datadog="stroma.cost_usd",
     prometheus="stroma_cost_usd",
 )
@@ -269,7 +270,7 @@ class MetricsObserver(Observer):
             of_usage = *place, labels.model(usage.model), labels.agent(node.agent)
             self.send(TOKENS, usage.input_tokens, *of_usage, "input")
             self.send(TOKENS, usage.output_tokens, *of_usage, "output")
-            self.send(COST, usage.cost_usd, *of_usage)
+            self.send(COST, usage.cost_usd, *of_usage, ended.outcome)
             if usage.cached_input_tokens:
                 self.send(CACHED, usage.cached_input_tokens, *of_usage, "read")
             if usage.cache_write_tokens:
