@@ -13,10 +13,9 @@ from markupsafe import Markup, escape
 from starlette.responses import Response
 
 from stroma._utils.svg import as_xml
-from stroma._utils.text import clean, format_usd, replace_utc, visible
+from stroma._utils.text import clean, replace_utc, visible
 from stroma.checkpoint.history import FAILED, FINISHED, Payload, bar_of, changes, is_interrupted, place_of
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
-from stroma.cost.prices import find_pricer
 from stroma.failures.classes import describe_class
 from stroma.trace.html import tree
 from stroma.trace.outline import duration
@@ -129,20 +128,6 @@ def _attempt_row(attempt: AttemptRecord, address: str, restored: Collection[int]
         f'<td class="num" data-name="Cost">{cells["COST"]}</td>'
         f'<td data-name="Message" class="cause-cell">{cells["MESSAGE"]}</td></tr>\n'
     )
-
-
-def split_price(attempt: AttemptRecord) -> tuple[str, str]:
-    """Return the cost of input and output as text; ("", "") unless plain prices add up to the cost.
-
-    Slow the first time: prices are loaded.
-    """
-    price = find_pricer(attempt.model) if attempt.model and attempt.cost_usd > 0 else None
-    if price is None:
-        return "", ""
-    input_usd, output_usd = price(attempt.tokens - attempt.output_tokens, 0), price(0, attempt.output_tokens)
-    if abs(input_usd + output_usd - attempt.cost_usd) > 0.005 * attempt.cost_usd:
-        return "", ""  # Cached tokens, or another tier.
-    return format_usd(input_usd), format_usd(output_usd)
 
 
 def compare_facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:

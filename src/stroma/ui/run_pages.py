@@ -41,7 +41,6 @@ from stroma.ui.formatting import (
     compare_facts,
     json_file,
     restored_starts,
-    split_price,
     state_tree,
     to_address,
 )
@@ -266,7 +265,6 @@ class RunPages:
             fork_key=self._renderer.keys.form("fork", record.run_id)
             if can_fork(self._settings, record, this)
             else "",
-            split=split_price(this),
             trace=trace_link(self._settings, record.run_id),
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import click
@@ -14,8 +13,8 @@ from stroma.cli.output import emit_fields, err, out
 from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.types import Finding
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import Group, Node, find_node
-from stroma.runner.pipeline import steps_of
+from stroma.contracts.node import find_node
+from stroma.runner.pipeline import leaves_in, steps_of
 
 
 @click.command()
@@ -47,21 +46,13 @@ def check(target: str, as_json: bool) -> int:
     for finding in findings:
         _print_finding(finding)
     if pipeline.config is None or not pipeline.config.context:
-        wanting = next((one for one in _each_node(nodes) if one.wants_context), None)
+        wanting = next((one for one in leaves_in(nodes) if one.wants_context), None)
         if wanting is not None:
             text = f"node {clean(wanting.node_id, 100)!r} takes a context, and the pipeline has none"
             err.line(("note: ", "yellow"), f"{text}; set RunConfig(context=...) on the pipeline")
     count = f"{pluralize(errors, 'error')}, {pluralize(len(findings) - errors, 'warning')}"
     err.line(f"{clean(pipeline.name, 100)}: {pluralize(len(nodes), 'node')}, {count}")
     return code
-
-
-def _each_node(nodes: Sequence[Node | Group]) -> Iterator[Node]:
-    for node in nodes:
-        if isinstance(node, Group):
-            yield from _each_node(node.children)
-        else:
-            yield node
 
 
 def _print_finding(finding: Finding) -> None:
