@@ -6,7 +6,6 @@ process, so that it outlives the one that is killed and its ledger can tell what
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -114,35 +113,13 @@ class Demo:
         }
 
 
-def main(argv: list[str]) -> int:
+def main(scene: str, folder: Path | None, work: Path | None) -> int:
     """Run the demo; return 0 if everything went as announced, else 1."""
-    parser = argparse.ArgumentParser(prog="stroma demo", description="A guarded pipeline on real documents.")
-    parser.add_argument(
-        "scene",
-        nargs="?",
-        choices=["documents", "agent"],
-        default="documents",
-        help="what is shown (default: documents)",
-    )
-    parser.add_argument(
-        "--folder", type=Path, default=DOCUMENTS, help="documents to read (default: those that ship)"
-    )
-    parser.add_argument(
-        "--dir", type=Path, help="where the database and the report go (default: a new temporary one)"
-    )
-    options = parser.parse_args(argv)
-    if not options.folder.is_dir():
-        print(f"folder {options.folder} does not exist; pass --folder", file=sys.stderr)
-        return 2
-    work = options.dir or Path(tempfile.mkdtemp(prefix="stroma-demo-"))
+    work = work or Path(tempfile.mkdtemp(prefix="stroma-demo-"))
     work.mkdir(parents=True, exist_ok=True)
-    if (work / "runs.db").exists():
-        print(f"{work} contains an earlier demo; pass another folder with --dir", file=sys.stderr)
-        return 2
     started = time.monotonic()
-    folder = options.folder if options.folder == DOCUMENTS else options.folder.resolve()
-    demo = Demo(folder, work.resolve())
-    if options.scene == "agent":
+    demo = Demo(DOCUMENTS if folder is None else folder.resolve(), work.resolve())
+    if scene == "agent":
         ok = _killed_agent(demo)
         if ok:
             _look_further(demo, time.monotonic() - started, "ticket", _SHOWN_AGENT)

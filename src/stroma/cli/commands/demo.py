@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import click
 
 from stroma.cli.errors import Code, Problem
 
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
-@click.command(
-    add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+
+@click.command()
+@click.argument("scene", type=click.Choice(["documents", "agent"]), default="documents")
+@click.option("--folder", type=_FOLDER, metavar="DIR", help="Documents to read.  [default: those that ship]")
+@click.option(
+    "--dir",
+    "work",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Directory of the database and the report.  [default: a new temporary one]",
 )
-@click.argument("argv", nargs=-1, type=click.UNPROCESSED)
-def demo(argv: tuple[str, ...]) -> int:
+def demo(scene: str, folder: Path | None, work: Path | None) -> int:
     """Run the demo: documents with an unreliable provider, or `demo agent`, which is killed while it pays."""
-    if "agent" not in argv and importlib.util.find_spec("openai") is None:
+    if scene != "agent" and importlib.util.find_spec("openai") is None:
         raise Problem(
             "the demo calls its provider through the openai client, which is not installed",
             f"install it with: {sys.executable} -m pip install 'stroma-runner[demo]'",
             code=Code.ENVIRONMENT,
         )
+    if work is not None and (work / "runs.db").exists():
+        raise Problem(f"{work} contains an earlier demo", "pass another directory: --dir")
     from stroma.demo import show
 
-    return int(show.main(list(argv)))
+    return show.main(scene, folder, work)
