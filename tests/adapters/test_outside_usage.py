@@ -68,13 +68,13 @@ def test_a_resume_counts_what_no_step_has_used(kind: str) -> None:
         for tokens in (60, 30):
             with pytest.raises(RuntimeError), guard.run("q") as run:
                 run.report_usage(Usage(input_tokens=tokens))
-                run.usage.check_budget()
+                run.check_budget()
                 raise RuntimeError
             assert run.result.total_tokens == tokens
         with pytest.raises(BudgetExceeded, match="101"), guard.run("q") as run:
-            run.usage.check_budget()
+            run.check_budget()
             run.report_usage(Usage(input_tokens=11))
-            run.usage.check_budget()
+            run.check_budget()
 
 
 @pytest.mark.slow
@@ -86,4 +86,4 @@ def test_what_no_step_has_used_is_stored_at_once(tmp_path: Path) -> None:
     budget = ExecutionBudget(max_tokens_total=50)
     runner = StromaRunner.quick(store=str(file), run_id="r", resume=True, budget=budget)
     with pytest.raises(BudgetExceeded, match="60"), Guard(runner).run("q") as run:
-        run.usage.check_budget()
+        run.check_budget()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, Final, NamedTuple, TypedDict
 
 from pydantic import BaseModel, ConfigDict, JsonValue
@@ -92,39 +93,40 @@ class _Call(NamedTuple):
 _AT_WORK: Final[ContextVar[_Call]] = ContextVar("stroma_agent_step")
 
 
-class WorkStep:
-    """A node whose work comes with each call."""
+@lru_cache(maxsize=10_000)
+def work_node(
+    node_id: str,
+    schemas: tuple[type[BaseModel], type[BaseModel]],
+    *,
+    role: Role | None = None,
+    effect: bool = False,
+    reconciles: bool = False,
+) -> Any:
+    """Return a node whose work comes with each call: the same one for the same arguments."""
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id,
+        input_schema=schemas[0],
+        output_schema=schemas[1],
+        role=role,
+        effect=effect,
+        reconcile=_reconcile if reconciles else None,
+    )
+    return stroma_node(node_id, contract)(_perform)
 
-    def __init__(
-        self,
-        node_id: str,
-        schemas: tuple[type[BaseModel], type[BaseModel]],
-        *,
-        role: Role | None = None,
-        effect: bool = False,
-        reconciles: bool = False,
-    ) -> None:
-        contract: NodeContract[Any, Any] = NodeContract(
-            node_id=node_id,
-            input_schema=schemas[0],
-            output_schema=schemas[1],
-            role=role,
-            effect=effect,
-            reconcile=_reconcile if reconciles else None,
-        )
-        self._node: Any = stroma_node(node_id, contract)(_perform)
 
-    async def call(self, flow: Flow, state: BaseModel, work: Work, reconcile: Reconcile | None = None) -> Any:
-        """Perform work as the step and return its recorded output.
+async def perform_step(
+    flow: Flow, node: Any, state: BaseModel, work: Work, reconcile: Reconcile | None = None
+) -> Any:
+    """Perform work as the step of a work node and return its recorded output.
 
-        ``state``: what the step is recorded with: the same on replay, which ids and times that the body made
-            are not.
-        """
-        token = _AT_WORK.set(_Call(work, reconcile))
-        try:
-            return await flow.step(self._node, state)
-        finally:
-            _AT_WORK.reset(token)
+    ``state``: what the step is recorded with: the same on replay, which ids and times that the body made are
+        not.
+    """
+    token = _AT_WORK.set(_Call(work, reconcile))
+    try:
+        return await flow.step(node, state)
+    finally:
+        _AT_WORK.reset(token)
 
 
 async def _perform(_: Any) -> Any:
@@ -143,49 +145,38 @@ def is_in_step() -> bool:
     return _AT_WORK.get(None) is not None and current_flow() is None
 
 
-class AgentSteps:
-    """The steps of agents. Calls with one id and the same options share a node."""
+async def agent_step(
+    flow: Flow, node_id: str, state: BaseModel, work: Work, options: ToolOptions | None = None
+) -> Any:
+    """Perform work as a step of an agent. Return its recorded result; of a tool, the fields of a ToolResult.
 
-    def __init__(self) -> None:
-        self._steps: dict[tuple[object, ...], WorkStep] = {}
+    ``options``: of a call of a tool; its other operations, such as a check of its arguments, have none.
+    """
+    tool = state if isinstance(state, ToolCall) else None
+    options = {} if tool is None or options is None else options
 
-    async def call(
-        self, flow: Flow, node_id: str, state: BaseModel, work: Work, options: ToolOptions | None = None
-    ) -> Any:
-        """Perform work as a step and return its recorded result; of a tool, the fields of a ToolResult.
+    async def perform() -> Any:
+        result = await work()
+        return {"value": result} if tool is None else {"result": None, **result}
 
-        ``options``: of a call of a tool; its other operations, such as a check of its arguments, have none.
-        """
-        tool = state if isinstance(state, ToolCall) else None
-        options = {} if tool is None or options is None else options
-        is_effect, reconciles = options.get("effect", False), "reconcile" in options
-        # Toolsets may have tools of the same name, each with options of its own.
-        key = (node_id, type(state), is_effect, reconciles)
-        step = self._steps.get(key)
-        if step is None:
-            step = self._steps[key] = WorkStep(
-                node_id,
-                (type(state), OperationResult if tool is None else ToolResult),
-                role="tool" if type(state) is ToolCall else None,
-                effect=is_effect,
-                reconciles=reconciles,
-            )
+    async def reconcile(key: str) -> Any:
+        assert tool is not None
+        assert "reconcile" in options
+        answer = options["reconcile"](tool.arguments, key)
+        if inspect.isawaitable(answer):
+            answer = await answer
+        is_unmade = isinstance(answer, (NotDone, Unknown))
+        return answer if is_unmade else {"result": to_jsonable_python(answer)}
 
-        async def perform() -> Any:
-            result = await work()
-            return {"value": result} if tool is None else {"result": None, **result}
-
-        async def reconcile(key: str) -> Any:
-            assert tool is not None
-            assert "reconcile" in options
-            answer = options["reconcile"](tool.arguments, key)
-            if inspect.isawaitable(answer):
-                answer = await answer
-            is_unmade = isinstance(answer, (NotDone, Unknown))
-            return answer if is_unmade else {"result": to_jsonable_python(answer)}
-
-        output = await step.call(flow, state, perform, reconcile)
-        return output.value if tool is None else output.model_dump()
+    node = work_node(
+        node_id,
+        (type(state), OperationResult if tool is None else ToolResult),
+        role="tool" if type(state) is ToolCall else None,
+        effect=options.get("effect", False),
+        reconciles="reconcile" in options,
+    )
+    output = await perform_step(flow, node, state, perform, reconcile)
+    return output.value if tool is None else output.model_dump()
 
 
 async def ask_approval(flow: Flow, tool: str | None, arguments: str | None) -> ToolApproval:

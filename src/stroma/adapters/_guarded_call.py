@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator
+from contextlib import contextmanager
 from contextvars import copy_context
 from queue import SimpleQueue
 from time import perf_counter_ns
@@ -105,11 +106,7 @@ class Call:
         return self._return(await self._execute(invoke))
 
     def call(self) -> Any:
-        inbox: SimpleQueue[Turn | asyncio.Task[Any]] = SimpleQueue()
-        base = copy_context()
-        engine = self._execute(hand_back(base, inbox.put))
-        cancel = start_in_background(engine, base.copy(), inbox.put)
-        try:
+        with self._in_background() as inbox:
             while isinstance(turn := inbox.get(), Turn):
                 error = None
                 try:
@@ -121,19 +118,26 @@ class Call:
                     error = raised
                 turn.settle(self.value, error)
                 error = None  # It references this frame: otherwise a reference cycle.
-        except BaseException:  # The caller is being stopped: the attempt ends as cancelled.
-            cancel()
-            while isinstance(inbox.get(), Turn):
-                pass
-            raise
         return self._return(turn.result())
 
-    def stream(self) -> Generator[Any, Any, Any]:
+    @contextmanager
+    def _in_background(self) -> Iterator[SimpleQueue[Turn | asyncio.Task[Any]]]:
+        """Run the engine in the background. Yields a queue: the calls that it asks for, then its task."""
         inbox: SimpleQueue[Turn | asyncio.Task[Any]] = SimpleQueue()
         base = copy_context()
         engine = self._execute(hand_back(base, inbox.put))
         cancel = start_in_background(engine, base.copy(), inbox.put)
         try:
+            yield inbox
+        except BaseException:  # The caller is being stopped: the attempt ends as cancelled.
+            self._count_unfinished()
+            cancel()
+            while isinstance(inbox.get(), Turn):
+                pass
+            raise
+
+    def stream(self) -> Generator[Any, Any, Any]:
+        with self._in_background() as inbox:
             while isinstance(turn := inbox.get(), Turn):
                 source: Any = None
                 advance: Callable[[], Any] | None = None
@@ -166,12 +170,6 @@ class Call:
                         advance = functools.partial(source.throw, thrown)
                     else:
                         advance = None if sent is None else functools.partial(source.send, sent)
-        except BaseException:
-            self._count_unfinished()
-            cancel()
-            while isinstance(inbox.get(), Turn):
-                pass
-            raise
         return self._return(turn.result())
 
     async def astream(self) -> AsyncGenerator[Any, Any]:

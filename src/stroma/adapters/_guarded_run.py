@@ -57,51 +57,6 @@ _NO_MORE: Final = object()
 _OUTSIDE: Final = "outside of steps"
 
 
-class _OutsideUsage:
-    """The usage of a run outside of its steps. Frameworks report it from any thread.
-
-    Attributes:
-        loop: that of the run, on which it is stored at once. None: the end of the run stores it.
-    """
-
-    def __init__(self, ctx: ReliabilityContext) -> None:
-        self._ctx = ctx
-        self._lock = threading.Lock()
-        self.loop: asyncio.AbstractEventLoop | None = None
-
-    def report(self, usage: Usage) -> None:
-        """Count tokens against the budget of the run, and in its totals, and store them for a resume.
-
-        Raises UsageError for tokens without a known price where a cost limit could not count them.
-        """
-        cost = cost_of(as_report(usage))
-        tokens = usage.input_tokens + usage.output_tokens
-        with self._lock:
-            self._ctx.cost_tracker.add(_OUTSIDE, tokens, usage.output_tokens, cost or 0.0, 0, usage.model)
-        if self.loop is not None:
-            with suppress(RuntimeError):  # The loop was closed under it.
-                self.loop.call_soon_threadsafe(self._store)
-        if cost is None and tokens:
-            place = f"run {self._ctx.run_id!r}, outside of its steps,"
-            problem = self._ctx.note_unpriced(_OUTSIDE, place, usage.model)
-            if problem is not None:
-                raise problem
-
-    def _store(self) -> None:
-        note_usage(self._ctx)
-        with suppress(StoreError):  # The next step meets it too.
-            pending = self._ctx.session.flush()
-            if pending is not None:
-                asyncio.ensure_future(pending).add_done_callback(
-                    lambda done: done.cancelled() or done.exception()
-                )
-
-    def check_budget(self) -> None:
-        """Raise BudgetExceeded if what the run has used exceeds its budget. For model calls in no step."""
-        if self._ctx.account.limits:
-            self._ctx.cost_tracker.check_budget(self._ctx.budget, _OUTSIDE)
-
-
 class GuardedRun:
     """One run of a guard. Use it once, as a context manager: ``with`` or ``async with``.
 
@@ -111,7 +66,7 @@ class GuardedRun:
         ends: the run ends; that of the guard itself does not.
         is_continuation: its input is what a framework continues its own checkpoint with, such as an answer;
             under ``resume=True`` it may differ from the input that the run began with.
-        usage: the usage outside of steps.
+        fatal: what has stopped the run in a tool; the framework would tell the model of it and continue.
     """
 
     def __init__(self, guard: Guard, ctx: ReliabilityContext, input: Any = None, *, ends: bool) -> None:
@@ -120,9 +75,9 @@ class GuardedRun:
         self.ends = ends
         self.ended = False
         self.is_continuation = False
-        self.usage = _OutsideUsage(ctx)
-        #: What has stopped the run in a tool, where the framework would tell the model of it and continue.
         self.fatal: Exception | None = None
+        #: On which usage outside of steps is stored at once. None: the end of the run stores it.
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._result: ExecutionResult | None = None
         #: The exceptions and stops of calls that are inside no other one.
         self.halts: Halts = []
@@ -171,12 +126,46 @@ class GuardedRun:
         if known is None or known.failure.exception is not halt.failure.exception:
             self._stopping = halt
 
+    def raise_fatal(self) -> None:
+        """Raise what a tool has noted as ``fatal``, once."""
+        fatal, self.fatal = self.fatal, None
+        if fatal is not None:
+            raise fatal
+
+    # ------------------------------------------------------------------ usage outside of steps
+
     def report_usage(self, usage: Usage) -> None:
         """Count tokens that were used in this run and in no step: against its budget, and in its totals.
 
-        Raises UsageError for a model without a known price where a cost limit could not count it.
+        They are stored for a resume. Safe to call from any thread. Raises UsageError for tokens without a
+        known price where a cost limit could not count them.
         """
-        self.usage.report(usage)
+        ctx, cost = self.ctx, cost_of(as_report(usage))
+        tokens = usage.input_tokens + usage.output_tokens
+        with self._lock:
+            ctx.cost_tracker.add(_OUTSIDE, tokens, usage.output_tokens, cost or 0.0, 0, usage.model)
+        if self._loop is not None:
+            with suppress(RuntimeError):  # The loop was closed under it.
+                self._loop.call_soon_threadsafe(self._store_usage)
+        if cost is None and tokens:
+            place = f"run {ctx.run_id!r}, outside of its steps,"
+            problem = ctx.note_unpriced(_OUTSIDE, place, usage.model)
+            if problem is not None:
+                raise problem
+
+    def _store_usage(self) -> None:
+        note_usage(self.ctx)
+        with suppress(StoreError):  # The next step meets it too.
+            pending = self.ctx.session.flush()
+            if pending is not None:
+                asyncio.ensure_future(pending).add_done_callback(
+                    lambda done: done.cancelled() or done.exception()
+                )
+
+    def check_budget(self) -> None:
+        """Raise BudgetExceeded if what the run has used exceeds its budget. For model calls in no step."""
+        if self.ctx.account.limits:
+            self.ctx.cost_tracker.check_budget(self.ctx.budget, _OUTSIDE)
 
     # ------------------------------------------------------------------ cancellation
 
@@ -271,7 +260,7 @@ class GuardedRun:
         )
         await open_run(ctx, initial, ends=self.ends, any_input=self.is_continuation)
         if self.guard.runner is not None:  # Otherwise the owner of the context handles cancellation.
-            self.usage.loop = loop = asyncio.get_running_loop()
+            self._loop = loop = asyncio.get_running_loop()
             ctx.session.on_control = partial(self._control, loop)
         if self.ends:
             try:

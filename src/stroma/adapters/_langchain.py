@@ -100,7 +100,7 @@ def _refuse_beyond_budget(asking: RunningNode | GuardedRun) -> None:
     """Check the budget before each model call, as a node may make many before the engine's own check."""
     ctx = asking.ctx
     if isinstance(asking, GuardedRun):
-        asking.usage.check_budget()
+        asking.check_budget()
         return
     if not ctx.account.limits:
         return

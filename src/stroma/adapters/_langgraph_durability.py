@@ -39,7 +39,7 @@ except ImportError:  # Releases of it need a newer LangGraph than they say. With
     ToolNode = ()
 from pydantic import BaseModel, ConfigDict, JsonValue, RootModel, field_validator, model_validator
 
-from stroma.adapters._durable_steps import WorkStep, check_options
+from stroma.adapters._durable_steps import check_options, perform_step, work_node
 from stroma.adapters._langchain import counting, result_of, update
 from stroma.adapters._langgraph_values import Classes, NotStorable, classes_in, decode, encode, messages_in
 from stroma.adapters._state_views import violation
@@ -410,7 +410,7 @@ class _NodeStep:
         self._messages_key = messages_key
         #: Of what the node takes and returns; that of the step is of its records.
         self._contract = contract_for(step_id, (options.get("input"), options.get("output")))
-        self._step = WorkStep(
+        self._node = work_node(
             step_id,
             (_ToolInput if messages_key else _NodeInput, CallOutput),
             role="tool" if messages_key else None,
@@ -436,7 +436,7 @@ class _NodeStep:
             current_input = call_input.model_copy(update={"answers": list(answers)})
             work = functools.partial(self._perform, state, config, current_input.answers)
             look = functools.partial(self._look, call_input, state)
-            output = await self._step.call(_body_flow(), current_input, work, look)
+            output = await perform_step(_body_flow(), self._node, current_input, work, look)
             parts, writes = (decode(sent, self._classes) for sent in (output.parts, output.writes))
             for part in parts:
                 config["configurable"][CONFIG_KEY_RUNTIME].stream_writer(part)

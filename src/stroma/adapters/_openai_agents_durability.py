@@ -38,7 +38,7 @@ from agents import (
 )
 from agents.run import get_default_agent_runner, set_default_agent_runner
 
-from stroma.adapters._durable_steps import AgentSteps, ToolOptions, ask_approval, check_options
+from stroma.adapters._durable_steps import ToolOptions, agent_step, ask_approval, check_options
 from stroma.adapters._openai_agents_steps import (
     AgentSession,
     DurableModel,
@@ -70,7 +70,6 @@ class DurableRunner:
         self.tools: dict[str, ToolOptions | Literal[False]] = dict(tools or {})
         for name, options in self.tools.items():
             check_options(f"tool {name!r}", options)
-        self.steps = AgentSteps()
         if type(get_default_agent_runner()) is not _InnerRunner:
             set_default_agent_runner(cast("Any", _InnerRunner(get_default_agent_runner())))
 
@@ -189,7 +188,7 @@ class _DurableRun:
     async def step(self, node_id: str, state: Any, work: Any, options: ToolOptions | None = None) -> Any:
         flow = current_flow()
         assert flow is not None
-        return await self._runner.steps.call(flow, node_id, state, work, options)
+        return await agent_step(flow, node_id, state, work, options)
 
     def options_of(self, tool: str) -> ToolOptions | Literal[False]:
         return self._runner.tools.get(tool, ToolOptions())

@@ -122,7 +122,7 @@ class DurableModel(Proxy):
             model = self._serving()
             note_request(current_node()._own, _input_of(args, kwargs))
             response = await model.get_response(*args, **kwargs)
-            current_node().report_usage(response, model=_name_of(model))
+            current_node().report_usage(response, model=model_name_of(model))
             fields = {one.name: getattr(response, one.name) for one in dataclasses.fields(ModelResponse)}
             return to_jsonable_python({**fields, "output": [_dump(item) for item in response.output]})
 
@@ -144,7 +144,7 @@ class DurableModel(Proxy):
                 _append(events, _dump(event))
                 response = getattr(event, "response", response)
             if response is not None:
-                node.report_usage(response, model=_name_of(response) or _name_of(model))
+                node.report_usage(response, model=model_name_of(response) or model_name_of(model))
             return events
 
         for event in _Events.construct(events=await self._step(args, kwargs, work)).events:
@@ -164,7 +164,8 @@ class DurableModel(Proxy):
         return self._wrapped if fallback is None else self._run.provider.get_model(fallback)
 
 
-def _name_of(model: Any) -> str | None:
+def model_name_of(model: Any) -> str | None:
+    """Return the name of a model, or of the one that gave a response."""
     name = getattr(model, "model", None)
     return name if isinstance(name, str) and name else None
 

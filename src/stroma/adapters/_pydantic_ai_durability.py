@@ -50,11 +50,11 @@ from pydantic_ai.tools import DeferredToolResults, ToolApproved, ToolDenied
 from pydantic_core import to_jsonable_python
 
 from stroma.adapters._durable_steps import (
-    AgentSteps,
     ModelCall,
     OtherCall,
     ToolCall,
     ToolOptions,
+    agent_step,
     ask_approval,
     check_options,
     is_in_step,
@@ -193,7 +193,6 @@ class _Backend(DurableOperationBackend[ToolOptions]):
 
     def __init__(self, agent: str) -> None:
         self.agent = agent
-        self.steps = AgentSteps()
 
     def bind(self, operation: DurableOperation[Any, Any, Any]) -> Any:
         return _Step(operation, self)
@@ -242,7 +241,7 @@ class _Step:
             with durable_unit_scope():
                 return operation.result_codec.dump(await operation.handler(params))
 
-        result = await self._backend.steps.call(
+        result = await agent_step(
             flow,
             f"{self._backend.agent}.{_name_of(operation.operation_id, params)}",
             _input_of(operation.operation_id, params),

@@ -75,10 +75,7 @@ class _Shared:
         self.raise_fatal()
 
     def raise_fatal(self) -> None:
-        run = self.guard.current
-        fatal, run.fatal = run.fatal, None
-        if fatal is not None:
-            raise fatal
+        self.guard.current.raise_fatal()
 
 
 def _shared_above() -> _Shared | None:

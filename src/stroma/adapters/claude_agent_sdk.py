@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
@@ -38,14 +39,12 @@ from stroma.adapters._state_views import parse_text
 from stroma.adapters._step import Control, emit_text
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.cost.usage import Usage, usage_from
-from stroma.engine.execution import CURRENT, current_run
+from stroma.engine.execution import CURRENT
 
 warn_if_untested("claude-agent-sdk")
 
 __all__ = ["guarded_query", "guarded_tools"]
 
-#: What stopped a run inside a tool, by the run: the SDK tells the model of it, and would continue.
-_FATAL: dict[str, BaseException] = {}
 #: HTTP statuses of the errors of an answer.
 _STATUS: Final = {
     "authentication_failed": 401,
@@ -77,7 +76,7 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Message]]:
         "usage_includes_calls": False,
         "role": "agent",
     }
-    step: Any = guard.wrap("query", _messages, **about)
+    step: Any = guard.wrap("query", functools.partial(_messages, guard), **about)
 
     def run(**options: Any) -> AsyncIterator[Message]:
         return guard.aover(lambda: step(**options), _input_view((), options))
@@ -102,7 +101,7 @@ def guarded_tools(
             judge=_judge,
             role="tool",
         )
-        guarded.append(dataclasses.replace(tool, handler=_noting(step)))
+        guarded.append(dataclasses.replace(tool, handler=_noting(step, guard)))
     return guarded
 
 
@@ -111,53 +110,45 @@ def _judge(answer: Any) -> Control | None:
     return Control("passed", _text_of(answer)) if is_error else None
 
 
-def _noting(step: Any) -> Any:
+def _noting(step: Any, guard: Guard) -> Any:
     async def handler(arguments: Any) -> Any:
         try:
             return await step(arguments)
         except Exception as error:
-            run = current_run()
-            if run is not None and what_stopped(error) is not None:
-                _FATAL[run.run_id] = error
+            if what_stopped(error) is not None:  # The SDK tells the model of it, and would continue.
+                guard.current.fatal = error
             raise
 
     return handler
 
 
-async def _messages(*, options: Any = None, **kwargs: Any) -> Any:
-    run = current_run()
-    assert run is not None
-    limit = run.budget.max_cost_usd
+async def _messages(guard: Guard, *, options: Any = None, **kwargs: Any) -> Any:
+    run = guard.current
+    limit = run.ctx.budget.max_cost_usd
     if limit is not None and "max_budget_usd" in {
         field.name for field in dataclasses.fields(ClaudeAgentOptions)
     }:
         options = options or ClaudeAgentOptions()
-        left = max(0.0, limit - run.cost_tracker.used("cost"))
+        left = max(0.0, limit - run.ctx.cost_tracker.used("cost"))
         limit = options.max_budget_usd
         options = dataclasses.replace(options, max_budget_usd=left if limit is None else min(left, limit))
     messages: list[Any] = []
     try:
         async for message in query(options=options, **kwargs):
-            _raise_fatal(run.run_id)
+            run.raise_fatal()
             messages.append(message)
             yield message
-        _raise_fatal(run.run_id)
+        run.raise_fatal()
     except Exception as error:
         _note_status(error, messages)
         raise
     finally:
-        _FATAL.pop(run.run_id, None)
+        run.fatal = None
     end = _whole_of(messages)["end"]
     if end is not None and end.is_error:
         failed = _error_of(end)
         _note_status(failed, messages)
         raise failed
-
-
-def _raise_fatal(run_id: str) -> None:
-    fatal = _FATAL.pop(run_id, None)
-    if fatal is not None:
-        raise fatal
 
 
 def _error_of(end: Any) -> Exception:
@@ -202,14 +193,14 @@ def _count_results(receive: Any) -> Any:
                 emit_text(node, text)
             run = active_run() if node is None else None
             if run is not None:
-                _raise_fatal(run.ctx.run_id)
+                run.raise_fatal()
             messages.append(message)
             if isinstance(message, ResultMessage):
                 used = _since_last_result(self, message, _used_by(_whole_of(messages)))
                 messages.clear()
                 if run is not None and used is not None:
                     run.report_usage(used)
-                    run.usage.check_budget()
+                    run.check_budget()
             yield message
 
     return receive_messages

@@ -267,7 +267,7 @@ async def _live_events(parts: Callable[..., Any], guard: Guard, kwargs: dict[str
             used = None if event.partial else _usage_of(event, getattr(event, "model_version", None))
             if used is not None:
                 run.report_usage(used)
-            run.usage.check_budget()
+            run.check_budget()
             yield event
 
 

@@ -33,7 +33,7 @@ try:
     from agents.run_internal import run_loop
     from agents.tool import maybe_invoke_function_tool_failure_error_function
 
-    from stroma.adapters._openai_agents_steps import Proxy, reached_agents
+    from stroma.adapters._openai_agents_steps import Proxy, model_name_of, reached_agents
 except ImportError as error:
     raise import_error("openai-agents", error) from error
 
@@ -244,8 +244,7 @@ def _request(model: Any, **options: Any) -> GuardedStep:
     def used(response: Any) -> Usage | None:
         if getattr(response, "usage", None) is None:
             return None
-        name = getattr(response, "model", None) or getattr(model, "model", None)
-        return usage_from(response.usage, model=name if isinstance(name, str) else None)
+        return usage_from(response.usage, model=model_name_of(response) or model_name_of(model))
 
     return GuardedStep(
         "model",
@@ -426,9 +425,8 @@ def _with_counted_events(bare: Callable[..., Any]) -> Callable[..., Any]:
         await bare(self, event)
         run = active_run()
         if run is not None and event.type == "usage":
-            name = getattr(self.model, "model", None)
-            run.report_usage(usage_from(event.usage, model=name if isinstance(name, str) else None))
-            run.usage.check_budget()
+            run.report_usage(usage_from(event.usage, model=model_name_of(self.model)))
+            run.check_budget()
 
     return on_event
 

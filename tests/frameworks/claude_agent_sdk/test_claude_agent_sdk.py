@@ -319,7 +319,6 @@ def test_an_error_result_is_a_failure_of_the_query(
 
 def test_a_broken_contract_of_the_last_tool_is_raised_at_the_end() -> None:
     """A program that is silent after the tool ends the query with the violation, and nothing is left."""
-    from stroma.adapters import claude_agent_sdk as adapter
 
     class Silent(Script):
         async def _play(self) -> None:
@@ -332,7 +331,8 @@ def test_a_broken_contract_of_the_last_tool_is_raised_at_the_end() -> None:
     with pytest.raises(ContractViolation):
         ask(Silent(("weather", {"city": "Oslo"})), guard, contracts={"weather": (City, Cold)})
     assert result_of(guard).status is RunStatus.FAILED
-    assert not adapter._FATAL
+    assert guard.last is not None
+    assert guard.last.fatal is None
 
 
 async def _converse(guard: Guard, script: Script, turns: int = 1) -> None:
