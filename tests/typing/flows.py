@@ -64,6 +64,11 @@ async def contextual(ticket: Ticket, ctx: dict[str, Any]) -> Label:
     return Label(topic=ticket.text)
 
 
+@runner.node
+def plain_contextual(ticket: Ticket, ctx: dict[str, Any]) -> Label:
+    return Label(topic=ticket.text)
+
+
 @stroma_flow("inner")
 async def inner(flow: Flow, ticket: Ticket) -> Label:
     return await flow.step(label, ticket)
@@ -74,6 +79,8 @@ async def triage(flow: Flow, ticket: Ticket) -> Reply:
     assert_type(await flow.step(label, ticket), Label)
     assert_type(await flow.step(plain, ticket), Label)
     assert_type(await flow.step(contextual, ticket), Label)
+    assert_type(await flow.step(plain_contextual, ticket), Label)
+    assert_type(await flow.map(plain_contextual, [ticket]), list[Label])
     one, two = await asyncio.gather(flow.step(label, ticket), flow.step(plain, ticket))
     assert_type(one, Label)
     assert_type(two, Label)

@@ -35,6 +35,7 @@ StepNode: TypeAlias = (
     | LooseContextNode[In, Any, Out, Any]
     | MeteredNode[In, Out]
     | Callable[[In], Out]
+    | Callable[[In, Any], Out]
 )
 
 
