@@ -302,9 +302,33 @@ async def a_to_a(state: A) -> A:
     return state
 
 
+class Methods:
+    """Nodes in a class: a decorator there gets the function, which takes ``self`` first."""
+
+    def of_an_object(self, state: A) -> A:
+        return state
+
+    @classmethod
+    def of_the_class(cls, state: A) -> A:
+        return state
+
+
+@pytest.mark.parametrize("method", [Methods().of_an_object, Methods.of_the_class])
+async def test_a_bound_method_is_a_node(method: Any) -> None:
+    """A bound method is a node with the contract of its annotations, like a function."""
+    runner = StromaRunner.quick()
+    result = await runner.run([runner.node(method)], A(n=1))
+    assert result.output == A(n=1)
+
+
 @pytest.mark.parametrize(
     ("func", "says"),
     [
+        (
+            Methods.of_an_object,
+            r"'of_an_object' is marked inside its class; mark a bound method, as in runner.node",
+        ),
+        (staticmethod(a_to_a), "node 'a_to_a' is a staticmethod; put @staticmethod above the decorator"),
         (lambda state: state, "has no name; pass an id to the decorator"),
         (functools.partial(a_to_a), "has no name; pass an id to the decorator"),
         (returns_nothing, "node 'returns_nothing' has no output model; annotate the return value with one"),
@@ -316,7 +340,7 @@ async def a_to_a(state: A) -> A:
         (takes_text, "'takes_text' is annotated with str as input, which is not a pydantic model"),
         (returns_list, r"annotated with list\[.*B\] as output, which is not a pydantic model"),
     ],
-    ids=["lambda", "partial", "none", "maybe", "union", "text", "list"],
+    ids=["method", "staticmethod", "lambda", "partial", "none", "maybe", "union", "text", "list"],
 )
 def test_a_node_without_models(func: Any, says: str) -> None:
     """A function whose annotations name no model of input or output is refused with the parameter to pass."""

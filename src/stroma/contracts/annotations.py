@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import types
 import typing
 from collections.abc import Callable
@@ -40,6 +41,10 @@ def infer_contract(
         parameters = list(inspect.signature(bare).parameters)
     except (TypeError, ValueError):  # A builtin has no signature.
         parameters = []
+    if models[0] is None and parameters[:1] in (["self"], ["cls"]):
+        raise TypeError(
+            f"{name} is marked inside its class; mark a bound method, as in runner.{kind}(obj.method)"
+        )
     taken = annotation_of(bare, parameters[position], scope) if len(parameters) > position else Any
     contract: NodeContract[Any, Any] = NodeContract(
         node_id=node_id,
@@ -130,7 +135,11 @@ def _namespaces_of(
     if not outer:
         return names, {}
     if scope is None or scope.f_globals is not names or _inside(scope) != outer:
-        return {}, {}
+        if "<locals>" in outer:
+            return {}, {}
+        # The method of a class that exists: a name that the class has too may be either.
+        in_class = vars(operator.attrgetter(outer)(types.SimpleNamespace(**names)))
+        return {name: names[name] for name in names.keys() - in_class}, {}
     local = dict(scope.f_locals)
     # Further out there are functions whose names this frame does not show.
     is_deep = outer.count("<locals>") > outer.endswith("<locals>")

@@ -355,6 +355,10 @@ def mark_annotated(
 ) -> Any:
     """Mark a function as a node with the contract of its annotations; see :func:`infer_contract`."""
     node_id = name_of(func) if node_id is None else node_id
+    if isinstance(func, staticmethod):  # Its class has the function inside, without the mark.
+        raise TypeError(
+            f"node {node_id!r} is a staticmethod; put @staticmethod above the decorator of the node"
+        )
     return mark(func, node_id, infer_contract("node", node_id, func, models, scope, **options))
 
 
