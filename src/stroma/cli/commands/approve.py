@@ -51,6 +51,7 @@ from stroma.runner.stored_runs import match_answer
     is_flag=True,
     help='Print one JSON object, schema "stroma.approve/1"; with --resume "stroma.run/1".',
 )
+@click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr.")
 @db_option
 def approve(
     run_: str,
@@ -61,6 +62,7 @@ def approve(
     question: str | None,
     resume: bool,
     as_json: bool,
+    quiet: bool,
     db: str | None,
 ) -> int:
     """Answer a suspended run.
@@ -92,8 +94,13 @@ def approve(
     is_plain_code = any(attempt.identity for attempt in attempts)
     pipeline = loaded.to_pipeline() if resume or not is_plain_code else None
     if pipeline is not None:
-        compare_names(record, pipeline, quiet=as_json or resume)
-    answer, model = _parse_answer(database, record, one, loaded.module, request)
+        compare_names(record, pipeline, quiet=as_json or resume or quiet)
+    try:
+        answer, model = _parse_answer(database, record, one, loaded.module, request)
+    except Problem:
+        if one.payload is None:
+            raise
+        raise _other_answer(database, record, one) from None
     if one.payload is not None and not _is_same(questions, record, one, (answer, model)):
         raise _other_answer(database, record, one)
     runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
@@ -105,12 +112,14 @@ def approve(
             raise
         raise _other_answer(database, record, now) from error  # Somebody was faster.
     if resume and pipeline is not None:
-        err.line(f"{node_text(one)} is answered{'' if one.payload is None else ' so already'}")
-        run_options = RunOptions(as_json=as_json)
+        if not quiet:
+            err.line(f"{node_text(one)} is answered{'' if one.payload is None else ' so already'}")
+        run_options = RunOptions(as_json=as_json, quiet=quiet)
         return resume_run(ResumedRun(Database.from_option(db), record, pipeline, target), run_options)
     remaining = unanswered([other for other in questions if other.id != one.id])
     resumable = None if pipeline is None else target
-    _report(database, record, resumable, one, remaining, as_json)
+    if as_json or not quiet:
+        _report(database, record, resumable, one, remaining, as_json)
     return Code.OK
 
 
