@@ -41,5 +41,7 @@ def test_the_state_of_a_budget(spent, golden, inside, fails) -> None:
     """A person sees what was spent, what is left and until when; a program sees the same as JSON."""
     golden("budget", "budget team-a --db runs.db", "budget team-a --db runs.db --json")
     fails(inside("budget", "team-b", "--db", "runs.db"), 4, "no run has spent from a shared budget 'team-b'")
+    run = inside("budget", "second", "--db", "runs.db")
+    fails(run, 4, "a run has this id; what it spent: stroma show second --db runs.db")
     fails(inside("budget", "", "--db", "runs.db"), 2)
     fails(inside("budget", "team-a", "--db", "none.db"), 4, "store none.db does not exist")

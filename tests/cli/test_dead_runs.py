@@ -59,3 +59,31 @@ def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
     listed = stroma("show", "x").err
     assert "x1  sums  INTERRUPTED" in listed, listed
     assert "x2  sums  COMPLETED" in listed, listed
+
+
+def test_where_a_failed_run_failed(stroma, inside):
+    """show names the line of the user's code where the attempt that stopped a run failed, with its source."""
+    stroma.file(
+        "prices.py",
+        """
+        from stroma import Flow, stroma_flow
+        from sums import *
+        @stroma_node
+        async def price(state: Count) -> Count:
+            return {}["pens"]
+        @stroma_flow
+        async def buys(flow: Flow, state: Count) -> Count:
+            return await flow.step(price, state)
+        """,
+    )
+    assert inside("run", "prices.py:buys", GOOD, "--run-id", "x", "-q", "--db", "runs.db").code == 1
+    shown = inside("show", "x", "--db", "runs.db").out
+    assert re.search(
+        r'error     KeyError: .*\n +File ".*prices.py", line \d, in price\n +return \{\}\["pens"\]\n', shown
+    )
+    planned = inside("resume", "x", "--dry-run", "--db", "runs.db")
+    assert "calls   price, and what follows" in planned.out
+    assert inside("resume", "x", "--db", "runs.db").code == 0
+    assert (
+        "calls   not known without FILE.py:NAME" in inside("resume", "x", "--dry-run", "--db", "runs.db").out
+    )

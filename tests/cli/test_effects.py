@@ -231,7 +231,7 @@ def test_a_call_in_flight_is_shown(shop, inside, paying, target):
     gone = "its process is gone, and nobody knows if it happened until the run is resumed"
     assert re.fullmatch(rf"{call}; {gone} and reconcile or a person states it", shown["unknown"])
     assert re.match(rf"{place} is gone; last record", shown["owner"])
-    assert shown["deaths"] == "a process died under the run 1 time"
+    assert shown["deaths"] == "its process died 1 time"
     done = inside("export", "p", "--format", "html", "--db", "p.db")
     assert f"<b>deaths</b> {shown['deaths']}<" in done.out
     assert json.loads(inside("export", "p", "--db", "p.db").out)["deaths"] == 1
@@ -240,7 +240,7 @@ def test_a_call_in_flight_is_shown(shop, inside, paying, target):
     shown = facts(inside)
     assert re.fullmatch(rf"pay \(at {at}\): call 1 happened, as reconcile stated", shown["stated"])
     assert "unknown" not in shown
-    assert shown["deaths"] == "a process died under the run 1 time"
+    assert shown["deaths"] == "its process died 1 time"
     data = json.loads(inside("show", "p", "--json", "--db", "p.db").out)
     assert data["deaths"] == 1
     assert [one["state"] for one in data["effects"]] == ["happened"]

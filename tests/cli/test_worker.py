@@ -34,6 +34,8 @@ FLOW = """
 
     @stroma_node("add", NodeContract(node_id="add", input_schema=Num, output_schema=Num))
     async def add(state: Num) -> Num:
+        if state.n < 0:
+            raise PermissionError("less than nothing")
         called(f"add-{state.n}")
         while state.n == 10 and not pathlib.Path("go").exists():
             await asyncio.sleep(0.02)
@@ -95,6 +97,8 @@ def test_a_worker_process(shell: Any) -> None:
         wait_for(worker, "run a: RESUMED")
         assert shell("submit", TARGETS[0], "{}", "--run-id", "asks", "--db", "x.db").code == 0
         wait_for(worker, "run asks: SUSPENDED, waiting for an answer: Go on?")
+        assert shell("submit", TARGETS[0], '{"n": -1}', "--run-id", "less", "--db", "x.db").code == 0
+        wait_for(worker, "run less: PARTIAL, add: AMBIGUOUS: PermissionError: less than nothing")
         # A run in progress ends after its step; the worker starts nothing more.
         _suspend(shell, TARGETS[1], '{"n": 10}', "held")
         while "add-10" not in shell.calls():
@@ -106,7 +110,7 @@ def test_a_worker_process(shell: Any) -> None:
         (shell.home / "go").touch()
         _, err = worker.communicate(timeout=30)
         assert worker.returncode == 0, err
-        assert re.search(r"worker drained: after SIGTERM; in \S+ s: 3 RESUMED, 1 SUSPENDED\b", err)
+        assert re.search(r"worker drained: after SIGTERM; in \S+ s: 1 PARTIAL, 3 RESUMED, 1 SUSPENDED\b", err)
         assert "Traceback" not in err
     finally:
         worker.kill()

@@ -197,9 +197,9 @@ def test_an_answer_by_fields(store: SQLiteStore, serve: Any) -> None:
     assert b"<b>kept</b>" in question.payload
     page = site.get("/run", id="x").text
     assert re.search(r"<b>Answered</b> asks: Is it right\? \{[^<]*&lt;b&gt;kept&lt;/b&gt;", page)
-    assert "due for a worker, was waiting for an answer: Is it right?" in page
+    assert "<b>Due</b> for a worker; no longer waiting for an answer: Is it right?" in page
     for path in ("/", "/overview"):
-        assert "due for a worker, was waiting for an answer: Is it right?" in site.get(path).text
+        assert "due for a worker; no longer waiting for an answer: Is it right?" in site.get(path).text
     site = serve(store, redact=lambda state: {**state, "note": "hidden"} if "note" in state else state)
     assert "kept" not in site.get("/run", id="x").text
 

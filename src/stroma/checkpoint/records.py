@@ -156,7 +156,7 @@ class RunRecord:
         if self.status != "SUSPENDED":
             return None
         text = describe_wait(self.error or "")
-        return f"due for a worker, was {text}" if self.is_due_at_once else text
+        return f"due for a worker; no longer {text}" if self.is_due_at_once else text
 
     @property
     def is_due_at_once(self) -> bool:

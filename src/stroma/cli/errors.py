@@ -86,6 +86,12 @@ def describe_error(error: BaseException) -> str:
     return clean(typed(kind_of(error), message_of(error)), 600)
 
 
+def frame_lines(file: str, line: int, name: str, source: str) -> list[str]:
+    """Return the place of a frame in the form of Python, and its line of source if that is known."""
+    place = f'File "{clean(file)}", line {line}, in {clean(name)}'
+    return [place, *([f"  {clean(source)}"] if source else [])]
+
+
 def last_frame(error: BaseException, *, of_any: bool = True) -> list[str]:
     """Return the last frame of user code in a traceback, in the form of Python.
 
@@ -98,6 +104,5 @@ def last_frame(error: BaseException, *, of_any: bool = True) -> list[str]:
 
     own, others = frames_of(error)
     for frame in (own or (others if of_any else []))[-1:]:
-        place = f'File "{frame.filename}", line {frame.lineno}, in {frame.name}'
-        return [place, *([f"  {clean(frame.line)}"] if frame.line else [])]
+        return frame_lines(frame.filename, frame.lineno or 0, frame.name, frame.line or "")
     return []

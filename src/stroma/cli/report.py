@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma._utils.secrets import Secrets
-from stroma._utils.text import clean, format_duration, format_usage, pluralize
+from stroma._utils.text import clean, format_amount, format_duration, format_usage, pluralize
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history import answer_type, node_text, unanswered
 from stroma.checkpoint.records import describe_wait
@@ -290,7 +290,7 @@ class RunReport:
             if exceeded.dimension == "tokens":
                 options = ("--budget-tokens", f"{room:.0f}")
             elif exceeded.dimension == "cost":
-                options = ("--budget-usd", f"{room:.6g}")
+                options = ("--budget-usd", format_amount(float(f"{room:.6g}"), "USD").removeprefix("$"))
         return command("resume", id_word(self.result.run_id), self.target, options=options)
 
 

@@ -12,12 +12,12 @@ from stroma.checkpoint.decisions import COMPLETE
 from stroma.checkpoint.entries import Intent, is_of_pipeline
 from stroma.checkpoint.history import History, place_of, status_of
 from stroma.checkpoint.identity import child_indexes, is_called, with_outer
-from stroma.checkpoint.records import AttemptRecord, RunRecord
+from stroma.checkpoint.records import FAILED, AttemptRecord, RunRecord
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import stored_input
 from stroma.cli.output import emit, err, out
-from stroma.cli.stores import Database
+from stroma.cli.stores import TARGET, Database
 from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node, find_node
@@ -116,7 +116,7 @@ def print_plan(
     if start_at is not None and pipeline is not None:
         before = [find_node(node).node_id for node in pipeline.nodes].index(start_at)
     restored = _restored(attempts, before)
-    called = _called_nodes(attempts, restored, pipeline)
+    called = _called_nodes(record, attempts, restored, pipeline)
     changes: list[Incompatibility] = []
     effects = database.reader.facts_of(record.run_id).effects
     unknown = [] if record.holder else [(at, call) for at, call in effects.items() if call.is_unknown]
@@ -151,7 +151,8 @@ def print_plan(
     for _, call in unknown if not changes else ():
         text = f"settles effect {clean(call.node_id, 60)!r} first: nobody knows if call {call.number}"
         out.line(f"{text} happened; its reconcile or a person states it")
-    _print_plan(restored, called, changes, is_complete=pipeline is not None)
+    is_complete = pipeline is not None or record.status in COMPLETE
+    _print_plan(restored, called, changes, is_complete=is_complete)
     if record.holder is not None:
         err.line(
             ("busy: ", "yellow"),
@@ -190,8 +191,10 @@ def _print_plan(
     tokens, cost, seconds = _savings(restored)
     _print_nodes(restored)
     out.line(f"saves   {format_duration(seconds)}, {format_usage(tokens, cost)} that are not spent again")
-    what = ", ".join(clean(node_id, 60) for node_id in called[:50]) or "nothing: every node has its output"
-    if called and not is_complete:
+    what = ", ".join(clean(node_id, 60) for node_id in called[:50])
+    if not what:
+        what = "nothing: every node has its output" if is_complete else f"not known without {TARGET}"
+    elif not is_complete:
         what = f"{what}, and what follows"
     out.line(f"calls   {what}")
     for line in _change_lines(changes):
@@ -220,13 +223,18 @@ def _restored(attempts: list[AttemptRecord], before: int | None) -> list[Attempt
 
 
 def _called_nodes(
-    attempts: list[AttemptRecord], restored: list[AttemptRecord], pipeline: Pipeline | None
+    record: RunRecord,
+    attempts: list[AttemptRecord],
+    restored: list[AttemptRecord],
+    pipeline: Pipeline | None,
 ) -> list[str]:
     done = {one.position for one in restored if not one.branch}
     if pipeline is not None:
         nodes = [find_node(node).node_id for node in pipeline.nodes]
         return [node_id for position, node_id in enumerate(nodes) if position not in done]
     tried = {one.position: one.node_id for one in attempts if not one.branch}
+    if record.cause is not None and record.status in FAILED:  # In a flow, which has no attempts of its own.
+        tried.setdefault(record.cause.position, record.cause.node_id)
     return [node_id for position, node_id in sorted(tried.items()) if position not in done]
 
 

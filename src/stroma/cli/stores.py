@@ -283,11 +283,10 @@ class Database:
         except ValueError as error:  # Not a valid name.
             raise Problem(str(error)) from None
         if state is None:
-            raise Problem(
-                f"{missing} {clean(name, 100)!r} in {self.name}",
-                "check its name, and pass the store that it uses: --db",
-                code=Code.NOT_FOUND,
-            )
+            fix = "check its name, and pass the store that it uses: --db"
+            if not self.is_empty and self.get_run(name) is not None:
+                fix = f"a run has this id; what it spent: {self.hint('show', id_word(name))}"
+            raise Problem(f"{missing} {clean(name, 100)!r} in {self.name}", fix, code=Code.NOT_FOUND)
         return state
 
     def find(self, run: str, *, to_change: bool = False) -> RunRecord:

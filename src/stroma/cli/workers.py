@@ -165,7 +165,7 @@ class LocalWorker:
         status = str(outcome.status)
         self._outcomes[status] += 1
         if not self.quiet:
-            timed_line("run ", clean(run_id), f": {status}{_describe_suspension(outcome)}")
+            timed_line("run ", clean(run_id), f": {status}{_describe_stop(outcome)}")
 
     async def _report_status(self, ready: str, started: float) -> None:
         await self._health.started.wait()
@@ -263,8 +263,10 @@ class TemporalWorker:
         return f"{names} on {self.cluster.name}, in {self.database.name}, {runs} at once"
 
 
-def _describe_suspension(result: ExecutionResult) -> str:
-    """Return the reasons of a suspended run after a comma; "" for any other run."""
+def _describe_stop(result: ExecutionResult) -> str:
+    """Return the failure of a run, or the reasons of a suspended one, after a comma; else ""."""
+    if (failure := result.failure) is not None and not result.suspended:
+        return f", {clean(f'{failure.node_id}: {failure.reason or failure.failure_class}: {failure}', 300)}"
     questions = {one.reason for one in result.questions}
     reasons = [describe_wait(one) for one in result.suspended if one not in questions]
     reasons += [

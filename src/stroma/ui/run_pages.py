@@ -12,7 +12,6 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from stroma.checkpoint.entries import Waiting
-from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.history import (
     FAILED,
     FINISHED,
@@ -26,7 +25,6 @@ from stroma.checkpoint.history import (
 )
 from stroma.checkpoint.queue import QUEUED, ServedCode
 from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord
-from stroma.failures.tracebacks import FailureSite
 from stroma.trace.html import cause, document, rejected_output
 from stroma.trace.outline import shown_place
 from stroma.trace.story import Story, awaited_topics, fields_named
@@ -261,7 +259,7 @@ class RunPages:
             in_group=bool(this.branch),
             committed=this.output_bytes is not None,
             payload=attempt_address(record, this, "/payload"),
-            failure_site=self._failure_site(record, this),
+            failure_site=self._history.failure_site_of(record.run_id, this),
             fork_key=self._renderer.keys.form("fork", record.run_id)
             if can_fork(self._settings, record, this)
             else "",
@@ -275,16 +273,6 @@ class RunPages:
         if address is None:
             raise HTTPException(404, "no trace of this run is known, or no --trace-url was passed")
         return RedirectResponse(address, 303)
-
-    def _failure_site(self, record: RunRecord, this: AttemptRecord) -> FailureSite | None:
-        """Return where this attempt failed, if it is the latest failure at its position."""
-        if this.failure_class is None:
-            return None
-        try:
-            site = self._store.failure_site_of(record.run_id, this.position, this.branch)
-        except CorruptCheckpoint:  # The rest of the attempt is still shown.
-            return None
-        return site if site is not None and site.started_ns == this.started_ns else None
 
     def _find_attempt(self, request: Request, record: RunRecord) -> tuple[list[AttemptRecord], AttemptRecord]:
         """Return all attempts at a position, and the requested one."""

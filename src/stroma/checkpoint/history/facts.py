@@ -82,7 +82,7 @@ def facts_of(
             f"{clean(facts.owner or 'unknown', 200)}{state}; last record {format_utc(record.updated_ms)}",
         )
     if facts.deaths:
-        yield "deaths", f"a process died under the run {pluralize(facts.deaths, 'time')}"
+        yield "deaths", f"its process died {pluralize(facts.deaths, 'time')}"
     if record.blocked is not None:
         mark = record.blocked
         code = f"code {clean(mark.codes[-1], 120)} could not continue it: " if mark.codes else ""
@@ -103,7 +103,9 @@ def facts_of(
     elif record.wait_text is None:
         if record.error:
             yield "error", clean(record.error, 2000)
-    elif record.is_due_at_once or not unanswered(waiting):
+    elif record.is_due_at_once:
+        yield "due", clean(record.wait_text.removeprefix("due "), 1000)
+    elif not unanswered(waiting):
         yield "waits", clean(record.wait_text, 1000)
     yield from _effects(record, facts.effects, waiting)
 

@@ -42,6 +42,7 @@ from stroma.checkpoint.records import (
     RunRecord,
 )
 from stroma.contracts.schema import has_secrets
+from stroma.failures.tracebacks import FailureSite
 from stroma.trace.events import place_text
 from stroma.trace.redaction import Redact, hide_rejected
 from stroma.trace.rejected import RejectedOutput
@@ -222,6 +223,16 @@ class History:
         except CorruptCheckpoint as error:
             return RejectedOutput(f"[{error}]", True, ())
         return None if rejected is None else hide_rejected(self.redact, rejected)
+
+    def failure_site_of(self, run_id: str, attempt: AttemptRecord) -> FailureSite | None:
+        """Return where an attempt failed, if it is the latest failure at its place and is not damaged."""
+        if attempt.failure_class is None:
+            return None
+        try:
+            site = self.store.failure_site_of(run_id, attempt.position, attempt.branch)
+        except CorruptCheckpoint:  # The rest of the attempt is still shown.
+            return None
+        return site if site is not None and site.started_ns == attempt.started_ns else None
 
     def output_of(self, attempt: AttemptRecord, *, max_bytes: int | None = None) -> Payload:
         """Return the output that an attempt was read with, without its content above ``max_bytes``."""

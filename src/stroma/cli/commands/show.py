@@ -27,10 +27,10 @@ from stroma.checkpoint.history import (
     unanswered,
 )
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import AttemptRecord, RunRecord
+from stroma.checkpoint.records import FAILED, AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import done_text, run_data
-from stroma.cli.errors import Code, Problem
+from stroma.cli.errors import Code, Problem, frame_lines
 from stroma.cli.formatting import format_age, format_local_time, id_word, localize, style_status, to_iso
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
@@ -98,6 +98,7 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
         return _print_states(selected, states, code)
     story = history.outline(record, attempts, waiting)
     _print_head(record, story)
+    _print_site(history, record, attempts)
     for text in _describe_progress(database.reader, record, story, attempts):
         _print_fact("in flight", text)
     if selected or (story.waits and view.as_tree):
@@ -329,6 +330,19 @@ def _print_head(record: RunRecord, story: Story) -> None:
         _print_fact(label, part)
     for label, text in story.facts:
         _print_fact(label, (localize(text), _FACT_STYLES.get(label, "")))
+
+
+def _print_site(history: History, record: RunRecord, attempts: list[AttemptRecord]) -> None:
+    """Print the line of the user's code where the attempt that stopped the run failed."""
+    cause = record.cause
+    if cause is None or record.status not in FAILED:
+        return
+    for one in reversed(attempts):
+        if (one.position, one.branch, one.attempt) == (cause.position, cause.branch, cause.attempt):
+            site = history.failure_site_of(record.run_id, one)
+            for line in frame_lines(*site.own[-1]) if site is not None and site.own else ():
+                out.fitted(" " * 10, line, indent=10)
+            return
 
 
 def _print_next_steps(
