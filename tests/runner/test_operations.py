@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num, SimpleStore, context_of
+from tests.kit import NEVER, THRICE, Num, SimpleStore, context_of, node, same
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -437,6 +437,20 @@ async def test_a_shutdown_lets_the_node_in_flight_finish(store: Any) -> None:
     again = await quick(store).run(work.nodes, Num(), run_id="r", resume=True)
     assert again.final_state == Num(n=3)
     assert work.calls == ["a", "b", "c"]
+
+
+async def test_a_node_that_shuts_down_is_the_last_of_its_run(store: Any) -> None:
+    """A node may call shutdown(), which does not wait for it: its run is INTERRUPTED after it."""
+    runner = quick(store)
+
+    async def leave(state: Num) -> dict[str, int]:
+        await runner.shutdown()
+        return {"n": state.n + 1}
+
+    nodes = [node("leave", leave), node("after", same)]
+    result = await runner.run(nodes, Num(), run_id="r")
+    assert (result.status, result.final_state) == (RunStatus.INTERRUPTED, Num(n=1))
+    assert store.get_run("r").nodes == 1
 
 
 async def test_a_shutdown_does_not_wait_for_ever(store: Any) -> None:

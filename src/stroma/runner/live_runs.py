@@ -102,9 +102,10 @@ class LiveRuns:
         for batch in list(self.batches):
             if batch.loop is loop:
                 batch.drained.set()
-        runs = [run for run in list(self.runs) if run.loop is loop and run.task is not asyncio.current_task()]
         # The ends of runs, not of their tasks: a task may continue after its run.
-        ends = {run: run.drain() for run in runs}
+        ends = {run: run.drain() for run in list(self.runs) if run.loop is loop}
+        # A node that calls this ends before its run does.
+        ends = {run: end for run, end in ends.items() if run.task is not asyncio.current_task()}
         if ends:
             _, late = await asyncio.wait(ends.values(), timeout=drain_seconds)
             for run, end in ends.items():
