@@ -287,11 +287,8 @@ class DatabaseFile:
     def _refuse_orphan(self) -> None:
         """Raise StoreError if the file is empty and its WAL is not: SQLite would delete the WAL."""
         wal = f"{self.path}-wal"
-        if _size(self.path) or _size(wal) <= _WAL_HEADER_BYTES:
-            return
-        # The file is written before its WAL, so no other process is creating this store. But one may have
-        # finished between the two checks, so check again.
-        if not _size(self.path) and _size(wal) > _WAL_HEADER_BYTES:
+        # The WAL first: a process that creates this store writes the file before its WAL.
+        if _size(wal) > _WAL_HEADER_BYTES and not _size(self.path):
             raise permanent_error(
                 f"{self.path} is damaged: it is missing or empty, and {wal} holds commits; restore the file "
                 "from a copy, or delete both to start with an empty store"
