@@ -61,6 +61,12 @@ class Secretive(BaseModel):
     key: SecretStr = SecretStr("hunter2")
 
 
+class Loose(BaseModel):
+    n: int = 0
+    text: str = ""
+    key: Any = SecretStr("hunter2")
+
+
 def large(kind: type[BaseModel], n: int, size: int = 2 * LARGE) -> dict[str, Any]:
     text = f"{n}é\n" + "x" * size
     outputs: dict[type[BaseModel], dict[str, Any]] = {
@@ -69,6 +75,7 @@ def large(kind: type[BaseModel], n: int, size: int = 2 * LARGE) -> dict[str, Any
         Nested: {"inner": {"text": text}, "anything": (1, {"a": b"b"})},
         Aliased: {"Text": text},
         Secretive: {"text": text},
+        Loose: {"text": text},
     }
     return {"n": n, **outputs[kind]}
 
@@ -91,9 +98,10 @@ def open_store(kind: str, where: str, blobs: pathlib.Path, codec: Any = None) ->
     return opened(kind, where, blobs=blobs, blob_bytes=LARGE, codec=codec)
 
 
-@pytest.fixture(params=SHARED)
+@pytest.fixture(params=[*SHARED, "a codec"])
 def store(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[Any]:
-    with place(request.param) as where, open_store(request.param, where, tmp_path / "blobs") as instance:
+    kind, codec = ("sqlite", Xor()) if request.param == "a codec" else (request.param, None)
+    with place(kind) as where, open_store(kind, where, tmp_path / "blobs", codec) as instance:
         yield instance
 
 
@@ -121,7 +129,6 @@ def rows_of(result: Any) -> list[Any]:
     return findings
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Flat, Packed, Nested, Aliased])
 async def test_a_trace_of_references_is_the_trace(kind: type[BaseModel], store: Any) -> None:
     """States that stand in blobs read the same in the trace as those of a run that holds them."""
@@ -139,7 +146,6 @@ async def test_a_trace_of_references_is_the_trace(kind: type[BaseModel], store: 
     assert mine.final_state == theirs.final_state
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Flat, Packed, Nested, Aliased])
 async def test_no_row_of_a_trace_holds_what_stands_in_a_blob(kind: type[BaseModel], store: Any) -> None:
     """Rows hold neither outputs nor inputs, of failed attempts and in groups either."""
@@ -153,6 +159,15 @@ async def test_no_row_of_a_trace_holds_what_stands_in_a_blob(kind: type[BaseMode
         for snapshot in held:
             source = getattr(snapshot, "source", snapshot)
             assert isinstance(source, StoredSnapshot), (row.node_id, snapshot)
+
+
+async def test_a_secret_keeps_no_input_in_memory(tmp_path: pathlib.Path) -> None:
+    """An input with a secret that a codec encrypts is read from its blob, as any other."""
+    with open_store("sqlite", str(tmp_path / "runs.db"), tmp_path / "blobs", Xor()) as store:
+        runner = StromaRunner.quick(store=store, policy_map=ONCE)
+        result = await runner.run(nodes_of(runner, Loose, [1]), Loose(), run_id="r")
+    inputs = [row.input for row in rows_of(result)][1:]
+    assert all(isinstance(getattr(one, "source", one), StoredSnapshot) for one in inputs)
 
 
 @pytest.mark.slow

@@ -29,7 +29,8 @@ from stroma.failures import (
     classify,
     default_policy_map,
 )
-from stroma.failures.failure import diagnose, isinstance_by_type, message_of
+from stroma.failures.errors import RecordedVerdict, RunFailed
+from stroma.failures.failure import diagnose, isinstance_by_type, kind_of, message_of, type_name
 from stroma.failures.policy import Retry, Stop, decide, follow_up, policy_for
 
 RECOVERABLE, TERMINAL, AMBIGUOUS = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
@@ -120,6 +121,13 @@ def test_what_a_providers_error_says() -> None:
     )
     assert diagnose(Provider(401), CONTEXT).failure_class is TERMINAL
     assert diagnose(Provider(401), CONTEXT).retry_after_seconds is None
+
+
+def test_a_failure_of_another_process_is_what_that_process_recorded() -> None:
+    """Type, class, reason and wait are the recorded ones; nothing is read from the exception."""
+    error = RunFailed.recorded("no", "openai.RateLimitError", RecordedVerdict(TERMINAL, "quota", 7.0))
+    assert diagnose(error, CONTEXT) == Failure(error, TERMINAL, "node", 4, "no", "quota", 7.0)
+    assert (type_name(error), kind_of(error)) == ("openai.RateLimitError", "RateLimitError")
 
 
 @pytest.mark.parametrize(

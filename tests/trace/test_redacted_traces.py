@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
-from tests.trace.rows import START, USED, event, failed, failed_event, row, trace
+from tests.trace.rows import START, USED, WHEN, event, failed, failed_event, row, trace
 
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus, TraceEvent
 from stroma.failures import Failure
 from stroma.trace import AttemptUsage
-from stroma.trace.events import Failed
+from stroma.trace.events import Failed, MarkKind, TraceMark
 from stroma.trace.story import Bar, StopCause, Story
 
 
@@ -303,6 +304,21 @@ def test_the_story_of_a_result() -> None:
     assert result(held)._story() == Story(
         "id", "", "PARTIAL", [bar()], 99, 1.25, 1_700_000_000_123, 0.005999999, None, ()
     )
+
+
+def test_the_waits_of_a_story_end_when_they_were_recorded() -> None:
+    """A wait begins its length before its record, at the first attempt at the earliest; others are none."""
+    held = trace(row())
+    waits: tuple[tuple[MarkKind, float], ...]
+    waits = ("slept", 1500.0), ("open", 2500.0), ("received", 60_000.0), ("refused", 1.0)
+    for kind, waited_ms in waits:
+        held.marks.append(TraceMark("flow", 1, 1, "0", kind, "why", waited_ms, WHEN + timedelta(seconds=3)))
+    assert [(one.node_id, one.at, one.outcome, one.took_ms) for one in held._story().waits] == [
+        ("why", "1.0", "slept", 1500.0),
+        ("question: why", "1.0", "open", 2500.0),
+        ("why", "1.0", "received", 60_000.0),
+    ]
+    assert [round(one.began_ms) for one in held._story().waits] == [1500, 500, 0]
 
 
 def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:

@@ -251,18 +251,12 @@ class CostTracker:
 
     def exceeded(self, budget: ExecutionBudget, node_id: str) -> BudgetExceeded | None:
         """Return the BudgetExceeded for the first limit that is crossed, or None."""
-        # Asked twice for each node. Rounding adds less than the billionth that is looked at here, and is not
-        # always needed.
         tokens, cost, latency = budget.max_tokens_total, budget.max_cost_usd, budget.max_latency_ms
         if tokens is not None and self._tokens + self.prior_tokens > tokens:
             return budget_exceeded(budget, "tokens", self.used("tokens"), node_id)
-        if (
-            cost is not None
-            and self._cost + self._cost_carry + self.prior_cost_usd + 1e-9 > cost
-            and (spent := self.used("cost")) > cost
-        ):
+        if cost is not None and (spent := self.used("cost")) > cost:
             return budget_exceeded(budget, "cost", spent, node_id)
-        if latency is not None and self.latency_ns / 1e6 + self.prior_latency_ms > latency:
+        if latency is not None and self.latency_ms > latency:
             return budget_exceeded(budget, "latency", self.latency_ms, node_id)
         return None
 

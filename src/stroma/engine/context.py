@@ -732,9 +732,7 @@ def _hooks_of(ctx: ReliabilityContext) -> Hooks:
     """Return the hooks of a run by event: those of interceptors first, then the sets of the config."""
     config, interceptors = ctx.config, tuple(INTERCEPTORS)
     sets = [one for one in flatten(ctx.hooks) if not one.is_empty()]
-    renews_idle_limits = False
-    if ctx.step_timeouts:
-        renews_idle_limits = any(limits_ms(limit)[1] is not None for limit in ctx.step_timeouts.values())
+    renews_idle_limits = any(limits_ms(limit)[1] is not None for limit in ctx.step_timeouts.values())
     if interceptors:
         sets = [own for one in interceptors if (own := one.begins(ctx)) is not None] + sets
     if not sets and not interceptors and not renews_idle_limits:

@@ -141,7 +141,7 @@ def connect(uri: str) -> sqlite3.Connection:
 
 
 def _code(error: BaseException) -> int:
-    return getattr(error, "sqlite_errorcode", None) or 0
+    return getattr(error, "sqlite_errorcode", 0)
 
 
 def is_fatal(error: BaseException) -> bool:
