@@ -63,12 +63,13 @@ def test_it_works_around_code_that_makes_its_own_event_loop():
 
 
 def test_no_module_of_a_run_goes_by_another_clock():
-    """Whatever the engine, the runner and hooks read the time by is the clock's."""
+    """Whatever the engine, the runner, hooks and guarded calls read the time by is the clock's."""
     found = [
         importlib.import_module(module.name)
         for package in (engine, runner, hooks)
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ]
+    found.append(importlib.import_module("stroma.adapters._guarded_call"))
     real = (time.perf_counter, time.perf_counter_ns, time.monotonic, time.time_ns)
     readers = [
         module for module in found if any(value in real for value in vars(module).values() if callable(value))

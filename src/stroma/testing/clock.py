@@ -15,21 +15,16 @@ from typing import Any, ClassVar, Final, Self
 from stroma.checkpoint.durable import worker as _worker
 from stroma.checkpoint.memory import rows as _memory_rows
 from stroma.checkpoint.sqlite import connection as _sqlite_rows
-from stroma.engine import admission as _admission
-from stroma.engine import attempt as _attempt
-from stroma.engine import context as _context
-from stroma.engine import deadlines as _deadlines
-from stroma.engine import effects as _effects
 from stroma.engine import loop as _engine
 from stroma.engine import metering as _usage
-from stroma.engine import outcome as _outcome
 from stroma.engine import tasks
 from stroma.failures import providers as classifiers
-from stroma.hooks import dispatch
 from stroma.limits import breaker, reservations
-from stroma.runner import map as _map
-from stroma.runner.flows import body, calls, driver, journal, suspension
+from stroma.runner import map as _map  # noqa: F401, loaded to be patched
+from stroma.runner.flows import body  # noqa: F401
 
+#: Rooms whose modules read the clock of the process as `from time import ...`.
+_ROOMS: Final = ("stroma.adapters.", "stroma.engine.", "stroma.hooks.", "stroma.runner.")
 #: Tolerance for sums of the same seconds in another order.
 _ROUNDING: Final = 1e-6
 
@@ -106,9 +101,6 @@ class FakeClock:
             self._ticks += 1
             return int(self._monotonic() * 1e9) + self._ticks
 
-    def _perf_counter(self) -> float:
-        return self._monotonic()
-
     def _time_ns(self) -> int:
         return (
             self._start_ns + int(self._passed * 1e9) + self._ticks
@@ -148,15 +140,16 @@ class FakeClock:
         for module in (_memory_rows, classifiers, breaker, reservations):
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
-        of_runs = (_attempt, _deadlines, _effects, _outcome, _admission, _context, _map)
-        for module in (*of_runs, body, calls, journal, suspension):
-            self._patch(module, "perf_counter_ns", self._ns)
-        for module in (_admission, dispatch):
-            self._patch(module, "perf_counter", self._perf_counter)
-        for module in (_map, driver, suspension):
-            self._patch(module, "monotonic", self._monotonic)
-        for module in (_context, suspension):
-            self._patch(module, "time_ns", self._time_ns)
+        clocks: dict[str, Any] = {
+            "monotonic": self._monotonic,
+            "perf_counter": self._monotonic,
+            "perf_counter_ns": self._ns,
+            "time_ns": self._time_ns,
+        }
+        for module in [module for name, module in sys.modules.items() if name.startswith(_ROOMS)]:
+            for name, reading in clocks.items():
+                if vars(module).get(name) is getattr(time, name):
+                    self._patch(module, name, reading)
         self._patch(_engine, "sleep", self._sleep)
         for module in (tasks, _usage):
             self._patch(module, "in_thread", self._watched(module.in_thread))
