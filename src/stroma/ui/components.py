@@ -13,29 +13,17 @@ from markupsafe import Markup
 from stroma._utils.svg import as_xml
 from stroma.trace.outline import tone_of
 
-#: Icon of each status of a run, outcome of an attempt and class of a failure; "dot" for any other word.
+#: Icon of each tone, and of the statuses, outcomes and classes that have one of their own; else "dot".
+_TONE_ICONS: Final = {"good": "check", "bad": "cross", "run": "run", "queued": "queue", "dim": "ban"}
 _ICONS: Final = {
-    "COMPLETED": "check",
-    "RESUMED": "check",
-    "success": "check",
-    "restored": "check",
     "forked": "fork",
-    "FAILED": "cross",
-    "PARTIAL": "cross",
-    "failure": "cross",
-    "collected": "cross",
-    "TERMINAL": "cross",
     "RECOVERABLE": "again",
     "AMBIGUOUS": "ask",
-    "RUNNING": "run",
     "SUSPENDED": "hand",
     "suspended": "hand",
-    "CANCELLED": "ban",
-    "cancelled": "ban",
     "INTERRUPTED": "alert",
     "DAMAGED": "alert",
     "PAUSED": "pause",
-    "QUEUED": "queue",
 }
 _TOP: Final = 16  # pixels
 _BOTTOM: Final = 154
@@ -52,10 +40,9 @@ def icon(name: str) -> Markup:
 @lru_cache(maxsize=256)
 def chip(status: str, word: str | None = None) -> Markup:
     """Return the chip of a status: an icon and a word, in the colour of its tone."""
-    return Markup(
-        f'<span class="chip {tone_of(status)}">{icon(_ICONS.get(status, "dot"))}<b>'
-        f"{as_xml(word or status)}</b></span>"
-    )
+    tone = tone_of(status)
+    image = icon(_ICONS.get(status) or _TONE_ICONS.get(tone, "dot"))
+    return Markup(f'<span class="chip {tone}">{image}<b>{as_xml(word or status)}</b></span>')
 
 
 def meter(value: float, most: float, tone: str = "dim") -> Markup:
