@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import weakref
 from abc import abstractmethod
@@ -30,8 +31,8 @@ _IDLE_SECONDS: Final = 10.0  # The thread ends so long after the last run.
 class LeaseRenewer:
     """Renews the leases of the runs of this process in a thread, so that a blocked event loop loses none.
 
-    It also looks for requests. A stopped process renews nothing, and leases of collected sessions are not
-    renewed.
+    It also looks for requests, and calls the listeners of the store. A stopped process renews nothing, and
+    leases of collected sessions are not renewed.
 
     Args:
         store: the DurableStore.
@@ -42,6 +43,8 @@ class LeaseRenewer:
         self._sessions: weakref.WeakSet[DurableSession] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._wake = threading.Event()
+        #: Fences whose leases the store has renewed, for the listeners.
+        self._renewed: queue.SimpleQueue[list[Fence]] = queue.SimpleQueue()
         #: Between two renewals, as the thread waits: a shorter lease wakes it.
         self._seconds = 0.0
         self._running = False
@@ -84,12 +87,30 @@ class LeaseRenewer:
             try:
                 if lease_clock() - renewed >= min(seconds, self._interval()) * 0.9:
                     renewed = lease_clock()
-                    fences = [session.fence for session in sessions]
-                    store.post(partial(_renew, fences), partial(_note_renewed, renewed))
+                    then = partial(self._note_renewed, renewed, has_listeners=bool(store.lease_listeners))
+                    store.post(partial(_renew, [session.fence for session in sessions]), then)
+                self._call_listeners(store, sessions)
                 self._read_requests(store, [session for session in sessions if session.on_control])
             except Exception:  # The thread must survive: it renews all leases of this process.
                 logger.exception("leases could not be renewed; retrying")
             del store, sessions  # The waiting thread must not keep sessions alive.
+
+    def _note_renewed(self, asked_at: float, fences: list[Fence], *, has_listeners: bool) -> None:
+        """Have the listeners called. Called in the thread of the store, which must not wait for them."""
+        for fence in fences:
+            fence.leased_at = asked_at
+        if has_listeners:
+            self._renewed.put(fences)
+            self._wake.set()
+
+    def _call_listeners(self, store: Any, sessions: list[DurableSession]) -> None:
+        run_ids = {id(session.fence): session.run_id for session in sessions}
+        while not self._renewed.empty():
+            for fence in self._renewed.get():
+                run_id = run_ids.get(id(fence))
+                if run_id is not None:
+                    for call in list(store.lease_listeners):
+                        call(run_id)
 
     @staticmethod
     def _read_requests(store: Any, sessions: list[DurableSession]) -> None:
@@ -108,11 +129,6 @@ class LeaseRenewer:
 
 def _renew(fences: list[Fence], rows: Rows) -> list[Fence]:
     return rows.renew(fences)
-
-
-def _note_renewed(asked_at: float, fences: list[Fence]) -> None:
-    for fence in fences:
-        fence.leased_at = asked_at
 
 
 T = TypeVar("T")
@@ -137,6 +153,9 @@ class DurableStore(RunStore):
         #: By generation: a forked child sees its parent's worker here, but does not have its thread.
         self._workers: dict[int, Worker] = {}
         self._lease_renewers: dict[int, LeaseRenewer] = {}
+        #: Called with the id of a run of this process whenever its lease was renewed, in the thread that
+        #: renews leases.
+        self.lease_listeners: list[Callable[[str], None]] = []
 
     @abstractmethod
     def _connect(self) -> Connection:

@@ -6,10 +6,10 @@ import asyncio
 import contextvars
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from temporalio import activity
 
@@ -22,8 +22,6 @@ from stroma.runner.runner import StromaRunner
 
 logger = get_logger()
 
-_BEAT_SECONDS: Final = 1.0
-
 
 class DriveActivity:
     """Drives runs of some pipelines in one worker."""
@@ -32,6 +30,7 @@ class DriveActivity:
         self._runner = runner
         self._pipelines = pipelines
         self._max_seconds = max_seconds  # Slice of a run in one activity.
+        self._pulses: dict[str, list[Pulse]] = {}
 
     @activity.defn(name=DRIVE)
     async def drive(self, run_id: str, pipeline: str, cancels: bool = False) -> dict[str, Any]:
@@ -39,7 +38,7 @@ class DriveActivity:
         try:
             if cancels:
                 await self._runner.cancel(run_id)
-            with heartbeats(lambda: {"status": "RUNNING", **self._runner._live.progress(run_id)}):
+            with self._pulse(run_id):
                 outcome = await self._drive(run_id)
         except CheckpointNotFound as error:
             outcome = Blocked(run_id, f"{error}; do all workers use the same store?")
@@ -86,28 +85,48 @@ class DriveActivity:
             logger.warning("run %r ends at its next step boundary: %s", run_id, why)
             self._runner._live.drain(run_id)
 
+    # ------------------------------------------------------------------ heartbeats
 
-@contextmanager
-def heartbeats(details: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
-    """Send heartbeats of an activity from a thread, so that what blocks the event loop stops none."""
-    context, is_over = contextvars.copy_context(), threading.Event()
-    timeout = activity.info().heartbeat_timeout
-    seconds = _BEAT_SECONDS if timeout is None else min(_BEAT_SECONDS, timeout.total_seconds() / 3)
+    @contextmanager
+    def _pulse(self, run_id: str) -> Iterator[None]:
+        pulse = Pulse()
+        pulses = self._pulses.setdefault(run_id, [])
+        pulses.append(pulse)
+        try:
+            yield
+        finally:
+            pulse.end()
+            pulses.remove(pulse)
+            if not pulses:
+                del self._pulses[run_id]
 
-    def beat() -> None:
-        while not is_over.wait(seconds):
-            try:
-                context.run(asyncio.run, _send({**details()}))
-            except Exception:  # A later one may be sent.
-                logger.exception("a heartbeat could not be sent")
+    def beat(self, run_id: str) -> None:
+        """Send heartbeats: the lease of a run was renewed. Called in the thread that renews leases."""
+        try:
+            details = {"status": "RUNNING", **self._runner._live.progress(run_id)}
+            for pulse in list(self._pulses.get(run_id, ())):
+                pulse.beat(details)
+        except Exception:  # The thread must survive: it renews the leases of this process.
+            logger.exception("a heartbeat of run %r could not be sent", run_id)
 
-    thread = threading.Thread(target=beat, name="stroma-heartbeats", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()  # A heartbeat under way is sent.
+
+class Pulse:
+    """Heartbeats of one activity, sent from another thread, so that a blocked event loop stops none."""
+
+    def __init__(self) -> None:
+        self._context = contextvars.copy_context()
+        self._lock = threading.Lock()
+        self._has_ended = False
+
+    def beat(self, details: dict[str, Any]) -> None:
+        with self._lock:
+            if not self._has_ended:
+                self._context.run(asyncio.run, _send(details))
+
+    def end(self) -> None:
+        """Send no more; return once a heartbeat under way was sent."""
+        with self._lock:
+            self._has_ended = True
 
 
 async def _send(details: dict[str, Any]) -> None:

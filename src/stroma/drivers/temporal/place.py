@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate
@@ -27,7 +29,7 @@ from stroma.contracts.node import Node, held_by, marked_nodes, output_class
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.usage import Report, UsageError
-from stroma.drivers.temporal.activity import heartbeats
+from stroma.drivers.temporal.activity import Pulse
 from stroma.drivers.temporal.workflow import UNREACHABLE, workflow_id
 from stroma.engine.commit import encode_rejected, violation_of
 from stroma.engine.config import RunConfig
@@ -237,6 +239,7 @@ async def _until_reached(ask: Callable[[], Awaitable[T]]) -> T:
         await asyncio.sleep(1)
 
 
+_BEAT_SECONDS: Final = 1.0
 #: Emitted events of one call that come back with its answer, of which the server takes 2 MB.
 _MAX_EVENTS: Final = 1000
 _MAX_EVENT_CHARACTERS: Final = 250_000
@@ -320,7 +323,7 @@ class CallActivity:
             kind = "stroma.failures.errors.WorkerLost"
             answer = PlaceAnswer(failure=SentFailure(message=message, type_name=kind, verdict=verdict))
         else:
-            with heartbeats(dict):
+            with _heartbeats():
                 answer = await _answer(request, node, state, config)
         return answer.model_dump(mode="json")
 
@@ -409,3 +412,25 @@ def _judge(run: RunningNode, state: BaseModel, error: BaseException) -> SentFail
     message = failure.message + redactor.mask(explain_mistake(failure, run.ctx.context))
     message = redactor.redact_message(message, [schema_of(type(state)).state(state)])  # Temporal stores it.
     return SentFailure(message=message, type_name=type_name(error), verdict=verdict)
+
+
+@contextmanager
+def _heartbeats() -> Iterator[None]:
+    """Send heartbeats from a thread, so that a function that blocks the event loop stops none."""
+    pulse, is_over = Pulse(), threading.Event()
+    timeout = activity.info().heartbeat_timeout
+    seconds = _BEAT_SECONDS if timeout is None else min(_BEAT_SECONDS, timeout.total_seconds() / 3)
+
+    def beat() -> None:
+        while not is_over.wait(seconds):
+            try:
+                pulse.beat({})
+            except Exception:
+                logger.exception("a heartbeat of a call could not be sent")
+
+    threading.Thread(target=beat, name="stroma-heartbeats", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        pulse.end()

@@ -108,6 +108,7 @@ class StromaPlugin(SimplePlugin):
 
     @asynccontextmanager
     async def _serve(self) -> AsyncIterator[None]:
+        self._store.lease_listeners.append(self._activity.beat)
         readers = {name: readers_of(config.hooks) for name, config in self._configs.items()}
         tasks = [
             asyncio.ensure_future(self._repair()),
@@ -119,6 +120,7 @@ class StromaPlugin(SimplePlugin):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+            self._store.lease_listeners.remove(self._activity.beat)
             await self._runner.aclose()
             if self._owns_store:
                 await self._store.aclose()
