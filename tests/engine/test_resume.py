@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, create_model
 from tests.checkpoint.damage import reseal
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, context_of, node, returning
+from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, context_of, node, returning, same
 from tests.kit import Text as Wrong
 from tests.shared_stores import LOCAL
 
@@ -611,6 +611,19 @@ async def test_a_step_with_another_input_is_refused(store: Any) -> None:
         await steps.step(again, "add", 7)
     assert raised.value.inputs == (b'{"n":2}', b'{"n":7}')
     assert steps.calls == ["add 1", "add 2"]
+
+
+async def test_the_input_of_a_step_may_get_fields_with_defaults(store: Any) -> None:
+    """After a deploy that adds a field with a default to an input, a step returns its recorded output."""
+    steps = Steps(store)
+    ctx = steps.context()
+    await steps.step(ctx, "add", 1)
+    await steps.step(ctx, "add", 2)
+    longer, again = create_model("Longer", n=(int, 0), more=(str, "yes")), steps.context()
+    result = await execute_step("add", same, longer(n=1), again)
+    assert result.final_state == longer(n=2)
+    with pytest.raises(PipelineChanged, match="other values of 'more'"):
+        await execute_step("add", same, longer(n=2, more="no"), again)
 
 
 @pytest.mark.core

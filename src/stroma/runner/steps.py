@@ -18,7 +18,7 @@ from stroma.checkpoint.identity import SCOPE, Identity, StepCalls, is_called
 from stroma.contracts.codec import describe_difference
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Group, Node, find_node, make_node
-from stroma.contracts.schema import has_secrets, schema_of
+from stroma.contracts.schema import Schema, has_secrets, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import CURRENT, RunningNode
@@ -86,7 +86,7 @@ async def execute_step(
         await ctx.plain_steps.begin(partial(_start_run, ctx, input_state))
     position, branch, call = _place_of(ctx, parent, identity, input_state)
     restored = await _restore_inside_item(ctx, node, position, branch)
-    _check_input(ctx, node, identity, call, position, branch)
+    _check_input(ctx, node, identity, call, (position, branch), schema_of(type(input_state)))
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
     try:
@@ -177,16 +177,16 @@ def _check_input(
     node: Node | Group,
     identity: Identity,
     call: StepCall,
-    position: int,
-    branch: str,
+    at: tuple[int, str],
+    schema: Schema,
 ) -> None:
     """Raise PipelineChanged if the recorded output of a call is of another input."""
     if call.input_key is None or not ctx.journal.restored:
         return
-    committed = ctx.journal.restored.get((position, branch))
+    committed = ctx.journal.restored.get(at)
     if committed is not None:
         recorded = None if committed.step is None else committed.step.input_key
-        if recorded in (None, call.input_key):
+        if recorded in (None, call.input_key) or schema.renew_key(recorded) == call.input_key:
             return
         difference = describe_difference(recorded, call.input_key)
     elif not isinstance(node, Group):
@@ -194,7 +194,7 @@ def _check_input(
     else:
         # A group that did not end: the rows inside it have a checksum of the group's input.
         mark = inside_of(call)
-        if mark is None or all(other == mark.input_key for other in _checksums_inside(ctx, position, branch)):
+        if mark is None or all(other == mark.input_key for other in _checksums_inside(ctx, *at)):
             return
         recorded, difference = None, "another input"
     where = f" in task {identity.path}" if identity.path else ""
