@@ -334,6 +334,21 @@ async def test_a_run_whose_failure_hook_is_not_async_waits_longer_each_time(cloc
         clock.pass_by(seconds=5 * count)
 
 
+async def test_a_run_whose_end_hook_is_not_async_has_ended(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker with an end hook that is not async names it, and says that the run has ended, not that it is
+    tried again.
+    """
+    store, world = AsyncInMemoryStore(), World()
+    hooks: Any = NodeHooks(on_run_end=lambda *_: None)  # type: ignore[arg-type, return-value]
+    pipeline = Pipeline("p", [world.step("add")])
+    await _runner(store).submit(pipeline, Num(), run_id="r")
+    async with Serving(_runner(store, hooks=hooks), pipeline) as serving:
+        await serving.until(1)
+    assert store.get_run("r").status == "COMPLETED"
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert line.startswith("run r has ended, COMPLETED: hook on_run_end is not async: ")
+
+
 async def test_a_stored_input_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     """The line about a stored input that its class refuses is one line, and has no value of the input."""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from stroma._utils.logs import get_logger
 from stroma._utils.text import one_line, pluralize
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, StoreError
+from stroma.checkpoint.decisions import ENDED
 from stroma.checkpoint.entries import delay_after
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures, QueueReading
 from stroma.engine.context import Dispatch
@@ -298,7 +299,12 @@ class RunWorker:
         now, due_ms = now_ms(), None
         try:
             await self._stored.store.postpone(run_id, self._token, now + int(1000 * delay_after(failures)))
-            due_ms = (await self._stored.get(run_id)).due_ms
+            record = await self._stored.get(run_id)
+            if record.status in ENDED:  # Its end hook raised, say.
+                del self._failures[run_id]
+                logger.warning("run %s has ended, %s: %s", run_id, record.status, error)
+                return
+            due_ms = record.due_ms
         except StoreError as problem:  # The claim expires by itself.
             logger.debug("run %s could not be given back: %s", run_id, problem)
         when = "later" if due_ms is None else f"in {max(0, due_ms - now) / 1000:.0f} s"
