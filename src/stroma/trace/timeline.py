@@ -76,34 +76,6 @@ _STEPS_MS: Final = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """The contents and the settings of a timeline.
-
-    Attributes:
-        link: address of an attempt; None if its bars lead nowhere.
-        attempt_prefix: address of the attempts of the run, without the place.
-        selected: the attempt that stopped the run; None without one.
-        fold_idle: stretches in which nothing ran are drawn as short ones.
-        window: the part of the time to show, in milliseconds; None for all.
-        now_ms: the time of this drawing, of a run that goes on; None for others.
-        progress: what runs now; None if nothing does.
-    """
-
-    story: Story
-    link: Callable[[Bar], str] | None
-    attempt_prefix: str = ""
-    selected: Bar | None = None
-    fold_idle: bool = False
-    window: tuple[float, float] | None = None
-    now_ms: float | None = None
-    progress: InProgress | None = None
-
-    def draw(self) -> str:
-        """Return the timeline as HTML, for a page with ``static/design.css`` and :data:`HATCHES`."""
-        return _Drawing(self).draw()
-
-
 def legend(drawn: str) -> str:
     """Return the legend of a drawn timeline as HTML: the colours that may be in it."""
     tones = [("good", "succeeded"), ("bad", "failed"), ("wait", "waited")]
@@ -141,23 +113,44 @@ def _tick(ms: float, step: float) -> str:
     return f"{hours // 24} d" if not hours % 24 else f"{hours // 24} d {hours % 24} h"
 
 
-class _Drawing:
-    def __init__(self, it: Timeline) -> None:
-        self.it = it
-        shown = it.story.bars
+@dataclass
+class Timeline:
+    """Timeline of a run: its contents, its settings, and its drawing.
+
+    Attributes:
+        link: address of an attempt; None if its bars lead nowhere.
+        attempt_prefix: address of the attempts of the run, without the place.
+        selected: the attempt that stopped the run; None without one.
+        fold_idle: stretches in which nothing ran are drawn as short ones.
+        window: the part of the time to show, in milliseconds; None for all.
+        now_ms: the time of this drawing, of a run that goes on; None for others.
+        progress: what runs now; None if nothing does.
+    """
+
+    story: Story
+    link: Callable[[Bar], str] | None
+    attempt_prefix: str = ""
+    selected: Bar | None = None
+    fold_idle: bool = False
+    window: tuple[float, float] | None = None
+    now_ms: float | None = None
+    progress: InProgress | None = None
+
+    def __post_init__(self) -> None:
+        shown = self.story.bars
         self.place: Callable[[float], float] = float
-        if it.fold_idle:
+        if self.fold_idle:
             self.place = places((bar.began_ms, bar.took_ms) for bar in shown)
         end = max((self.place(bar.began_ms + bar.took_ms) for bar in shown), default=0.0)
-        latest = max((self.place(bar.began_ms + bar.took_ms) for bar in it.story.waits), default=0.0)
-        end = max([end, *(self.place(bar.began_ms) for bar in it.story.waits)])
+        latest = max((self.place(bar.began_ms + bar.took_ms) for bar in self.story.waits), default=0.0)
+        end = max([end, *(self.place(bar.began_ms) for bar in self.story.waits)])
         end = max(end, min(latest, end * _ROOM))
-        if it.story.open_waits:
+        if self.story.open_waits:
             end *= _ROOM
-        if it.now_ms is not None:
-            end = max(end, self.place(it.now_ms) * _ROOM)
-        start, self.end = (0.0, end or 1.0) if it.window is None else it.window
-        if it.fold_idle:  # Its axis has no times.
+        if self.now_ms is not None:
+            end = max(end, self.place(self.now_ms) * _ROOM)
+        start, self.end = (0.0, end or 1.0) if self.window is None else self.window
+        if self.fold_idle:  # Its axis has no times.
             self.start, self.step, self.count = start, (self.end - start) / 4, 4
         else:
             self.start, self.step, self.count = axis_of(start, self.end)
@@ -167,31 +160,31 @@ class _Drawing:
         for bar, began, took in waits(shown):
             failed = before.get((bar.at, bar.attempt - 1))
             text = _why_waited(took, failed)
-            if any(a < began + took and began < b for a, b, _ in it.story.resumes):
+            if any(a < began + took and began < b for a, b, _ in self.story.resumes):
                 text = f"{_took(took)} until attempt {bar.attempt}; the run was continued in between"
             self.pauses.setdefault(bar.at, []).append((began, began + took, text))
-        self.rows = 0
 
     def draw(self) -> str:
-        it = self.it
-        entries = fold(outline(it.story.bars, it.story.waits, it.story.pipeline))
+        """Return the timeline as HTML, for a page with ``static/design.css`` and :data:`HATCHES`."""
+        self.rows = 0
+        entries = fold(outline(self.story.bars, self.story.waits, self.story.pipeline))
         drawn = self.resumes_row() + "".join(map(self.entry, entries))
-        progress = it.progress
+        progress = self.progress
         if progress is not None and not any(entry.at == progress.at for entry in entries):
             drawn += self.progress_row(progress)
         if not drawn:
             return '<p class="pad dim">No attempt has ended yet.</p>'
         live = ""
         now = ""
-        if it.now_ms is not None and not it.fold_idle and it.window is None:
-            live = f' data-began="{it.story.first_ns / 1e6 + self.start:.0f}" data-span="{self.span:.0f}"'
-            at = self.x(it.now_ms)
+        if self.now_ms is not None and not self.fold_idle and self.window is None:
+            live = f' data-began="{self.story.first_ns / 1e6 + self.start:.0f}" data-span="{self.span:.0f}"'
+            at = self.x(self.now_ms)
             now = (
                 '<div class="now" aria-hidden="true"><div class="row"><span></span><svg class="lane">'
                 f'<line x1="{at:.2f}%" x2="{at:.2f}%" y1="0" y2="100%"/></svg><span></span></div></div>'
             )
         zoom = f' data-from="{self.start / 1000:.3f}" data-to="{(self.start + self.span) / 1000:.3f}"'
-        if it.fold_idle:
+        if self.fold_idle:
             zoom = ""
         tall = ' class="tall"' if self.rows > _TALL else ""
         return (
@@ -201,7 +194,7 @@ class _Drawing:
     # ------------------------------------------------------------------ rows
 
     def axis(self) -> str:
-        if self.it.fold_idle:
+        if self.fold_idle:
             label, ticks = "time, idle stretches folded", '<text x="4" y="19">idle time folded</text>'
         else:
             marks = [self.start + k * self.step for k in range(self.count)]
@@ -230,7 +223,7 @@ class _Drawing:
         all_failed: list[OutlineEntry] = []
         failed: list[OutlineEntry] = []
         if len(cells) > _MANY:
-            strip = strip_of(entry, cells, self.it.attempt_prefix)
+            strip = strip_of(entry, cells, self.attempt_prefix)
             all_failed = [one for one in cells if one.has_failed]
             failed = all_failed[:_MAX_FAILED_ROWS]
             chosen = [one for one in cells if self.has_selected(one) and one not in failed]
@@ -251,13 +244,13 @@ class _Drawing:
         )
 
     def has_selected(self, entry: OutlineEntry) -> bool:
-        if self.it.selected is None:
+        if self.selected is None:
             return False
-        return any(bar is self.it.selected for _, one in entry.walk() for bar in one.bars)
+        return any(bar is self.selected for _, one in entry.walk() for bar in one.bars)
 
     def resumes_row(self) -> str:
         """Return the row of the stretches after which the run was continued; "" without any."""
-        resumes = self.it.story.resumes
+        resumes = self.story.resumes
         if not resumes:
             return ""
         self.rows += 1
@@ -276,27 +269,28 @@ class _Drawing:
         return f'<div class="row">{_row(name, self.running(progress), self.ticking(progress), label)}</div>'
 
     def running(self, progress: InProgress) -> str:
-        assert self.it.now_ms is not None
+        assert self.now_ms is not None
         x = self.x(progress.since_ms)
-        width = max(self.x(self.it.now_ms) - x, _LEAST)
+        width = max(self.x(self.now_ms) - x, _LEAST)
         return (
             f'<rect class="b-running" x="{x:.2f}%" y="5" width="{width:.2f}%" height="18" rx="3">'
             "<title>in progress since what was recorded last</title></rect>"
         )
 
     def ticking(self, progress: InProgress) -> str:
-        assert self.it.now_ms is not None
-        since = self.it.story.first_ns / 1e6 + progress.since_ms
+        assert self.now_ms is not None
+        since = self.story.first_ns / 1e6 + progress.since_ms
         return (
             f'<span class="fig run"><span data-since="{since:.0f}">'
-            f"{format_duration((self.it.now_ms - progress.since_ms) / 1000)}"
+            f"{format_duration((self.now_ms - progress.since_ms) / 1000)}"
             '</span><span class="tr"></span><span></span></span>'
         )
 
     def line(self, entry: OutlineEntry) -> str:
-        it, bars = self.it, entry.bars
+        bars = entry.bars
         folds, is_wait = bool(entry.entries), entry.kind in WAITS
-        is_link = it.link is not None and not (folds or is_wait)  # A click on a row that folds must open it.
+        # A click on a row that folds must open it.
+        is_link = self.link is not None and not (folds or is_wait)
         calls = entry.entries if entry.kind == "fold" else [entry]
         drawn_bars = entry.drawn_bars
         parts: list[str] = []
@@ -308,17 +302,17 @@ class _Drawing:
                     parts.append(self.rect("b-wait", began, ended, 9, 10, why))
             for bar in drawn_bars:
                 parts.append(self.bar(bar, is_wait, is_link))
-        text = it.story.open_waits.get(entry.at)
+        text = self.story.open_waits.get(entry.at)
         if text and drawn_bars and not is_wait:
             ended = max(bar.began_ms + bar.took_ms for bar in drawn_bars)
             parts.append(self.rect("b-open", ended, None, 9, 10, text))
-        progress = it.progress if it.progress is not None and it.progress.at == entry.at else None
+        progress = self.progress if self.progress is not None and self.progress.at == entry.at else None
         if progress is not None:
             parts.append(self.running(progress))
-        elif it.now_ms is not None and folds and not bars and entry.kind == "node":
+        elif self.now_ms is not None and folds and not bars and entry.kind == "node":
             # A flow or group that has not ended.
             x = self.x(entry.began_ms)
-            width = max(self.x(it.now_ms) - x, _LEAST)
+            width = max(self.x(self.now_ms) - x, _LEAST)
             parts.append(
                 f'<rect class="b-running" x="{x:.2f}%" y="24" width="{width:.2f}%" height="3"><title>'
                 "in progress</title></rect>"
@@ -341,15 +335,15 @@ class _Drawing:
 
     def bar(self, bar: Bar, is_wait: bool, is_link: bool) -> str:
         kind = "wait" if is_wait else bar.outcome
-        on = " b-on" if bar is self.it.selected else ""
+        on = " b-on" if bar is self.selected else ""
         ended = bar.began_ms + bar.took_ms
         if not is_link:
             return self.rect(f"b-{as_xml(kind)}{on}", bar.began_ms, ended, 5, 18, bar_title(bar))
         box = self.span_of(bar.began_ms, ended)
-        if box is None or self.it.link is None:
+        if box is None or self.link is None:
             return ""
         return (
-            f'<a href="{as_xml(self.it.link(bar))}"><title>{as_xml(bar_title(bar))}</title>'
+            f'<a href="{as_xml(self.link(bar))}"><title>{as_xml(bar_title(bar))}</title>'
             f'<rect class="b-{as_xml(kind)}{on}" x="{box[0]:.2f}%" y="5" width="{box[1]:.2f}%" '
             'height="18" rx="3"/></a>'
         )
