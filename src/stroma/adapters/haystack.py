@@ -130,17 +130,8 @@ def _around(guard: Guard, bare: Any) -> Any:
 def _publishing(callback: Any) -> Any:
     if hasattr(callback, "_stroma_publishes"):
         return callback
-
-    def notify(chunk: Any) -> Any:
-        mark_published()
-        return callback(chunk)
-
-    async def anotify(chunk: Any) -> Any:
-        mark_published()
-        return await callback(chunk)
-
-    # By its names Haystack stores it.
-    wrapper = functools.wraps(callback)(anotify if inspect.iscoroutinefunction(callback) else notify)
+    # With the names of the callback, by which Haystack stores it.
+    wrapper = before(callback, lambda *_, **__: mark_published())
     wrapper.__dict__["_stroma_publishes"] = True
     return wrapper
 
