@@ -82,55 +82,66 @@ class Flaky:
         return self.result
 
 
+NODE_EVENTS = ("start", "success", "failure", "retry", "cancelled", "suspended")
+
+
 class Recorder:
     """Every hook, as (event, node id, parents), in order."""
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
-        note = self._note
+        names = [*(f"on_node_{end}" for end in NODE_EVENTS), "on_run_start", "on_run_end"]
+        self.hooks = NodeHooks(**{name: self._hook(name.removeprefix("on_")) for name in names})
 
-        def hook(event: str) -> Any:
-            async def called(_run_id: str, what: Any, *_: Any) -> None:
-                note(event, what)
+    def _hook(self, event: str) -> Any:
+        async def called(*_: Any) -> None:
+            node = outer = current_node_or_none()
+            chain = []
+            while outer is not None:
+                chain.append(outer.node_id)
+                outer = outer.parent
+            self.events.append((event, *chain) if node is not None else (event,))
 
-            return called
-
-        self.hooks = NodeHooks(
-            **{
-                name: hook(name.removeprefix("on_"))
-                for name in (
-                    "on_node_start",
-                    "on_node_success",
-                    "on_node_failure",
-                    "on_node_retry",
-                    "on_node_cancelled",
-                    "on_node_suspended",
-                    "on_run_start",
-                    "on_run_end",
-                )
-            }
-        )
-
-    def _note(self, event: str, what: Any) -> None:
-        node, parents = current_node_or_none(), []
-        outer = node and node.parent
-        while outer is not None:
-            parents.append(outer.node_id)
-            outer = outer.parent
-        self.events.append((event, node.node_id, *parents) if node is not None else (event,))
+        return called
 
 
 # ---------------------------------------------------------------------- the same callable
 
 
-async def run_it(guard: Guard, func: Any, *args: Any, **kwargs: Any) -> Any:
+async def run_it(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a guarded callable in the way that fits it."""
     instance = func(*args, **kwargs)
-    if inspect.isasyncgen(instance):
-        return [chunk async for chunk in instance]
-    if inspect.isgenerator(instance):
-        return list(instance)
+    if inspect.isasyncgen(instance) or inspect.isgenerator(instance):
+        return [part async for part in parts_of(instance)]
     return await instance if inspect.isawaitable(instance) else instance
+
+
+async def parts_of(stream: Any) -> Any:
+    """Yield the parts of a stream of either kind."""
+    if inspect.isgenerator(stream):
+        for part in stream:
+            yield part
+    else:
+        async for part in stream:
+            yield part
+
+
+async def read_and_close(stream: Any, count: int) -> None:
+    """Read so many parts of a stream of either kind, then close it."""
+    for _ in range(count):
+        next(stream) if inspect.isgenerator(stream) else await anext(stream)
+    stream.close() if inspect.isgenerator(stream) else await stream.aclose()
+
+
+def as_stream(kind: str, source: Any) -> Any:
+    """Return a generator function, or an async one of the same parts."""
+
+    @functools.wraps(source)
+    async def astream(*args: Any) -> Any:
+        for part in source(*args):
+            yield part
+
+    return source if kind == "stream" else astream
 
 
 def plain(a: int, b: int = 2, *rest: int, key: str = "k", **more: Any) -> Any:
@@ -200,9 +211,8 @@ async def test_a_guarded_callable_returns_what_the_bare_one_returns(
 ) -> None:
     """Positional, keyword, default, variable and keyword-only arguments reach any callable unchanged."""
     func = CALLABLES[name]
-    guard = guard_of()
-    wrapped = guard.wrap("it", func)
-    assert await run_it(guard, wrapped, *args, **kwargs) == await run_it(guard, func, *args, **kwargs)
+    wrapped = guard_of().wrap("it", func)
+    assert await run_it(wrapped, *args, **kwargs) == await run_it(func, *args, **kwargs)
 
 
 @pytest.mark.parametrize("name", CALLABLES)
@@ -453,14 +463,24 @@ def _made(kind: str, func: Any) -> Any:
     def stream(name: Any) -> Any:
         yield func(name)
 
-    async def astream(name: Any) -> Any:
-        yield func(name)
+    return {"sync": sync, "async": acall}.get(kind) or as_stream(kind, stream)
 
-    return {"sync": sync, "async": acall, "stream": stream, "astream": astream}[kind]
+
+def _calling(kind: str, tool: Any, first: Any = id) -> Any:
+    """Return a function of a kind that calls ``first``, then a tool of this kind."""
+
+    def agent(name: Any) -> Any:
+        first(name)
+        return tool(name)
+
+    async def aagent(name: Any) -> Any:
+        return await agent(name)
+
+    return agent if kind == "sync" else aagent
 
 
 def _drive(func: Any, *args: Any) -> Any:
-    return asyncio.run(run_it(None, func, *args))
+    return asyncio.run(run_it(func, *args))
 
 
 @dataclasses.dataclass
@@ -913,29 +933,21 @@ def test_a_stream_is_retried_until_its_first_chunk_and_never_after(kind: str) ->
                 raise TimeoutError(str(n))
             yield n
 
-    async def achunks(fail_at: int) -> Any:
-        for chunk in chunks(fail_at):
-            yield chunk
-
     got: list[int] = []
 
-    async def read(step: Any, fail_at: int) -> None:
-        if kind == "stream":
-            for chunk in step(fail_at):
-                got.append(chunk)
-        else:
-            async for chunk in step(fail_at):
-                got.append(chunk)
+    async def read(fail_at: int) -> None:
+        async for chunk in parts_of(step(fail_at)):
+            got.append(chunk)
 
     guard = guard_of()
-    step = guard.wrap("it", chunks if kind == "stream" else achunks, usage=lambda seen: Usage(len(seen)))
-    asyncio.run(read(step, 0))
+    step = guard.wrap("it", as_stream(kind, chunks), usage=lambda seen: Usage(len(seen)))
+    asyncio.run(read(0))
     assert (got, starts) == ([0, 1, 2], [0, 0, 0])
     assert guard.current.ctx.cost_tracker.total_tokens == 3
     starts.clear()
     got.clear()
     with pytest.raises(TimeoutError, match="1"):
-        asyncio.run(read(step, 1))
+        asyncio.run(read(1))
     assert (got, starts) == ([0], [1])
 
 
@@ -985,53 +997,20 @@ async def test_a_stream_that_nobody_reads_to_its_end_is_cancelled(kind: str) -> 
         finally:
             closed.append(True)
 
-    async def asource() -> Any:
-        try:
-            for n in range(9):
-                yield n
-        finally:
-            closed.append(True)
-
     guard = guard_of(hooks=seen.hooks)
-    if kind == "stream":
-        stream = guard.wrap("it", source)()
-        next(stream)
-        stream.close()
-    else:
-        stream = guard.wrap("it", asource)()
-        await anext(stream)
-        await stream.aclose()
+    await read_and_close(guard.wrap("it", as_stream(kind, source))(), 1)
     assert closed == [True]
     assert seen.events == [("node_start", "it"), ("node_cancelled", "it")]
 
 
 @pytest.mark.parametrize("kind", ["stream", "astream"])
-def test_what_an_abandoned_stream_has_used_so_far_counts(kind: str) -> None:
+async def test_what_an_abandoned_stream_has_used_so_far_counts(kind: str) -> None:
     """G6: a reader that goes away half-way has paid for what came; a stream that cannot say so still ends."""
-
-    def source() -> Any:
-        yield from range(9)
-
-    async def asource() -> Any:
-        for n in range(9):
-            yield n
-
-    async def read(step: Any) -> None:
-        if kind == "stream":
-            stream = step()
-            next(stream)
-            next(stream)
-            stream.close()
-        else:
-            astream = step()
-            await anext(astream)
-            await anext(astream)
-            await astream.aclose()
-
     guard = guard_of()
-    func = source if kind == "stream" else asource
-    asyncio.run(read(guard.wrap("it", func, usage=lambda chunks: Usage(len(chunks)))))
-    asyncio.run(read(guard.wrap("it", func, usage=lambda chunks: 1 // 0)))
+    source = as_stream(kind, lambda: (n for n in range(9)))
+    usages: list[Any] = [lambda chunks: Usage(len(chunks)), lambda chunks: 1 // 0]
+    for usage in usages:
+        await read_and_close(guard.wrap("it", source, usage=usage, kind=kind)(), 2)
     events = list(guard.current.ctx.trace)
     assert [(event.outcome, event.usage.tokens) for event in events] == [("cancelled", 2), ("cancelled", 0)]
     assert guard.current.ctx.cost_tracker.total_tokens == 2
@@ -1049,26 +1028,16 @@ def test_what_a_stream_has_used_before_it_fails_counts(kind: str, collect: Any) 
         yield Usage(100)
         raise ConnectionError("the stream broke")
 
-    async def asource() -> Any:
-        for part in source():
-            yield part
-
-    async def read(step: Any) -> None:
-        if kind == "stream":
-            list(step())
-        else:
-            [part async for part in step()]
-
     def used(chunks: list[Any]) -> Usage | None:
         return next((chunk for chunk in chunks if isinstance(chunk, Usage)), None)
 
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=150))
-    step = guard.wrap("it", source if kind == "stream" else asource, usage=used, collect=collect)
+    step = guard.wrap("it", as_stream(kind, source), usage=used, collect=collect)
     for _ in range(2):
         with pytest.raises(ConnectionError):
-            asyncio.run(read(step))
+            _drive(step)
     with pytest.raises(BudgetExceeded):
-        asyncio.run(read(step))
+        _drive(step)
     assert len(calls) == 2
     events = [(event.outcome, event.usage.tokens) for event in guard.current.ctx.trace]
     assert events == [("failure", 100), ("failure", 100)]
@@ -1144,27 +1113,20 @@ def test_a_late_call_is_over_before_it_is_repeated(kind: str) -> None:
         return ["a", "b"]
 
     def stream() -> Any:
-        time.sleep(late())
-        yield from ["a", "b"]
+        yield from call()
 
     async def astream() -> Any:
-        await asyncio.sleep(late())
-        for part in ["a", "b"]:
+        for part in await acall():
             yield part
 
     functions = {"sync": call, "async": acall, "stream": stream, "astream": astream}
     guard = guard_of(node_timeouts={"it": 50})
     with guard.run() as run:
-        step: Any = guard.wrap("it", functions[kind], usage=lambda _: Usage(10, 0, model="gpt-4o"))
-        answer = asyncio.run(read_all(step)) if kind.startswith("a") else list(step())
+        answer = _drive(guard.wrap("it", functions[kind], usage=lambda _: Usage(10, 0, model="gpt-4o")))
     assert (answer, len(calls)) == (["a", "b"], 2)
     assert [event.failure for event in run.result.trace] == [FailureClass.RECOVERABLE, None]
     # A plain function returns its paid result, late.
     assert run.result.total_tokens == (20 if kind == "sync" else 10)
-
-
-async def read_all(step: Any) -> list[str]:
-    return [part async for part in step()] if inspect.isasyncgenfunction(step) else await step()
 
 
 def test_a_late_stream_ends_at_its_next_part() -> None:
@@ -1255,16 +1217,9 @@ def test_hooks_see_steps_in_order_with_their_parents(kind: str) -> None:
     guard = guard_of(hooks=seen.hooks)
     flaky = Flaky(TimeoutError())
     tool = guard.wrap("tool", _made(kind, lambda _: flaky.step()))
-
-    def agent() -> Any:
-        return tool("x")
-
-    async def aagent() -> Any:
-        return await tool("x")
-
-    step = guard.wrap("agent", agent if kind == "sync" else aagent)
+    step = guard.wrap("agent", _calling(kind, tool))
     with guard.run(pipeline="trip"):
-        _drive(lambda: step())
+        _drive(step, "x")
     assert seen.events == [
         ("run_start",),
         ("node_start", "agent"),
@@ -1534,21 +1489,11 @@ def test_a_cancellation_that_nobody_asked_for_is_a_failure(kind: str, after: int
     def stream(_: Any) -> Any:
         if after:
             yield 1
-        stray(_)
-        yield 2
+        yield stray(_)
 
-    async def astream(_: Any) -> Any:
-        for chunk in stream(_):
-            yield chunk
-
-    instance = {"stream": stream, "astream": astream}.get(kind) or _made(kind, stray)
-    step = guard_of().wrap("it", instance)
-
-    async def main() -> None:
-        with pytest.raises(asyncio.CancelledError, match="stray"):
-            await run_it(None, step, "x")
-
-    asyncio.run(main())
+    step = guard_of().wrap("it", as_stream(kind, stream) if "stream" in kind else _made(kind, stray))
+    with pytest.raises(asyncio.CancelledError, match="stray"):
+        _drive(step, "x")
     assert len(calls) == (1 if after else 2)
 
 
@@ -1564,11 +1509,9 @@ async def test_a_cancelled_step_is_cancelled(kind: str) -> None:
         await asyncio.Event().wait()
 
     async def stream(_: Any) -> Any:
-        started.set()
-        await asyncio.Event().wait()
-        yield 1
+        yield await stuck(_)
 
-    task = asyncio.create_task(run_it(guard, guard.wrap("it", stuck if kind == "async" else stream), "x"))
+    task = asyncio.create_task(run_it(guard.wrap("it", stuck if kind == "async" else stream), "x"))
     await started.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -1698,6 +1641,9 @@ def test_a_run_config_is_not_changed() -> None:
     assert (config.run_id, config.pipeline) == ("mine", "pipeline")
 
 
+MISSING = r"is required for its adapter.*pip install 'stroma-runner\[{}\]'"
+
+
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
@@ -1711,21 +1657,14 @@ def test_a_run_config_is_not_changed() -> None:
 )
 def test_a_framework_that_is_missing_says_how_to_install_it(name: str, extra: str) -> None:
     """Published names of a framework exist with it; without it, the error ends with the mend."""
-    with pytest.raises(
-        ImportError, match=rf"is required for its adapter.*pip install 'stroma-runner\[{extra}\]'"
-    ):
+    with pytest.raises(ImportError, match=MISSING.format(extra)):
         importlib.import_module("stroma.adapters").__getattr__(name)
 
 
-@pytest.mark.parametrize(
-    ("module", "extra"),
-    [("langchain", "langchain"), ("pydantic_ai", "pydantic-ai"), ("openai_agents", "openai-agents")],
-)
-def test_an_adapter_module_without_its_framework_says_how_to_install_it(module: str, extra: str) -> None:
-    with pytest.raises(
-        ImportError, match=rf"is required for its adapter.*pip install 'stroma-runner\[{extra}\]'"
-    ):
-        importlib.import_module(f"stroma.adapters.{module}")
+@pytest.mark.parametrize("extra", ["langchain", "pydantic-ai", "openai-agents"])
+def test_an_adapter_module_without_its_framework_says_how_to_install_it(extra: str) -> None:
+    with pytest.raises(ImportError, match=MISSING.format(extra)):
+        importlib.import_module(f"stroma.adapters.{extra.replace('-', '_')}")
 
 
 @pytest.mark.slow
@@ -1759,18 +1698,9 @@ def test_spans_of_steps_nest(kind: str) -> None:
         current.append(trace.get_current_span().get_span_context().span_id)
 
     tool = guard.wrap("tool", _made(kind, look), usage=lambda _: Usage(3, 4))
-
-    def agent() -> Any:
-        look(None)
-        return tool("x")
-
-    async def aagent() -> Any:
-        look(None)
-        return await tool("x")
-
-    step = guard.wrap("agent", agent if kind == "sync" else aagent)
+    step = guard.wrap("agent", _calling(kind, tool, look))
     with guard.run(pipeline="trip"):
-        _drive(lambda: step())
+        _drive(step, "x")
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert set(spans) == {"invoke_workflow trip", "stroma.node agent", "stroma.node tool", "chat"}
     ids = {name: span.context.span_id for name, span in spans.items() if span.context is not None}
