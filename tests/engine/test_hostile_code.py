@@ -1,6 +1,7 @@
 """Hostile nodes and hooks: each gives a clear result or error, nothing finished is lost or left running."""
 
 import asyncio
+import contextlib
 import copy
 import gc
 import logging
@@ -651,80 +652,53 @@ async def test_tasks_that_a_node_starts_are_its_own() -> None:
 # ---------------------------------------------------------------------- hooks
 
 
-def _hook_never(task_bin: list[Any]) -> Any:
-    async def hook(*_: Any) -> None:
-        await asyncio.Event().wait()
-
-    return hook
+async def _never_returns(*_: Any) -> None:
+    await asyncio.Event().wait()
 
 
-def _hook_stubborn(task_bin: list[Any]) -> Any:
-    async def hook(*_: Any) -> None:
-        for _i in range(3):
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                pass
-
-    return hook
+async def _stubborn(*_: Any) -> None:
+    for _i in range(3):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
 
 
-def _hook_blocks(task_bin: list[Any]) -> Any:
-    async def hook(*_: Any) -> None:
-        time.sleep(0.006)
-
-    return hook
+async def _blocks(*_: Any) -> None:
+    time.sleep(0.006)
 
 
 def _raiser(error: Callable[[], BaseException], suspends: bool) -> Any:
-    def make(task_bin: list[Any]) -> Any:
-        async def hook(*_: Any) -> None:
-            if suspends:
-                await asyncio.sleep(0)
-            raise error()
-
-        return hook
-
-    return make
-
-
-def _hook_mutates(task_bin: list[Any]) -> Any:
-    async def hook(*arguments: Any) -> None:
-        for value in arguments:
-            if isinstance(value, dict):
-                value.clear()
-                value["n"] = Evil()
-            elif hasattr(value, "trace"):
-                value.trace.rows.clear()
-                value.status, value.final_state, value.total_tokens = "BROKEN", None, -1
-
-    return hook
-
-
-def _hook_starts_tasks(task_bin: list[Any]) -> Any:
     async def hook(*_: Any) -> None:
-        async def work() -> None:
+        if suspends:
             await asyncio.sleep(0)
-            raise LookupError("in a task of the hook's")
-
-        task_bin.append(asyncio.create_task(work()))
+        raise error()
 
     return hook
 
 
-def _hook_wants_more(task_bin: list[Any]) -> Any:
-    async def hook() -> None: ...
+async def _mutates(*arguments: Any) -> None:
+    for value in arguments:
+        if isinstance(value, dict):
+            value.clear()
+            value["n"] = Evil()
+        elif hasattr(value, "trace"):
+            value.trace.rows.clear()
+            value.status, value.final_state, value.total_tokens = "BROKEN", None, -1
 
-    def passes_on(*arguments: Any) -> Any:  # NodeHooks would refuse the hook itself.
-        return hook(*arguments)
 
-    return passes_on
+STARTED: list[Any] = []
 
 
-MISCHIEF: dict[str, Callable[[list[Any]], Any]] = {
-    "never-returns": _hook_never,
-    "stubborn": _hook_stubborn,
-    "blocks": _hook_blocks,
+async def _starts_tasks(*_: Any) -> None:
+    STARTED.append(asyncio.create_task(_raiser(lambda: LookupError("in a task of the hook's"), True)()))
+
+
+async def _no_arguments() -> None: ...
+
+
+MISCHIEF: dict[str, Any] = {
+    "never-returns": _never_returns,
+    "stubborn": _stubborn,
+    "blocks": _blocks,
     "raises": _raiser(LookupError, False),
     "raises-later": _raiser(Mute, True),
     "raises-odd": _raiser(Odd, True),
@@ -733,9 +707,11 @@ MISCHIEF: dict[str, Callable[[list[Any]], Any]] = {
     "raises-unpicklable": _raiser(lambda: Unpicklable(1, b=1), False),
     "raises-group": _raiser(lambda: BaseExceptionGroup("g", [Odd()]), False),
     "raises-stop": _raiser(StopAsyncIteration, True),
-    "mutates": _hook_mutates,
-    "starts-tasks": _hook_starts_tasks,
-    "wrong-arguments": _hook_wants_more,
+    "mutates": _mutates,
+    "starts-tasks": _starts_tasks,
+    "wrong-arguments": lambda *arguments: _no_arguments(
+        *arguments
+    ),  # NodeHooks would refuse the hook itself.
 }
 
 
@@ -793,9 +769,8 @@ async def test_hooks_change_nothing(kind: str, hook: str, store: Any) -> None:
 
     plain = await once(NodeHooks(), "plain")
     assert (plain[1].status, plain[1].total_tokens) == (RunStatus.PARTIAL, 40)
-    tasks: list[Any] = []
     pairs = Pairs()
-    hooked = await once([pairs.hooks, NodeHooks(**{hook: MISCHIEF[kind](tasks)})], "hooked")
+    hooked = await once([pairs.hooks, NodeHooks(**{hook: MISCHIEF[kind]})], "hooked")
     assert hooked[0] == plain[0]
     for mine, theirs in zip(hooked[1:], plain[1:], strict=True):
         assert mine.status is theirs.status
@@ -807,7 +782,8 @@ async def test_hooks_change_nothing(kind: str, hook: str, store: Any) -> None:
     loud = kind.startswith(("raises", "never", "stubborn", "wrong"))
     assert bool(hooked[1].hook_errors or hooked[2].hook_errors) == loud
     pairs.check()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.gather(*STARTED, return_exceptions=True)
+    STARTED.clear()
     nothing_runs()
 
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import NEVER, ONCE, TWICE, SimpleStore, Text, context_on
+from tests.kit import NEVER, ONCE, TWICE, SimpleStore, Text, context_on, failing_with, returning
 
 from stroma import (
     AsyncInMemoryStore,
-    BudgetExceeded,
     ContractViolation,
     ExecutionBudget,
     ExecutionResult,
@@ -51,6 +50,10 @@ ENDS = (SUCCESS, FAILURE, CANCELLED)
 class State(BaseModel):
     value: int = 0
     items: list[int] = []
+
+
+class Number(BaseModel):
+    n: int
 
 
 class Recorder:
@@ -1245,16 +1248,15 @@ async def test_what_start_sets_is_current_in_the_function() -> None:
     """A context variable set in start is current in the function, its threads and its subtasks."""
     findings: dict[str, str] = {}
 
-    async def subtask() -> None:
+    async def look(name: str) -> None:
         await asyncio.sleep(0)
-        findings["subtask"] = mark.get()
+        findings[name] = mark.get()
 
     @node("n")
     async def n(state: State) -> Any:
-        findings["function"] = mark.get()
+        await look("function")
         await asyncio.to_thread(lambda: findings.__setitem__("thread", mark.get()))
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(subtask())
+        await asyncio.create_task(look("subtask"))
         return {}
 
     def in_thread(state: State) -> Any:
@@ -1287,52 +1289,33 @@ async def test_what_start_sets_is_current_in_its_ends() -> None:
     assert mark.get() == "unset"
 
 
-async def test_what_start_sets_is_current_in_children() -> None:
-    """What a group's start sets is current in each child; what a child's start sets is its own."""
-    findings: dict[str, str] = {}
-
-    def child(name: str) -> Any:
-        @node(name, output=Text)
-        async def look(state: State) -> Any:
-            await asyncio.sleep(0)
-            findings[name] = mark.get()
-            return {"text": "x"}
-
-        return look
-
-    def plain(state: State) -> Any:
-        findings["plain"] = mark.get()
-        return {"text": "x"}
-
-    runner = quick(NodeHooks(on_node_start=set_mark))
-    inner = parallel(child("b"), node("plain", output=Text)(plain))
-    await asyncio.create_task(runner.run([parallel(child("a"), inner)], State()))
-    group = "/parallel(a, parallel(b, plain))"
-    assert findings == {
-        "a": f"{group}/a",
-        "b": f"{group}/parallel(b, plain)/b",
-        "plain": f"{group}/parallel(b, plain)/plain",
-    }
-
-
-async def test_what_start_sets_is_current_in_items() -> None:
-    """The same holds for the items of map_over."""
+@pytest.mark.parametrize("kind", ["children", "items"])
+async def test_what_start_sets_is_current_in_children(kind: str) -> None:
+    """What a group's start sets is current in each child and item; what a child's start sets is its own."""
     findings: list[str] = []
 
-    class Number(BaseModel):
-        n: int
+    def child(name: str, input: type[BaseModel] = State) -> Any:
+        async def look(state: Any) -> Any:
+            await asyncio.sleep(0)
+            findings.append(mark.get())
+            return {"text": "x"}
 
-    @node("item", input=Number, output=Text)
-    async def item(state: Number) -> Any:
-        await asyncio.sleep(0)
+        return node(name, output=Text, input=input)(look)
+
+    def plain(state: State) -> Any:
         findings.append(mark.get())
-        return {"text": str(state.n)}
+        return {"text": "x"}
 
+    if kind == "items":
+        group = map_over("items", child("item", Number), into="out")
+        expected = ["/map_over(items, item)/item"] * 3
+    else:
+        group = parallel(child("a"), parallel(child("b"), node("plain", output=Text)(plain)))
+        inner = "/parallel(a, parallel(b, plain))/parallel(b, plain)"
+        expected = ["/parallel(a, parallel(b, plain))/a", f"{inner}/b", f"{inner}/plain"]
     runner = quick(NodeHooks(on_node_start=set_mark))
-    nodes = [map_over("items", item, into="out")]
-    result = await asyncio.create_task(runner.run(nodes, State(items=[1, 2, 3])))
-    assert result.status is RunStatus.COMPLETED
-    assert findings == ["/map_over(items, item)/item"] * 3
+    await asyncio.create_task(runner.run([group], State(items=[1, 2, 3])))
+    assert sorted(findings) == expected
 
 
 async def test_what_run_start_sets_is_current_in_nodes() -> None:
@@ -1445,12 +1428,7 @@ async def test_current_node_in_groups() -> None:
         here = current_node()
         findings.append((node_id, here.node_id == node_id, here.kind, here.position, here.branch))
 
-    class Number(BaseModel):
-        n: int
-
-    @node("item", input=Number, output=Text)
-    async def item(state: Number) -> Any:
-        return {"text": str(state.n)}
+    item = node("item", output=Text, input=Number)(returning({"text": "x"}))
 
     nodes = [plus_items, parallel(plus_items, parallel(plus_two_items)), map_over("items", item, into="out")]
     result = await quick(NodeHooks(on_node_start=on_start)).run(nodes, State(items=[1, 2]))
@@ -1550,79 +1528,63 @@ def test_a_child_that_stops_the_process_at_once() -> None:
     assert [str(w.message) for w in caught] == []
 
 
-# ---------------------------------------------------------------------- pairing (G9)
+#: How runs end: nodes, settings, the status, and how many successes, failures and cancellations there are.
+WAYS: dict[str, tuple[Callable[[], list[Any]], dict[str, Any], str, tuple[int, int, int] | None]] = {
+    "success": (lambda: [plus, plus_two], {}, "COMPLETED", (2, 0, 0)),
+    "retries": (lambda: [flaky(), bad], {}, "PARTIAL", (1, 3, 0)),
+    "contract": (lambda: [invalid], {}, "FAILED", (0, 1, 0)),
+    "timeout": (lambda: [waiting()[0]], {"node_timeouts": {"waiting": 5}}, "PARTIAL", (0, 2, 0)),
+    "group timeout": (
+        lambda: [parallel(waiting()[0], plus)],
+        {"node_timeouts": {"parallel(waiting, plus)": 100}},
+        "PARTIAL",
+        (1, 1, 1),
+    ),
+    "deadline": (lambda: [waiting()[0]], {"budget": ExecutionBudget(max_latency_ms=5)}, "PARTIAL", (0, 1, 0)),
+    "group deadline": (
+        lambda: [parallel(waiting()[0], plus)],
+        {"budget": ExecutionBudget(max_latency_ms=5)},
+        "PARTIAL",
+        None,  # The deadline may pass before its children begin.
+    ),
+    "group": (
+        lambda: [parallel(plus, parallel(plus_two, flaky())), parallel(waiting()[0], invalid)],
+        {},
+        "FAILED",
+        (5, 3, 1),
+    ),
+    "group retried": (
+        lambda: [parallel(plus, flaky())],
+        {"policy_map": NEVER, "node_policies": {"parallel(plus, flaky)": ONCE}},
+        "COMPLETED",
+        (3, 2, 0),
+    ),
+    "bad usage": (lambda: [node("cheats")(returning(({}, -5)))], {}, "FAILED", (0, 1, 0)),
+    "own cancelled error": (
+        lambda: [node("odd")(failing_with(asyncio.CancelledError))],
+        {},
+        "PARTIAL",
+        (0, 2, 0),
+    ),
+    "sync node": (lambda: [node("plain")(lambda state: next(iter(())))], {}, "PARTIAL", (0, 2, 0)),
+    "over budget": (
+        lambda: [parallel(spender, plus), plus],
+        {"budget": ExecutionBudget(max_tokens_total=5)},
+        "PARTIAL",
+        (0, 2, 0),
+    ),
+}
 
 
-async def run_success(seen: Recorder) -> None:
-    await quick(seen).run([plus, plus_two], State())
-
-
-async def run_retries(seen: Recorder) -> None:
-    await quick(seen).run([flaky(), bad], State())
-
-
-async def run_contract(seen: Recorder) -> None:
-    await quick(seen).run([invalid], State())
-
-
-async def run_timeout(seen: Recorder) -> None:
-    waits, _ = waiting()
-    result = await quick(seen, node_timeouts={"waiting": 5}).run([waits], State())
-    assert [type(exc) for _, _, exc, _ in seen.of(FAILURE)] == [TimeoutError, TimeoutError]
-    assert result.status is RunStatus.PARTIAL
-
-
-async def run_group_timeout(seen: Recorder) -> None:
-    waits, _ = waiting()
-    await quick(seen, node_timeouts={"parallel(waiting, plus)": 100}).run([parallel(waits, plus)], State())
-    assert seen.of(CANCELLED) == [("r", "waiting")]
-
-
-async def run_deadline(seen: Recorder) -> None:
-    waits, _ = waiting()
-    await quick(seen, budget=ExecutionBudget(max_latency_ms=5)).run([waits], State())
-    assert isinstance(seen.of(FAILURE)[0][2], BudgetExceeded)
-
-
-async def run_group_deadline(seen: Recorder) -> None:
-    waits, _ = waiting()
-    await quick(seen, budget=ExecutionBudget(max_latency_ms=5)).run([parallel(waits, plus)], State())
-
-
-async def run_group(seen: Recorder) -> None:
-    waits, _ = waiting()
-    await quick(seen).run([parallel(plus, parallel(plus_two, flaky())), parallel(waits, invalid)], State())
-
-
-async def run_group_retried(seen: Recorder) -> None:
-    policies = {"parallel(plus, flaky)": ONCE}
-    runner = quick(seen, policy_map=NEVER, node_policies=policies)
-    result = await runner.run([parallel(plus, flaky())], State())
-    assert result.status is RunStatus.COMPLETED
-
-
-async def run_bad_usage(seen: Recorder) -> None:
-    @node("cheats")
-    async def cheats(state: State) -> Any:
-        return {}, -5
-
-    await quick(seen).run([cheats], State())
-
-
-async def run_own_cancelled_error(seen: Recorder) -> None:
-    @node("odd")
-    async def odd(state: State) -> Any:
-        raise asyncio.CancelledError
-
-    await quick(seen).run([odd], State())
-    assert len(seen.of(FAILURE)) == 2
-
-
-async def run_sync_node(seen: Recorder) -> None:
-    def plain(state: State) -> Any:
-        raise StopIteration
-
-    await quick(seen).run([node("plain")(plain)], State())
+@pytest.mark.parametrize("way", WAYS)
+async def test_every_start_has_one_end(way: str, seen: Recorder) -> None:
+    """G9: every start event has exactly one end event, whichever way the attempt ended; so has every run."""
+    make, config, status, ends = WAYS[way]
+    result = await quick(seen, **config).run(make(), State())
+    counts = tuple(map(seen.names.count, ENDS))
+    assert (result.status, ends or counts) == (status, counts)
+    assert seen.names.count(RUN_START) == seen.names.count(RUN_END) == 1
+    seen.assert_paired()
 
 
 async def run_broken_store(seen: Recorder) -> None:
@@ -1633,11 +1595,6 @@ async def run_broken_store(seen: Recorder) -> None:
     result = await quick(seen, store=Refusing()).run([plus], State())
     assert result.status is RunStatus.PARTIAL
     assert seen.names == [RUN_START, START, FAILURE, RUN_END]
-
-
-async def run_over_budget(seen: Recorder) -> None:
-    budget = ExecutionBudget(max_tokens_total=5)
-    await quick(seen, budget=budget).run([parallel(spender, plus), plus], State())
 
 
 async def run_cancelled_in_group(seen: Recorder) -> None:
@@ -1701,9 +1658,10 @@ SCENARIOS = [
 
 
 @pytest.mark.parametrize("way", SCENARIOS, ids=lambda f: f.__name__.removeprefix("run_"))
-async def test_every_start_has_one_end(way: Callable[[Recorder], Awaitable[None]]) -> None:
-    """G9: every start event has exactly one end event, whichever way the attempt ended; so has every run."""
-    seen = Recorder()
+async def test_every_start_of_a_run_that_is_broken_off_has_one_end(
+    way: Callable[[Recorder], Awaitable[None]], seen: Recorder
+) -> None:
+    """G9: every start event has exactly one end event in a run that is cancelled or loses its store."""
     await way(seen)
     assert seen.of(START)
     seen.assert_paired()
