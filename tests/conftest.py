@@ -6,8 +6,6 @@ mark it lacks, so a tier is what it claims to be. A test that leaves a handler o
 too: the next one in this process would meet it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import gc

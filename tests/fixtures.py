@@ -4,8 +4,6 @@ tests/conftest.py imports those of places and servers; a module makes its own fi
 that it is about.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,9 +1,7 @@
 """What tests of many subjects share: a small state, nodes, policies that retry without waiting, and runners.
 
-Imports Stroma and pydantic only: the environments of agent frameworks lack the rest.
+Imports Stroma, pydantic and pytest only: the environments of agent frameworks lack the rest.
 """
-
-from __future__ import annotations
 
 import asyncio
 import logging
@@ -13,11 +11,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
+import pytest
 from pydantic import BaseModel, Field
 
 from stroma import (
@@ -135,6 +134,15 @@ async def same(state: BaseModel) -> Any:
     return state
 
 
+def passing() -> Any:
+    """Return a node's function that returns its input, a new function in each call."""
+
+    async def func(state: Any) -> Any:
+        return state
+
+    return func
+
+
 def returning(output: Any) -> Any:
     """Return a node's function that returns this."""
 
@@ -144,10 +152,19 @@ def returning(output: Any) -> Any:
     return func
 
 
-def failing_with(error: type[BaseException], *arguments: object) -> Any:
-    """Return a node's function that raises such an error, a new one in each attempt."""
+def computing(output: Callable[[Any], Any]) -> Any:
+    """Return a node's function that returns what this makes of the state."""
 
     async def func(state: Any) -> Any:
+        return output(state)
+
+    return func
+
+
+def failing_with(error: type[BaseException], *arguments: object) -> Any:
+    """Return a node's function, or a hook, that raises such an error, a new one in each attempt."""
+
+    async def func(*_: Any, **__: Any) -> Any:
         raise error(*arguments)
 
     return func
@@ -176,14 +193,39 @@ async def fail(state: BaseModel) -> Any:
     raise ConnectionError("down")
 
 
-async def forever() -> None:
-    """Wait until the task is cancelled."""
+async def forever(*_: Any) -> Any:
+    """Wait until the task is cancelled: also the function of a node, or a hook."""
     await asyncio.Event().wait()
+
+
+def stuck(begun: asyncio.Event) -> Any:
+    """Return a node's function, or a hook, that sets an event, then waits until it is cancelled."""
+
+    async def func(*_: Any) -> Any:
+        begun.set()
+        await forever()
+
+    return func
 
 
 async def sleep_forever(*_: Any) -> Any:
     """Sleep for longer than any test takes: the function of a node."""
     await asyncio.sleep(30)
+
+
+async def cancel(task: asyncio.Task[Any]) -> None:
+    """Cancel a task, which must end as cancelled."""
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def cancel_after(work: Coroutine[Any, Any, Any], begun: asyncio.Event) -> None:
+    """Run something until an event, then cancel it: it must end as cancelled."""
+    task = asyncio.create_task(work)
+    async with asyncio.timeout(60):
+        await begun.wait()
+        await cancel(task)
 
 
 class SimpleStore:
@@ -215,6 +257,15 @@ class AsyncSimpleStore(SimpleStore):
 
     async def delete(self, run_id: str) -> None:  # type: ignore[override]
         super().delete(run_id)
+
+
+def noting(seen: list[Any], note: Callable[..., Any]) -> Any:
+    """Return a hook that appends what ``note`` makes of its arguments."""
+
+    async def hook(*arguments: Any) -> None:
+        seen.append(note(*arguments))
+
+    return hook
 
 
 def record_hooks(seen: list[str]) -> NodeHooks:
@@ -257,17 +308,24 @@ def undone_command() -> Iterator[None]:
         sys.path[:] = paths
 
 
-def environment() -> dict[str, str]:
+def environment(**variables: object) -> dict[str, str]:
     """Return the environment of a process that imports the package from its source, and the tests."""
     root = pathlib.Path(__file__).parents[1]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join((str(root / "src"), str(root)))}
+    path = os.pathsep.join((str(root / "src"), str(root)))
+    return {**os.environ, "PYTHONPATH": path, **{name: str(value) for name, value in variables.items()}}
 
 
-def start_python(*arguments: object, code: str = "") -> subprocess.Popen[str]:
+def start_python(*arguments: object, code: str = "", **options: Any) -> subprocess.Popen[str]:
     """Start Python with these arguments, or with a program before them, whose indentation is removed."""
     command = [sys.executable, *(["-c", textwrap.dedent(code)] if code else []), *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    options = {"env": environment(), **options}
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **options)
+
+
+def run_python(*arguments: object, code: str = "", status: int = 0, **options: Any) -> str:
+    """Run Python to its end with this status, and return what it printed."""
+    return ended(start_python(*arguments, code=code, **options), status, timeout=120)
 
 
 def ended(process: subprocess.Popen[str], *statuses: int, timeout: float = 60) -> str:

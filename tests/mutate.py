@@ -6,8 +6,6 @@ Prints each change that no test notices, and a score per module. Works in a copy
 all modules together score at least 90 %, 1 if less, 2 for a wrong argument.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Packages from npm by a lock file: test data, no part of the project."""
 
-from __future__ import annotations
-
 import fcntl
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """A Temporal server for tests, from pip alone."""
 
-from __future__ import annotations
-
 import functools
 import importlib.metadata
 import pathlib

@@ -1,7 +1,5 @@
 """Every store that can be shared, each empty: for tests of what runs share through one."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Guarded runs that somebody asks the end of, from another process or this one."""
 
-from __future__ import annotations
-
 import asyncio
 import subprocess
 import sys
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit import cancel_after
 
 from stroma import AsyncInMemoryStore, FailureClass, FailurePolicy, RunStatus, SQLiteStore, StromaRunner
 from stroma.adapters import Guard, RunCancelled, what_stopped
@@ -171,11 +170,7 @@ async def test_a_cancelled_task_is_cancelled() -> None:
         async with guard.run(run_id="x"):
             await hangs()
 
-    task = asyncio.create_task(framework())
-    await waits.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel_after(framework(), waits)
     assert result_of(guard).status is RunStatus.CANCELLED
 
 

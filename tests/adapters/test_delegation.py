@@ -1,7 +1,5 @@
 """Guarded methods of objects: copies of the object are guarded and call themselves; nothing else changes."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import pickle

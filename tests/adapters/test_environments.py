@@ -1,7 +1,5 @@
 """The environments that frameworks are tested in: what they hold, and what ./dev says of them."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Which test of which framework holds which line of what must be shown; read, without the frameworks."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

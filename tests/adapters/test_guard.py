@@ -1,7 +1,5 @@
 """The guard: any callable as a step, which can be told from the bare one by nothing but its guarantees."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import contextvars
@@ -10,7 +8,6 @@ import functools
 import gc
 import importlib
 import inspect
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +16,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
-from tests.kit import context_of
+from tests.kit import cancel, cancel_after, context_of, forever, run_python, stuck
 
 from stroma import (
     BudgetExceeded,
@@ -717,11 +714,8 @@ def test_a_timeout_of_an_async_step_is_a_timeout() -> None:
     policies = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=0)}
     guard = guard_of(node_timeouts={"it": 10}, policy_map=policies)
 
-    async def stuck() -> None:
-        await asyncio.Event().wait()
-
     with pytest.raises(TimeoutError, match="'it' did not end within 10 ms"):
-        asyncio.run(guard.wrap("it", stuck)())
+        asyncio.run(guard.wrap("it", forever)())
 
 
 # ---------------------------------------------------------------------- control flow
@@ -1061,11 +1055,7 @@ async def test_a_stream_that_failed_and_is_cancelled_counts_once() -> None:
             pass
 
     guard = guard_of(hooks=NodeHooks(on_node_failure=failing))
-    reader = asyncio.create_task(read())
-    await began.wait()
-    reader.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reader
+    await cancel_after(read(), began)
     assert guard.current.ctx.cost_tracker.total_tokens == 100
 
 
@@ -1205,9 +1195,7 @@ async def test_a_run_that_is_cancelled_while_it_begins_ends(kind: str, awaits: i
     await begun.wait()
     for _ in range(awaits):
         await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel(task)
     assert ends == [RunStatus.CANCELLED]
 
 
@@ -1504,18 +1492,14 @@ async def test_a_cancelled_step_is_cancelled(kind: str) -> None:
     guard = guard_of(hooks=seen.hooks)
     started = asyncio.Event()
 
-    async def stuck(_: Any) -> None:
-        started.set()
-        await asyncio.Event().wait()
+    hangs = stuck(started)
 
     async def stream(_: Any) -> Any:
-        yield await stuck(_)
+        yield await hangs(_)
 
-    task = asyncio.create_task(run_it(guard.wrap("it", stuck if kind == "async" else stream), "x"))
+    task = asyncio.create_task(run_it(guard.wrap("it", hangs if kind == "async" else stream), "x"))
     await started.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel(task)
     assert task.cancelled()
     assert seen.events == [("node_start", "it"), ("node_cancelled", "it")]
 
@@ -1674,8 +1658,7 @@ def test_importing_the_guard_imports_no_framework() -> None:
         "import stroma.adapters.guard, sys; print(sorted({'langgraph', 'langchain_core', 'agents'} & "
         "set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert run_python(code=code) == "[]\n"
 
 
 @pytest.mark.core

@@ -1,13 +1,8 @@
 """Guarded steps after a crash are called again: a recorded output is not the object that callers need."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
-import os
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 import tracemalloc
@@ -16,7 +11,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Note
+from tests.kit import Note, run_python
 from tests.shared_stores import STORES, store_of
 
 from stroma import (
@@ -140,17 +135,9 @@ def test_killed_inside_of_a_guarded_step(way: str, tmp_path: Path) -> None:
     """After SIGKILL in a step, a resume returns what its steps return, and never None."""
     program, side = tmp_path / "program.py", tmp_path / "side"
     program.write_text(textwrap.dedent(KILLED + BODIES[way]))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ends = []
-    for life in ("dies", "lives"):
-        command = [sys.executable, str(program), str(tmp_path / "r.db"), str(side), life]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=180, env=environment
-        )
-        ends.append(done.returncode)
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    assert ends == [-signal.SIGKILL, 0]
-    assert done.stdout.strip() == "['answer 1', 'answer 2']"
+    words = (program, tmp_path / "r.db", side)
+    run_python(*words, "dies", status=-signal.SIGKILL)
+    assert run_python(*words, "lives") == "['answer 1', 'answer 2']\n"
     keys: dict[str, set[str]] = {}
     for line in side.read_text().splitlines():
         what, _, key = line.partition("|")

@@ -1,7 +1,5 @@
 """Spans of guarded steps among those of the framework that calls them: one trace, one tree."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Iterator

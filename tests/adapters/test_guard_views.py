@@ -1,7 +1,5 @@
 """Views and signatures of guarded callables: a guard changes nothing for those who call or inspect them."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import logging

@@ -1,15 +1,12 @@
 """Tokens that no step has used, and a framework's own count of tokens, compared with that of the guard."""
 
-from __future__ import annotations
-
 import logging
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit import run_python
 from tests.shared_stores import STORES, store_of
 
 from stroma import BudgetExceeded, ExecutionBudget, StromaRunner, Usage, UsageError
@@ -81,8 +78,7 @@ def test_a_resume_counts_what_no_step_has_used(kind: str) -> None:
 def test_what_no_step_has_used_is_stored_at_once(tmp_path: Path) -> None:
     """A process that is killed before the run has a step or an end loses nothing of it."""
     file = tmp_path / "r.db"
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(file)], check=False, timeout=60)
-    assert killed.returncode == -signal.SIGKILL
+    run_python(file, code=KILLED, status=-signal.SIGKILL)
     budget = ExecutionBudget(max_tokens_total=50)
     runner = StromaRunner.quick(store=str(file), run_id="r", resume=True, budget=budget)
     with pytest.raises(BudgetExceeded, match="60"), Guard(runner).run("q") as run:

@@ -1,7 +1,5 @@
 """Guarded runs that somebody pauses, or whose budget somebody changes."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Releases of frameworks outside of the range that was tested."""
 
-from __future__ import annotations
-
 import tomllib
 import warnings
 from pathlib import Path

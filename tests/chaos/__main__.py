@@ -11,8 +11,6 @@ ends with the figures so far.
 Exit code 0 if every invariant held, 1 if one was broken, 2 for wrong arguments.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

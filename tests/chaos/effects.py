@@ -5,8 +5,6 @@ connection after the other, so that who asks it about a charge is answered after
 before.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -5,8 +5,6 @@ It must show: each step is committed once, under one idempotency key, nothing th
 again, and the end is that of a flow that was left alone.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

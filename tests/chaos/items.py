@@ -7,8 +7,6 @@ more items.
 ``python -m tests.chaos.items URL FOLDER`` is the process that is killed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -6,8 +6,6 @@ holds; what the whole file says after each one was noted meanwhile, so that noth
 unnoticed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import os

@@ -7,8 +7,6 @@ the client are killed, at any instant or at a point of the protocol; workers are
 leases, or told to end; servers are killed and started again. Then the last client waits for every run.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

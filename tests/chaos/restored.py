@@ -7,8 +7,6 @@ its end to record, the process returns what it had made.) And whoever goes on wi
 makes one history of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

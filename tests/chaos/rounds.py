@@ -1,7 +1,5 @@
 """The faults that strike processes. A driver without threads forks them, so a new one is there at once."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pickle

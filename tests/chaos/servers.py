@@ -1,7 +1,5 @@
 """`--store postgres` and `--store redis`: a server from the tests' own helpers, while it is needed."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ Here nothing excuses that a node is run again: none of the processes has died. O
 short (a cancellation, a full disk, a SIGTERM without time to drain) may those that were in flight be.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

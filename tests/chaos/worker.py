@@ -12,8 +12,6 @@ The diary is a file that many processes append to, a line in one write, so that 
 A place is "node@branch". Every output carries the token of the call that made it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import faulthandler

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretBytes, SecretStr
-from tests.kit import NEVER, Note, context_of, failing_with
+from tests.kit import NEVER, Note, context_of, failing_with, stuck
 from tests.store_suite.journal import JournalStoreTests
 
 from stroma import (
@@ -378,11 +378,7 @@ async def test_old_runs_are_collected(tmp_path: Path) -> None:
         await runner(store).run([node("a", failing_with(ValueError))], Note(), run_id="partial")
         inside = asyncio.Event()
 
-        async def waits(state: Note) -> Any:
-            inside.set()
-            await asyncio.Event().wait()
-
-        live = asyncio.create_task(runner(store).run([node("a", waits)], Note(), run_id="live"))
+        live = asyncio.create_task(runner(store).run([node("a", stuck(inside))], Note(), run_id="live"))
         await inside.wait()
         await store.save("by hand", "a", Note())
         await _age(store, "old", "partial", "live", "by hand")

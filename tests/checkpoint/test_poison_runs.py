@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 from tests.checkpoint.dying_helper import State, pipeline
-from tests.kit import NEVER, ended, failing_with, start_python
+from tests.kit import NEVER, cancel, ended, failing_with, start_python
 from tests.shared_stores import SHARED, opened, place
 
 from stroma import (
@@ -155,9 +155,7 @@ async def test_retries_and_repairs_count_apart_across_a_crash(
         await in_flight.wait()
         left = left_by_death(tmp_path / "runs.db")
         expected = prompts[-1]
-        running.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await running
+        await cancel(running)
     answers += after
     prompts.clear()
     with SQLiteStore(left) as store:
@@ -183,9 +181,7 @@ async def test_the_failure_of_a_process_that_died_is_the_last_one(tmp_path: Path
         running = asyncio.create_task(runner.run([node], State(), run_id="r"))
         await failed.wait()
         left = left_by_death(tmp_path / "runs.db")
-        running.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await running
+        await cancel(running)
     with SQLiteStore(left) as store:
         runner = StromaRunner.quick(store=store, policy_map=NEVER, if_running="take_over")
         result = await runner.run([node], State(), run_id="r", resume=True)

@@ -108,7 +108,13 @@ class Shell:
 
     def python(self, code: str, *words: str) -> Done:
         """Run code in a process of its own."""
-        command = [sys.executable, "-c", code, *words]
+        return self.execute(sys.executable, "-c", code, *words)
+
+    def line(self, line: str) -> Done:
+        """Run a line of a shell."""
+        return self.execute("bash", "-c", line)
+
+    def execute(self, *command: str) -> Done:
         done = subprocess.run(
             command, cwd=self.home, env=self.env, capture_output=True, text=True, check=False, timeout=60
         )

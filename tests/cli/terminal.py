@@ -1,7 +1,5 @@
 """A terminal that commands write to: a system pseudo-terminal and a screen that shows it."""
 
-from __future__ import annotations
-
 import fcntl
 import io
 import os

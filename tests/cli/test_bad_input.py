@@ -3,7 +3,6 @@
 import json
 import resource
 import sqlite3
-import subprocess
 import sys
 
 import pytest
@@ -220,27 +219,17 @@ def test_a_directory_that_is_gone(stroma):
         "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from stroma.cli import "
         "main; sys.exit(main(['runs']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=stroma.home,
-        env=stroma.env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 3
-    assert done.stderr.startswith("stroma: the current directory does not exist any more")
+    done = stroma.python(code)
+    assert done.code == 3
+    assert done.err.startswith("stroma: the current directory does not exist any more")
 
 
 @pytest.mark.slow
 def test_no_stdin(stroma):
     """A stdin that is closed is no empty input."""
-    line = "exec 0<&-; exec stroma run sums.py:pipeline -"
-    done = subprocess.run(
-        ["sh", "-c", line], cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("stroma: cannot read the input from stdin")
+    done = stroma.line("exec 0<&-; exec stroma run sums.py:pipeline -")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("stroma: cannot read the input from stdin")
 
 
 def test_files_that_are_no_store(stroma, inside, fails):
@@ -283,18 +272,11 @@ def test_a_locked_store(stroma, fails):
     holder = sqlite3.connect(stroma.home / "x.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     words = ["run", "sums.py:pipeline", GOOD, "--db", "x.db", "-q"]
-    process = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        cwd=stroma.home,
-        env=stroma.env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = stroma.python(code, *words)
     holder.execute("ROLLBACK")
     holder.close()
-    assert process.returncode == 3
-    assert process.stderr.startswith("stroma: database is locked: another process has held ")
+    assert done.code == 3
+    assert done.err.startswith("stroma: database is locked: another process has held ")
     assert stroma.calls() == ["first", "second", "third"]
 
 

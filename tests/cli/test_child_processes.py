@@ -1,7 +1,5 @@
 """Processes that commands of ours begin, in a directory that others can write to."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

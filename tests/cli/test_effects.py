@@ -10,6 +10,7 @@ import time
 import pytest
 from pydantic import BaseModel
 from tests.cli.test_signals import wait_for
+from tests.kit import passing
 
 from stroma import SQLiteStore, StromaRunner, Unknown
 from stroma.checkpoint.history import History
@@ -284,10 +285,7 @@ def test_every_view_has_the_same_facts(state, labels, tmp_path, inside):
         async def charge(bill: Bill) -> Bill:
             return bill
 
-        @runner.node("log", input=Bill, output=Bill)
-        async def log(bill: Bill) -> Bill:
-            return bill
-
+        log = runner.node("log", input=Bill, output=Bill)(passing())
         with crash_at("after_node", "charge"):
             await runner.run([log, charge], Bill(), run_id="x")
         if state in reconcile:

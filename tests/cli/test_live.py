@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel
 from rich.console import Console
 from tests.cli.terminal import Emulator, TerminalFile, run_on_terminal
-from tests.kit import Item
+from tests.kit import Item, computing
 
 from stroma import (
     ExecutionBudget,
@@ -76,9 +76,7 @@ def test_a_run_is_a_table_that_folds_into_a_summary(terminal):
         seen.append(terminal.emulator.text)
         return {"n": state.n}, 1000, 100, "gpt-4o-mini"
 
-    async def last(state):
-        return {"n": len(state.items)}
-
+    last = computing(lambda state: {"n": len(state.items)})
     nodes = [map_over("items", _node("price", price), into="items"), _node("last", last, Items)]
     budget = ExecutionBudget(max_cost_usd=0.01)
     progress = LiveProgress("prices", ["map_over(items, price)", "last"], budget)

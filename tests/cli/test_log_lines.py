@@ -1,7 +1,5 @@
 """Log records that commands print."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Files that commands write, and who may write to the file of a store."""
 
-from __future__ import annotations
-
 import json
 import os
 import stat

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import stat
-import subprocess
 
 import pytest
 from tests.cli.test_signals import wait_for
@@ -125,12 +124,10 @@ def test_failure_then_resume(stroma):
     )
     assert re.search(r'  File "<string>", line 1, in <module>\n', done.err)
     mend = re.search(r"resume with: (stroma resume .*)\n", done.err)
-    resumed = subprocess.run(
-        mend[1], shell=True, cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
-    )
-    assert (resumed.returncode, json.loads(resumed.stdout)) == (0, {"n": 4})
-    assert re.search(r"first +restored +finished earlier", resumed.stderr)
-    assert "before that 120 tok" in resumed.stderr
+    resumed = stroma.line(mend[1])
+    assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
+    assert re.search(r"first +restored +finished earlier", resumed.err)
+    assert "before that 120 tok" in resumed.err
     assert stroma.calls() == ["first", "second", "second", "second", "third"]
 
 
@@ -378,12 +375,9 @@ def test_any_run_id(stroma):
     done = stroma("run", "sums.py:pipeline", GOOD, "--run-id", run_id)
     assert done.code == 0
     assert not set(done.err) & {"\x1b", "\u202e"}
-    command = done.err.split("details: ")[1]
-    shown = subprocess.run(
-        ["bash", "-c", command], cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
-    )
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert not set(shown.stdout) & {"\x1b", "\u202e"}
+    shown = stroma.line(done.err.split("details: ")[1])
+    assert (shown.code, shown.err) == (0, "")
+    assert not set(shown.out) & {"\x1b", "\u202e"}
     assert json.loads(stroma("show", run_id, "--json").out)["run"]["run_id"] == run_id
     dashed = stroma("run", "sums.py:pipeline", GOOD, "--run-id", "-x")
     assert "show -- -x" in dashed.err

@@ -1,7 +1,5 @@
 """`stroma send`, and what other commands say of runs that wait for a message."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

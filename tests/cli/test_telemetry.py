@@ -1,7 +1,5 @@
 """`stroma run` sends telemetry where it is told to, and all of it has left when the command ends."""
 
-from __future__ import annotations
-
 import http.server
 import json
 import signal

@@ -1,7 +1,5 @@
 """`stroma run` with exporters in the pipeline's config, on the command line and in the environment."""
 
-from __future__ import annotations
-
 import signal
 from typing import Any
 

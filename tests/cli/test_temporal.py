@@ -1,7 +1,5 @@
 """The command line with a real Temporal server: `stroma worker` and `submit` with --temporal."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import signal

@@ -6,8 +6,6 @@ import asyncio
 import datetime as dt
 import enum
 import re
-import subprocess
-import sys
 import uuid
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -42,7 +40,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from tests.kit import Item, Text
+from tests.kit import Item, Text, run_python
 from typing_extensions import TypedDict
 
 from stroma import (
@@ -1028,8 +1026,7 @@ def test_the_checker_is_not_loaded_unless_it_is_used() -> None:
         "asyncio.run(StromaRunner.quick().run([a], A()))\n"
         "print([name for name in sys.modules if name.startswith('stroma.contracts.checks')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert run_python(code=code) == "[]\n"
 
 
 def test_checking_is_quick() -> None:

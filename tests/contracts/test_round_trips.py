@@ -8,10 +8,7 @@ import datetime as dt
 import decimal
 import enum
 import ipaddress
-import os
 import pathlib
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any, Literal
@@ -32,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 from tests.fixtures import store_fixture
-from tests.kit import Loose, Num, node, quick_without_retries, same
+from tests.kit import Loose, Num, environment, node, quick_without_retries, run_python, same
 
 from stroma import FailureClass, RunStatus
 from stroma.contracts import NotSerialisable
@@ -93,17 +90,7 @@ class Loose(BaseModel):
 names = {f"name {i}" for i in range(50)}
 print(schema_of(Loose).encode(Loose(anything=[names, frozenset(names)])).hex())
 """
-    stored = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(stored) == 1
+    assert len({run_python(code=code, env=environment(PYTHONHASHSEED=seed)) for seed in (1, 2)}) == 1
 
 
 class Loop(BaseModel):

@@ -5,8 +5,6 @@ import datetime as dt
 import json
 import math
 import re
-import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -43,6 +41,7 @@ from pydantic import (
     model_validator,
 )
 from tests.contracts.values import Colour, Level, Word, anything, datetimes, same, texts
+from tests.kit import run_python
 from tests.tiers import examples
 
 from stroma import NotSerialisable
@@ -901,12 +900,9 @@ print(schema_of(Scores).fingerprint)
 @pytest.mark.slow
 def test_the_fingerprint_is_the_same_in_every_process() -> None:
     """Also of a class without a JSON schema, whose validators stand at another address in each process."""
-    prints = set()
-    for used in (10, 100_000):  # Objects before it move the addresses.
-        code = f"junk = [object() for _ in range({used})]\n" + _NO_JSON_SCHEMA
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        prints.add(done.stdout)
-    assert len(prints) == 1
+    # Objects before it move the addresses.
+    junk = [f"junk = [object() for _ in range({used})]\n" for used in (10, 100_000)]
+    assert len({run_python(code=code + _NO_JSON_SCHEMA) for code in junk}) == 1
 
 
 @pytest.mark.core

@@ -1,7 +1,5 @@
 """State machine: runs that are paused, resumed, cancelled and given other budgets while many of them run."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 from typing import Any, ClassVar

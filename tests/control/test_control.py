@@ -1,7 +1,5 @@
 """Pause, cancel and budget of living runs."""
 
-from __future__ import annotations
-
 import asyncio
 import pickle
 import time

@@ -1,7 +1,5 @@
 """Pause, resume, raise and cancel under many concurrent runs, in any order."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Requests that were stored hold, whatever becomes of the process that the run was in."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import signal

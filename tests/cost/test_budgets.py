@@ -1,7 +1,5 @@
 """What a run spent, its limits and its fallbacks, to the last figure."""
 
-from __future__ import annotations
-
 import math
 import pickle
 from dataclasses import astuple

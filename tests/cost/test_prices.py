@@ -1,7 +1,5 @@
 """What tokens cost: genai-prices' arithmetic beside ours, KNOWN_MODELS over it, each price's properties."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

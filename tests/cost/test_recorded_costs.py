@@ -1,7 +1,5 @@
 """Usage and costs: odd figures, exact sums, warnings, and what a refused price costs."""
 
-from __future__ import annotations
-
 import threading
 from typing import Any
 
@@ -13,8 +11,10 @@ from tests.kit import (
     Num,
     One,
     Two,
+    computing,
     context_of,
     node,
+    noting,
     plus,
     quick,
     quick_without_retries,
@@ -43,10 +43,7 @@ def context(**config: Any) -> ReliabilityContext:
 @pytest.mark.core
 async def test_what_each_node_used_is_told_by_the_tracker() -> None:
     """summary() has the sums per node id over all attempts, read or not, in groups too."""
-
-    async def spend(state: Num) -> Any:
-        return state, 3, 4, "gpt-4o-mini"
-
+    spend = computing(lambda state: (state, 3, 4, "gpt-4o-mini"))
     ctx = context()
     await execute_step("a", spend, Num(), ctx)
     await execute_step("a", spend, Num(), ctx)
@@ -71,9 +68,7 @@ async def test_prices_are_read_once_and_off_the_event_loop(monkeypatch: pytest.M
         requests.append((model, threading.current_thread() is threading.main_thread()))
         return find(self, model, *more)
 
-    async def func(state: Num) -> Any:
-        return {"n": 1}, 4_000_000, "gpt-5"
-
+    func = returning(({"n": 1}, 4_000_000, "gpt-5"))
     monkeypatch.setattr(prices, "_looked_up", {})
     monkeypatch.setattr(data_snapshot.DataSnapshot, "find_provider_model", read)
     for _ in range(2):
@@ -133,10 +128,7 @@ async def test_absurd_token_counts_lose_no_output(tokens: int, model: str | None
 
 async def test_a_billion_tokens_can_be_counted(store: Any) -> None:
     """A billion tokens in one report are counted and priced like any other."""
-
-    async def a(state: Num) -> Any:
-        return {"a": 1}, 10**9, "gpt-4o"
-
+    a = computing(lambda _: ({"a": 1}, 10**9, "gpt-4o"))
     result = await quick_without_retries(store=store).run([node("a", a, output=One)], Num())
     assert result.status is RunStatus.COMPLETED
     assert result.total_tokens == 10**9
@@ -185,12 +177,8 @@ async def test_a_cost_at_eighty_percent_warns(limit: float, monkeypatch: pytest.
     monkeypatch.setitem(KNOWN_MODELS, "one cent", (10_000.0, 0.0))
     seen: list[Any] = []
 
-    async def warn(*arguments: Any) -> None:
-        seen.append(arguments)
-
-    async def func(state: Num) -> Any:
-        return {"n": 1}, round(limit * 80), "one cent"
-
+    warn = noting(seen, lambda *arguments: arguments)
+    func = computing(lambda _: ({"n": 1}, round(limit * 80), "one cent"))
     budget = ExecutionBudget(max_cost_usd=limit)
     runner = quick(budget=budget, hooks=NodeHooks(on_budget_warning=warn), run_id="r")
     await runner.run([node("a", func)], Num())

@@ -1,7 +1,5 @@
 """A limit in US dollars and models without a known price."""
 
-from __future__ import annotations
-
 from itertools import count
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a provider's response says it used: from real SDKs' responses of a real server and from plain data."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import types

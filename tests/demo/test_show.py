@@ -3,12 +3,12 @@
 import os
 import re
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tests.cli.terminal import Emulator, run_on_terminal
+from tests.kit import environment, run_python
 
 from stroma.demo.pipeline import DOCUMENTS
 
@@ -68,14 +68,7 @@ def test_each_document_has_its_cost(shown: tuple[int, Emulator, Path]) -> None:
     commands = [line for line in bill.splitlines() if line.startswith("stroma ")]
     assert [words.split()[1] for words in commands] == ["show", "runs", "ui", "run"]
     for words in commands[:2]:
-        done = subprocess.run(
-            [sys.executable, "-m", *words.split()],
-            env={**os.environ, "STROMA_DB": str(work / "runs.db")},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        run_python("-m", *words.split(), env=environment(STROMA_DB=work / "runs.db"))
 
 
 def test_every_kind_of_trouble_is_seen(shown: tuple[int, Emulator, Path]) -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tests.docs.blocks import blocks
 from tests.docs.test_pages import SERVERS, run_alone
-from tests.kit import environment
+from tests.kit import environment, run_python
 from tests.servers_temporal import TemporalServer, temporal_binary
 
 from stroma.cli.app import app
@@ -165,15 +165,6 @@ def test_the_image_has_what_the_workers_run() -> None:
 
 def test_the_example_runs() -> None:
     """examples/temporal_letters.py starts a server and workers, and comes to the same there as here."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "temporal_letters.py"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    here, there = done.stdout.splitlines()
+    here, there = run_python(ROOT / "examples" / "temporal_letters.py").splitlines()
     assert here.strip() == "here: COMPLETED, words=64"
     assert there.partition(": ")[2] == here.partition(": ")[2]

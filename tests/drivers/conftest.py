@@ -1,7 +1,5 @@
 """The ways to run a pipeline for the suite of behaviour: all of them are one engine on a store."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import pathlib

@@ -1,7 +1,5 @@
 """Flows that every driver must do the same with."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine

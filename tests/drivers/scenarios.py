@@ -1,7 +1,5 @@
 """Pipelines that every driver must do the same with."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field

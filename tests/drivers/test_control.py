@@ -1,7 +1,5 @@
 """What people and programs do to a run in progress is the same, whichever process drives it."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What becomes of a flow does not depend on the process that drives it."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 from typing import Any

@@ -1,7 +1,5 @@
 """Nodes with a place: a worker of that place calls the function, the run's owner does the rest."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import pathlib
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 from tests.drivers.conftest import Cluster, fleet_of, fresh_id
 from tests.drivers.worker_helper import placed_pipeline
-from tests.kit import NEVER, ONCE, Num, Text, here, node, quick
+from tests.kit import NEVER, ONCE, Num, Text, here, node, noting, quick
 from tests.servers_temporal import TemporalServer
 
 from stroma import (
@@ -77,8 +75,7 @@ async def test_a_node_with_a_place(cluster: Cluster) -> None:
     seen: list[Any] = []
     ends: list[Any] = []
 
-    async def ended(run_id: str, node_id: str, output: Any, tokens: int) -> None:
-        ends.append((node_id, output, tokens))
+    ended = noting(ends, lambda run_id, node_id, output, tokens: (node_id, output, tokens))
 
     async def call(state: Num, context: dict[str, Any]) -> Any:
         run = here()
@@ -448,9 +445,7 @@ async def test_a_message_is_redacted_at_its_place(cluster: Cluster) -> None:
 
     sent: list[str] = []
 
-    async def on_node_failure(_run: str, _node: str, error: Exception, _kind: Any) -> None:
-        sent.append(str(error))
-
+    on_node_failure = noting(sent, lambda _run, _node, error, _kind: str(error))
     pipeline = Pipeline("place", [placed("use", use, place_of(cluster), Text, Text)])
     async with workers(cluster, pipeline, redact=hide, hooks=NodeHooks(on_node_failure=on_node_failure)):
         await cluster.runner.run(pipeline, Text(text="ada@example.org"), run_id=fresh_id())

@@ -1,7 +1,5 @@
 """What becomes of a run does not depend on the process that drives it."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Temporal as the dispatcher of runs: starts, wakes, ends, and everything that may be lost on the way."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import time

@@ -1,7 +1,5 @@
 """Workers and the server of Temporal are killed and stopped: no commit is repeated, and every run ends."""
 
-from __future__ import annotations
-
 import asyncio
 import collections
 import contextlib

@@ -3,8 +3,6 @@
 JOB: "owner" drives runs of a pipeline with a place, "place" is a worker of that place.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

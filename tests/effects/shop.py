@@ -1,7 +1,5 @@
 """A shop whose provider counts charges by idempotency key, for tests of effects."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

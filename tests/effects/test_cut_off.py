@@ -1,7 +1,5 @@
 """Calls of effects that the code around them cuts off, and calls with another input at their place."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs that end at each record in the life of an effect: killed, cancelled, or given up for a sibling."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

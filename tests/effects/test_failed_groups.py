@@ -1,7 +1,5 @@
 """Effects in groups, maps and nodes that a flow's body sees fail: the next calls take their outcome."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Effects that the body of a flow gives up: they run to their end, and nobody calls them twice."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Any

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
-from tests.kit import THRICE, failing_with, open_question
+from tests.kit import THRICE, cancel_after, computing, failing_with, forever, noting, open_question, passing
 from tests.shared_stores import FAMILIES
 
 from stroma import (
@@ -35,16 +35,10 @@ def pipeline(
     """As each process has it: the same nodes, the same store."""
     runner = StromaRunner.quick(store=store, policy_map=THRICE, **config)
 
-    @runner.node("before", input=Order, output=Order)
-    async def before(order: Order) -> Order:
-        return order
-
+    before = runner.node("before", input=Order, output=Order)(passing())
     charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=reconcile)(shop.charge)
 
-    @runner.node("after", input=Receipt, output=Receipt)
-    async def after(receipt: Receipt) -> Receipt:
-        return receipt
-
+    after = runner.node("after", input=Receipt, output=Receipt)(passing())
     return runner, [before, charge, after]
 
 
@@ -54,9 +48,7 @@ async def test_a_call_that_may_have_happened_is_not_repeated(store: Any, error: 
     """G13: A timeout, a lost connection or an AMBIGUOUS failure suspends the run without a further call."""
     shop, seen = Shop(after=[error]), []
 
-    async def suspended(run_id: str, node_id: str, reason: str) -> None:
-        seen.append((node_id, reason))
-
+    suspended = noting(seen, lambda run_id, node_id, reason: (node_id, reason))
     runner, nodes = pipeline(shop, store, hooks=NodeHooks(on_node_suspended=suspended))
     result = await runner.run(nodes, Order(), run_id="r")
     assert (result.status, result.suspended, shop.calls) == (RunStatus.SUSPENDED, ["effect"], 1)
@@ -125,21 +117,18 @@ async def test_a_reconcile_that_cannot_tell_suspends(store: Any) -> None:
     def fails(order: Order, key: str) -> Any:
         raise OSError("provider is down")
 
-    async def hangs(order: Order, key: str) -> Any:
-        await asyncio.Event().wait()
-
     for number, (reconcile, cause) in enumerate(
         [
             (lambda order, key: Unknown("still in flight"), "still in flight"),
             (lambda order, key: Unknown, "no answer"),
             (fails, "provider is down"),
-            (hangs, "TimeoutError"),
+            (forever, "TimeoutError"),
             (lambda order, key: None, "None"),
             (lambda order, key: {"number": "x"}, "number"),
         ]
     ):
         shop = Shop(after=[ConnectionResetError("no answer")])
-        limit = {"charge": 50} if reconcile is hangs else {}
+        limit = {"charge": 50} if reconcile is forever else {}
         runner, nodes = pipeline(shop, store, reconcile, node_timeouts=limit)
         result = await runner.run(nodes, Order(), run_id=str(number))
         assert (result.status, shop.calls) == (RunStatus.SUSPENDED, 1)
@@ -307,11 +296,7 @@ async def test_a_cancelled_call_is_not_repeated(store: Any) -> None:
 
     runner = StromaRunner.quick(store=store)
     charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=shop.look)(hang)
-    task = asyncio.create_task(runner.run([charge], Order(), run_id="r"))
-    await called.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel_after(runner.run([charge], Order(), run_id="r"), called)
     result = await runner.run([charge], Order(), run_id="r", resume=True)
     assert (result.final_state, shop.calls) == (Receipt(number=1), 1)
 
@@ -367,9 +352,7 @@ async def test_an_intent_that_the_store_refuses_prevents_the_call(store: Any, mo
     runner, nodes = pipeline(shop, store)
     monkeypatch.setattr("stroma.engine.commit._STORE_DELAYS", ())
 
-    async def refuse(_: Any) -> Any:
-        return StoreError("disk full"), None
-
+    refuse = computing(lambda _: (StoreError("disk full"), None))
     with monkeypatch.context() as patched:
         patched.setattr("stroma.engine.effects.store_notes", refuse)
         result = await runner.run(nodes, Order(), run_id="r")

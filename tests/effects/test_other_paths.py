@@ -1,7 +1,5 @@
 """Flows that take another path on a resume: what they did on the first path is not done again."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 from tests.effects.shop import Order, Receipt, Shop
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, THRICE, context_of, open_question
+from tests.kit import NEVER, ONCE, THRICE, cancel, context_of, open_question
 
 from stroma import (
     Flow,
@@ -119,9 +119,7 @@ async def test_a_cancellation_from_outside_does_not_wait(store: Any) -> None:
     while not siblings.tries:
         await asyncio.sleep(0.01)
     assert not task.done()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel(task)
     result = await runner.run(nodes, Order(), run_id="r", resume=True)
     assert (result.status, siblings.shop.calls, len(siblings.shop.asked)) == (RunStatus.RESUMED, 1, 1)
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
-from tests.kit import context_on, failing_with
+from tests.kit import context_on, failing_with, passing
 from tests.shared_stores import STORES
 
 from stroma import Flow, NodeContract, Pipeline, RunConfig, RunExists, RunStatus, StromaRunner, execute_step
@@ -61,10 +61,7 @@ async def test_a_recorded_effect_outlives_its_execution(store: Any, error: Excep
         await runner.run(nodes, Order(), run_id="r")
     calls = shop.calls
 
-    @runner.node("harmless", input=Order, output=Order)
-    async def harmless(order: Order) -> Order:
-        return order
-
+    harmless = runner.node("harmless", input=Order, output=Order)(passing())
     await runner.run([harmless], Order(), run_id="r", if_exists="restart")
     with pytest.raises(RunExists, match="'charge' again"):
         await runner.run([harmless], Order(), run_id="r")
@@ -78,10 +75,7 @@ async def test_a_fork_has_the_recorded_effects_that_it_copied(store: Any) -> Non
     shop = Shop()
     runner, nodes = shop_of(store, shop)
 
-    @runner.node("ship", input=Receipt, output=Receipt)
-    async def ship(receipt: Receipt) -> Receipt:
-        return receipt
-
+    ship = runner.node("ship", input=Receipt, output=Receipt)(passing())
     nodes.append(ship)
     await runner.run(nodes, Order(), run_id="r")
     fork = await runner.fork("r", nodes, at="ship", new_run_id="fork")
@@ -117,10 +111,7 @@ async def test_a_queued_run_is_not_replaced(store: Any) -> None:
     """run() of an id that waits for a worker is RunExists; its input stays, and a resume starts it."""
     runner = StromaRunner.quick(store=store)
 
-    @runner.node("copy", input=Letter, output=Letter)
-    async def copy(letter: Letter) -> Letter:
-        return letter
-
+    copy = runner.node("copy", input=Letter, output=Letter)(passing())
     letters = Pipeline("letters", [copy])
     await runner.submit(letters, Letter(text="first"), run_id="q")
     with pytest.raises(RunExists, match=r"has not ended \(QUEUED\); pass resume=True"):

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from tests.effects.shop import Order, Receipt, Shop
+from tests.kit import passing
 
 from stroma import Flow, FlowFunction, StromaRunner, stroma_flow, stroma_node
 from stroma.contracts.contract import NodeContract
@@ -15,10 +16,7 @@ def nodes_of(shop: Shop, **options: Any) -> list[Any]:
     charge = runner.node("charge", input=Order, output=Receipt, **options)(shop.charge)
     last = NodeContract(node_id="last", input_schema=Receipt, output_schema=Receipt)
 
-    @stroma_node("last", last)
-    async def count(receipt: Receipt) -> Receipt:
-        return receipt
-
+    count = stroma_node("last", last)(passing())
     return [charge, count]
 
 

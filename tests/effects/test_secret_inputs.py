@@ -1,7 +1,5 @@
 """Inputs with secrets, and inputs without a stored form: which calls are the same."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from typing import Any

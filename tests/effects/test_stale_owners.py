@@ -1,7 +1,5 @@
 """Owners that stand still between the intent of an effect and its call, for longer than their lease."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal

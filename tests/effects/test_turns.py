@@ -1,7 +1,5 @@
 """A turn of an agent that calls three tools, fails after one took effect, and is tried again as a whole."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random

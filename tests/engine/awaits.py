@@ -1,7 +1,5 @@
 """Act at the n-th await of a coroutine, or of all tasks of a loop: at each in turn."""
 
-from __future__ import annotations
-
 import asyncio
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator

@@ -1,7 +1,5 @@
 """A journal in memory whose commits wait until a test releases them."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable
 

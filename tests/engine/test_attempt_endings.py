@@ -1,7 +1,5 @@
 """Rules that an ordinary run never shows: whose cancellation, whose contract, whose hook it is."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import pickle

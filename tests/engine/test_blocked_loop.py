@@ -1,7 +1,5 @@
 """Nodes that keep the event loop are named in a warning."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -1,7 +1,5 @@
 """Steps that code calls, in a node or in plain code: each is known by what it is, over every store."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import signal
@@ -11,7 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Note, context_of, ended, start_python
+from tests.kit import Note, cancel, computing, context_of, ended, start_python
 from tests.shared_stores import SHARED, STORES, place, store_of
 
 from stroma import (
@@ -115,9 +113,7 @@ class World:
         if life.done():
             dying.cancel()
             return await life
-        life.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await life
+        await cancel(life)
         return None
 
 
@@ -365,8 +361,7 @@ async def test_an_answer_is_given_to_the_step_that_asked(store: Any) -> None:
     """The answer to a step of plain code never reaches another one that is called before it."""
     got: list[Any] = []
 
-    async def asks(state: Note) -> Any:
-        return {"text": current_node().wait_for(Note, reason="say something").text}
+    asks = computing(lambda _: {"text": current_node().wait_for(Note, reason="say something").text})
 
     async def looks(state: Note) -> Any:
         got.append(current_node().signal)

@@ -17,11 +17,13 @@ from tests.kit import (
     One,
     SimpleStore,
     Two,
+    cancel_after,
     context_of,
     fail,
     failing_with,
     forever,
     node,
+    noting,
     quick,
     quick_without_retries,
     record_hooks,
@@ -29,6 +31,7 @@ from tests.kit import (
     returning,
     same,
     sleep_forever,
+    stuck,
 )
 from tests.shared_stores import IN_PROCESS
 
@@ -123,18 +126,8 @@ async def test_a_cancelled_attempt_is_no_failure() -> None:
     inside = asyncio.Event()
     ended: list[Any] = []
 
-    async def func(state: Num) -> Any:
-        inside.set()
-        await asyncio.Event().wait()
-
-    async def end(run_id: str, result: Any) -> None:
-        ended.append(result)
-
-    run = asyncio.create_task(quick(hooks=NodeHooks(on_run_end=end)).run([node("a", func)], Num()))
-    await inside.wait()
-    run.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await run
+    end = noting(ended, lambda run_id, result: result)
+    await cancel_after(quick(hooks=NodeHooks(on_run_end=end)).run([node("a", stuck(inside))], Num()), inside)
     (result,) = ended
     (event,) = result.trace
     assert (event.outcome, event.failure, event.failure_message) == ("cancelled", None, None)
@@ -187,15 +180,12 @@ async def test_a_question_that_is_kept_while_the_run_is_cancelled() -> None:
         return Between(session, suspend=later)
 
     inside, store, seen = asyncio.Event(), Journal(slowly), list[str]()
-    task = asyncio.create_task(
+    await cancel_after(
         quick_without_retries(store=store, hooks=record_hooks(seen)).run(
             [node("ask", failing_with(Suspend, "well?"))], Num(), run_id="r"
-        )
+        ),
+        inside,
     )
-    await inside.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
     assert [waiting.reason for waiting in store.waiting("r")] == ["well?"]
     assert seen == ["run_start", "start ask", "suspended ask", "run_end"]
 
@@ -219,11 +209,7 @@ async def test_plain_code_that_is_cancelled_while_its_end_is_kept() -> None:
         async with ctx:
             await execute_step("a", same, Num(), ctx)
 
-    task = asyncio.create_task(plain())
-    await inside.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel_after(plain(), inside)
     run = store.get_run("r")
     assert run.status == "COMPLETED"
 

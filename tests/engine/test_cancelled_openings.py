@@ -1,7 +1,5 @@
 """A run cancelled while being opened is left to the next process, at each await, of each store."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 from tests.engine.awaits import Awaits
 from tests.fixtures import store_fixture
-from tests.kit import Num, context_of, node, quick
+from tests.kit import Num, context_of, failing_with, node, quick
 from tests.shared_stores import FAMILIES, opened
 
 from stroma import NodeContract, SQLiteStore, execute_step
@@ -131,10 +129,7 @@ def check_all(store: Any, way: Callable[..., None], work: Callable[..., Any], **
 async def test_a_run_that_is_opened_for_no_one_stands_as_before(journal: tuple[str, str]) -> None:
     """A resume that is cancelled while opened leaves status, error and pause of the run as they were."""
     with opened(*journal) as store:
-
-        async def fail(state: Num) -> Any:
-            raise PermissionError("no")
-
+        fail = failing_with(PermissionError, "no")
         await quick(store=store).run([node("a", fail)], Num(), run_id="failed")
         await quick(store=store).run([node("a", add)], Num(), run_id="complete")
         await store.fork("complete", "paused", 0)

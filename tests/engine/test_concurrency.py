@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 from tests.fixtures import store_fixture
-from tests.kit import ONCE, Num, Text, node, same
+from tests.kit import ONCE, Num, Text, computing, node, same
 from tests.shared_stores import LOCAL
 
 from stroma import (
@@ -420,8 +420,7 @@ def test_nested_run_sync_in_a_thread(store: Any) -> None:
     """A sync node may use run_sync of the same runner and store, while the outer loop waits for it."""
     runner = StromaRunner.quick(store=store)
 
-    async def inner(state: Num) -> Any:
-        return {"n": state.n + 1}, 3
+    inner = computing(lambda state: ({"n": state.n + 1}, 3))
 
     def outer(state: Num) -> Any:
         result = runner.run_sync([node("inner", inner)] * 2, state, run_id=f"inner of {state.n}")

@@ -1,7 +1,5 @@
 """Defaults of a config are its own."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import dataclasses

@@ -1,14 +1,12 @@
 """Durations, deadlines and waits, by a clock that only moves where a test says so: each figure is exact."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import NEVER, ONCE, Many, Num, here, node
+from tests.kit import NEVER, ONCE, Many, Num, cancel, here, node, noting
 
 from stroma import (
     AsyncInMemoryStore,
@@ -255,9 +253,7 @@ async def test_how_long_a_cancelled_attempt_took(clock: FakeClock) -> None:
         watch, store = Watch(clock), AsyncInMemoryStore()
         task = asyncio.create_task(run(watch, nodes, store=store, run_id="r"))
         await asyncio.sleep(0.25)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await cancel(task)
         assert watch.took == took
         assert watch.latency == 250
         assert {row.node_id: [round(row.duration_ms, 1)] for row in store.attempts("r")} == took
@@ -494,9 +490,7 @@ async def test_waits_between_attempts(clock: FakeClock, caplog: pytest.LogCaptur
     """They grow as the policy says, are told to the hook, and written to the log in seconds."""
     events: list[tuple[int, float]] = []
 
-    async def retry(run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass) -> None:
-        events.append((attempt, delay))
-
+    retry = noting(events, lambda run_id, node_id, attempt, delay, kind: (attempt, delay))
     policy = FailurePolicy(max_retries=3, backoff_seconds=0.5, multiplier=3, jitter=False)
     errors = [ConnectionError("down") for _ in range(3)]
     policies = {FailureClass.RECOVERABLE: policy}

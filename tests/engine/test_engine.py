@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 from tests.kit import Item as Base
-from tests.kit import Num, Text, context_of, node, returning
+from tests.kit import Num, Text, computing, context_of, forever, node, noting, passing, returning
 
 from stroma import (
     KNOWN_MODELS,
@@ -133,15 +133,12 @@ async def test_aliases_cross_every_boundary(returned: Any) -> None:
     """A model with aliases arrives whole at the next node, returned by alias, by name or as an instance."""
     seen: list[Any] = []
 
-    async def make(state: Num) -> Any:
-        return returned
-
     async def take(state: Aliased) -> Any:
         seen.append(state)
         return state
 
     log = Log()
-    nodes = [node("make", make, Num, Aliased), node("take", take, Aliased, Aliased)]
+    nodes = [node("make", returning(returned), Num, Aliased), node("take", take, Aliased, Aliased)]
     result = await quick(hooks=log.hooks).run(nodes, Num())
     want = {"first_name": "Ada", "born": 1815, "shown": "A"}
     assert result.status is RunStatus.COMPLETED, result.failure
@@ -167,10 +164,7 @@ class WithGross(BaseModel):
 
 async def test_computed_fields_do_not_break_a_closed_contract() -> None:
     """A computed field is no field: it passes a boundary whose model forbids extra fields."""
-
-    async def same(state: Invoice) -> Invoice:
-        return state
-
+    same = passing()
     nodes = [node("a", same, Invoice, Invoice), node("b", same, Invoice, Invoice)]
     result = await quick().run(nodes, Invoice(net=1, tax=2))
     assert result.status is RunStatus.COMPLETED, result.failure
@@ -179,11 +173,7 @@ async def test_computed_fields_do_not_break_a_closed_contract() -> None:
 
 async def test_a_computed_field_reaches_a_node_that_has_a_field_of_its_name() -> None:
     """A computed field of one state fills the field of its name in the next."""
-
-    async def take(state: WithGross) -> WithGross:
-        return state
-
-    result = await quick().run([node("take", take, WithGross, WithGross)], Invoice(net=1, tax=2))
+    result = await quick().run([node("take", passing(), WithGross, WithGross)], Invoice(net=1, tax=2))
     assert result.final_state == WithGross(net=1, gross=3)
 
 
@@ -201,8 +191,7 @@ async def test_extra_fields_are_kept_where_they_are_allowed() -> None:
     """Extra fields of a model that allows them go on to the next node, and a default model drops them."""
     seen: list[BaseModel] = []
 
-    async def add(state: Open) -> dict[str, Any]:
-        return {"n": state.n, "more": [1, {"deep": "x"}]}
+    add = computing(lambda state: {"n": state.n, "more": [1, {"deep": "x"}]})
 
     async def take(state: Any) -> Any:
         seen.append(state)
@@ -238,9 +227,7 @@ class Words(RootModel[list[str]]):
 
 async def test_root_models_cross_boundaries() -> None:
     """A root model is an input and an output like any other; its state dict is {"root": value}."""
-
-    async def split(state: Text) -> Any:
-        return Words(state.text.split())
+    split = computing(lambda state: Words(state.text.split()))
 
     async def add(state: Words) -> Any:
         state.root.append("!")
@@ -327,10 +314,7 @@ class Wider(Base):
 
 async def test_the_output_is_of_the_promised_class() -> None:
     """A returned instance of a subclass becomes one of the promised class: nothing passes unvalidated."""
-
-    async def func(state: Num) -> Any:
-        return Wider(n=1)
-
+    func = computing(lambda _: Wider(n=1))
     result = await quick().run([node("a", func, Num, Base)], Num())
     assert type(result.final_state) is Base
 
@@ -354,12 +338,8 @@ async def test_the_output_is_of_the_promised_class() -> None:
 )
 async def test_every_shape_of_return(returned: Any, tokens: int, produced: int, model: str | None) -> None:
     """A node returns a dict, a model, (output, tokens), (output, in, model) or (output, in, out, model)."""
-
-    async def func(state: Num) -> Any:
-        return returned
-
     log = Log()
-    result = await quick(hooks=log.hooks).run([node("a", func)], Num())
+    result = await quick(hooks=log.hooks).run([node("a", returning(returned))], Num())
     (event,) = result.trace
     assert result.status is RunStatus.COMPLETED, result.failure
     assert result.final_state == Num(n=1)
@@ -478,9 +458,7 @@ async def test_not_a_node() -> None:
     """A function that is no node is a TypeError that says how to decorate it, before anything runs."""
     func, calls = raising()
 
-    async def bare(state: Num) -> Any:
-        return state
-
+    bare = passing()
     with pytest.raises(
         TypeError, match=r"is not a stroma node; decorate it with @stroma_node or @runner\.node"
     ):
@@ -629,12 +607,9 @@ async def test_timeouts_do_not_bound_hooks_nor_the_store() -> None:
     async def slow(*_: Any) -> None:
         await asyncio.sleep(0.06)
 
-    async def func(state: Num) -> Any:
-        return state
-
     hooks = NodeHooks(on_node_start=slow, on_node_success=slow)
     result = await quick(node_timeouts={"a": 40}, hooks=hooks, store=_Simple(SlowStore())).run(
-        [node("a", func)], Num()
+        [node("a", passing())], Num()
     )
     assert result.status is RunStatus.COMPLETED, result.failure
     assert next(iter(result.trace)).duration_ms < 40
@@ -720,8 +695,7 @@ async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[fl
     events: list[Any] = []
     boom = TimeoutError("own")
 
-    async def retry(*arguments: Any) -> None:
-        events.append(arguments)
+    retry = noting(events, lambda *arguments: arguments)
 
     async def func(state: Num) -> Any:
         current_node().report_usage(input_tokens=6)
@@ -921,11 +895,8 @@ async def test_the_pipelines_name_and_config() -> None:
     """A Pipeline names the run for hooks; its config counts where the runner was given no such setting."""
     names: list[str] = []
 
-    async def begin(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
-        names.append(f"{pipeline} {run_id}")
-
     func, _ = raising()
-    hooks = NodeHooks(on_run_start=begin)
+    hooks = NodeHooks(on_run_start=noting(names, lambda run_id, pipeline, state: f"{pipeline} {run_id}"))
     pipeline = Pipeline("billing", [node("a", func)], config=RunConfig(hooks=hooks, run_id="p"))
     await StromaRunner.quick().run(pipeline, Num())
     assert names == ["billing p"]
@@ -992,10 +963,7 @@ async def test_execute_step_without_a_contract_refuses_nothing() -> None:
 
 
 def _give(output: Any) -> Any:
-    async def func(state: Any) -> Any:
-        return output
-
-    return func
+    return returning(output)
 
 
 @pytest.mark.core
@@ -1083,9 +1051,7 @@ async def test_stroma_step_decorates_and_wraps() -> None:
     assert double._stroma_node_id == "double"
     assert (await double(Num.model_construct(n="x"))).status is RunStatus.FAILED
 
-    async def bad(state: Num) -> Any:
-        return {"n": "x"}
-
+    bad = returning({"n": "x"})
     contract: NodeContract[Any, Any] = NodeContract(node_id="bad", input_schema=Num, output_schema=Num)
     wrapped = step.wrap("bad", bad, contract=contract)
     assert (await wrapped(Num())).status is RunStatus.FAILED
@@ -1101,11 +1067,8 @@ async def test_steps_get_the_context_and_timeouts() -> None:
     async def add(state: Num, context: dict[str, Any]) -> Any:
         return {"n": state.n + context["by"]}
 
-    async def slow(state: Num) -> Any:
-        await asyncio.Event().wait()
-
     assert (await execute_step("add", add, Num(n=1), ctx)).final_state == Num(n=4)
-    result = await execute_step("slow", slow, Num(), ctx)
+    result = await execute_step("slow", forever, Num(), ctx)
     assert "'slow'" in result.failure.message
 
 

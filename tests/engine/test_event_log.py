@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, field_validator
 from tests.engine.event_log import Between, Diary, Journal
-from tests.kit import ONCE, Many, Num, here, node
+from tests.kit import ONCE, Many, Num, computing, here, node, returning, stuck
 
 from stroma import (
     KNOWN_MODELS,
@@ -138,9 +138,7 @@ async def an_id_with_two_contracts(diary: Diary) -> None:
 @scenario
 async def no_contracts(diary: Diary) -> None:
     """Without a contract what a node returns is kept as it was returned, and each node has its own copy."""
-
-    async def first(state: Any) -> Any:
-        return {"n": [state.n]}
+    first = computing(lambda state: {"n": [state.n]})
 
     async def second(state: Any) -> Any:
         state.root["n"].append(2)
@@ -416,11 +414,7 @@ async def a_group_is_tried_again(diary: Diary) -> None:
 @scenario
 async def a_group_gives_nonsense(diary: Diary) -> None:
     """Outputs that cannot be merged fail the group, not its child."""
-
-    async def odd(state: Any) -> Any:
-        return 5
-
-    await diary.run([parallel(marked("a", odd))], Num())
+    await diary.run([parallel(marked("a", returning(5)))], Num())
 
 
 @scenario
@@ -566,11 +560,7 @@ async def cancelled_in_a_start_hook(diary: Diary) -> None:
     """What was told to begin is told to end, though it was never called."""
     started = asyncio.Event()
 
-    async def waits(*_: Any) -> None:
-        started.set()
-        await asyncio.Event().wait()
-
-    await diary.cut(started, [giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=waits))
+    await diary.cut(started, [giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=stuck(started)))
 
 
 @scenario
@@ -578,12 +568,8 @@ async def cancelled_in_an_end_hook(diary: Diary) -> None:
     """A cancellation in an end hook loses no output, and the next node is not called."""
     started = asyncio.Event()
 
-    async def waits(*_: Any) -> None:
-        started.set()
-        await asyncio.Event().wait()
-
     nodes = [giving("a", {"n": 1}), giving("b", {})]
-    await diary.cut(started, nodes, Num(), hooks=diary.hooks(node_success=waits))
+    await diary.cut(started, nodes, Num(), hooks=diary.hooks(node_success=stuck(started)))
 
 
 @scenario
@@ -688,12 +674,8 @@ async def closed_in_a_hook(diary: Diary) -> None:
     """A run that is thrown away in an end hook has told that end once."""
     started = asyncio.Event()
 
-    async def waits(*_: Any) -> None:
-        started.set()
-        await asyncio.Event().wait()
-
     nodes = [giving("a", {"n": 1}), giving("b", {})]
-    await diary.throw_away(started, nodes, Num(), hooks=diary.hooks(node_success=waits))
+    await diary.throw_away(started, nodes, Num(), hooks=diary.hooks(node_success=stuck(started)))
 
 
 @scenario
@@ -701,22 +683,16 @@ async def closed_in_a_start_hook(diary: Diary) -> None:
     """A run that is thrown away in a start hook tells the end of that attempt."""
     started = asyncio.Event()
 
-    async def waits(*_: Any) -> None:
-        started.set()
-        await asyncio.Event().wait()
-
-    await diary.throw_away(started, [giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=waits))
+    await diary.throw_away(
+        started, [giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=stuck(started))
+    )
 
 
 def never_kept(start_event: asyncio.Event, call: str) -> Any:
     """Sessions that do not come to an end with it."""
 
     def between(session: Any) -> Any:
-        async def later(*_: Any) -> None:
-            start_event.set()
-            await asyncio.Event().wait()
-
-        return Between(session, **{call: later})
+        return Between(session, **{call: stuck(start_event)})
 
     return between
 

@@ -1,18 +1,14 @@
 """hook_delivery="at_least_once": what a process did not live to tell, the next owner of the run tells."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import ONCE, Item, SimpleStore, context_of
+from tests.kit import ONCE, Item, SimpleStore, computing, context_of, passing, run_python
 from tests.kit import Item as Made
 
 from stroma import (
@@ -72,9 +68,7 @@ def make(url: str, die_at: tuple[str, str] | None, deliveries: list[Told]) -> tu
     async def left(state: State) -> Made:
         return Made(n=state.n + 10)
 
-    @runner.node("right", input=State, output=State)
-    async def right(state: State) -> State:
-        return state
+    right = runner.node("right", input=State, output=State)(passing())
 
     @runner.node("item", input=Item, output=Made)
     async def item(state: Item) -> Made:
@@ -115,9 +109,7 @@ def test_what_a_killed_process_did_not_call(die_at: tuple[str, str] | None, tmp_
         f"runner, nodes = make({url!r}, {die_at!r}, []);"
         "asyncio.run(runner.run(nodes, State(), run_id='r'))"
     )
-    root = pathlib.Path(__file__).parents[2]
-    child = subprocess.run([sys.executable, "-c", program], cwd=root, check=False, timeout=60)
-    assert child.returncode == (0 if die_at is None else -signal.SIGKILL)
+    run_python(code=program, status=0 if die_at is None else -signal.SIGKILL)
 
     events: list[Told] = []
 
@@ -203,10 +195,7 @@ async def test_a_store_without_a_journal_cannot_promise_it() -> None:
 
         runner = runner.with_hooks(NodeHooks(on_node_success=tell))
 
-        @runner.node("node", input=State, output=State)
-        async def node(state: State) -> State:
-            return state
-
+        node = runner.node("node", input=State, output=State)(passing())
         if refused:
             with pytest.raises(StoreError, match=r"has no journal.*hook_delivery"):
                 await runner.run([node], State())
@@ -224,8 +213,7 @@ async def test_steps_of_plain_code_are_owed_too(tmp_path: pathlib.Path) -> None:
             raise KeyboardInterrupt  # As good as a death: the hook has not ended.
         events.append((node_id, output["n"], tokens, current_node().redelivered))
 
-    async def step(state: State) -> Any:
-        return {"n": state.n + 1}, 3, 4, "gpt-4o-mini"
+    step = computing(lambda state: ({"n": state.n + 1}, 3, 4, "gpt-4o-mini"))
 
     async def run(store: SQLiteStore, **config: Any) -> None:
         runner = StromaRunner.quick(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, field_validator
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, Num, context_of, failing_with, node
+from tests.kit import NEVER, ONCE, Num, computing, context_of, failing_with, forever, node, returning
 
 from stroma import (
     ExecutionBudget,
@@ -652,10 +652,6 @@ async def test_tasks_that_a_node_starts_are_its_own() -> None:
 # ---------------------------------------------------------------------- hooks
 
 
-async def _never_returns(*_: Any) -> None:
-    await asyncio.Event().wait()
-
-
 async def _stubborn(*_: Any) -> None:
     for _i in range(3):
         with contextlib.suppress(asyncio.CancelledError):
@@ -696,7 +692,7 @@ async def _no_arguments() -> None: ...
 
 
 MISCHIEF: dict[str, Any] = {
-    "never-returns": _never_returns,
+    "never-returns": forever,
     "stubborn": _stubborn,
     "blocks": _blocks,
     "raises": _raiser(LookupError, False),
@@ -1018,9 +1014,7 @@ def test_keyboard_interrupt_anywhere(where: str, store: Any) -> None:
         calls["first"] += 1
         return {"n": 13 if where == "input-validator" else 1, "items": [{"n": 1}]}
 
-    async def healed(state: Any) -> Any:
-        return {"n": 7}
-
+    healed = returning({"n": 7})
     pairs = Pairs()
     bad = make()
     sets = [pairs.hooks]
@@ -1126,9 +1120,7 @@ async def test_hostile_steps(name: str) -> None:
     ctx = context_of(runner)
     contract: NodeContract[Any, Any] = NodeContract(node_id="bad", input_schema=Num, output_schema=Num)
 
-    async def hostile(state: Num) -> Any:
-        return WRONG[name]()
-
+    hostile = computing(lambda _: WRONG[name]())
     result = await execute_step("bad", hostile, Num(), ctx, contract=contract)
     assert result.status is RunStatus.FAILED
     assert ("too deep" if name == "abyss" else "'bad'") in result.failure.message
@@ -1152,10 +1144,7 @@ async def test_results_of_hostile_runs_can_be_pickled_or_say_why() -> None:
 @pytest.mark.core
 async def test_results_can_be_pickled_and_copied() -> None:
     """A result goes to another process whole with its trace, which reads there as here."""
-
-    async def plus(state: Num) -> Any:
-        return {"n": state.n + 1}, 5
-
+    plus = computing(lambda state: ({"n": state.n + 1}, 5))
     nodes = [node("a", plus), parallel(node("b", plus), node("c", plus)), node("d", plus)]
     result = await quick().run(nodes, Num())
     for twin in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):

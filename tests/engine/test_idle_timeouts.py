@@ -1,7 +1,5 @@
 """Idle time limits of nodes, which each emitted event renews."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from typing import Any

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, Num, One, node, quick, quick_without_retries
+from tests.kit import TWICE, Num, One, node, noting, quick, quick_without_retries
 from tests.shared_stores import IN_PROCESS
 
 from stroma import NodeHooks, Pipeline, RunConfig, RunStatus, current_node, parallel
@@ -36,8 +36,7 @@ async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
     """A list is named by RunConfig(pipeline=...), a Pipeline by its own name, for hooks and nodes."""
     names: list[str] = []
 
-    async def start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
-        names.append(pipeline)
+    start = noting(names, lambda run_id, pipeline, state: pipeline)
 
     async def func(state: Num) -> Any:
         names.append(current_node().pipeline)

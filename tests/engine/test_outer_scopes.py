@@ -1,7 +1,5 @@
 """Scopes and cancellations around a run, at each of its awaits: each gets its own CancelledError back."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from functools import partial

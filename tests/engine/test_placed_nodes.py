@@ -1,7 +1,5 @@
 """Nodes with a place are refused where no process can call them there, before anything is called."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -19,7 +19,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, RootModel, crea
 from tests.contracts.values import Colour, Level, Word, anything, same, texts
 from tests.contracts.values import datetimes as moments
 from tests.fixtures import store_fixture
-from tests.kit import ONCE, Num, bare, node
+from tests.kit import ONCE, Num, bare, node, noting
 from tests.shared_stores import LOCAL
 from tests.tiers import examples
 
@@ -153,8 +153,7 @@ def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) 
             raise Planned(kind, wait)
         return {"n": 1}
 
-    async def on_retry(run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass) -> None:
-        reports.append((attempt, delay))
+    on_retry = noting(reports, lambda run_id, node_id, attempt, delay, kind: (attempt, delay))
 
     async def sleep(seconds: float) -> None:
         slept.append(seconds)

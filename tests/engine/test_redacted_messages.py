@@ -1,7 +1,5 @@
 """Messages of a run with a ``redact``: they are redacted once, and nothing shows them in another form."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging
@@ -11,7 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict
-from tests.kit import NEVER, context_of, quick
+from tests.kit import NEVER, context_of, noting, quick
 
 from stroma import (
     Flow,
@@ -290,8 +288,7 @@ async def test_a_question_is_recorded_without_hidden_values(
     caplog.set_level(logging.INFO, "stroma")
     asked: list[str] = []
 
-    async def on_node_suspended(_run: str, _node: str, reason: str) -> None:
-        asked.append(reason)
+    on_node_suspended = noting(asked, lambda _run, _node, reason: reason)
 
     async def ask(state: Person) -> Done:
         raise Suspend(f"may {state.ssn} be paid?")

@@ -1,13 +1,10 @@
 """Attempts that are not made, and those that a shared budget or a limit has to be told of."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 
-import pytest
 from tests.engine.event_log import ThrownAway, counted
-from tests.kit import NEVER, ONCE, Num, Positive, node
+from tests.kit import NEVER, ONCE, Num, Positive, cancel, cancel_after, node, noting, stuck
 
 from stroma import (
     AsyncInMemoryStore,
@@ -52,9 +49,7 @@ async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -
             requests.append("asked")
             raise StoreError("down")
 
-    async def retry(run_id: str, node_id: str, *_: Any) -> None:
-        requests.append(f"retry of {node_id}")
-
+    retry = noting(requests, lambda run_id, node_id, *_: f"retry of {node_id}")
     inner = parallel(counted(requests, "a", {}))
     outer = parallel(inner)
     runner = StromaRunner.quick(
@@ -72,12 +67,8 @@ async def test_what_a_thrown_away_attempt_used_is_counted_by_a_shared_budget() -
     """A run that is closed in the hook of a success has spent what that attempt took."""
     started = asyncio.Event()
 
-    async def waits(*_: Any) -> None:
-        started.set()
-        await asyncio.Event().wait()
-
     shared = SharedBudget("held-closed", max_tokens=100, store=AsyncInMemoryStore(), reserve_tokens=1)
-    runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_success=waits))
+    runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_success=stuck(started)))
     await ThrownAway(runner.run([counted([], "a", ({"n": 1}, 7))], Num()), started)
     state = await shared.state()
     assert (state.spent_tokens, state.reserved_tokens, state.calls) == (7, 0, 0)
@@ -153,11 +144,7 @@ async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> N
     store = AsyncInMemoryStore()
     runner = StromaRunner.quick(shared_budgets=shared, store=store)
     nodes = [counted(calls, "a", ({"n": 1}, 7)), counted(calls, "b", {})]
-    task = asyncio.create_task(runner.run(nodes, Num(), run_id="r"))
-    await started.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel_after(runner.run(nodes, Num(), run_id="r"), started)
     assert calls == ["a"]
     state = await shared.state()
     assert (state.spent_tokens, state.reserved_tokens) == (7, 0)
@@ -169,20 +156,14 @@ async def test_a_cancelled_attempt_gives_its_place_back() -> None:
     limits = {"held-one": Limit(concurrent=1)}
     started = asyncio.Event()
 
-    async def forever(state: Num) -> Any:
-        started.set()
-        await asyncio.Event().wait()
-
     def runner() -> StromaRunner:
         return StromaRunner.quick(policy_map=NEVER, limits=limits, node_limits={"a": "held-one"})
 
-    task = asyncio.create_task(runner().run([node("a", forever)], Num()))
+    task = asyncio.create_task(runner().run([node("a", stuck(started))], Num()))
     await started.wait()
     waiting = asyncio.create_task(runner().run([counted([], "a", ValueError("no"))], Num()))
     await asyncio.sleep(0)
     assert not waiting.done()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel(task)
     assert (await waiting).status is RunStatus.PARTIAL
     assert (await runner().run([counted([], "a", {"n": 1})], Num())).status is RunStatus.COMPLETED

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, SecretStr
 from tests.fixtures import store_fixture
-from tests.kit import Num, SimpleStore, Text, node, quick, returning
+from tests.kit import Num, SimpleStore, Text, computing, node, noting, quick, returning
 from tests.shared_stores import FAMILIES
 
 from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node_or_none
@@ -40,9 +40,7 @@ def rate(answers: list[Any]) -> Any:
     """Return a node that answers with one after the other."""
     left = iter(answers)
 
-    async def answer(state: Num) -> Any:
-        return next(left)
-
+    answer = computing(lambda _: next(left))
     return node("rate", answer, Num, Rating)
 
 
@@ -113,9 +111,7 @@ async def test_children_items_and_effects_have_theirs(store: Any) -> None:
         items: list[Num] = []
         rated: list[Rating] = []
 
-    async def answer(state: Num) -> Any:
-        return {"stars": state.n, "why": "x"}
-
+    answer = computing(lambda state: {"stars": state.n, "why": "x"})
     runner = quick(store=store)
     each = map_over("items", node("rate", answer, Num, Rating), into="rated")
     await runner.run([each], Many(items=[Num(n=3), Num(n=7)]), run_id="map")
@@ -418,8 +414,7 @@ async def test_the_exception_has_the_rejected_output() -> None:
     """`exc.raw` has a rejected output whatever `keep_rejected` says, for hooks through `redact`."""
     seen: list[Any] = []
 
-    async def on_node_failure(run_id: str, node_id: str, exc: Any, failure_class: Any) -> None:
-        seen.append(exc.raw)
+    on_node_failure = noting(seen, lambda run_id, node_id, exc, failure_class: exc.raw)
 
     async def rate_again(state: Num) -> dict[str, Any]:
         here = current_node_or_none()

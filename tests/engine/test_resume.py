@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, create_model
 from tests.checkpoint.damage import reseal
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, context_of, node, returning, same
+from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, context_of, node, noting, returning, same
 from tests.kit import Text as Wrong
 from tests.shared_stores import LOCAL
 
@@ -361,9 +361,7 @@ async def test_outputs_of_an_earlier_schema_are_brought_up_to_date(store: Any, g
     nodes = _versions(store, Newer, upcast, grouped)
     seen: list[Any] = []
 
-    async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        seen.append((node_id, state))
-
+    skipped = noting(seen, lambda run_id, node_id, state: (node_id, state))
     result = await quick(store, resume=True, hooks=NodeHooks(on_node_skipped=skipped)).run(nodes, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=10))
     assert requests == [{"n": 1, "old": "kept"}]
@@ -489,9 +487,7 @@ async def test_a_finished_group_is_restored_whole(store: Any) -> None:
     """A committed group is restored as one: its children are neither called nor restored one by one."""
     events: list[str] = []
 
-    async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        events.append(node_id)
-
+    skipped = noting(events, lambda run_id, node_id, state: node_id)
     work = Work("a", "b", "c")
     work.failing = {"c"}
     runner = quick(store, resume=True, hooks=NodeHooks(on_node_skipped=skipped))

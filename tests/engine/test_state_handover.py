@@ -1,12 +1,10 @@
 """Handover from node to node, by any engine path: nobody changes what another was given or returned."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
-from tests.kit import NEVER, ONCE
+from tests.kit import NEVER, ONCE, computing
 
 from stroma import AsyncInMemoryStore, NodeHooks, StromaRunner, map_over, parallel, stroma_node
 
@@ -163,9 +161,7 @@ async def test_an_id_that_stands_twice(kind: type[BaseModel], returns: str) -> N
     """The same where one id has two contracts in a run, so that its rows are kept in another way."""
     desk = Scribblers(kind, returns)
 
-    async def begin(state: Word) -> Any:
-        return kind()
-
+    begin = computing(lambda _: kind())
     first = stroma_node("a", input=Word, output=kind)(begin)
     nodes = [first, *(desk.node(letter, node_id="a") for letter in "bcd")]
     result = await StromaRunner.quick().run(nodes, Word(text="w"))
@@ -202,12 +198,8 @@ class End(BaseModel):
 )
 async def test_an_id_with_unlike_contracts(kind: type[BaseModel], words_of_it: Any, watched: bool) -> None:
     """Each event is told with the fields of its own contract, whatever the id stood for before."""
-
-    async def pair(state: Start) -> Any:
-        return {"more": "m", "words": words_of_it}
-
-    async def end(state: End) -> Any:
-        return {"more": state.more + "!"}
+    pair = computing(lambda _: {"more": "m", "words": words_of_it})
+    end = computing(lambda state: {"more": state.more + "!"})
 
     def node(func: Any, input_model: type[BaseModel], output_model: type[BaseModel]) -> Any:
         return stroma_node("a", input=input_model, output=output_model)(func)

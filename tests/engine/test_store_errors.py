@@ -16,6 +16,7 @@ from tests.kit import (
     SimpleStore,
     fail,
     node,
+    noting,
     quick,
     quick_without_retries,
     record_hooks,
@@ -90,8 +91,7 @@ async def test_a_store_that_cannot_be_opened_is_an_error_of_run(tmp_path: Path) 
     """A store that cannot be opened is a StoreError of run(): no node is called, no hook is told."""
     events: list[str] = []
 
-    async def tell(*_: Any) -> None:
-        events.append("hook")
+    tell = noting(events, lambda *_: "hook")
 
     async def func(state: Num) -> Any:
         events.append("node")
@@ -108,12 +108,8 @@ async def test_a_run_whose_input_cannot_be_stored_starts_and_ends(tmp_path: Path
     """on_run_end has its on_run_start, also in a run whose initial state no store can keep."""
     seen: list[str] = []
 
-    async def start(*_: Any) -> None:
-        seen.append("start")
-
-    async def end(*_: Any) -> None:
-        seen.append("end")
-
+    start = noting(seen, lambda *_: "start")
+    end = noting(seen, lambda *_: "end")
     store = SQLiteStore(tmp_path / "runs.db")
     runner = quick(store=store, hooks=NodeHooks(on_run_start=start, on_run_end=end))
     result = await runner.run([node("a", lambda state: {"n": 1})], Loose(anything=threading.Lock()))
@@ -136,9 +132,7 @@ async def test_a_store_that_raises_odd_things_has_refused(kind: type[BaseExcepti
 
     seen: list[str] = []
 
-    async def end(*_: Any) -> None:
-        seen.append("run end")
-
+    end = noting(seen, lambda *_: "run end")
     runner = quick(store=Later() if is_async else Refusing(), hooks=record_node_hooks(seen, on_run_end=end))
     result = await runner.run([node("a", same)], Num())
     assert result.status is RunStatus.PARTIAL

@@ -1,7 +1,5 @@
 """Plain ``def`` nodes run in a bounded number of threads."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading

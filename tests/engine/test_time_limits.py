@@ -1,7 +1,5 @@
 """Timeouts, deadlines and latency budgets of nodes, groups and hooks."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

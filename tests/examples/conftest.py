@@ -1,7 +1,5 @@
 """Examples that need more than the main environment has: ``./dev test --examples`` runs them in their own."""
 
-from __future__ import annotations
-
 import os
 
 #: Without that environment nothing is collected, and nothing is skipped in silence.

@@ -1,7 +1,5 @@
 """The examples with an embedding model, a FastAPI service and a notebook run without a network."""
 
-from __future__ import annotations
-
 import asyncio
 import importlib.util
 import json
@@ -24,6 +22,7 @@ from arq.connections import RedisSettings
 from arq.worker import Worker
 from nbclient import NotebookClient
 from tests.docs.blocks import reader_env, run_lines, run_python, shown
+from tests.kit import passing
 from tests.providers.server import Answer, serving
 from tests.servers import RedisServer
 from tests.servers_temporal import TemporalServer
@@ -323,10 +322,7 @@ async def test_a_result_is_the_answer_of_an_endpoint() -> None:
 
     runner = StromaRunner.quick()
 
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> Text:
-        return state
-
+    ask = runner.node("ask", input=Text, output=Text)(passing())
     app = FastAPI()
 
     async def answer() -> Any:

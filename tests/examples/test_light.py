@@ -1,7 +1,5 @@
 """The examples that the main environment can run: one command each, no key, no network, and their output."""
 
-from __future__ import annotations
-
 import os
 import re
 import runpy

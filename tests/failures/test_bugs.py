@@ -1,7 +1,5 @@
 """Mistakes in the program: they are not tried again."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """What a failure is taken for, and whether it is tried again, case by case."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

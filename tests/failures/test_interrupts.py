@@ -1,14 +1,12 @@
 """Exceptions that are no Exception: they end a run, and are no failures of its nodes."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, field_validator
-from tests.kit import Note, context_of, failing_with, returning
+from tests.kit import Note, context_of, failing_with, noting, returning
 
 from stroma import NodeHooks, RunStatus, SQLiteStore, StromaRunner, execute_step, map_over, parallel
 from stroma.adapters import Guard
@@ -32,18 +30,10 @@ RAISED: dict[str, Any] = {
 
 
 def watch(seen: list[str]) -> NodeHooks:
-    async def started(*_: Any) -> None:
-        seen.append("start")
-
-    async def failed(*_: Any) -> None:
-        seen.append("failure")
-
-    async def cancelled(*_: Any) -> None:
-        seen.append("cancelled")
-
-    async def ended(run_id: str, result: Any) -> None:
-        seen.append(f"end {result.status}")
-
+    started = noting(seen, lambda *_: "start")
+    failed = noting(seen, lambda *_: "failure")
+    cancelled = noting(seen, lambda *_: "cancelled")
+    ended = noting(seen, lambda run_id, result: f"end {result.status}")
     return NodeHooks(
         on_node_start=started, on_node_failure=failed, on_node_cancelled=cancelled, on_run_end=ended
     )

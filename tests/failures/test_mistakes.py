@@ -1,7 +1,5 @@
 """Mistakes in the code of nodes: what a failure says of them, and when a retry is pointless."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

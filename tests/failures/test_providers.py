@@ -4,8 +4,6 @@
 docs/generate.py`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import http.client
 import json

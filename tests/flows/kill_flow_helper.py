@@ -1,7 +1,5 @@
 """One life of a process that runs a random program: kind of store, its place, side file, seed, life."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import sys

@@ -1,7 +1,5 @@
 """The world of a random program: its nodes, its ledger of effects, its messages, and its lives."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

@@ -6,8 +6,6 @@ of a program may depend on time and on who wins a race; its result does not, so 
 equals one that was not.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import random

@@ -4,8 +4,6 @@ steps.
 The resume prints seconds of CPU, and MB of memory, that it took beyond what a run of one step takes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import sys

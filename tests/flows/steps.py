@@ -1,7 +1,5 @@
 """What tests of flows share: nodes that count their calls, and lives of a process that ends at a call."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta

@@ -1,7 +1,5 @@
 """Clean-ups after a failure, and what a resume makes of them once the failed step works."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from typing import Any

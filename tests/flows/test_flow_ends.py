@@ -1,7 +1,5 @@
 """What a resume tries again of a failed flow, and what it leaves alone; calls while a flow is ending."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import weakref

@@ -1,7 +1,5 @@
 """Forks of a flow at one of its calls."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The event loop of a flow's body: asyncio in an order that a replay repeats, and nothing from outside."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import contextvars

@@ -1,7 +1,5 @@
 """Messages to flows: anybody sends them, each is received once and in order, over every store."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

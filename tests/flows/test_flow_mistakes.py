@@ -1,7 +1,5 @@
 """Mistakes in flows: each has a message that names the fix."""
 
-from __future__ import annotations
-
 import asyncio
 import random
 import threading
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, create_model
 from tests.flows.steps import Text, World
-from tests.kit import NEVER, Num, context_of, node, quick, returning
+from tests.kit import NEVER, Num, computing, context_of, failing_with, node, quick, returning
 
 from stroma import (
     ContractViolation,
@@ -215,8 +213,7 @@ async def test_wrong_definitions() -> None:
     def plain(flow: Flow, state: Num) -> Num:
         return state
 
-    async def short(flow: Flow) -> Num:
-        return Num()
+    short = computing(lambda _: Num())
 
     async def bare(flow, state):
         return state
@@ -384,11 +381,7 @@ async def test_a_flow_that_waits_is_checked_to_its_end() -> None:
 
 async def test_a_deterministic_flow_may_fail() -> None:
     """check_deterministic returns the result of a flow that makes the call again which had failed."""
-
-    async def refuse(state: Num) -> Num:
-        raise PermissionError("no")
-
-    broken = node("broken", refuse)
+    broken = node("broken", failing_with(PermissionError, "no"))
 
     async def body(flow: Flow, state: Num) -> Num:
         return await flow.step(broken, await flow.step(add, state))

@@ -1,7 +1,5 @@
 """A run of a flow as it is shown: calls as a tree, repeated calls folded, waits as what they are."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from typing import Any

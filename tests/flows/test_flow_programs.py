@@ -1,7 +1,5 @@
 """Random programs of flows that are killed, resumed and cut at any event end as if undisturbed."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random

@@ -1,7 +1,5 @@
 """Flows that are resumed: what was recorded holds, whatever order things finish in, and changes are found."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os
@@ -19,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, JsonValue
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, run_of, runner_on
-from tests.kit import NEVER, Num, node, quick
+from tests.kit import NEVER, Num, node, noting, quick
 from tests.shared_stores import IN_PROCESS, STORES
 
 from stroma import (
@@ -60,9 +58,7 @@ async def test_committed_steps_are_not_called_again(store: Any) -> None:
             state = await flow.step(add, state)
         return state
 
-    async def skip(_run: str, node_id: str, output: dict[str, Any]) -> None:
-        skipped.append((node_id, output["n"]))
-
+    skip = noting(skipped, lambda _run, node_id, output: (node_id, output["n"]))
     run = run_of(f, store, hooks=NodeHooks(on_node_skipped=skip))
     await world.live(run, "add 2")
     world.calls.clear()

@@ -1,7 +1,5 @@
 """``flow.submit``: a flow that submits runs of their own; over every store."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

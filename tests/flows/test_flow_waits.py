@@ -1,7 +1,5 @@
 """Flows that wait: for a time, or for the answer of a person, over every store."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 from datetime import UTC, datetime, timedelta
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World, run_of, runner_on
-from tests.kit import Num
+from tests.kit import Num, computing
 from tests.shared_stores import STORES
 
 from stroma import Flow, NodeContract, RunStatus, StoreError, current_node, stroma_flow, stroma_node
@@ -181,9 +179,7 @@ async def test_a_step_may_wait_for_a_person(store: Any) -> None:
     world = World()
     add = world.step("add")
 
-    async def ask(state: Num) -> Text:
-        return here().wait_for(Text, reason="Node?")
-
+    ask = computing(lambda _: here().wait_for(Text, reason="Node?"))
     asks = node("ask", ask, Num, Text)
 
     @stroma_flow("f", input=Num, output=Text)

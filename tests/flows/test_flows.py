@@ -1,7 +1,5 @@
 """Flows: what a body sees of its steps, and what a run is with them. Over every store where stores matter."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 
@@ -9,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, run_of, runner_on
-from tests.kit import NEVER, ONCE, Num, node, quick
+from tests.kit import NEVER, ONCE, Num, computing, failing_with, node, noting, quick
 from tests.shared_stores import STORES
 
 from stroma import (
@@ -64,12 +62,8 @@ async def test_each_step_is_a_full_node() -> None:
         assert here.group is None
         seen.append(f"start {node_id} {here.attempt}")
 
-    async def success(_run: str, node_id: str, _state: dict[str, Any], tokens: int) -> None:
-        seen.append(f"success {node_id} {tokens}")
-
-    async def failure(_run: str, node_id: str, *_: Any) -> None:
-        seen.append(f"failure {node_id}")
-
+    success = noting(seen, lambda _run, node_id, _state, tokens: f"success {node_id} {tokens}")
+    failure = noting(seen, lambda _run, node_id, *_: f"failure {node_id}")
     failed = False
 
     async def ask(state: Num) -> Any:
@@ -129,13 +123,9 @@ async def test_a_failed_step_is_an_exception_of_the_body() -> None:
 
 async def test_the_first_failure_of_a_group_is_that_of_the_run() -> None:
     """An ExceptionGroup of a TaskGroup hides no failure: status and failure are the first failed step's."""
-
-    async def refused(state: Num) -> Num:
-        raise NotImplementedError("never")
-
     world = World()
     world.turns["slow"] = 50
-    never, slow = node("never", refused), world.step("slow")
+    never, slow = node("never", failing_with(NotImplementedError, "never")), world.step("slow")
 
     @stroma_flow("f", input=Num, output=Num)
     async def f(flow: Flow, state: Num) -> Num:
@@ -422,9 +412,7 @@ async def test_mutating_an_output_changes_nothing_recorded() -> None:
     class Items(BaseModel):
         items: list[int] = []
 
-    async def make(state: Num) -> Items:
-        return Items(items=[1, 2])
-
+    make = computing(lambda _: Items(items=[1, 2]))
     made, used = node("make", make, Num, Items), node("use", make, Items, Items)
 
     @stroma_flow("f", input=Num, output=Items)

@@ -1,7 +1,5 @@
 """The graph of the recorded runs of a flow, over every store, in the command line and the web interface."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 from xml.etree import ElementTree

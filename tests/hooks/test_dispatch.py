@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from tests.kit import forever
 
 import stroma.hooks.dispatch
 from stroma import NodeHooks
@@ -618,13 +619,10 @@ async def test_only_patient_sets_are_under_no_limit(kind: str) -> None:
         await released.wait()
         ended.append("patient")
 
-    async def hangs(*_: Any) -> None:
-        await asyncio.Event().wait()
-
     def waiting(*_: Any) -> Any:
         return waits() if kind == "coroutine" else Wrapped(waits())
 
-    hanging = NodeHooks(on_node_wait=hangs)
+    hanging = NodeHooks(on_node_wait=forever)
     hooks = Hooks(
         (hanging, Patient(on_node_wait=waiting), hanging),
         run_id="run",

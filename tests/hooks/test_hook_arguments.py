@@ -1,7 +1,5 @@
 """Hooks, classifiers and redact that cannot be called with what they are called with."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable
@@ -10,7 +8,7 @@ from typing import Any
 from unittest.mock import AsyncMock, MagicMock, create_autospec
 
 import pytest
-from tests.kit import Note
+from tests.kit import Note, passing
 
 from stroma import NodeHooks, RunConfig, RunStatus, StromaRunner
 from stroma.telemetry import log_hooks
@@ -178,9 +176,6 @@ async def test_a_hook_that_fits_by_name_only_still_runs() -> None:
 
     runner = StromaRunner.quick(hooks=NodeHooks(on_node_start=loose(hook)))
 
-    @runner.node("a", input=Note, output=Note)
-    async def a(state: Note) -> Any:
-        return state
-
+    a = runner.node("a", input=Note, output=Note)(passing())
     result = await runner.run([a], Note(), run_id="r")
     assert (result.status, called) == (RunStatus.COMPLETED, ["r"])

@@ -1,7 +1,5 @@
 """Hooks that raise, return late, are closed or are no coroutine functions."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import types
@@ -10,8 +8,10 @@ from typing import Any
 import pytest
 from tests.kit import (
     Num,
+    computing,
     context_of,
     node,
+    noting,
     plus,
     quick,
     quick_without_retries,
@@ -22,7 +22,6 @@ from tests.kit import (
 
 from stroma import (
     CheckpointNotFound,
-    ExecutionResult,
     HookError,
     NodeHooks,
     RunConfig,
@@ -59,11 +58,9 @@ async def test_closing_a_run_inside_a_hook() -> None:
     async def start(*_: Any) -> None:
         await pause()
 
-    async def noting(*_: Any) -> None:
-        seen.append("told")
-
+    notes = noting(seen, lambda *_: "told")
     for limit in (None, 5000):
-        hooks = NodeHooks(on_node_start=start, on_node_cancelled=noting, on_run_end=noting)
+        hooks = NodeHooks(on_node_start=start, on_node_cancelled=notes, on_run_end=notes)
         run = quick_without_retries(hooks=hooks, hook_timeout_ms=limit).run([node("a", same)], Num())
         run.send(None)
         run.close()
@@ -124,13 +121,10 @@ async def test_run_end_fires_when_the_resume_target_has_no_checkpoint() -> None:
     """on_run_end fires also when run() raises once the run has begun; the result's status is INTERRUPTED."""
     seen: list[Any] = []
 
-    async def start(run_id: str, *_: Any) -> None:
-        seen.append("start")
-
-    async def end(run_id: str, result: ExecutionResult) -> None:
-        seen.append(result.status)
-
-    hooks = NodeHooks(on_run_start=start, on_run_end=end)
+    hooks = NodeHooks(
+        on_run_start=noting(seen, lambda run_id, *_: "start"),
+        on_run_end=noting(seen, lambda run_id, result: result.status),
+    )
     with pytest.raises(CheckpointNotFound):
         await quick(hooks=hooks, resume_from="b").run([node("a", plus), node("b", plus)], Num())
     assert seen == ["start", RunStatus.INTERRUPTED]
@@ -184,10 +178,7 @@ async def test_a_hook_error_without_a_repr_is_raised_as_one() -> None:
 @pytest.mark.core
 async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:
     """In plain code, too, the TypeError of a sync hook comes after the trace, with ``result`` on it."""
-
-    async def same(state: Num) -> Any:
-        return state, 5
-
+    same = computing(lambda state: (state, 5))
     runner = quick()
     config = RunConfig(hooks=NodeHooks(on_node_success=lambda *_: None))
     ctx = context_of(runner, config)

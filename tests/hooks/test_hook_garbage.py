@@ -1,13 +1,11 @@
 """What a failed attempt leaves behind, with hooks that are called for it."""
 
-from __future__ import annotations
-
 import gc
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import failing_with
+from tests.kit import failing_with, passing
 
 from stroma import NodeHooks, StromaRunner, map_over, parallel
 
@@ -30,10 +28,7 @@ async def test_a_failed_attempt_with_hooks_leaves_no_cycle(shape: str) -> None:
 
     runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=watch))
 
-    @runner.node("same", input=Item, output=Item)
-    async def same(state: Item) -> Item:
-        return state
-
+    same = runner.node("same", input=Item, output=Item)(passing())
     item = runner.node("item", input=Item, output=Item)(failing_with(LookupError))
     inside: Any = {"node": item, "sequence": [same, item], "parallel": parallel(item)}[shape]
     nodes: list[Any] = [map_over("items", inside, into="out", on_item_failure="collect")]

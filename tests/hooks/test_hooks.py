@@ -14,7 +14,20 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import NEVER, ONCE, TWICE, SimpleStore, Text, context_on, failing_with, returning
+from tests.kit import (
+    NEVER,
+    ONCE,
+    TWICE,
+    SimpleStore,
+    Text,
+    cancel_after,
+    context_on,
+    failing_with,
+    forever,
+    noting,
+    returning,
+    stuck,
+)
 
 from stroma import (
     AsyncInMemoryStore,
@@ -156,14 +169,6 @@ def quick(*hooks: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(**(inputs | config))
 
 
-async def cancelled_after(task: "asyncio.Task[Any]", event: asyncio.Event) -> None:
-    async with asyncio.timeout(5):
-        await event.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-
 # ---------------------------------------------------------------------- the events, one by one
 
 
@@ -279,8 +284,7 @@ async def test_run_end_gets_the_result(seen: Recorder) -> None:
 async def test_run_end_of_a_cancelled_run(seen: Recorder) -> None:
     """A cancelled run fires on_node_cancelled and then on_run_end with status CANCELLED; it stays so."""
     waits, started = waiting()
-    task = asyncio.create_task(quick(seen).run([plus, waits, plus], State()))
-    await cancelled_after(task, started)
+    await cancel_after(quick(seen).run([plus, waits, plus], State()), started)
     assert seen.names == [RUN_START, START, SUCCESS, START, CANCELLED, RUN_END]
     assert seen.of(CANCELLED) == [("r", "waiting")]
     ((_, result),) = seen.of(RUN_END)
@@ -301,10 +305,7 @@ def test_run_end_of_a_stopped_process(stop: type[BaseException], where: str) -> 
     async def stops(state: State) -> Any:
         raise stop
 
-    async def sibling(state: State) -> Any:
-        await asyncio.Event().wait()
-
-    nodes = [stops] if where == "node" else [parallel(node("sibling")(sibling), stops)]
+    nodes = [stops] if where == "node" else [parallel(waiting("sibling")[0], stops)]
     with pytest.raises(stop):
         asyncio.run(quick(seen).run(nodes, State()))
     ((_, result),) = seen.of(RUN_END)
@@ -849,8 +850,7 @@ async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
     """An exception in on_node_cancelled or on_run_end does not keep a cancelled run from being cancelled."""
     waits, started = waiting()
     wrong = NodeHooks(on_node_cancelled=down, on_run_end=down)
-    task = asyncio.create_task(quick(wrong, seen, wrong).run([waits], State()))
-    await cancelled_after(task, started)
+    await cancel_after(quick(wrong, seen, wrong).run([waits], State()), started)
     seen.assert_paired()
     ((_, result),) = seen.of(RUN_END)
     assert result.status is RunStatus.CANCELLED
@@ -862,8 +862,7 @@ async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest
     """A cancelled run raises CancelledError also if the hooks of its end are not async; the log says why."""
     waits, started = waiting()
     wrong = NodeHooks(on_node_cancelled=lambda *_: None, on_run_end=lambda *_: None)
-    task = asyncio.create_task(quick(wrong, seen).run([waits], State()))
-    await cancelled_after(task, started)
+    await cancel_after(quick(wrong, seen).run([waits], State()), started)
     seen.assert_paired()
     log = [record.getMessage() for record in caplog.records]
     for hook in ("on_node_cancelled of node 'waiting'", "on_run_end"):
@@ -890,8 +889,7 @@ async def test_a_hook_cannot_keep_a_run_from_being_cancelled(
                 raise RuntimeError("the exporter was interrupted") from None
 
     nodes = [bad, plus] if name in (FAILURE, RETRY) else [plus, plus_two]
-    task = asyncio.create_task(quick(seen, NodeHooks(**{name: hook})).run(nodes, State()))
-    await cancelled_after(task, started)
+    await cancel_after(quick(seen, NodeHooks(**{name: hook})).run(nodes, State()), started)
     seen.assert_paired()
     assert len(seen.of(START)) == (0 if name == RUN_START else 1)
     ((_, result),) = seen.of(RUN_END)
@@ -979,7 +977,7 @@ async def test_hook_errors_raise_with_a_cancelled_run() -> None:
     """A cancelled run stays cancelled also with hook_errors="raise"."""
     waits, started = waiting()
     runner = quick(NodeHooks(on_node_start=down, on_node_cancelled=down), hook_errors="raise")
-    await cancelled_after(asyncio.create_task(runner.run([waits], State())), started)
+    await cancel_after(runner.run([waits], State()), started)
 
 
 # ---------------------------------------------------------------------- time limits
@@ -1017,14 +1015,9 @@ async def test_a_hanging_hook_is_abandoned(name: str) -> None:
 
 async def test_a_hanging_hook_of_one_set(seen: Recorder) -> None:
     """A hook that runs out of time costs the other sets nothing, and the cancelled run is still cancelled."""
-
-    async def hangs(*_: Any) -> None:
-        await asyncio.Event().wait()
-
     waits, started = waiting()
-    wrong = NodeHooks(on_node_cancelled=hangs, on_run_end=hangs)
-    task = asyncio.create_task(quick(wrong, seen, wrong, hook_timeout_ms=5).run([waits], State()))
-    await cancelled_after(task, started)
+    wrong = NodeHooks(on_node_cancelled=forever, on_run_end=forever)
+    await cancel_after(quick(wrong, seen, wrong, hook_timeout_ms=5).run([waits], State()), started)
     seen.assert_paired()
     assert seen.of(RUN_END)[0][1].status is RunStatus.CANCELLED
 
@@ -1229,8 +1222,7 @@ async def test_hooks_run_in_the_nodes_own_task() -> None:
     """All of a node's hooks are awaited in the task that runs the node."""
     tasks: list[Any] = []
 
-    async def note(*_: Any) -> None:
-        tasks.append(asyncio.current_task())
+    note = noting(tasks, lambda *_: asyncio.current_task())
 
     @node("n")
     async def n(state: State) -> Any:
@@ -1599,8 +1591,7 @@ async def run_broken_store(seen: Recorder) -> None:
 
 async def run_cancelled_in_group(seen: Recorder) -> None:
     waits, started = waiting()
-    task = asyncio.create_task(quick(seen).run([parallel(plus, parallel(waits))], State()))
-    await cancelled_after(task, started)
+    await cancel_after(quick(seen).run([parallel(plus, parallel(waits))], State()), started)
     cancelled = {n for _, n in seen.of(CANCELLED)}
     assert cancelled == {"waiting", "parallel(waiting)", "parallel(plus, parallel(waiting))"}
 
@@ -1615,8 +1606,7 @@ async def run_cancelled_in_thread(seen: Recorder) -> None:
         return {}
 
     try:
-        task = asyncio.create_task(quick(seen).run([node("plain")(plain)], State()))
-        await cancelled_after(task, started)
+        await cancel_after(quick(seen).run([node("plain")(plain)], State()), started)
     finally:
         release.set()
     assert seen.of(CANCELLED) == [("r", "plain")]
@@ -1630,18 +1620,14 @@ async def run_cancelled_in_wait(seen: Recorder) -> None:
 
     slow = {cls: FailurePolicy(max_retries=1, backoff_seconds=60, jitter=False) for cls in FailureClass}
     runner = quick(seen, NodeHooks(on_node_retry=on_retry), policy_map=slow)
-    await cancelled_after(asyncio.create_task(runner.run([bad], State())), started)
+    await cancel_after(runner.run([bad], State()), started)
     assert seen.of(CANCELLED) == []
 
 
 def hook_that_waits() -> tuple[Callable[..., Awaitable[None]], asyncio.Event]:
     started = asyncio.Event()
 
-    async def hook(*_: Any) -> None:
-        started.set()
-        await asyncio.Event().wait()
-
-    return hook, started
+    return stuck(started), started
 
 
 async def run_cancelled_in_hook(name: str, seen: Recorder, first: bool) -> None:
@@ -1649,7 +1635,7 @@ async def run_cancelled_in_hook(name: str, seen: Recorder, first: bool) -> None:
     waits = NodeHooks(**{name: hook})
     sets = (waits, seen) if first else (seen, waits)
     nodes = [bad] if name in (FAILURE, RETRY) else [plus]
-    await cancelled_after(asyncio.create_task(quick(*sets).run(nodes, State())), started)
+    await cancel_after(quick(*sets).run(nodes, State()), started)
 
 
 SCENARIOS = [
@@ -1684,7 +1670,7 @@ async def test_cancelled_in_the_success_hook_keeps_the_work(seen: Recorder) -> N
     hook, started = hook_that_waits()
     store = AsyncInMemoryStore()
     runner = quick(seen, NodeHooks(on_node_success=hook), store=store)
-    await cancelled_after(asyncio.create_task(runner.run([plus, plus_two], State())), started)
+    await cancel_after(runner.run([plus, plus_two], State()), started)
     assert await store.load("r", "plus") == State(value=1)
     assert seen.names == [RUN_START, START, SUCCESS, RUN_END]
     ((_, result),) = seen.of(RUN_END)

@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import BaseModel
-from tests.kit import ONCE
+from tests.kit import ONCE, returning
 
 from stroma import (
     CheckpointManager,
@@ -149,10 +149,7 @@ async def test_tracking_failures(caplog: pytest.LogCaptureFixture) -> None:
             raise TimeoutError("slow today")
         return {"value": state.value}
 
-    @runner.node("broken", input=Input, output=Output)
-    async def broken(state: Input) -> dict[str, Any]:
-        return {"result": "not a number"}
-
+    broken = runner.node("broken", input=Input, output=Output)(returning({"result": "not a number"}))
     result = await runner.run([flaky, broken], Input(value=1))
     assert result.status is RunStatus.FAILED
     assert attempts == 2
@@ -268,10 +265,7 @@ async def test_tokens_used_are_those_of_this_attempt() -> None:
             raise TimeoutError
         return {"value": 1}, 5, 3, "gpt-4o"
 
-    @runner.node("free", input=Input, output=Input)
-    async def free(state: Input) -> Any:
-        return {"value": 1}
-
+    free = runner.node("free", input=Input, output=Input)(returning({"value": 1}))
     result = await runner.run([ask, free], Input(value=5))
     assert seen == [("ask", 108), ("free", 0)]
     assert result.total_tokens == 208

@@ -1,14 +1,12 @@
 """What an observing hook can rely on: where to keep data, when an execution is over, its run."""
 
-from __future__ import annotations
-
 import asyncio
 import contextvars
 import gc
 from typing import Any
 
 import pytest
-from tests.kit import ONCE, Num, context_of, failing_with, same
+from tests.kit import ONCE, Num, cancel_after, context_of, failing_with, noting, passing, same
 
 from stroma import (
     FailureClass,
@@ -94,11 +92,7 @@ async def test_at_end_is_called_once_whichever_way_an_execution_ends(ending: str
     if ending == "backoff":
         runner = runner.with_policy_map(policies)
     if ending in ("cancelled", "backoff"):
-        task = asyncio.create_task(runner.run([node], Num()))
-        await waiting.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await cancel_after(runner.run([node], Num()), waiting)
     elif ending == "closed":
         run: Any = runner.run([node], Num())
         contextvars.copy_context().run(run.send, None)
@@ -121,10 +115,7 @@ async def test_what_at_end_raises_changes_nothing(caplog: pytest.LogCaptureFixtu
 
     runner = quick(hooks=NodeHooks(on_node_start=start))
 
-    @runner.node("node", input=Num, output=Num)
-    async def node(state: Num) -> Num:
-        return state
-
+    node = runner.node("node", input=Num, output=Num)(passing())
     result = await runner.run([node], Num())
     assert result.status is RunStatus.COMPLETED
     assert calls == ["called"]
@@ -340,15 +331,11 @@ async def test_plain_code_is_a_run_to_its_hooks() -> None:
         failure = result.failure and type(result.failure.exception).__name__
         seen.append(("end", run_id, str(result.status), failure, len(result.trace)))
 
-    async def node(_run_id: str, node_id: str, _: Any) -> None:
-        seen.append(node_id)
-
+    node = noting(seen, lambda _run_id, node_id, _: node_id)
     hooks = NodeHooks(on_run_start=start, on_run_end=end, on_node_start=node)
     runner = StromaRunner.quick(hooks=hooks, run_id="r", pipeline="loop")
 
-    async def good(state: Num) -> Num:
-        return state
-
+    good = passing()
     async with context_of(runner) as ctx:
         await asyncio.gather(execute_step("a", good, Num(n=1), ctx), execute_step("b", good, Num(n=2), ctx))
     began = ("start", "r", "loop", {"n": 1})
@@ -374,12 +361,8 @@ async def test_plain_code_that_is_closed_tells_its_end() -> None:
     """Code with `async with ctx:` around its steps that is closed, without awaits, tells its hooks."""
     seen: list[Any] = []
 
-    async def start(*_: Any) -> None:
-        seen.append("start")
-
-    async def end(_run_id: str, result: Any) -> None:
-        seen.append(result.status)
-
+    start = noting(seen, lambda *_: "start")
+    end = noting(seen, lambda _run_id, result: result.status)
     runner = StromaRunner.quick(hooks=NodeHooks(on_run_start=start, on_run_end=end))
 
     async def code() -> None:

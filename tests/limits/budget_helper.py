@@ -5,8 +5,6 @@ usage: python -m tests.limits.budget_helper KIND PLACE WHAT ...
 It prints "ready", waits for a line, and then prints what it came to as one line of JSON.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

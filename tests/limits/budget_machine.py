@@ -1,7 +1,5 @@
 """Any history of a shared budget and of a rate limit, in a store's cells and on plain lists."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import dataclass

@@ -7,14 +7,13 @@ to as one line of JSON. With RUNS 0 it makes one call that never ends, which is 
 closed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sys
 import time
 from typing import Any
 
+from tests.kit import noting
 from tests.limits.budget_helper import State
 from tests.shared_stores import opened
 
@@ -53,9 +52,7 @@ async def work(store: Any, port: int, runs: int) -> dict[str, Any]:
             raise Refused(answer[1])
         return {"n": state.n}
 
-    async def on_cooldown(run_id: str, limit: str, seconds: float) -> None:
-        cooldowns.append((time.monotonic(), seconds))
-
+    on_cooldown = noting(cooldowns, lambda run_id, limit, seconds: (time.monotonic(), seconds))
     patient = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1_000, backoff_seconds=0)}
     runner = StromaRunner.quick(
         limits={"call": Limit(requests_per_minute=REQUESTS_PER_MINUTE, store=store)},

@@ -1,7 +1,5 @@
 """Breakers: when a provider is left alone, when it is tried again, and whose failures count."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import http.server
@@ -16,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import requests
-from tests.kit import NEVER, failing_with, node
+from tests.kit import NEVER, failing_with, node, noting
 from tests.limits.budget_helper import State
 
 from stroma import (
@@ -252,13 +250,10 @@ def asking(server: Server, client: httpx.AsyncClient, node_id: str = "call") -> 
 
 
 def watching(changes: list[Any], waits: list[Any]) -> NodeHooks:
-    async def change(*arguments: Any) -> None:
-        changes.append(arguments)
-
-    async def wait(*arguments: Any) -> None:
-        waits.append(arguments)
-
-    return NodeHooks(on_circuit_change=change, on_node_wait=wait)
+    return NodeHooks(
+        on_circuit_change=noting(changes, lambda *arguments: arguments),
+        on_node_wait=noting(waits, lambda *arguments: arguments),
+    )
 
 
 async def test_a_provider_that_fails_is_left_alone(server: Server, client: httpx.AsyncClient) -> None:
@@ -393,9 +388,7 @@ async def test_effects_with_an_unknown_outcome_count(stated: Any) -> None:
     assert isinstance(results[-1].failure and results[-1].failure.exception, CircuitOpen)
     closed: list[float] = []
 
-    async def on_cooldown(run_id: str, limit: str, seconds: float) -> None:
-        closed.append(seconds)
-
+    on_cooldown = noting(closed, lambda run_id, limit, seconds: seconds)
     await StromaRunner.quick(hooks=NodeHooks(on_limit_cooldown=on_cooldown), **options).run([pay], State(n=1))
     assert [round(seconds) for seconds in closed] == [7]
 

@@ -1,7 +1,5 @@
 """Cooldown of a limit that processes share."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sys

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.kit import NEVER, Num
+from tests.kit import NEVER, Num, noting
 from tests.tiers import examples
 
 from stroma import (
@@ -282,9 +282,6 @@ async def test_a_refusal_inside_closes_the_limit_of_its_own_step() -> None:
     """A 429 closes the limit of the step that got it, and not those of the steps around it."""
     closed = []
 
-    async def on_limit_cooldown(_run_id: str, limit: str, _seconds: float) -> None:
-        closed.append(limit)
-
     reply = httpx.Response(429, headers={"retry-after": "60"})
     limited = httpx.HTTPStatusError("", request=httpx.Request("POST", "https://model.test"), response=reply)
     names = {name: f"{name}-{next(_numbers)}" for name in ("model", "tool", "agent")}
@@ -292,7 +289,7 @@ async def test_a_refusal_inside_closes_the_limit_of_its_own_step() -> None:
         limited,
         limits={name: Limit(concurrent=5) for name in names.values()},
         node_limits=names,
-        hooks=NodeHooks(on_limit_cooldown=on_limit_cooldown),
+        hooks=NodeHooks(on_limit_cooldown=noting(closed, lambda _run_id, limit, _seconds: limit)),
     )
     await runner.run([agent], Num())
     assert closed == [names["model"]]

@@ -1,7 +1,5 @@
 """Limits: how many calls begin, how many are in flight, and how those wait that have no turn yet."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import itertools
@@ -15,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import TWICE
+from tests.kit import TWICE, failing_with, noting
 from tests.limits.budget_helper import State
 from tests.limits.test_shared_budget import start, together
 from tests.shared_stores import SHARED, STORES, place
@@ -304,12 +302,9 @@ async def test_a_wait_is_told_and_kept() -> None:
     """on_node_wait hears of it when it begins, the trace has it with its reason, apart from the node."""
     events: list[Any] = []
 
-    async def wait(*arguments: Any) -> None:
-        events.append(arguments)
-
     call, calls = node()
     limit = Limit(requests_per_minute=1, max_wait_seconds=0.05)
-    runner = runner_of(limit, hooks=NodeHooks(on_node_wait=wait))
+    runner = runner_of(limit, hooks=NodeHooks(on_node_wait=noting(events, lambda *arguments: arguments)))
     (name,) = runner.config.limits
     await runner.run([call], State(), run_id="1")
     result = await runner.run([call], State(), run_id="2")
@@ -510,10 +505,7 @@ async def test_a_store_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
 
     store = AsyncInMemoryStore()
 
-    async def down(name: str, change: Any) -> Any:
-        raise StoreError("down")
-
-    monkeypatch.setattr(store, "change_cell", down)
+    monkeypatch.setattr(store, "change_cell", failing_with(StoreError, "down"))
     call, calls = node()
     result = await runner_of(Limit(concurrent=1, store=store)).run([call], State())
     assert (result.status, calls) == (RunStatus.PARTIAL, [])

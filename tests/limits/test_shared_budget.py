@@ -1,7 +1,5 @@
 """Budgets that several runs share: what is spent under them, by whom, and latecomers."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import json
@@ -19,7 +17,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, context_of, environment
+from tests.kit import TWICE, context_of, environment, failing_with, noting
 from tests.limits.budget_helper import CONTRACT, RESERVE_CENTS, State, budget, spend
 from tests.servers import RedisServer
 from tests.shared_stores import IN_PROCESS, SHARED, STORES, opened, place, store_of
@@ -569,10 +567,7 @@ async def test_a_run_without_any_asks_nobody(monkeypatch: pytest.MonkeyPatch) ->
     """Without a shared budget, limit or breaker no attempt waits for its turn."""
     from stroma.engine import admission
 
-    async def never(*_: Any) -> Any:
-        raise AssertionError("asked")
-
-    monkeypatch.setattr(admission, "admit", never)
+    monkeypatch.setattr(admission, "admit", failing_with(AssertionError, "asked"))
     call, _ = node()
     assert (await StromaRunner.quick().run([call], State())).status is RunStatus.COMPLETED
 
@@ -583,9 +578,7 @@ async def test_the_warning_at_80_percent(store: Any) -> None:
     shared = SharedBudget("team", max_cost_usd=1, max_tokens=1000, per="month", store=store, reserve_usd=0.1)
     events: list[Any] = []
 
-    async def warn(*arguments: Any) -> None:
-        events.append(arguments)
-
+    warn = noting(events, lambda *arguments: arguments)
     call, _ = node(cents=10)
     runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_budget_warning=warn))
     for number in range(11):

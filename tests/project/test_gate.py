@@ -1,7 +1,5 @@
 """The gate for what Stroma costs (benchmarks/gate.py): what it decides, not what it measures."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

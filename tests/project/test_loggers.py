@@ -1,7 +1,5 @@
 """Loggers of the package: each writes arguments and exceptions through one way out."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,13 +1,10 @@
 """Nothing is asked of the network that nobody asked for."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tests.docs.blocks import reader_env
+from tests.kit import run_python
 
 #: Runs a pipeline and the commands in one process, and prints every address that this process turned to.
 SCRIPT = """
@@ -88,15 +85,5 @@ if __name__ == "__main__":
 def test_nothing_phones_home(tmp_path: Path) -> None:
     """A pipeline with prices, a store and logs, and its commands, use no address and look up no name."""
     (tmp_path / "flow.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "flow.py"],
-        cwd=tmp_path,
-        env=reader_env(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
     # The last line shows that a connection would have been seen.
-    assert done.stdout.splitlines() == ["[]", "1"]
+    assert run_python("flow.py", cwd=tmp_path, env=reader_env()).splitlines() == ["[]", "1"]

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from tests.kit import NEVER, AsyncSimpleStore, SimpleStore
+from tests.kit import NEVER, AsyncSimpleStore, SimpleStore, returning
 from tests.servers import RedisServer, shared_redis
 
 import stroma
@@ -465,10 +465,7 @@ async def test_events_of_a_run_keep_their_identity() -> None:
     """Whoever looks at a run's trace is given the same event objects, also beside appended ones."""
     runner = StromaRunner.quick()
 
-    @runner.node("n", input=A, output=B)
-    async def n(state: A) -> Any:
-        return {"result": 1}
-
+    n = runner.node("n", input=A, output=B)(returning({"result": 1}))
     result = await runner.run([n], A(value=1))
     extra = event("extra")
     result.trace.append(extra)

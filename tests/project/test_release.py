@@ -1,7 +1,5 @@
 """What `./dev release-check` refuses."""
 
-from __future__ import annotations
-
 import json
 import re
 import tomllib

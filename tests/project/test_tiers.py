@@ -1,7 +1,5 @@
 """The tiers are what they claim to be: see tests/conftest.py."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """Deprecations that our own code causes are errors in every test: so it stays ready for the next Python."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

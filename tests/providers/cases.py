@@ -3,8 +3,6 @@
 After a change here run `./dev run python docs/generate.py`.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What Google, Mistral, Cohere, AWS, requests, aiohttp and gRPC do: see `cases.py`."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -4,8 +4,6 @@ One client for all calls where the SDK lets the address be given with the call: 
 certificates of the machine each time. What is slow to import is imported when it is first asked for.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import json

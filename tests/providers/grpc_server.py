@@ -1,7 +1,5 @@
 """A gRPC server on loopback: the method that is asked for says what it does."""
 
-from __future__ import annotations
-
 import json
 import socket
 import struct

@@ -1,7 +1,5 @@
 """What providers answer when all is well, with what each answer used; and how each SDK is asked for it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A provider on loopback: each address gives an answer, some in turn, or a transport fault."""
 
-from __future__ import annotations
-
 import json
 import socket
 import struct

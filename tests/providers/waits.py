@@ -1,7 +1,5 @@
 """What servers say about when to come back."""
 
-from __future__ import annotations
-
 NOW = 1_800_000_000  # Fri, 15 Jan 2027 08:00:00 GMT
 RETRY_AFTER: list[tuple[dict[str, str], float | None]] = [
     ({}, None),

@@ -1,7 +1,5 @@
 """OTLP messages as plain dicts: ids in hex, enumerations by their short names, times in nanoseconds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

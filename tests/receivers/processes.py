@@ -1,7 +1,5 @@
 """Shared by receivers: free ports, children that always end, waiting by polling, HTTP without proxies."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import pathlib

@@ -1,7 +1,5 @@
 """The workers of tests/runner/test_follow_kill.py: processes that speak, and are killed."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

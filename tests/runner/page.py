@@ -1,7 +1,5 @@
 """A page that shows the texts of a run by its events, and checks the rules that readers rely on."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What may be given to a runner, and that anything else is told before a node is called."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Whether a recorded run can be resumed, asked without running anything."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

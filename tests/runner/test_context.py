@@ -1,7 +1,5 @@
 """The context of a run: any object, which nodes receive as it is."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

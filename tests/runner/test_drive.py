@@ -1,7 +1,5 @@
 """``runner.drive``: continue one run of a store, with its outcome as a value; over every store."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
-from tests.kit import NEVER, Num, node, same
+from tests.kit import NEVER, Num, cancel, cancel_after, node, same
 from tests.shared_stores import STORES
 
 from stroma import (
@@ -124,9 +122,7 @@ async def test_a_run_with_an_owner_is_busy(store: Any) -> None:
     assert busy.owner
     if busy.until is not None:  # A store in memory has no leases.
         assert busy.until > datetime.now(UTC) + timedelta(seconds=20)
-    run.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await run
+    await cancel(run)
     assert world.calls == ["a 0"]
 
 
@@ -243,11 +239,7 @@ async def test_a_cancelled_call_leaves_the_run_to_others(store: Any) -> None:
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     await _interrupt(store, world, pipeline, "a 0")
     world.dies_in = "b 1"
-    driving = asyncio.ensure_future(_runner(store).drive("r", pipelines=[pipeline]))
-    await world.dies.wait()
-    driving.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await driving
+    await cancel_after(_runner(store).drive("r", pipelines=[pipeline]), world.dies)
     world.dies_in = None
     assert store.get_run("r").status == "INTERRUPTED"
     assert await _runner(store).drive("r", pipelines=[pipeline]) == Ended("r", RunStatus.RESUMED)

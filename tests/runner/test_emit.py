@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretStr
-from tests.kit import NEVER, TWICE, Num, failing_with, node, quick, returning
+from tests.kit import NEVER, TWICE, Num, failing_with, node, noting, quick, returning
 
 from stroma import (
     CheckpointManager,
@@ -414,9 +414,7 @@ async def test_nothing_of_an_event_is_recorded(tmp_path: Path) -> None:
     """Neither the store, the trace, the result nor a hook has what was emitted."""
     seen: list[Any] = []
 
-    async def see(*arguments: Any) -> None:
-        seen.append(arguments)
-
+    see = noting(seen, lambda *arguments: arguments)
     hooks = NodeHooks(on_node_start=see, on_node_success=see, on_run_start=see, on_run_end=see)
     path = tmp_path / "runs.db"
     async with SQLiteStore(path) as store:
@@ -433,9 +431,7 @@ async def test_nothing_of_an_event_is_recorded(tmp_path: Path) -> None:
 @pytest.mark.core
 async def test_what_an_end_says_as_json() -> None:
     """Ends have, in JSON, the output, usage and duration, and class, message and reason of a failure."""
-
-    async def fails(state: Num) -> Any:
-        raise TimeoutError("too late for n=777777")
+    fails = failing_with(TimeoutError, "too late for n=777777")
 
     def redact(state: dict[str, Any]) -> dict[str, Any]:
         return {**state, "n": "hidden"} if state.get("n") == 777_777 else state

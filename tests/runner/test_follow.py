@@ -1,7 +1,5 @@
 """Following a run of the store in any process: its events, its suspensions, end; over every store."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json
@@ -12,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, Num, SimpleStore, Text, node
+from tests.kit import NEVER, ONCE, Num, SimpleStore, Text, computing, node, noting
 from tests.runner.page import Page
 from tests.shared_stores import STORES
 
@@ -735,9 +733,7 @@ async def test_events_of_a_guarded_run_are_stored(one_store: Any, kind: str) -> 
             guard.wrap("shout", lambda text: text.upper())("hello")
 
     async def acall() -> None:
-        async def shout(text: str) -> str:
-            return text.upper()
-
+        shout = computing(lambda text: text.upper())
         async with guard.run("hello", run_id="run"):
             await guard.wrap("shout", shout)("hello")
 
@@ -750,9 +746,7 @@ async def test_hooks_of_the_runner_are_called_too(one_store: Any) -> None:
     """Storing events takes nothing from the hooks of the config."""
     started: list[str] = []
 
-    async def start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        started.append(node_id)
-
+    start = noting(started, lambda run_id, node_id, state: node_id)
     runner = runner_of(one_store, hooks=NodeHooks(on_node_start=start))
     await runner.run(talk, Num(n=1), run_id="run")
     assert started == ["say"]

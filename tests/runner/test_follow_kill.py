@@ -1,7 +1,5 @@
 """kill -9 of workers in the middle of an answer: a follower that reconnects has the right text, per store."""
 
-from __future__ import annotations
-
 import asyncio
 import multiprocessing
 import random

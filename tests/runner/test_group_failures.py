@@ -1,7 +1,5 @@
 """Groups, in what a run in good order never shows: what is tried again, is kept, or stops the run."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How long a group took: as recorded, as drawn, and as budgets count it."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from typing import Any

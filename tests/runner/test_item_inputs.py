@@ -1,7 +1,5 @@
 """What the attempts inside groups were given, in the trace, in stores and in what is exported of them."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 from tests.kit import Item as Count
 from tests.kit import Text as Part
-from tests.kit import returning
+from tests.kit import passing, returning
 from tests.shared_stores import STORES, store_of
 
 from stroma import JsonLines, RunStatus, StromaRunner, map_over, parallel
@@ -50,9 +48,7 @@ def nodes_of(runner: StromaRunner, fails: str = "") -> dict[str, Any]:
 
     count_again = runner.node("again", input=Count, output=Count)(returning({"n": 1}))
 
-    @runner.node("part", input=Part, output=Part)
-    async def part(state: Part) -> Any:
-        return state
+    part = runner.node("part", input=Part, output=Part)(passing())
 
     @runner.node("whole", input=Batch, output=Count)
     async def whole(state: Batch) -> Any:
@@ -143,9 +139,7 @@ async def test_items_that_are_not_in_the_state_are_said_to_be_elsewhere(store: A
     path.write_text(json.dumps({"text": "a"}) + "\n")
     runner = StromaRunner.quick(store=store)
 
-    @runner.node("part", input=Part, output=Part)
-    async def part(state: Part) -> Any:
-        return state
+    part = runner.node("part", input=Part, output=Part)(passing())
 
     def some(state: Any) -> Any:
         return [{"text": "a"}]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, RootModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, TWICE, SimpleStore, context_on, failing_with
+from tests.kit import NEVER, ONCE, TWICE, SimpleStore, cancel, context_on, failing_with, noting, passing
 from tests.kit import Item as Num
 from tests.shared_stores import IN_PROCESS
 
@@ -290,11 +290,7 @@ async def test_nothing_to_do(store: Any, tmp_path: Path, doubler: Doubler) -> No
 
 async def test_lines_of_all_kinds(tmp_path: Path) -> None:
     """A byte order mark, CRLF, a last line without an end and values of any kind are read."""
-
-    @stroma_node("same", input=RootModel[Any], output=RootModel[Any])
-    async def same(state: Any) -> Any:
-        return state
-
+    same = stroma_node("same", input=RootModel[Any], output=RootModel[Any])(passing())
     (tmp_path / "in").write_bytes(b'\xef\xbb\xbf1\r\n"\xc3\xa9"\r\n\r\n[1, {"a": null}]\n{"a": 1e3}')
     work = map_over(JsonLines(tmp_path / "in"), same, into="out")
     result = await quick(AsyncInMemoryStore()).run([work], State())
@@ -390,9 +386,7 @@ async def test_cancelled_in_the_middle(store: Any, tmp_path: Path, doubler: Doub
     before = asyncio.all_tasks()
     task = asyncio.create_task(runner.run([work], State()))
     await reached.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel(task)
     assert asyncio.all_tasks() - before - {task} == set()
     result = await runner.run([work], State(), resume=True)
     assert result.status is RunStatus.RESUMED, result.failure
@@ -554,9 +548,7 @@ async def test_another_attempt_of_the_map(store: Any, tmp_path: Path, doubler: D
     doubler.error = heal
     remembered: list[int] = []
 
-    async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
-        remembered.append(len(current_node().ctx.handover.done))
-
+    told = noting(remembered, lambda run_id, node_id, state, tokens: len(current_node().ctx.handover.done))
     runner = quick(store, node_policies={work.node_id: ONCE}, hooks=NodeHooks(on_node_success=told))
     result = await runner.run([work], State())
     assert result.status is RunStatus.COMPLETED, result.failure
@@ -1154,10 +1146,7 @@ async def test_a_map_as_a_step_of_plain_code(tmp_path: Path, doubler: Doubler) -
 
 def test_what_the_checker_says(doubler: Doubler) -> None:
     """Items from outside are not looked for in the state, and the unchanged state fits what follows."""
-
-    async def same(state: Any) -> Any:
-        return state
-
+    same = passing()
     after = stroma_node("after", input=State, output=State)(same)
     first = stroma_node("first", input=State, output=State)(same)
     runner = StromaRunner.quick()

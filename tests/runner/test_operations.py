@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num, SimpleStore, context_of, node, same
+from tests.kit import NEVER, THRICE, Num, SimpleStore, cancel, computing, context_of, failing_with, node, noting, same
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -58,10 +58,7 @@ def quick(store: Any, **config: Any) -> StromaRunner:
 
 async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
     """A store has the frames of the last failed attempt at a place, with the line that raised."""
-
-    async def bad(state: Num) -> Any:
-        raise LookupError("nothing there")
-
+    bad = failing_with(LookupError, "nothing there")
     policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
     runner = StromaRunner.quick(store=store, policy_map=policies)
     await runner.run([stroma_node("bad", input=Num, output=Num)(bad)], Num(), run_id="r")
@@ -76,10 +73,7 @@ async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
     """runner.cancel() ends a run of another task or process; it is CANCELLED, and may be resumed."""
     work, ended = Work(), []
 
-    async def end(run_id: str, result: Any) -> None:
-        ended.append(result.status)
-
-    runner = quick(store, hooks=NodeHooks(on_run_end=end))
+    runner = quick(store, hooks=NodeHooks(on_run_end=noting(ended, lambda run_id, result: result.status)))
     task = asyncio.create_task(runner.run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
     assert await quick(store).cancel("r")
@@ -173,9 +167,7 @@ async def test_a_cancellation_of_the_task_itself_still_comes_out(store: Any) -> 
     task = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
     await store.cancel("r")
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancel(task)
 
 
 @pytest.mark.core
@@ -211,9 +203,7 @@ async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -
     async def loose(state: Num) -> Any:
         return {"n": state.n + 1, "more": "made"}
 
-    async def last(state: Any) -> Any:
-        return {"n": state.n * 10, "more": str(getattr(state, "more", ""))}
-
+    last = computing(lambda state: {"n": state.n * 10, "more": str(getattr(state, "more", ""))})
     loose._stroma_node_id = "loose"
     loose._stroma_contract = None
     work = Work()

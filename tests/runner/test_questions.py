@@ -1,7 +1,5 @@
 """Questions of nodes and flows have their own ids, are announced once, keep answers, in every store."""
 
-from __future__ import annotations
-
 import asyncio
 from datetime import timedelta
 from typing import Any

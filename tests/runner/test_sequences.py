@@ -1,7 +1,5 @@
 """Maps with several nodes: each item goes through them in turn, and each node of an item is a full node."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -17,9 +15,11 @@ from tests.kit import (
     ONCE,
     Text,
     bare,
+    computing,
     context_on,
     failing_with,
     node,
+    noting,
     open_question,
     quick_without_retries,
     record_hooks,
@@ -200,13 +200,8 @@ def test_what_is_no_sequence_of_nodes(world: World) -> None:
 
 async def test_outputs_of_any_kind(store: Any) -> None:
     """Nodes without a contract, and root models, hand on what they return; the last may return anything."""
-
-    async def split(state: Text) -> list[str]:
-        return [state.text, state.text]
-
-    async def count(state: Any) -> Any:
-        return len(state.root)
-
+    split = computing(lambda state: [state.text, state.text])
+    count = computing(lambda state: len(state.root))
     words = node("split", split, Text, RootModel[list[str]])
     work = map_over("tickets", [words, bare("count", count)], into="counts")
     runner = quick_without_retries(store=store)
@@ -242,15 +237,12 @@ async def test_groups_and_maps_inside(world: World, store: Any) -> None:
         world.calls.append("split")
         return {"parts": [state.text, state.text * 2]}
 
-    async def size(state: Text) -> int:
-        return len(state.text)
+    size = computing(lambda state: len(state.text))
 
     async def first(state: Parts) -> dict[str, str]:
         return {"first": state.parts[0]}
 
-    async def join(state: Both) -> dict[str, str]:
-        return {"answer": f"{state.first}{sum(state.sizes)}"}
-
+    join = computing(lambda state: {"answer": f"{state.first}{sum(state.sizes)}"})
     sizes = map_over("parts", node("size", size, Text, RootModel[int]), into="sizes")
     group = parallel(sizes, node("first", first, Parts, First))
     steps = [node("split", split, Text, Parts), group, node("join", join, Both, Answer)]
@@ -274,11 +266,8 @@ async def test_a_map_as_the_last_node(store: Any) -> None:
     class Parts(BaseModel):
         parts: list[str]
 
-    async def split(state: Text) -> dict[str, Any]:
-        return {"parts": [state.text, state.text * 2]}
-
-    async def size(state: Text) -> int:
-        return len(state.text)
+    split = computing(lambda state: {"parts": [state.text, state.text * 2]})
+    size = computing(lambda state: len(state.text))
 
     def items(state: Tickets) -> list[Text]:
         return [Text(text=ticket) for ticket in state.tickets]
@@ -296,9 +285,7 @@ async def test_no_item_that_has_ended_takes_memory(world: World, store: Any) -> 
     """With outputs in the journal, those between the nodes of an item are forgotten once it has ended."""
     held: list[int] = []
 
-    async def hook(run_id: str, node_id: str, state: Any) -> None:
-        held.append(len(current_node().ctx.handover.done))
-
+    hook = noting(held, lambda run_id, node_id, state: len(current_node().ctx.handover.done))
     work = map_over("tickets", world.nodes, into=Journal(), max_concurrency=1)
     hooks = NodeHooks(on_node_start=hook)
     runner = quick_without_retries(store=store, node_policies={work.node_id: ONCE}, hooks=hooks)
@@ -433,10 +420,7 @@ async def test_the_failure_of_a_run_has_that_of_the_node(world: World) -> None:
 
 async def test_an_output_that_breaks_the_contract_of_the_next_node(world: World) -> None:
     """The next node rejects it as its input, and is not called."""
-
-    async def other(state: Any) -> Any:
-        return {"text": state.root}
-
+    other = computing(lambda state: {"text": state.root})
     work = map_over("tickets", [bare("other", other), world.draft], into="answers")
     result = await quick_without_retries().run([work], Tickets(tickets=["a"]))
     violation = result.failure.exception
@@ -749,8 +733,7 @@ async def test_messages_hide_what_earlier_nodes_made(world: World, tmp_path: Pat
     async def fails(state: Class) -> Any:
         raise ValueError(f"cannot draft {state.kind}")
 
-    async def secret(state: Text) -> dict[str, str]:
-        return {"text": state.text, "kind": "sesame-street"}
+    secret = computing(lambda state: {"text": state.text, "kind": "sesame-street"})
 
     def redact(state: dict[str, Any]) -> dict[str, Any]:
         return {key: "hidden" if key == "kind" else value for key, value in state.items()}

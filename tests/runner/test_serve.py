@@ -1,7 +1,5 @@
 """``runner.serve``: continues the runs that are due, over every store."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from datetime import timedelta
@@ -11,7 +9,7 @@ import pytest
 from pydantic import field_validator
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
-from tests.kit import NEVER, Num, SimpleStore, node
+from tests.kit import NEVER, Num, SimpleStore, cancel, node
 from tests.runner.serving import Serving
 from tests.shared_stores import STORES, place, store_of
 from tests.shared_stores import opened as open_kind
@@ -243,9 +241,7 @@ async def test_a_cancelled_worker_interrupts_its_runs(store: Any, clock: Clock) 
     world.dies_in = "add 1"
     serving = Serving(_runner(store), sleepy)
     await world.dies.wait()
-    serving.task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await serving.task
+    await cancel(serving.task)
     assert serving.statuses("r") == ["INTERRUPTED"]
     assert store.get_run("r").status == "INTERRUPTED"
     assert await due_runs(store, clock.ms, "sleepy") == ["r"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import ONCE, Num, failing_with, returning
+from tests.kit import ONCE, Num, cancel, computing, failing_with, noting, returning
 
 import stroma
 from stroma import (
@@ -40,9 +40,7 @@ class State(BaseModel):
 
 
 def node(name: str, func: Any = None, *, gives: Any = None) -> Any:
-    async def plain(state: Num) -> Any:
-        return {"n": state.n + 1}, 5
-
+    plain = computing(lambda state: ({"n": state.n + 1}, 5))
     return stroma_node(name, input=Num, output=Num)(func or plain)
 
 
@@ -147,9 +145,7 @@ async def test_own_hooks_and_configs_stay() -> None:
     """The runner's hooks are told too, a pipeline's own config holds, and redact holds for events."""
     seen = []
 
-    async def start(run_id: str, node_id: str, state: Any) -> None:
-        seen.append(node_id)
-
+    start = noting(seen, lambda run_id, node_id, state: node_id)
     hooks = NodeHooks(on_node_start=start)
     config = RunConfig(run_id="mine", hooks=hooks, redact=lambda state: {"hidden": 1})
     pipeline = Pipeline("named", [node("a")], config=config)
@@ -296,9 +292,7 @@ async def test_a_reader_that_leaves_ends_the_run(tmp_path: Path, way: str) -> No
         elif way == "cancelled":
             task = asyncio.create_task(consume(runner, nodes))
             await until(lambda: runner._live.runs and slow_started(runner))
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            await cancel(task)
         elif way == "dropped":
             stream = runner.stream(nodes, Num())
             await read_until_slow(stream)

@@ -1,7 +1,5 @@
 """``runner.submit`` and the handle of a run, with workers that execute it; over every store."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence

@@ -1,7 +1,5 @@
 """Sums of a result: those of this call, and those of the whole execution."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tests.fixtures import store_fixture

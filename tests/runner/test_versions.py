@@ -1,7 +1,5 @@
 """Versions of pipelines, and runs that code of another version, or changed code, cannot continue."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
-from tests.kit import NEVER, Num, node
+from tests.kit import NEVER, Num, node, noting
 from tests.runner.serving import Serving
 from tests.shared_stores import ON_SERVERS, STORES, store_of
 
@@ -193,9 +191,7 @@ async def test_a_worker_gives_a_run_back_that_its_code_does_not_fit(store: Any, 
     """A replay that differs leaves the run as it was and marks it; code that fits continues it at once."""
     world, ends = World(), list[str]()
 
-    async def note(run_id: str, result: Any) -> None:
-        ends.append(run_id)
-
+    note = noting(ends, lambda run_id, result: run_id)
     old, new = _flow(world, "a", "b"), _flow(world, "a", "audit", "b")
     await _runner(store).run(old, Num(), run_id="r")
     clock.pass_by(hours=2)
@@ -258,9 +254,7 @@ async def test_a_resume_that_a_person_calls_writes_nothing(store: Any) -> None:
     """resume() with changed code raises PipelineChanged; the run has no mark, and is as it was."""
     world, ends = World(), list[str]()
 
-    async def note(run_id: str, result: Any) -> None:
-        ends.append(run_id)
-
+    note = noting(ends, lambda run_id, result: run_id)
     await _runner(store).run(_flow(world, "a", "b"), Num(), run_id="r")
     before = _stored(store, "r")
     with pytest.raises(PipelineChanged, match="cannot be resumed"):

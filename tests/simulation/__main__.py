@@ -9,8 +9,6 @@ printed with what is wrong, and the first one with its history. `--first SEED --
 Exit code 0 if every promise held, 1 if one was broken, 2 for wrong arguments.
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import os

@@ -3,8 +3,6 @@
 `./dev run python -m tests.simulation --first SEED --seeds 1` runs one of them again.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

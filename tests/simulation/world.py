@@ -6,8 +6,6 @@ last process brings all runs to their end without further faults, and :mod:`test
 what happened.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gc

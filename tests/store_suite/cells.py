@@ -1,7 +1,5 @@
 """Conformance tests for stores with cells."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

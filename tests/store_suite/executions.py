@@ -1,7 +1,5 @@
 """Tests of executions: commits, usage, restarts, plain steps, maps and forks."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Helpers of the conformance tests: states, rows, and sessions of a store."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Conformance tests that every journal store must pass."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -3,8 +3,6 @@
 Needs hypothesis.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence

@@ -1,7 +1,5 @@
 """Comparison of a journal store with its model, after each call of a stateful test."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Coroutine
 from typing import Any, Final, TypeVar

@@ -1,7 +1,5 @@
 """Model of a journal store for the stateful tests: runs, executions and attempts as plain objects."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 

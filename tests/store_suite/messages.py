@@ -1,7 +1,5 @@
 """Tests of messages to runs."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

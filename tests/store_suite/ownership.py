@@ -1,7 +1,5 @@
 """Tests of ownership: leases, fencing, and concurrent clients."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import time

@@ -1,7 +1,5 @@
 """Tests of ids, listings, history pages and the simple protocol."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable

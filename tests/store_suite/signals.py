@@ -1,7 +1,5 @@
 """Tests of signals: questions and answers, cancellation, undelivered end hooks."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from typing import Any

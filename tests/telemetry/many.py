@@ -7,8 +7,6 @@ They are lists of nodes, flows, and lists with an effect and a limit. ddtrace go
 variables, so this is a process of its own. It prints what each of them counted as JSON.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

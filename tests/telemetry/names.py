@@ -1,7 +1,5 @@
 """What is measured: the metrics with their labels, and the values that labels have where these are few."""
 
-from __future__ import annotations
-
 VALUES: dict[str, frozenset[str]] = {
     "status": frozenset(
         {"COMPLETED", "FAILED", "PARTIAL", "RESUMED", "CANCELLED", "SUSPENDED", "INTERRUPTED"}

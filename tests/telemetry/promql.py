@@ -1,7 +1,5 @@
 """PromQL taken apart as far as it takes to see which series, labels and values a query names."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

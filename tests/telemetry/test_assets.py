@@ -1,7 +1,5 @@
 """What is shipped for operators: valid, only of measured names, with alerts that fire."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

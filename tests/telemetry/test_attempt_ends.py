@@ -11,7 +11,7 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.trace import StatusCode
 from pydantic import BaseModel
-from tests.kit import failing_with
+from tests.kit import failing_with, passing
 from tests.telemetry.test_opentelemetry import Item, Seen, State, quick
 
 from stroma import NodeHooks, RunStatus, SQLiteStore, StromaRunner, Suspend, current_node, parallel
@@ -101,10 +101,7 @@ async def test_a_cancelled_hook_is_not_told_again(outcome: str, tmp_path: pathli
         later = Seen()
         runner = quick(later.hooks(), store=store, **options)
 
-        @runner.node(node._stroma_node_id, input=Item, output=Item)
-        async def quickly(state: Item) -> Item:
-            return state
-
+        quickly = runner.node(node._stroma_node_id, input=Item, output=Item)(passing())
         await runner.run([quickly], Item(n=1), run_id="r")
     assert later.total("stroma.tokens") == 0
     assert later.total("stroma.node.executions") == (0 if outcome == "success" else 1)
@@ -185,10 +182,7 @@ async def test_a_contract_that_cannot_be_read() -> None:
     runner = quick(seen.hooks(), retries=0)
     half = runner.node("half", input=Half, output=Half)(failing_with(AssertionError))
 
-    @runner.node("whole", input=State, output=State)
-    async def whole(state: State) -> State:
-        return state
-
+    whole = runner.node("whole", input=State, output=State)(passing())
     result = await runner.run([half], State())
     assert result.status is RunStatus.FAILED
     expected = [("invoke_workflow pipeline", None), ("stroma.node half", "invoke_workflow pipeline")]
@@ -206,10 +200,7 @@ async def test_at_end_after_a_restored_node() -> None:
 
     runner = quick(NodeHooks(on_node_skipped=skipped))
 
-    @runner.node("node", input=Item, output=Item)
-    async def node(state: Item) -> Item:
-        return state
-
+    node = runner.node("node", input=Item, output=Item)(passing())
     await runner.run([node], Item(n=1), run_id="r")
     await runner.run([node], Item(n=1), run_id="r", resume=True)
     assert seen == ["called"]

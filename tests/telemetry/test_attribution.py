@@ -1,7 +1,5 @@
 """Attribution: spans of whoever makes them belong to the run, node, conversation and user around them."""
 
-from __future__ import annotations
-
 import asyncio
 import contextvars
 import threading
@@ -14,7 +12,7 @@ from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.trace import set_span_in_context
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
-from tests.kit import Item
+from tests.kit import Item, passing
 from tests.shared_stores import FAMILIES
 from tests.telemetry.test_opentelemetry import Seen
 
@@ -266,9 +264,7 @@ async def test_a_resume_and_a_fork_belong_where_the_run_belongs(seen: Seen, stor
     runner = StromaRunner.quick(hooks=seen.hooks(), store=store)
     waits = [True]
 
-    @runner.node("first", input=State, output=State)
-    async def first(state: State) -> State:
-        return state
+    first = runner.node("first", input=State, output=State)(passing())
 
     @runner.node("second", input=State, output=State)
     async def second(state: State) -> State:
@@ -293,10 +289,7 @@ async def test_a_new_execution_is_attributed_anew(seen: Seen, store: Any) -> Non
     """A run id that begins again has the conversation of its own call, not that of the execution before."""
     runner = StromaRunner.quick(hooks=seen.hooks(), store=store)
 
-    @runner.node("ask", input=State, output=State)
-    async def ask(state: State) -> State:
-        return state
-
+    ask = runner.node("ask", input=State, output=State)(passing())
     await runner.run([ask], State(), run_id="r", conversation="c-1")
     await runner.run([ask], State(), run_id="r")
     assert [about(span).get("gen_ai.conversation.id") for span in seen.named("invoke_workflow pipeline")] == [

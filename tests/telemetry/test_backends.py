@@ -7,14 +7,12 @@ develop-docs/sdk/telemetry/traces/modules/ai-agents.mdx, and getsentry/sentry-co
 Phoenix and MLflow are asked themselves (tests/frameworks).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any, Final
 
 import pytest
-from tests.kit import Num
+from tests.kit import Num, passing
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_opentelemetry import Seen
 
@@ -215,11 +213,7 @@ async def test_spans_in_sentrys_agents_module(mode: str) -> None:
         runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
 
         def node(id: str, role: Any) -> Any:
-            @runner.node(id, input=Num, output=Num, role=role)
-            async def step(state: Num) -> Num:
-                return state
-
-            return step
+            return runner.node(id, input=Num, output=Num, role=role)(passing())
 
         search: Any = node("search", "tool")
 

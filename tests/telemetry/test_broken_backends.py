@@ -1,7 +1,5 @@
 """A backend that is down, slow or raises changes no run, delays none, and is named once."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading
@@ -14,7 +12,7 @@ from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from prometheus_client import CollectorRegistry
-from tests.kit import ONCE, Num
+from tests.kit import ONCE, Num, run_python
 from tests.receivers.broken import BrokenBackend
 
 from stroma import RunStatus, StromaRunner, current_node
@@ -207,17 +205,13 @@ def test_a_missing_sdk(factory: Any, module: str, line: str, monkeypatch: pytest
 @pytest.mark.slow
 def test_importing_the_hooks_imports_no_sdk() -> None:
     """`stroma.telemetry` and its names, but the processor of OpenTelemetry's SDK, import none of the SDKs."""
-    import subprocess
-    import sys
-
     program = (
         "import sys, stroma.telemetry as t; [getattr(t, n) for n in t.__all__ if n != "
         "'AttributionProcessor'];"
         "print([m for m in ('opentelemetry', 'prometheus_client', 'ddtrace', 'datadog', 'sentry_sdk', "
         "'structlog') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert run_python(code=program) == "[]\n"
 
 
 async def test_two_threads_at_once() -> None:

@@ -1,16 +1,13 @@
 """All sets together: what they count is what the trace and the journal have, exactly."""
 
-from __future__ import annotations
-
 import json
 import pathlib
 import re
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
 import pytest
+from tests.kit import run_python
 from tests.receivers.datadog import DatadogAgent, StatsdSocket
 from tests.telemetry.many import RUNS, key
 
@@ -22,18 +19,8 @@ def test_all_count_the_same(
     seed: str, datadog_agent: DatadogAgent, statsd: StatsdSocket, tmp_path: pathlib.Path
 ) -> None:
     """Trace, journal, OpenTelemetry, Prometheus, Datadog and Sentry agree on every figure of 300 runs."""
-    command = [sys.executable, "-m", "tests.telemetry.many", seed, str(tmp_path / "runs.db")]
-    done = subprocess.run(
-        [*command, f"{statsd.host}:{statsd.port}"],
-        env=datadog_agent.environment(),
-        cwd=pathlib.Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen: dict[str, Any] = json.loads(done.stdout)
+    words = ("-m", "tests.telemetry.many", seed, tmp_path / "runs.db", f"{statsd.host}:{statsd.port}")
+    seen: dict[str, Any] = json.loads(run_python(*words, env=datadog_agent.environment()))
     assert not any(seen["errors"].values()), seen["errors"]
 
     executions = seen["executions"]

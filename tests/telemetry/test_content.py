@@ -1,7 +1,5 @@
 """What leaves of states and messages: secrets in no mode, whatever became of their states."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import json
@@ -13,7 +11,7 @@ from urllib.parse import quote
 import pytest
 from prometheus_client import CollectorRegistry
 from pydantic import AliasChoices, BaseModel, Field, RootModel, Secret, SecretBytes, SecretStr
-from tests.kit import context_of
+from tests.kit import context_of, noting, passing
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_opentelemetry import Seen, quick
 
@@ -126,10 +124,7 @@ async def test_a_state_that_cannot_be_written_out() -> None:
     hooks = seen.hooks(content="redacted")
     runner = quick(hooks, retries=0)
 
-    @runner.node("node", input=Huge, output=Huge)
-    async def node(state: Huge) -> Huge:
-        return state
-
+    node = runner.node("node", input=Huge, output=Huge)(passing())
     await runner.run([node], Huge(n=10**5000))
     assert hooks.errors == {}
     assert seen.span("stroma.node node").attributes["input.value"] == "[unreadable: ValueError]"
@@ -209,16 +204,11 @@ async def test_no_exporter_copies_a_state(content: Any, sentry: RecordedSentry) 
 
     seen: list[Any] = []
 
-    async def see(*arguments: Any) -> None:
-        seen.append(arguments[2])
-
+    see = noting(seen, lambda *arguments: arguments[2])
     unread = NodeHooks(on_node_start=see, on_node_success=see, on_run_start=see, reads_state=False)
     runner = quick([*exporters(sentry, content), registry, unread], retries=0)
 
-    @runner.node("node", input=Shelf, output=Shelf)
-    async def node(state: Shelf) -> Shelf:
-        return state
-
+    node = runner.node("node", input=Shelf, output=Shelf)(passing())
     schema = schema_of(Shelf)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schema, "state", Copied.state.__get__(schema), raising=False)
@@ -232,9 +222,7 @@ async def test_a_set_that_reads_no_state_gets_none_of_the_result() -> None:
     """The result at the end of a run has its events and totals for such a set, and no state."""
     results: list[Any] = []
 
-    async def ended(_: str, result: Any) -> None:
-        results.append(result)
-
+    ended = noting(results, lambda _, result: result)
     sets = [NodeHooks(on_run_end=ended, reads_state=False), NodeHooks(on_run_end=ended)]
     runner = quick(sets, retries=0)
 
@@ -265,10 +253,7 @@ async def test_nothing_is_made_for_a_logger_that_is_off(sentry: RecordedSentry) 
         ]
         runner = quick(hooks, retries=0)
 
-        @runner.node("node", input=Document, output=Document)
-        async def node(state: Document) -> Document:
-            return state
-
+        node = runner.node("node", input=Document, output=Document)(passing())
         made: list[Any] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Content, "state", lambda *arguments: made.append(arguments) or "")
@@ -292,10 +277,7 @@ async def test_denied_names_are_known_by_their_aliases() -> None:
         seen = Seen()
         runner = quick(seen.hooks(content="redacted"), retries=0, redact=redact)
 
-        @runner.node("node", input=Outer, output=Outer)
-        async def node(state: Outer) -> Outer:
-            return state
-
+        node = runner.node("node", input=Outer, output=Outer)(passing())
         await runner.run([node], Outer())
         shown = json.loads(seen.span("stroma.node node").attributes["input.value"])
         assert (shown["plain"], shown["text"]) == ("shown", "[redacted]")
@@ -313,10 +295,7 @@ async def test_a_secret_at_the_end_of_what_is_sent() -> None:
         text: str
         key: SecretStr = SecretStr("hunter2-hunter2-hunter2")
 
-    @runner.node("node", input=Long, output=Long)
-    async def node(state: Long) -> Long:
-        return state
-
+    node = runner.node("node", input=Long, output=Long)(passing())
     await runner.run([node], Long(text="x" * 25 + "hunter2-hunter2-hunter2" + "y" * 100_000))
     shown = seen.span("stroma.node node").attributes["input.value"]
     assert "hunter" not in shown
@@ -371,10 +350,7 @@ async def sent_with(value: Any) -> str:
     seen = Seen()
     runner = quick(seen.hooks(content="redacted"), retries=0)
 
-    @runner.node("a", input=Loose, output=Loose)
-    async def a(state: Loose) -> Loose:
-        return state
-
+    a = runner.node("a", input=Loose, output=Loose)(passing())
     await runner.run([a], Loose(v=value))
     return "".join(span.to_json() for span in seen.spans)
 

@@ -1,7 +1,5 @@
 """Names in OpenTelemetry: the conventions' release 0.1.0, with kinds and content for backends."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

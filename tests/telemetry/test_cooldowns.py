@@ -1,7 +1,5 @@
 """Cooldowns of limits in every exporter that has metrics, in the logs, and listed from a store."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Runs that are counted once, however many exporters and callers look at them."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from tests.kit import Num as Number
+from tests.kit import noting
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import FailureClass, NodeHooks, Pipeline, RunConfig, StromaRunner
@@ -188,10 +187,7 @@ async def test_two_sets_of_one_exporter_in_a_run_are_one(
     ]
     seen: list[str] = []
 
-    async def started(run_id: str, node_id: str, state: Any) -> None:
-        seen.append(node_id)
-
-    plain = NodeHooks(on_node_start=started)
+    plain = NodeHooks(on_node_start=noting(seen, lambda run_id, node_id, state: node_id))
     hooks: Any = [plain, plain]  # Whoever composes a plain set twice is called twice.
     for make in makers:
         one = make()

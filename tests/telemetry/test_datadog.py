@@ -1,16 +1,12 @@
 """datadog_hooks, without the agent: tracers, sockets and wrong addresses. See also test_consistency."""
 
-from __future__ import annotations
-
 import json
-import pathlib
 import socket
-import subprocess
-import sys
 import threading
 from typing import Any
 
 import pytest
+from tests.kit import passing, run_python
 from tests.receivers.datadog import DatadogAgent, StatsdSocket
 from tests.receivers.processes import fetch_json
 from tests.telemetry.test_counted_once import Number, Tracer
@@ -34,10 +30,7 @@ async def test_the_agents_name_is_looked_up_in_no_event_loop(monkeypatch: pytest
     tracer.flush = lambda: None
     runner = StromaRunner.quick(hooks=datadog_hooks(tracer=tracer, statsd="dd-agent.internal:8125"))
 
-    @runner.node("a", input=Number, output=Number)
-    async def a(state: Number) -> Number:
-        return state
-
+    a = runner.node("a", input=Number, output=Number)(passing())
     await runner.run([a], Number())
     await runner.flush()
     assert asked
@@ -100,17 +93,8 @@ asyncio.run(main())
 
 
 def spans(agent: DatadogAgent, content: str, statsd: StatsdSocket) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, content, f"{statsd.host}:{statsd.port}"],
-        env=agent.environment(),
-        cwd=pathlib.Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {}
+    address = f"{statsd.host}:{statsd.port}"
+    assert json.loads(run_python(content, address, code=PROGRAM, env=agent.environment())) == {}
     return [span for trace in agent.traces(at_least=3) for span in trace]
 
 

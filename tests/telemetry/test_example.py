@@ -1,7 +1,5 @@
 """The example runs as it is, and shows what it says."""
 
-from __future__ import annotations
-
 import pathlib
 import subprocess
 import sys

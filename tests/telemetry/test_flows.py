@@ -1,19 +1,14 @@
 """Flows in telemetry: exporters show their steps like nodes of a list, under the right parent."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from opentelemetry import trace
 from prometheus_client import CollectorRegistry
-from tests.kit import ONCE, Num
+from tests.kit import ONCE, Num, run_python
 from tests.receivers.datadog import DatadogAgent, StatsdSocket
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_opentelemetry import Seen
@@ -253,16 +248,7 @@ asyncio.run(main())
 @pytest.mark.slow
 def test_datadog(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
     """Spans of steps are under the run or their group, and all of them arrive."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, f"{statsd.host}:{statsd.port}"],
-        env=datadog_agent.environment(),
-        cwd=pathlib.Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
+    run_python(f"{statsd.host}:{statsd.port}", code=PROGRAM, env=datadog_agent.environment())
     spans: list[dict[str, Any]] = [span for one in datadog_agent.traces(at_least=1) for span in one]
     ids = {span["span_id"]: span for span in spans}
     found = sorted(

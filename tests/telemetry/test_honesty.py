@@ -1,8 +1,6 @@
 """What exporters say is what happened: hook errors, restored nodes, waits, traces of other
 systems."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import logging
@@ -16,7 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry, generate_latest
-from tests.kit import Num, context_on, failing_with, node, retry_policies, same
+from tests.kit import Num, context_on, failing_with, node, passing, retry_policies, same
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_counted_once import Otel, Statsd, Tracer, runner_of, total
 
@@ -186,9 +184,7 @@ async def test_restored_nodes_are_counted_and_drop_no_event(tmp_path: Path, sent
     hooks = [otel.hooks(), sentry_hooks(client=sentry.client)]
     runner = StromaRunner.quick(store=tmp_path / "runs.db", hooks=hooks)
 
-    @runner.node("a", input=Num, output=Num)
-    async def a(state: Num) -> Num:
-        return state
+    a = runner.node("a", input=Num, output=Num)(passing())
 
     @runner.node("last", input=Num, output=Num)
     async def last(state: Num) -> Num:

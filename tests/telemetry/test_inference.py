@@ -1,14 +1,12 @@
 """The bill in traces: each attempt's tokens and cost are on one span of a model call, and on no other."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.trace import NoOpTracerProvider
-from tests.kit import Num
+from tests.kit import Num, passing
 from tests.providers.clients import ask_openai_async
 from tests.providers.server import Answer, Server
 from tests.telemetry.test_opentelemetry import Seen, quick
@@ -230,10 +228,7 @@ async def test_always_and_never(seen: Seen) -> None:
         await runner.run([asking(runner, mine, instrumented=True)], Num())
         assert len(calls(mine)) == expected
 
-    @runner.node("free", input=Num, output=Num)
-    async def free(state: Num) -> Num:
-        return state
-
+    free = runner.node("free", input=Num, output=Num)(passing())
     await runner.run([free], Num())
     assert calls(seen) == []
 

@@ -1,7 +1,5 @@
 """Labels of metrics: bounded whatever runs are called, and the same events counted in every system."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import defaultdict
 from typing import Any
@@ -13,7 +11,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.exposition import generate_latest
-from tests.kit import Num, failing_with, node, retry_policies, same
+from tests.kit import Num, computing, failing_with, node, retry_policies, same
 
 from stroma import Breaker, ExecutionBudget, Limit, StromaRunner
 from stroma.telemetry import datadog_hooks, otel_hooks, prometheus_hooks
@@ -92,9 +90,7 @@ async def test_names_of_models_are_bounded() -> None:
     systems = Systems()
     runner = StromaRunner.quick(hooks=systems.hooks(), pipeline="p")
 
-    async def call(state: Num) -> Any:
-        return state, 1, 1, f"gpt-{state.n}-{'x' * 500}"
-
+    call = computing(lambda state: (state, 1, 1, f"gpt-{state.n}-{'x' * 500}"))
     one = node("a", call)
     for n in range(260):
         await runner.run([one], Num(n=n))
@@ -140,9 +136,7 @@ async def test_all_systems_count_the_same_events() -> None:
     gate.set()
     await asyncio.gather(first, second)
 
-    async def costs(state: Num) -> Any:
-        return state, 45, 45, "gpt-4o-mini"
-
+    costs = computing(lambda state: (state, 45, 45, "gpt-4o-mini"))
     limited = StromaRunner.quick(hooks=hooks, pipeline="p", budget=ExecutionBudget(max_tokens_total=100))
     nodes = [node("c", costs), node("d", failing_with(NotImplementedError))]
     await limited.run(nodes, Num(), run_id="s")

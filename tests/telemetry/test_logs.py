@@ -1,7 +1,5 @@
 """log_hooks: one line per event, with what it is about as fields."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
@@ -270,10 +268,7 @@ async def test_an_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     runner = quick(log_hooks(content="redacted"))
 
-    @runner.node("node\r\u2028x", input=State, output=State)
-    async def node(_: State) -> State:
-        raise ValueError("one\ntwo")
-
+    node = runner.node("node\r\u2028x", input=State, output=State)(failing_with(ValueError, "one\ntwo"))
     await runner.run([node], State(), run_id="a\nERROR b")
     lines = events(caplog)
     assert all(len(line.getMessage().splitlines()) == 1 for line in lines)

@@ -1,14 +1,10 @@
 """A run whose process was killed: the process that resumes it writes the root that the first could not."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +12,7 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
-from tests.kit import Num, failing_with, retry_policies
+from tests.kit import Num, failing_with, passing, retry_policies, run_python
 from tests.kit import Num as State
 from tests.receivers.datadog import DatadogAgent
 from tests.receivers.sentry import RecordedSentry
@@ -70,9 +66,7 @@ def run_with(
     store = SQLiteStore(path / "runs.db")
     runner = StromaRunner.quick(store=store, hooks=hooks, resume=True, lease_seconds=1)
 
-    @runner.node("first", input=Num, output=Num)
-    async def first(state: Num) -> Num:
-        return state
+    first = runner.node("first", input=Num, output=Num)(passing())
 
     @runner.node("second", input=Num, output=Num)
     async def second(state: Num) -> Num:
@@ -156,14 +150,8 @@ def run_with_datadog(agent: DatadogAgent, code: str, *arguments: str, **variable
         "dies, path, traceparent = sys.argv[1] == 'dies', pathlib.Path(sys.argv[2]), sys.argv[-1] or None; "
     )
     for dies in ("dies", ""):
-        done = subprocess.run(
-            [sys.executable, "-c", program + code, dies, *arguments],
-            env=agent.environment(DD_TRACE_PARTIAL_FLUSH_MIN_SPANS="1", **variables),
-            cwd=pathlib.Path(__file__).parents[2],
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == (-signal.SIGKILL if dies else 0)
+        env = agent.environment(DD_TRACE_PARTIAL_FLUSH_MIN_SPANS="1", **variables)
+        run_python(dies, *arguments, code=program + code, status=-signal.SIGKILL if dies else 0, env=env)
 
 
 @pytest.mark.parametrize(
@@ -226,10 +214,7 @@ def first(path: pathlib.Path) -> None:
     store = SQLiteStore(path / "runs.db")
     runner = StromaRunner.quick(store=store, hooks=otel_hooks(tracer=provider))
 
-    @runner.node("first", input=Num, output=Num)
-    async def node(state: Num) -> Num:
-        return state
-
+    node = runner.node("first", input=Num, output=Num)(passing())
     second = runner.node("second", input=Num, output=Num)(failing_with(NotImplementedError))
 
     async def go() -> None:

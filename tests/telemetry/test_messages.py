@@ -1,7 +1,5 @@
 """Messages on the spans of model calls: those that a framework sends, and the answers that nodes report."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

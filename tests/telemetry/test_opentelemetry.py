@@ -1,7 +1,5 @@
 """otel_hooks, with the real SDK: every span ends once, under the right parent and says only what it may."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import pathlib
@@ -20,7 +18,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from pydantic import BaseModel, SecretStr
-from tests.kit import Item, context_of, failing_with, retry_policies
+from tests.kit import Item, cancel, context_of, failing_with, passing, retry_policies
 from tests.receivers.otlp import OtlpReceiver
 
 from stroma import (
@@ -205,9 +203,7 @@ class TestNesting:
         """A run is a child of the caller's span, a nested run of its node's; nodes stand side by side."""
         runner = quick(seen.hooks())
 
-        @runner.node("inner", input=State, output=State)
-        async def inner(state: State) -> State:
-            return state
+        inner = runner.node("inner", input=State, output=State)(passing())
 
         @runner.node("outer", input=State, output=State)
         async def outer(state: State) -> State:
@@ -407,9 +403,7 @@ class TestEndings:
         task = asyncio.create_task(runner.run([node], State()))
         await ready.wait()
         await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        await cancel(task)
         names = sorted(span.name for span in seen.spans)
         assert names == ["invoke_workflow pipeline", "stroma.attempt node", "stroma.node node"]
         run = seen.span("invoke_workflow pipeline")

@@ -1,19 +1,14 @@
 """prometheus_hooks: the numbers that a real Prometheus server answers with."""
 
-from __future__ import annotations
-
 import asyncio
-import os
 import pathlib
-import subprocess
-import sys
 import uuid
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
-from tests.kit import ONCE, TWICE, Num, returning
+from tests.kit import ONCE, TWICE, Num, environment, returning, run_python
 from tests.receivers.prometheus import SharedPrometheus, check_metrics
 
 from stroma import ExecutionBudget, NodeHooks, RunStatus, StromaRunner, Usage, current_node, parallel
@@ -211,17 +206,9 @@ multiprocess.mark_process_dead(child)
 go(lambda: print(page()))
 print(page())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
+    pages = run_python(code=program, env=environment(PROMETHEUS_MULTIPROC_DIR=tmp_path)).splitlines()
     line = 'stroma_runs_in_progress{pipeline="pipeline"}'
-    assert done.stdout.splitlines() == [f"['{line} 1.0']", f"['{line} 0.0']"]
+    assert pages == [f"['{line} 1.0']", f"['{line} 0.0']"]
 
 
 async def test_units_reasons_and_caches() -> None:

@@ -1,7 +1,5 @@
 """Figures of queues from a store: gauges of Prometheus, OpenTelemetry and a worker's health."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from typing import Any

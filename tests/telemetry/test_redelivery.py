@@ -1,7 +1,5 @@
 """What a killed process did not tell and its successor does is a whole span and counts once."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import pathlib

@@ -1,12 +1,11 @@
 """What a node is to traces: agents, tools and retrievers have the conventions' names, others none."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
+from tests.kit import passing
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_counted_once import Number
 from tests.telemetry.test_opentelemetry import Seen
@@ -19,10 +18,7 @@ ROLES = ("agent", "tool", "retriever", "chain", None)
 
 
 def nodes_of_each_role(runner: StromaRunner) -> list[Any]:
-    async def func(state: Number) -> Number:
-        return state
-
-    return [runner.node(f"a {role}", input=Number, output=Number, role=role)(func) for role in ROLES]
+    return [runner.node(f"a {role}", input=Number, output=Number, role=role)(passing()) for role in ROLES]
 
 
 @pytest.mark.parametrize("vocabulary", ["openinference", "none"])

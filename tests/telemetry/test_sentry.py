@@ -1,7 +1,5 @@
 """sentry_hooks, with the real SDK and a transport that records: one issue per final failure at its node."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 import sentry_sdk
 from pydantic import BaseModel, SecretStr
-from tests.kit import ONCE, context_of, failing_with, retry_policies
+from tests.kit import ONCE, context_of, failing_with, passing, retry_policies
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import (
@@ -251,9 +249,7 @@ async def test_the_engines_own_log_lines_tell_nothing(content: str) -> None:
     """Lines of the engine with texts of exceptions or arguments of hooks do not leave by Sentry's logging."""
     from sentry_sdk.integrations.logging import LoggingIntegration
 
-    async def broken(_run_id: str, _node_id: str, state: dict[str, Any]) -> None:
-        raise LookupError("no dashboard")
-
+    broken = failing_with(LookupError, "no dashboard")
     integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
     with RecordedSentry(integrations=integrations) as sentry:
         runner = quick(sentry, content=content, extra=[NodeHooks(on_node_start=broken)])
@@ -281,10 +277,7 @@ async def test_a_group_that_a_hook_raises_tells_no_secret() -> None:
     with RecordedSentry(integrations=integrations) as sentry:
         runner = quick(sentry, extra=[NodeHooks(on_node_success=broken)])
 
-        @runner.node("a", input=Secretive, output=Secretive)
-        async def a(state: Secretive) -> Secretive:
-            return state
-
+        a = runner.node("a", input=Secretive, output=Secretive)(passing())
         await runner.run([a], Secretive())
         assert "unhandled errors in a TaskGroup" in str(sentry.transport.events)
         assert secret not in str(sentry.transport.events)

@@ -1,7 +1,5 @@
 """What makes an issue in Sentry: of runs in runs, of awaited runs, of steps of plain code."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Any

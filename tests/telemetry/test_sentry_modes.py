@@ -1,7 +1,5 @@
 """sentry_hooks in both modes of its SDK, beside other clients, and isolated node by node."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import logging
@@ -12,7 +10,7 @@ import pytest
 import sentry_sdk
 from pydantic import BaseModel
 from sentry_sdk.integrations.logging import LoggingIntegration
-from tests.kit import NEVER, ONCE, Num, failing_with
+from tests.kit import NEVER, ONCE, Num, failing_with, passing
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import Pipeline, StromaRunner, current_node, map_over, parallel
@@ -125,10 +123,7 @@ async def test_runs_of_streamed_spans_are_traces_of_their_own() -> None:
         scope.set_client(sentry.client)
         runner = StromaRunner.quick(hooks=sentry_hooks(client=sentry.client))
 
-        @runner.node("a", input=Num, output=Num)
-        async def a(state: Num) -> Num:
-            return state
-
+        a = runner.node("a", input=Num, output=Num)(passing())
         for _ in range(2):
             await runner.run([a], Num())
         with sentry_sdk.traces.start_span(name="GET /"):

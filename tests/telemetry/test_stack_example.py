@@ -1,14 +1,10 @@
 """The example with Prometheus, Grafana and Phoenix: the files fit, and the service sends what they show."""
 
-from __future__ import annotations
-
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.kit import environment, run_python
 from tests.receivers.otlp import OtlpReceiver
 from tests.receivers.processes import free_port
 
@@ -75,19 +71,13 @@ def test_addresses_are_those_of_services() -> None:
 
 def test_the_service_runs(otlp: OtlpReceiver) -> None:
     """Its letters are runs that complete, with sessions and users, and their spans arrive."""
-    env = {
-        **os.environ,
-        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{otlp.url}/v1/traces",
-        "METRICS_PORT": str(free_port()),
-    }
-    path = str(STACK / "service.py")
+    endpoint = f"{otlp.url}/v1/traces"
+    env = environment(OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=endpoint, METRICS_PORT=free_port())
     program = (
-        f"import random, runpy, sys; random.seed(1); sys.argv[1:] = ['1']; runpy.run_path({path!r}, "
-        f"run_name='__main__')"
+        "import random, runpy, sys; random.seed(1); path = sys.argv.pop(1); "
+        "runpy.run_path(path, run_name='__main__')"
     )
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
+    run_python(STACK / "service.py", 1, code=program, env=env)
     run = otlp.span("invoke_workflow letters")
     assert run["attributes"]["stroma.status"] == "COMPLETED"
     assert run["attributes"]["session.id"] == f"of {run['attributes']['user.id']}"

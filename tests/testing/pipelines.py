@@ -1,7 +1,5 @@
 """Nodes for the tests of the test kit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

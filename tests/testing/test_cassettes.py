@@ -1,7 +1,5 @@
 """Responses of providers that vcrpy has recorded, as the page on testing has it."""
 
-from __future__ import annotations
-
 import json
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path

@@ -1,12 +1,11 @@
 """crash_at: everything that a process has not kept is lost, and nothing that it has kept."""
 
-import subprocess
 import sys
 import textwrap
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import context_on, environment
+from tests.kit import context_on, environment, run_python
 from tests.testing.pipelines import Number, counted, patient
 
 from stroma import NodeHooks, RunConfig, RunStatus, StromaRunner, execute_step, parallel
@@ -169,9 +168,6 @@ def test_a_real_kill(tmp_path):
                 print(runner.run_sync(nodes, Number(), run_id="r", resume=True).status, *calls)
         """)
     )
-    env = {**environment(), "PYTHONPATH": ":".join(p for p in sys.path if p)}
-    command = [sys.executable, script, "die"]
-    died = subprocess.run(command, cwd=tmp_path, env=env, check=False, capture_output=True)
-    assert died.returncode == -9, died.stderr.decode()
-    after = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, check=False, capture_output=True)
-    assert after.stdout.decode().split() == ["RESUMED", "c"], after.stderr.decode()
+    env = environment(PYTHONPATH=":".join(p for p in sys.path if p))
+    run_python(script, "die", cwd=tmp_path, env=env, status=-9)
+    assert run_python(script, cwd=tmp_path, env=env).split() == ["RESUMED", "c"]

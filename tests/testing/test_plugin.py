@@ -1,13 +1,11 @@
 """The plugin, in sessions of pytest of their own."""
 
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-from tests.kit import environment
+from tests.kit import run_python
 
 pytest_plugins = ["pytester"]
 #: Many processes one after the other, on a machine that may be busy.
@@ -57,8 +55,6 @@ def test_the_plugin_is_light():
         "import stroma.testing.plugin, sys; print([m for m in sys.modules if m.split('.')[0] in "
         "('stroma', 'pydantic', 'hypothesis')])"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
     modules = [
         "stroma._utils",
         "stroma._utils.distributions",
@@ -67,7 +63,7 @@ def test_the_plugin_is_light():
         "stroma.testing",
         "stroma.testing.plugin",
     ]
-    assert done.stdout.strip() == repr(modules)
+    assert run_python(code=code).strip() == repr(modules)
 
 
 @pytest.mark.slow
@@ -77,9 +73,7 @@ def test_the_core_does_not_import_the_test_kit():
         "import sys, stroma, stroma.runner; print([m for m in sys.modules if 'testing' in m or 'pytest' "
         "in m])"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment())
-    assert done.stdout.strip() == "[]"
+    assert run_python(code=code) == "[]\n"
 
 
 def test_the_fixtures(session):

@@ -5,7 +5,7 @@ import json
 import pytest
 from pydantic import BaseModel, Field, field_validator
 from tests.fixtures import store_fixture
-from tests.kit import Item, failing_with
+from tests.kit import Item, failing_with, noting
 from tests.testing.pipelines import Number, add_one, double, make, patient
 
 from stroma import (
@@ -409,9 +409,7 @@ async def test_the_config_of_the_pipeline_counts(store, nodes):
     """A Pipeline brings its own config; no hook of it is told, and nothing is kept."""
     events = []
 
-    async def hook(*arguments):
-        events.append(arguments)
-
+    hook = noting(events, lambda *arguments: arguments)
     from stroma import NodeHooks
 
     policy = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=0, backoff_seconds=0)}

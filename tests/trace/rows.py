@@ -1,7 +1,5 @@
 """Rows of a trace as the engine keeps them, and the events that they stand for."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a page may hold that has to stand by itself."""
 
-from __future__ import annotations
-
 import html.parser
 import re
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Num, SimpleStore, node, quick, sleep_forever
+from tests.kit import Num, SimpleStore, computing, failing_with, node, quick, sleep_forever
 
 from stroma import FailureClass, NodeHooks, RunStatus, StromaRunner, current_node, parallel
 
@@ -28,10 +28,7 @@ async def test_the_end_of_a_node_whose_contract_cannot_be_read() -> None:
 
 async def test_models_without_a_price_are_told_in_the_picture() -> None:
     """The page of a result lists the models that count as free because nobody knows a price for them."""
-
-    async def paid(state: Num) -> tuple[Num, int, int, str]:
-        return state, 1, 1, "a-model-of-our-own"
-
+    paid = computing(lambda state: (state, 1, 1, "a-model-of-our-own"))
     result = await StromaRunner.quick().run([node("one", paid)], Num())
     assert result.unpriced_models == ["a-model-of-our-own"]
     assert "unpriced" in result._repr_html_()
@@ -60,16 +57,13 @@ async def test_every_record_carries_the_run_id(caplog: pytest.LogCaptureFixture)
             raise ValueError("once")
         return {"n": 1}, 1, "nobody knows this model"
 
-    async def raising(*_: Any) -> None:
-        raise LookupError("a hook's own")
-
     async def blocking(*_: Any) -> None:
         time.sleep(0.02)
 
     def lying(error: Exception, context: Any) -> FailureClass | None:
         raise LookupError("a classifier's own")
 
-    hooks = NodeHooks(on_node_start=raising, on_node_success=blocking)
+    hooks = NodeHooks(on_node_start=failing_with(LookupError, "a hook's own"), on_node_success=blocking)
     runner = quick(store=Stubborn(), hooks=hooks, hook_timeout_ms=5, classifiers=[lying], run_id="r")
     assert (await runner.run([node("a", func)], Num())).status is RunStatus.COMPLETED
     text = "\n".join(record.getMessage() for record in caplog.records if record.name == "stroma")
@@ -99,9 +93,7 @@ async def test_a_trace_that_was_looked_at_is_still_the_runs_own() -> None:
             assert event.input_state == {"n": "hidden"}
             event.input_state["n"] = event.node_id = "spoiled"
 
-    async def plus(state: Num) -> Any:
-        return {"n": state.n + 1}
-
+    plus = computing(lambda state: {"n": state.n + 1})
     nodes = [node("a", plus), parallel(node("b", plus)), node("c", plus)]
     hooks = NodeHooks(on_node_success=look, on_run_end=spoil)
     result = await quick(hooks=[hooks, hooks], redact=lambda state: {"n": "hidden"}).run(nodes, Num())

@@ -1,7 +1,5 @@
 """A run as HTML and in a terminal: what a notebook shows, and the file to attach to a bug report."""
 
-from __future__ import annotations
-
 import html
 import itertools
 import json
@@ -16,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, field_validator
+from tests.kit import passing, returning
 from tests.tiers import examples
 from tests.trace.standalone_pages import check_page
 
@@ -105,17 +104,11 @@ async def test_secrets_and_redaction() -> None:
         key: SecretStr = SecretStr("hunter2")
         name: str = "Ada Lovelace"
 
-    async def keep(state: Any) -> Any:
-        return state
-
-    nodes = [stroma_node("keep", input=Private, output=Private)(keep)]
+    nodes = [stroma_node("keep", input=Private, output=Private)(passing())]
     result = await StromaRunner.quick().run(nodes, Private())
     assert "Ada Lovelace" in result.to_html()
     assert "hunter2" not in result.to_html()
     assert "Ada" not in result.to_html(redact=lambda state: {**state, "name": "***"})
-
-    async def quotes(state: Any) -> Any:
-        return {"name": "Ada Lovelace"}
 
     class Quoting(BaseModel):
         name: str
@@ -125,7 +118,7 @@ async def test_secrets_and_redaction() -> None:
         def _no_names(cls, value: str) -> str:
             raise ValueError(f"{value} is a person")
 
-    nodes = [stroma_node("quotes", input=Private, output=Quoting)(quotes)]
+    nodes = [stroma_node("quotes", input=Private, output=Quoting)(returning({"name": "Ada Lovelace"}))]
     failed = await StromaRunner.quick().run(nodes, Private(name="x"))
     assert "Ada" in failed.to_html()
     hidden = failed.to_html(redact=lambda state: {})

@@ -1,13 +1,11 @@
 """Secrets in what a run records of exceptions that no node raised: effects, flows, plain code, groups."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretStr
-from tests.kit import NEVER, context_of, same
+from tests.kit import NEVER, context_of, passing, same
 
 from stroma import (
     AsyncInMemoryStore,
@@ -38,11 +36,7 @@ def quick(store: Any = None, **config: Any) -> StromaRunner:
 
 
 def identity(runner: StromaRunner, name: str) -> Any:
-    @runner.node(name, input=Call, output=Call)
-    async def step(state: Call) -> Call:
-        return state
-
-    return step
+    return runner.node(name, input=Call, output=Call)(passing())
 
 
 async def test_the_cause_of_an_unknown_effect_is_masked() -> None:

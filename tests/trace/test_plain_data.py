@@ -1,7 +1,5 @@
 """How any value is written for people and machines, and which secrets are found in it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import uuid

@@ -1,7 +1,5 @@
 """What a trace says of another one, and what the picture of a run is made of."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any

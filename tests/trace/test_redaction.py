@@ -1,13 +1,11 @@
 """Redaction of states in traces, hooks and results."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
-from tests.kit import Num, quick, record_node_hooks, returning
+from tests.kit import Num, noting, passing, quick, record_node_hooks, returning
 
 from stroma import NodeHooks, RunStatus, StromaRunner, stroma_node
 
@@ -16,9 +14,6 @@ from stroma import NodeHooks, RunStatus, StromaRunner, stroma_node
 async def test_what_the_end_of_a_run_shows_is_redacted() -> None:
     """``redact`` runs before any hook sees a state: final, of the trace, of a violation."""
     seen: list[Any] = []
-
-    async def end(run_id: str, result: Any) -> None:
-        seen.append(result)
 
     class Secretive(BaseModel):
         name: str = "secret"
@@ -30,7 +25,7 @@ async def test_what_the_end_of_a_run_shows_is_redacted() -> None:
         stroma_node("first", input=Secretive, output=Secretive)(returning({"name": "secret too"})),
         stroma_node("second", input=Secretive, output=Strict)(returning({"name": 5, "why": "secret again"})),
     ]
-    hooks = NodeHooks(on_run_end=end)
+    hooks = NodeHooks(on_run_end=noting(seen, lambda run_id, result: result))
     runner = StromaRunner.quick(hooks=[hooks, hooks], redact=lambda state: dict.fromkeys(state, "***"))
     result = await runner.run(nodes, Secretive())
     assert len(seen) == 2
@@ -75,20 +70,14 @@ async def test_whatever_redact_makes_every_hook_is_called(redact: Any, root: boo
     seen: list[str] = []
     shown: list[Any] = []
 
-    async def start(*_: Any) -> None:
-        seen.append("run start")
-
     async def end(run_id: str, result: Any) -> None:
         seen.append("run end")
         shown.append(result.final_state)
 
-    async def same(state: Any) -> Any:
-        return state
-
     kind: type[BaseModel] = Pair if root else Num
     state = Pair([7]) if root else Num(n=7)
-    hooks = record_node_hooks(seen, on_run_start=start, on_run_end=end)
-    nodes = [stroma_node("a", input=kind, output=kind)(same)]
+    hooks = record_node_hooks(seen, on_run_start=noting(seen, lambda *_: "run start"), on_run_end=end)
+    nodes = [stroma_node("a", input=kind, output=kind)(passing())]
     result = await quick(hooks=hooks, redact=redact).run(nodes, state)
     assert (result.status, result.final_state, result.hook_errors) == (RunStatus.COMPLETED, state, [])
     assert seen == ["run start", "start", "success", "run end"]
@@ -103,12 +92,7 @@ async def test_redact_of_a_root_model(instance: dict[str, Any], root: Any) -> No
     """on_run_end gets what redact made of a root model's state, under the key "root" or without it."""
     shown: list[Any] = []
 
-    async def end(run_id: str, result: Any) -> None:
-        shown.append(result.final_state.root)
-
-    async def same(state: Any) -> Any:
-        return state
-
+    end = noting(shown, lambda run_id, result: result.final_state.root)
     runner = quick(hooks=NodeHooks(on_run_end=end), redact=lambda _: instance)
-    await runner.run([stroma_node("a", input=Pair, output=Pair)(same)], Pair([7]))
+    await runner.run([stroma_node("a", input=Pair, output=Pair)(passing())], Pair([7]))
     assert shown == [root]

@@ -1,7 +1,5 @@
 """Results as JSON, for web services."""
 
-from __future__ import annotations
-
 import pytest
 from pydantic import TypeAdapter
 from tests.kit import Text

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import pytest
 from pydantic import BaseModel, SecretStr, field_validator, model_validator
-from tests.kit import returning, undone_command
+from tests.kit import passing, returning, undone_command
 
 from stroma import (
     AsyncInMemoryStore,
@@ -187,10 +187,7 @@ async def test_a_logged_traceback_tells_no_secret(log: Log) -> None:
 
     runner = StromaRunner.quick(hooks=NodeHooks(on_node_success=on_node_success))
 
-    @runner.node("call", input=Call, output=Call)
-    async def call(state: Call) -> Call:
-        return state
-
+    call = runner.node("call", input=Call, output=Call)(passing())
     await runner.run([call], Call())
     assert "in on_node_success" in log.text
     assert SECRET not in log.text

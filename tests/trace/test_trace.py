@@ -1,7 +1,5 @@
 """What a trace holds, to the last field: rows, events, sums of what was left out, copies, JSON."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from datetime import UTC, datetime

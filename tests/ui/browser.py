@@ -1,7 +1,5 @@
 """A real Chromium, spoken to by its own protocol: pages as users see them."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import itertools

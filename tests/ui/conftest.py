@@ -1,7 +1,5 @@
 """The web interface behind a real server, asked over real HTTP."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import http.client

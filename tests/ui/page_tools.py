@@ -1,7 +1,5 @@
 """axe-core and html-validate, from npm by the lock file in tests/ui/tools: test data only."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path

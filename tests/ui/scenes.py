@@ -1,7 +1,5 @@
 """Runs for pictures and tests of pages: retries, maps, flows, suspended and living runs."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import random
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from tests.kit import passing
 
 from stroma import (
     ExecutionBudget,
@@ -155,13 +154,10 @@ async def make_map(store: Any, items: int, run_id: str) -> None:
             raise ValueError("the page has no text")
         return {"text": state.text}, 210, 30, "gpt-4o-mini"
 
-    async def bind(state: Any) -> Any:
-        return state
-
     quick = FailurePolicy(max_retries=2, backoff_seconds=0.01)
     reader = _node("read page", read, Page, Page)
     group = map_over("pages", reader, into="words", max_concurrency=16, on_item_failure="collect")
-    pipeline = Pipeline("book", [group, _node("bind", bind, Book, Book)])
+    pipeline = Pipeline("book", [group, _node("bind", passing(), Book, Book)])
     runner = StromaRunner.quick(store=store, policy_map={"RECOVERABLE": quick, "AMBIGUOUS": quick})
     await runner.run(pipeline, Book(pages=[Page(text=f"page {n}") for n in range(items)]), run_id=run_id)
 

@@ -1,7 +1,5 @@
 """Pictures of the web interface, made in a real browser from prepared runs: ``./dev screenshots DIR``."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import random

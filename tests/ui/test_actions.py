@@ -1,7 +1,5 @@
 """Actions of pages beyond those of test_control.py: answer, fork, resume several, each in a browser."""
 
-from __future__ import annotations
-
 import asyncio
 import html
 import re

@@ -1,7 +1,5 @@
 """The form that answers a question: fields of the stored JSON schema, and an error beside each field."""
 
-from __future__ import annotations
-
 import json
 import re
 from enum import Enum

@@ -1,7 +1,5 @@
 """The web interface in a real browser."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from typing import Any

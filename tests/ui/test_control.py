@@ -1,7 +1,5 @@
 """Buttons of a run's page: pause, take the pause back, cancel, change the budget."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

@@ -1,7 +1,5 @@
 """Runs of flows in the web interface."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import time

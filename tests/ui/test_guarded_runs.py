@@ -1,7 +1,5 @@
 """Runs that a framework's call has begun: in the journal, the commands and on the pages, like others."""
 
-from __future__ import annotations
-
 import asyncio
 import html
 from pathlib import Path

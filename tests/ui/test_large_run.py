@@ -1,7 +1,5 @@
 """The page of a run of 1,000 nodes and 2,000 attempts."""
 
-from __future__ import annotations
-
 import asyncio
 import gzip
 from typing import Any

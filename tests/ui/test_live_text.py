@@ -1,7 +1,5 @@
 """The text of an attempt in progress, on the page of its run."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The field of a run's page that sends a message to it."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

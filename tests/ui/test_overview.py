@@ -1,7 +1,5 @@
 """Figures of the overview."""
 
-from __future__ import annotations
-
 import pytest
 
 from stroma.checkpoint.records import Tally, digits_seconds, duration_digits

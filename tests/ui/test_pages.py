@@ -1,7 +1,5 @@
 """What the pages of the web interface say."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import html
@@ -23,6 +21,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import BaseModel
+from tests.kit import passing, returning
 from tests.store_suite.journal import State as Kept
 from tests.store_suite.journal import begin, commit
 from tests.ui.conftest import BAD, GOOD, Site, State, make_runs, node
@@ -202,13 +201,8 @@ def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:
     class Strict(BaseModel):
         lines: list[dict[str, int]]
 
-    async def loose(state: Any) -> Any:
-        return {"lines": [{"price": 1}, {"price": "many"}]}
-
-    async def strict(state: Any) -> Any:
-        return state
-
-    strict_node = stroma_node("strict", input=Strict, output=Strict)(strict)
+    loose = returning({"lines": [{"price": 1}, {"price": "many"}]})
+    strict_node = stroma_node("strict", input=Strict, output=Strict)(passing())
     pipeline = Pipeline("p", [stroma_node("loose", input=Loose, output=Loose)(loose), strict_node])
     asyncio.run(StromaRunner.quick(store=store).run(pipeline, Loose(), run_id="x"))
     site = serve(store)
@@ -225,9 +219,7 @@ def test_a_rejected_output_is_shown(store: SQLiteStore, serve: Any) -> None:
         stars: int
         why: str
 
-    async def rate(state: Any) -> Any:
-        return {"stars": "<b>five", "notes": [1]}
-
+    rate = returning({"stars": "<b>five", "notes": [1]})
     pipeline = Pipeline("p", [stroma_node("rate", input=State, output=Strict)(rate)])
     asyncio.run(StromaRunner.quick(store=store).run(pipeline, State(), run_id="x"))
     site = serve(store)

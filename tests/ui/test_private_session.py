@@ -1,7 +1,5 @@
 """A session in a real browser, beside another server of the same machine."""
 
-from __future__ import annotations
-
 import http.server
 import re
 import subprocess

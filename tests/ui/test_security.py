@@ -1,7 +1,5 @@
 """What the web interface refuses, and what a hostile store cannot do to it."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import html
@@ -19,6 +17,7 @@ from urllib.parse import urlencode
 import pytest
 from pydantic import BaseModel
 from tests.checkpoint import large_stores
+from tests.kit import computing
 from tests.trace.standalone_pages import Page
 from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 
@@ -402,9 +401,7 @@ def test_fifty_megabytes(store: SQLiteStore, serve: Any) -> None:
     class Big(BaseModel):
         text: str = ""
 
-    async def grow(state: Any) -> Any:
-        return {"text": "x" * 50_000_000}
-
+    grow = computing(lambda _: {"text": "x" * 50_000_000})
     again = stroma_node("again", input=Big, output=Big)(lambda state: state)
     pipeline = Pipeline("big", [stroma_node("grow", input=Big, output=Big)(grow), again])
     asyncio.run(StromaRunner.quick(store=store).run(pipeline, Big(), run_id="big"))

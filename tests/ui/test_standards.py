@@ -1,7 +1,5 @@
 """What others say of the pages: axe-core for screen readers, html-validate for the HTML."""
 
-from __future__ import annotations
-
 import asyncio
 import urllib.error
 import urllib.request

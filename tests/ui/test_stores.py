@@ -1,7 +1,5 @@
 """The web interface on the stores of servers: the same tests as on a file."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any

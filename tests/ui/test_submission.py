@@ -1,7 +1,5 @@
 """Queued runs on the pages, and the form that submits a run."""
 
-from __future__ import annotations
-
 import asyncio
 import html
 import re

@@ -1,7 +1,5 @@
 """The timeline of a run's page: its axis, bars, waits, cells, and what runs now."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Rules of docs/ui-style.md."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

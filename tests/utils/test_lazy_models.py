@@ -1,7 +1,5 @@
 """Models that build their validators on first use."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import threading

@@ -1,7 +1,5 @@
 """SafeLogger: every record is one line, whatever is passed."""
 
-from __future__ import annotations
-
 import io
 import logging
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Misspelt fields of settings."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The finder of secrets: where it looks, how far, and what is shown where it cannot look."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import traceback

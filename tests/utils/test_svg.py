@@ -1,7 +1,5 @@
 """Rows of plain data as SVG."""
 
-from __future__ import annotations
-
 import re
 import xml.etree.ElementTree as ET
 

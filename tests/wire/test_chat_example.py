@@ -1,7 +1,5 @@
 """examples/chat.py and the page of the docs in Chromium; web servers and workers are separate processes."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

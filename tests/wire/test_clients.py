@@ -1,7 +1,5 @@
 """The clients of AG-UI and of the Vercel AI SDK, from npm, read what stroma.wire writes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

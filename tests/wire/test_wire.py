@@ -1,7 +1,5 @@
 """The wire formats: schemas of the published packages, the rule of texts, and what leaves the process."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import json
