@@ -108,6 +108,8 @@ class Diary(logging.Handler):
         self.lines: list[str] = []
         self._seen: list[str] | None = None
         self.store: Any = Journal()
+        #: Set by what is to be cancelled or thrown away, once it has begun.
+        self.started = asyncio.Event()
         self._begin, self._begin_wall = perf_counter_ns(), time_ns()
 
     def __enter__(self) -> Diary:
@@ -241,17 +243,17 @@ class Diary(logging.Handler):
             self.lines.append(f"raised {_told(error)}")
         self.journal()
 
-    async def cut(self, started: asyncio.Event, nodes: list[Any], state: Any, **config: Any) -> None:
+    async def cut(self, nodes: list[Any], state: Any, **config: Any) -> None:
         """Run nodes, and cancel that once it has begun."""
         task = asyncio.create_task(self.run(nodes, state, **config))
-        await started.wait()
+        await self.started.wait()
         task.cancel()
         await task
 
-    async def throw_away(self, started: asyncio.Event, nodes: list[Any], state: Any, **config: Any) -> None:
+    async def throw_away(self, nodes: list[Any], state: Any, **config: Any) -> None:
         """Run nodes until that has begun, and throw it away there, as a loop does that ends."""
         before = asyncio.all_tasks()
-        await ThrownAway(self.runner(**config).run(nodes, state), started)
+        await ThrownAway(self.runner(**config).run(nodes, state), self.started)
         for task in asyncio.all_tasks() - before:  # Of a store, whose work nobody has closed.
             task.cancel()
         self.journal()

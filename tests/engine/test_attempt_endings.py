@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field, RootModel
 from tests.engine.event_log import Between, Diary, Journal, M, counted, same, swallow
-from tests.kit import NEVER, ONCE, THRICE, Num, Positive, context_of, failing_with, here, node, returning
+from tests.kit import (
+    NEVER,
+    ONCE,
+    THRICE,
+    Num,
+    Positive,
+    context_of,
+    failing_with,
+    here,
+    node,
+    returning,
+    stuck,
+)
 
 from stroma import (
     AsyncInMemoryStore,
@@ -382,16 +394,10 @@ async def test_every_end_is_marked_as_delivered_once() -> None:
     def between(session: Any) -> Any:
         return Between(session, delivered=lambda row: marked.append(f"{row[0]} {row[1]} {row[6]}"))
 
-    started = asyncio.Event()
-
-    async def forever(state: Num) -> Any:
-        started.set()
-        await asyncio.Event().wait()
-
     with Diary() as diary:
         diary.store = Journal(between)
-        nodes = [counted([], "a", ValueError("no"), {"n": 1}), node("b", forever)]
-        await diary.cut(started, nodes, Num(), hook_delivery="at_least_once", policy_map=ONCE)
+        nodes = [counted([], "a", ValueError("no"), {"n": 1}), node("b", stuck(diary.started))]
+        await diary.cut(nodes, Num(), hook_delivery="at_least_once", policy_map=ONCE)
         assert marked == ["a 1 failure", "a 2 success", "b 1 cancelled"]
         marked.clear()
         await diary.run([counted([], "a", Suspend("may I?"))], Num(), hook_delivery="at_least_once")

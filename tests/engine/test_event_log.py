@@ -68,6 +68,20 @@ class Late(BaseModel):
     value: Unknown  # noqa: F821
 
 
+def stopping(error: BaseException) -> type[BaseModel]:
+    """Return a model whose validator raises this."""
+
+    class Stops(BaseModel):
+        n: int
+
+        @field_validator("n")
+        @classmethod
+        def stop(cls, value: int) -> int:
+            raise error
+
+    return Stops
+
+
 def marked(node_id: str, func: Any) -> Any:
     """A node without a contract."""
     func._stroma_node_id = node_id
@@ -97,11 +111,30 @@ def full() -> StoreError:
     return error
 
 
+def refusing(error: BaseException) -> Any:
+    """Sessions that keep no output."""
+
+    def between(session: Any) -> Any:
+        def record(row: Any, schema: Any, output: Any, *call: Any) -> Any:
+            if output is not None:
+                raise error
+            return session.record(row, schema, output, *call)
+
+        return Between(session, record=record)
+
+    return between
+
+
 def raising(error: BaseException) -> Any:
     def func(*_: Any) -> Any:
         raise error
 
     return func
+
+
+def not_async(*_: Any) -> Any:
+    """Return nothing that can be awaited."""
+    return len(_)
 
 
 SCENARIOS: dict[str, Callable[[Diary], Coroutine[Any, Any, None]]] = {}
@@ -252,31 +285,13 @@ async def interrupted(diary: Diary) -> None:
 @scenario
 async def interrupted_in_input(diary: Diary) -> None:
     """An interrupt in an input's validator comes out as itself: no attempt has begun."""
-
-    class Stops(BaseModel):
-        n: int
-
-        @field_validator("n")
-        @classmethod
-        def stop(cls, value: int) -> int:
-            raise SystemExit(3)
-
-    await diary.run([giving("a", {"n": 0}), giving("b", {}, input=Stops)], Num())
+    await diary.run([giving("a", {"n": 0}), giving("b", {}, input=stopping(SystemExit(3)))], Num())
 
 
 @scenario
 async def interrupted_in_output(diary: Diary) -> None:
     """An interrupt in an output's validator ends the attempt, whose usage counts."""
-
-    class Stops(BaseModel):
-        n: int
-
-        @field_validator("n")
-        @classmethod
-        def stop(cls, value: int) -> int:
-            raise KeyboardInterrupt("now")
-
-    await diary.run([giving("a", {"n": 0}, tokens=3, output=Stops)], Num())
+    await diary.run([giving("a", {"n": 0}, tokens=3, output=stopping(KeyboardInterrupt("now")))], Num())
 
 
 @scenario
@@ -336,37 +351,15 @@ async def asks_in_vain(diary: Diary) -> None:
 @scenario
 async def asks_and_is_cancelled(diary: Diary) -> None:
     """The question is kept, told, and then the cancellation comes out."""
-    inside = asyncio.Event()
-
-    def between(session: Any) -> Any:
-        async def later(*arguments: Any) -> None:
-            inside.set()
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            session.suspend(*arguments)
-
-        return Between(session, suspend=later)
-
-    diary.store = Journal(between)
-    await diary.cut(inside, [giving("a", Suspend("may I?"))], Num())
+    diary.store = Journal(slowly(diary.started, call="suspend"))
+    await diary.cut([giving("a", Suspend("may I?"))], Num())
 
 
 @scenario
 async def asks_in_vain_and_is_cancelled(diary: Diary) -> None:
     """A question that is refused while the run is cancelled is a failure; then the cancellation comes out."""
-    inside = asyncio.Event()
-
-    def between(session: Any) -> Any:
-        async def later(*_: Any) -> None:
-            inside.set()
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            raise full()
-
-        return Between(session, suspend=later)
-
-    diary.store = Journal(between)
-    await diary.cut(inside, [giving("a", Suspend("may I?"))], Num())
+    diary.store = Journal(slowly(diary.started, refuses=True, call="suspend"))
+    await diary.cut([giving("a", Suspend("may I?"))], Num())
 
 
 @scenario
@@ -428,16 +421,7 @@ async def items(diary: Diary) -> None:
 @scenario
 async def refused_by_the_store(diary: Diary) -> None:
     """An output that the store does not keep is a failed attempt, not repeated; the run can be resumed."""
-
-    def between(session: Any) -> Any:
-        def record(row: Any, schema: Any, output: Any, *call: Any) -> Any:
-            if output is not None:
-                raise full()
-            return session.record(row, schema, output, *call)
-
-        return Between(session, record=record)
-
-    diary.store = Journal(between)
+    diary.store = Journal(refusing(full()))
     await diary.run([giving("a", ({"n": 1}, 3)), giving("b", {})], Num(), policy_map=ONCE)
 
 
@@ -468,16 +452,7 @@ async def a_failure_that_is_not_kept(diary: Diary) -> None:
 @scenario
 async def not_stored(diary: Diary) -> None:
     """An output without a stored form is terminal."""
-
-    def between(session: Any) -> Any:
-        def record(row: Any, schema: Any, output: Any, *call: Any) -> Any:
-            if output is not None:
-                raise NotSerialisable("no stored form")
-            return session.record(row, schema, output, *call)
-
-        return Between(session, record=record)
-
-    diary.store = Journal(between)
+    diary.store = Journal(refusing(NotSerialisable("no stored form")))
     await diary.run([giving("a", ({"n": 1}, 3))], Num(), policy_map=ONCE)
 
 
@@ -500,34 +475,21 @@ async def not_called_again(diary: Diary) -> None:
 @scenario
 async def start_is_not_async(diary: Diary) -> None:
     """The sets before the one whose start is not async see the ends of their starts, the others nothing."""
-
-    def plain(*_: Any) -> Any:
-        return len(_)
-
-    sets = [diary.hooks("1 "), NodeHooks(on_node_start=plain), diary.hooks("3 ")]
+    sets = [diary.hooks("1 "), NodeHooks(on_node_start=not_async), diary.hooks("3 ")]
     await diary.run([giving("a", {"n": 1})], Num(), hooks=sets)
 
 
 @scenario
 async def cancelled_is_not_async(diary: Diary) -> None:
     """What ended the attempt comes out as itself; that the hook is wrong is in the log."""
-
-    def plain(*_: Any) -> Any:
-        return len(_)
-
-    started = asyncio.Event()
-    sets = [diary.hooks("1 "), NodeHooks(on_node_cancelled=plain)]
-    await diary.cut(started, [forever("a", started)], Num(), hooks=sets)
+    sets = [diary.hooks("1 "), NodeHooks(on_node_cancelled=not_async)]
+    await diary.cut([forever("a", diary.started)], Num(), hooks=sets)
 
 
 @scenario
 async def success_is_not_async(diary: Diary) -> None:
     """The hook's error comes out once the output is kept and every set was told."""
-
-    def plain(*_: Any) -> Any:
-        return len(_)
-
-    sets = [diary.hooks("1 "), NodeHooks(on_node_success=plain)]
+    sets = [diary.hooks("1 "), NodeHooks(on_node_success=not_async)]
     await diary.run([giving("a", {"n": 1}), giving("b", {})], Num(), hooks=sets)
 
 
@@ -543,61 +505,54 @@ def forever(node_id: str, start_event: asyncio.Event, tokens: int = 3) -> Any:
 @scenario
 async def cancelled(diary: Diary) -> None:
     """A cancelled attempt is told and kept, and its usage counts."""
-    started = asyncio.Event()
-    await diary.cut(started, [giving("a", {"n": 1}), forever("b", started)], Num(), policy_map=ONCE)
+    await diary.cut([giving("a", {"n": 1}), forever("b", diary.started)], Num(), policy_map=ONCE)
 
 
 @scenario
 async def cancelled_inside(diary: Diary) -> None:
     """The cancelled child ends before its group does."""
-    started = asyncio.Event()
-    nodes = [parallel(giving("a", {"n": 1}), forever("b", started), max_concurrency=1)]
-    await diary.cut(started, nodes, Num(), policy_map=ONCE)
+    nodes = [parallel(giving("a", {"n": 1}), forever("b", diary.started), max_concurrency=1)]
+    await diary.cut(nodes, Num(), policy_map=ONCE)
 
 
 @scenario
 async def cancelled_in_a_start_hook(diary: Diary) -> None:
     """What was told to begin is told to end, though it was never called."""
-    started = asyncio.Event()
-
-    await diary.cut(started, [giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=stuck(started)))
+    await diary.cut([giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=stuck(diary.started)))
 
 
 @scenario
 async def cancelled_in_an_end_hook(diary: Diary) -> None:
     """A cancellation in an end hook loses no output, and the next node is not called."""
-    started = asyncio.Event()
-
     nodes = [giving("a", {"n": 1}), giving("b", {})]
-    await diary.cut(started, nodes, Num(), hooks=diary.hooks(node_success=stuck(started)))
+    await diary.cut(nodes, Num(), hooks=diary.hooks(node_success=stuck(diary.started)))
 
 
 @scenario
 async def cancelled_in_a_wait(diary: Diary) -> None:
     """Between two attempts nothing is begun, so nothing is cancelled but the run."""
-    started = asyncio.Event()
 
-    async def record_event(*_: Any) -> None:
-        started.set()
+    async def begin(*_: Any) -> None:
+        diary.started.set()
 
-    nodes, hooks = [giving("a", ConnectionError("down"))], diary.hooks(node_retry=record_event)
+    nodes, hooks = [giving("a", ConnectionError("down"))], diary.hooks(node_retry=begin)
     slow = {kind: FailurePolicy(backoff_seconds=9, jitter=False) for kind in FailureClass}
-    await diary.cut(started, nodes, Num(), policy_map=slow, hooks=hooks)
+    await diary.cut(nodes, Num(), policy_map=slow, hooks=hooks)
 
 
-def slowly(start_event: asyncio.Event, *, refuses: bool = False) -> Any:
-    """Sessions that keep outputs, or refuse them, after a while."""
+def slowly(start_event: asyncio.Event, *, refuses: bool = False, call: str = "record") -> Any:
+    """Sessions that keep outputs, or questions, or refuse them, after a while."""
 
     def between(session: Any) -> Any:
         async def later(*arguments: Any) -> None:
             start_event.set()
             for _ in range(3):
                 await asyncio.sleep(0)
-            if refuses and arguments[2] is not None:
+            if refuses and (call != "record" or arguments[2] is not None):
                 raise full()
-            session.record(*arguments)
+            getattr(session, call)(*arguments)
 
-        return Between(session, record=later)
+        return Between(session, **{call: later})
 
     return between
 
@@ -605,34 +560,30 @@ def slowly(start_event: asyncio.Event, *, refuses: bool = False) -> Any:
 @scenario
 async def cancelled_in_a_commit(diary: Diary) -> None:
     """An output whose commit is cancelled is kept and told; then the cancellation comes out."""
-    started = asyncio.Event()
-    diary.store = Journal(slowly(started))
-    await diary.cut(started, [giving("a", ({"n": 1}, 3)), giving("b", {})], Num())
+    diary.store = Journal(slowly(diary.started))
+    await diary.cut([giving("a", ({"n": 1}, 3)), giving("b", {})], Num())
 
 
 @scenario
 async def cancelled_in_a_commit_that_fails(diary: Diary) -> None:
     """A commit that fails while the run is cancelled is a failure; then the cancellation comes out."""
-    started = asyncio.Event()
-    diary.store = Journal(slowly(started, refuses=True))
-    await diary.cut(started, [giving("a", ({"n": 1}, 3)), giving("b", {})], Num())
+    diary.store = Journal(slowly(diary.started, refuses=True))
+    await diary.cut([giving("a", ({"n": 1}, 3)), giving("b", {})], Num())
 
 
 @scenario
 async def cancelled_while_a_failure_is_kept(diary: Diary) -> None:
     """A failure that is kept while the run is cancelled is told, and nothing is tried again."""
-    started = asyncio.Event()
-    diary.store = Journal(slowly(started))
-    await diary.cut(started, [giving("a", ValueError("no"))], Num(), policy_map=ONCE)
+    diary.store = Journal(slowly(diary.started))
+    await diary.cut([giving("a", ValueError("no"))], Num(), policy_map=ONCE)
 
 
 @scenario
 async def cancelled_and_not_kept(diary: Diary) -> None:
     """The hook of a cancelled attempt is called though its store is interrupted, which then comes out."""
-    started = asyncio.Event()
     stops = raising(KeyboardInterrupt("now"))
     diary.store = Journal(lambda session: Between(session, record=stops))
-    await diary.cut(started, [forever("a", started)], Num())
+    await diary.cut([forever("a", diary.started)], Num())
 
 
 @scenario
@@ -665,27 +616,20 @@ async def a_group_is_too_late(diary: Diary) -> None:
 @scenario
 async def closed(diary: Diary) -> None:
     """A run that is thrown away tells the end of its attempt, and of itself."""
-    started = asyncio.Event()
-    await diary.throw_away(started, [giving("a", {"n": 1}), forever("b", started)], Num())
+    await diary.throw_away([giving("a", {"n": 1}), forever("b", diary.started)], Num())
 
 
 @scenario
 async def closed_in_a_hook(diary: Diary) -> None:
     """A run that is thrown away in an end hook has told that end once."""
-    started = asyncio.Event()
-
     nodes = [giving("a", {"n": 1}), giving("b", {})]
-    await diary.throw_away(started, nodes, Num(), hooks=diary.hooks(node_success=stuck(started)))
+    await diary.throw_away(nodes, Num(), hooks=diary.hooks(node_success=stuck(diary.started)))
 
 
 @scenario
 async def closed_in_a_start_hook(diary: Diary) -> None:
     """A run that is thrown away in a start hook tells the end of that attempt."""
-    started = asyncio.Event()
-
-    await diary.throw_away(
-        started, [giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=stuck(started))
-    )
+    await diary.throw_away([giving("a", {"n": 1})], Num(), hooks=diary.hooks(node_start=stuck(diary.started)))
 
 
 def never_kept(start_event: asyncio.Event, call: str) -> Any:
@@ -700,33 +644,29 @@ def never_kept(start_event: asyncio.Event, call: str) -> Any:
 @scenario
 async def closed_in_a_commit(diary: Diary) -> None:
     """A run that is thrown away while an output is kept tells the end of that attempt, and of itself."""
-    started = asyncio.Event()
-    diary.store = Journal(never_kept(started, "record"))
-    await diary.throw_away(started, [giving("a", ({"n": 1}, 3))], Num())
+    diary.store = Journal(never_kept(diary.started, "record"))
+    await diary.throw_away([giving("a", ({"n": 1}, 3))], Num())
 
 
 @scenario
 async def closed_while_a_failure_is_kept(diary: Diary) -> None:
     """The failed attempt is told to have failed, though nobody knows whether it was kept."""
-    started = asyncio.Event()
-    diary.store = Journal(never_kept(started, "record"))
-    await diary.throw_away(started, [giving("a", ValueError("no"), tokens=3)], Num(), policy_map=ONCE)
+    diary.store = Journal(never_kept(diary.started, "record"))
+    await diary.throw_away([giving("a", ValueError("no"), tokens=3)], Num(), policy_map=ONCE)
 
 
 @scenario
 async def closed_while_a_question_is_kept(diary: Diary) -> None:
     """The attempt that asked is told as one that was cut short."""
-    started = asyncio.Event()
-    diary.store = Journal(never_kept(started, "suspend"))
-    await diary.throw_away(started, [giving("a", Suspend("may I?"))], Num())
+    diary.store = Journal(never_kept(diary.started, "suspend"))
+    await diary.throw_away([giving("a", Suspend("may I?"))], Num())
 
 
 @scenario
 async def closed_while_an_interrupted_attempt_is_kept(diary: Diary) -> None:
     """The end of what was interrupted is told."""
-    started = asyncio.Event()
-    diary.store = Journal(never_kept(started, "record"))
-    await diary.throw_away(started, [giving("a", KeyboardInterrupt("now"), tokens=3)], Num())
+    diary.store = Journal(never_kept(diary.started, "record"))
+    await diary.throw_away([giving("a", KeyboardInterrupt("now"), tokens=3)], Num())
 
 
 @scenario
@@ -761,15 +701,14 @@ async def priced(diary: Diary) -> None:
 @scenario
 async def cancelled_and_priced(diary: Diary) -> None:
     """What a cancelled attempt had reported is priced and counts."""
-    started = asyncio.Event()
 
     async def pays(state: Num) -> Any:
         here().report_usage(input_tokens=3, output_tokens=1, model="told-dear")
-        started.set()
+        diary.started.set()
         await asyncio.Event().wait()
 
     with dear_model():
-        await diary.cut(started, [node("a", pays)], Num(), budget=ExecutionBudget(max_cost_usd=20))
+        await diary.cut([node("a", pays)], Num(), budget=ExecutionBudget(max_cost_usd=20))
 
 
 @scenario
@@ -818,11 +757,7 @@ async def _stops(*_: Any) -> None:
 @scenario
 async def the_only_start_is_not_async(diary: Diary) -> None:
     """Without another set nobody is told of an end."""
-
-    def plain(*_: Any) -> Any:
-        return len(_)
-
-    await diary.run([giving("a", {})], Num(), hooks=NodeHooks(on_node_start=plain))
+    await diary.run([giving("a", {})], Num(), hooks=NodeHooks(on_node_start=not_async))
 
 
 @scenario
