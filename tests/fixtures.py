@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from tests.shared_stores import SHARED, place, store_of
 
-__all__ = ["journal", "provider", "store_fixture", "temporal_server"]
-
 
 def store_fixture(*kinds: str) -> Any:
     """Return a fixture ``store``: an empty store of each kind in turn; see tests/shared_stores.py."""

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["missing", "npm_packages"]
-
 _KEPT = Path(__file__).parents[1] / ".cache"
 
 

@@ -7,8 +7,6 @@ import socket
 import subprocess
 import time
 
-__all__ = ["TemporalServer", "temporal_binary"]
-
 
 @functools.cache
 def temporal_binary() -> str:

@@ -38,8 +38,6 @@ from stroma import (
     parallel,
 )
 
-__all__ = ["FAULTS"]
-
 #: Where a process kills itself: before the intent, before the call, in it before and after the charge, before
 #: the commit.
 POINTS: Final = ("before", "function", "connected", "sent", "answered")

@@ -42,8 +42,6 @@ from stroma import (
     open_store,
 )
 
-__all__ = ["FAULTS"]
-
 WORKERS: Final = 3
 AT_ONCE: Final = 8
 #: Temporal gets a heartbeat every second at most. A busy machine needs time as well.

@@ -135,6 +135,3 @@ def reseal(db: sqlite3.Connection) -> None:
     for number, position, branch, node_id, *step in db.execute(f"SELECT {columns} FROM steps").fetchall():
         sha256 = seal(position, branch, node_id, Step(*step)).sha256
         db.execute("UPDATE steps SET sha256 = ? WHERE id = ?", (sha256, number))
-
-
-__all__ = ["Database", "Moment", "database", "loose", "lose", "reseal"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import redis
 from tests.checkpoint.damage import database
+from tests.kit import words
 from tests.store_suite.journal import State, row, settled
 
 from stroma.checkpoint import RunRequest, StepCall
@@ -23,27 +24,10 @@ from stroma.trace.events import Failed
 #: Tables and keys that hold no record of a run: versions, and what runs share.
 OF_NO_RUN = ("meta", "cells", "cell", "format")
 #: Columns that hold numbers, ids or checksums only, and what only a submitted run has.
-PLAIN = (
-    "run_id",
-    "run_key",
-    "status",
-    "lease_owner",
-    "lease_until_ms",
-    "contract",
-    "schema_ref",
-    "sha256",
-    "branch_key",
-    "outcome",
-    "failure_class",
-    "wake_ms",
-    "number",
-    "claim",
-    "claim_until_ms",
-    "expires_ms",
-    "queue_key",
-    "blocked_since_ms",
-    "blocked_until_ms",
-)
+PLAIN = words("""
+    run_id run_key status lease_owner lease_until_ms contract schema_ref sha256 branch_key outcome
+    failure_class wake_ms number claim claim_until_ms expires_ms queue_key blocked_since_ms blocked_until_ms
+""")
 
 
 async def write_every_kind(store: Any, run_id: str, text: str) -> Any:

@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["Emulator", "TerminalFile", "run_on_terminal"]
-
 _TOKENS = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|\r|\n|\t|[^\x1b\r\n\t]+")
 
 

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, RootModel, SecretStr, computed_field, create_model
 from typing_extensions import TypedDict
 
-__all__ = ["Made", "pairs"]
-
 
 class Colour(enum.Enum):
     RED = "red"

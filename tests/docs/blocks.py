@@ -28,20 +28,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = [
-    "Block",
-    "Shell",
-    "Wrong",
-    "blocks",
-    "of_page",
-    "promised",
-    "run_lines",
-    "run_python",
-    "same",
-    "shown",
-    "walk",
-]
-
 ROOT = Path(__file__).parents[2]
 _SECONDS = 100.0  # of one command, on a slow machine too
 _DONE = "\x01done"

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from tests.docs.blocks import ROOT, blocks, promised
 
-__all__ = ["durable_program", "kill_in_each_step"]
-
 #: Runs a program that notes its steps, and kills itself in the first one that it calls after a commit: the
 #: function has returned, and nothing is stored.
 _MORTAL = """

@@ -5,8 +5,6 @@ import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
-__all__ = ["Awaits"]
-
 
 class Awaits:
     """Counts awaits, and calls a function from the event loop while the n-th one waits.

@@ -31,8 +31,6 @@ from stroma import (
 from stroma.checkpoint.history import in_order
 from stroma.hooks import MapProgress
 
-__all__ = ["Between", "Diary", "Journal", "M", "ThrownAway", "contract", "counted", "same"]
-
 #: Of clocks that are set while a test runs.
 _SLACK_NS = 60 * 10**9
 

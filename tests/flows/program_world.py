@@ -13,8 +13,6 @@ from stroma import NodeContract, NotDone, StromaRunner, current_node, stroma_nod
 from stroma.checkpoint import CheckpointNotFound, StoreError
 from stroma.testing.crash import Boundary, Deaths
 
-__all__ = ["Kills", "ProgramWorld", "runner_of"]
-
 
 class Refused(Exception):
     status_code = 400

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
+from tests.kit import words
 
 from stroma import Flow, FlowFunction, Pipeline, StepFailed, parallel, stroma_flow
 
@@ -24,55 +25,14 @@ __all__ = ["Answer", "Life", "Note", "Program", "Value", "flow_of", "mixed", "pr
 
 Program = list[Any]
 
-_LEAVES = [
-    "step",
-    "step",
-    "step",
-    "key",
-    "plain",
-    "both",
-    "bad",
-    "map",
-    "map",
-    "value",
-    "sleep",
-    "nap",
-    "ask",
-    "expire",
-    "pay",
-    "pay",
-    "wire",
-    "wire",
-    "refused",
-    "retry",
-    "leave",
-    "gone",
-    "receive",
-    "share",
-    "patient",
-    "steer",
-    "quiet",
-    "misfit",
-    "queue",
-    "lock",
-]
-_COMPOUNDS = [
-    "loop",
-    "gather",
-    "group",
-    "failing",
-    "race",
-    "completed",
-    "limit",
-    "wait",
-    "clean",
-    "fallback",
-    "fallback",
-    "child",
-    "pipeline",
-    "event",
-    "generator",
-]
+_LEAVES = words("""
+    step step step key plain both bad map map value sleep nap ask expire pay pay wire wire refused retry
+    leave gone receive share patient steer quiet misfit queue lock
+""")
+_COMPOUNDS = words("""
+    loop gather group failing race completed limit wait clean fallback fallback child pipeline event
+    generator
+""")
 
 
 class Value(BaseModel):

@@ -11,8 +11,6 @@ from tests.kit import NEVER, Num
 from stroma import Flow, InMemoryStore, NodeContract, StromaRunner, stroma_flow, stroma_node
 from stroma.testing import assert_resumable
 
-__all__ = ["Steps", "ended_in_a_flow", "run_in_a_flow"]
-
 
 class Asked(BaseModel):
     messages: list[JsonValue]

@@ -23,18 +23,6 @@ from stroma import RunStatus, SQLiteStore, StromaRunner
 from stroma.engine.context import INTERCEPTORS
 from stroma.testing.crash import Crashed
 
-__all__ = [
-    "KINDS",
-    "Bill",
-    "approve_with",
-    "check",
-    "kill_at_random_records",
-    "kill_workers",
-    "live",
-    "run_lives",
-    "undisturbed",
-]
-
 #: The last life in which a process may be killed.
 LAST_DEATH = 12
 #: How many workers serve a store, and how long a dead one owns its run.

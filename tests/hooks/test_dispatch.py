@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.kit import forever
+from tests.kit import forever, words
 
 import stroma.hooks.dispatch
 from stroma import NodeHooks
@@ -20,17 +20,10 @@ from stroma.hooks.dispatch import _VIEW_AT, NO_HOOKS, Firing, HookNotAsync, Hook
 from stroma.hooks.sets import flatten
 from stroma.trace.result import HookFailure
 
-STARTS = (
-    "on_node_start",
-    "on_run_start",
-    "on_node_retry",
-    "on_node_skipped",
-    "on_budget_warning",
-    "on_map_progress",
-    "on_node_wait",
-    "on_circuit_change",
-    "on_limit_cooldown",
-)
+STARTS = words("""
+    on_node_start on_run_start on_node_retry on_node_skipped on_budget_warning on_map_progress on_node_wait
+    on_circuit_change on_limit_cooldown
+""")
 ENDS = ("on_node_success", "on_node_failure", "on_node_cancelled", "on_node_suspended", "on_run_end")
 
 

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from tests.kit import words
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -87,43 +88,13 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "stroma.runner" in loaded
-    rooms = (
-        "adapters",
-        "cli",
-        "demo",
-        "drivers",
-        "limits",
-        "telemetry",
-        "testing",
-        "ui",
-        "middleware",
-        "temporal",
-        "wire",
-    )
-    parts = (
-        "checkpoint.durable",
-        "checkpoint.history",
-        "checkpoint.memory.store",
-        "checkpoint.payloads",
-        "checkpoint.postgres",
-        "checkpoint.records",
-        "checkpoint.redis",
-        "checkpoint.sql",
-        "checkpoint.sqlite",
-        "contracts.checks",
-        "contracts.repair_prompt",
-        "contracts.untyped",
-        "runner.groups",
-        "runner.items",
-        "runner.map",
-        "runner.steps",
-        "runner.stream",
-        "trace.gantt",
-        "trace.html",
-        "trace.story",
-        "trace.terminal",
-        "_utils.svg",
-    )
+    rooms = words("adapters cli demo drivers limits telemetry testing ui middleware temporal wire")
+    parts = words("""
+        checkpoint.durable checkpoint.history checkpoint.memory.store checkpoint.payloads
+        checkpoint.postgres checkpoint.records checkpoint.redis checkpoint.sql checkpoint.sqlite
+        contracts.checks contracts.repair_prompt contracts.untyped runner.groups runner.items runner.map
+        runner.steps runner.stream trace.gantt trace.html trace.story trace.terminal _utils.svg
+    """)
     for name in rooms + parts:
         assert f"stroma.{name}" not in loaded, name
     assert not loaded & {

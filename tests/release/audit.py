@@ -22,8 +22,6 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-__all__ = ["Advisory", "advisories", "affected", "main", "pins"]
-
 ROOT = Path(__file__).resolve().parents[2]
 PINNED = ("requirements.lock", "tests/release/newest.txt", "tests/release/lowest.txt")
 

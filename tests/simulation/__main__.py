@@ -20,8 +20,6 @@ from typing import NamedTuple
 
 from tests.simulation.world import FAULTS, World, simulate
 
-__all__ = ["Outcome", "explain", "look", "main"]
-
 PORTION = 100  # seeds that a worker does at once
 MOST_SHOWN = 5
 

@@ -13,8 +13,6 @@ from stroma.limits.budget_state import read_account
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-__all__ = ["check"]
-
 _ENDED = ("COMPLETED", "RESUMED")
 _OF_STORE = ("begun", "taken", "kept", "finished", "cancel asked")
 _AT_REST = (*_ENDED, "CANCELLED", "FAILED", "PARTIAL", "SUSPENDED")

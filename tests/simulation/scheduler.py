@@ -13,8 +13,6 @@ from typing import Any
 
 from stroma.testing.clock import FakeClock
 
-__all__ = ["Clock", "Process", "Scheduler"]
-
 
 class Clock(FakeClock):
     """Time that the scheduler moves; the readings of two simulations of one seed are the same."""

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from tests.simulation.scheduler import Process
     from tests.simulation.world import World
 
-__all__ = ["Database", "SimulatedRenewals", "SimulatedStore"]
-
 T = TypeVar("T")
 
 

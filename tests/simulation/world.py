@@ -46,8 +46,6 @@ from stroma.engine.admission import Permit
 from stroma.limits import gate as _gate
 from stroma.limits import reservations as _renewals
 
-__all__ = ["CALL_TOKENS", "FAULTS", "REPAIRS", "World", "simulate"]
-
 #: What can be put in on purpose: operations that read first and write later; cancels that only the owner of
 #: the time knows of; cancels that leave a run to the owner whose lease ran out; calls that are settled with a
 #: shared budget after their commit, by the process that made them; a store that comes back as it was a moment

@@ -10,8 +10,6 @@ from tests.store_suite.journal import HARD_IDS, State, begin, commit
 
 from stroma.checkpoint.cells import Change
 
-__all__ = ["CellStoreTests"]
-
 
 def put(data: bytes, results: Any = None) -> Change[Any]:
     """Return a change that replaces the data of a cell."""

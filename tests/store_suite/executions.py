@@ -25,8 +25,6 @@ from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
 
-__all__ = ["ExecutionTests"]
-
 
 class ExecutionTests:
     """Tests of executions: commits, usage, restarts, plain steps, maps and forks."""

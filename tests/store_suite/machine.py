@@ -27,8 +27,6 @@ from stroma.checkpoint import CheckpointLost, Committed, Fenced, PipelineChanged
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import AttemptRow
 
-__all__ = ["JournalStoreMachine"]
-
 T = TypeVar("T")
 
 _POSITIONS: Final = 4

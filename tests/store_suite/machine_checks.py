@@ -16,8 +16,6 @@ from tests.store_suite.machine_model import (
 
 from stroma.checkpoint import AttemptRecord, CheckpointNotFound, RunBusy, StoreError
 
-__all__ = ["ENDS", "NODES", "RUNS", "StoreComparison"]
-
 T = TypeVar("T")
 
 #: No id begins with another one by chance: find_run() looks by their beginnings.

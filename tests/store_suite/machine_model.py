@@ -11,18 +11,6 @@ from stroma.checkpoint.records import PICO
 from stroma.contracts.schema import schema_of
 from stroma.trace.events import AttemptRow
 
-__all__ = [
-    "SCHEMA",
-    "ModelAttempt",
-    "ModelExecution",
-    "ModelPlace",
-    "ModelRun",
-    "OpenArguments",
-    "RecordedUsage",
-    "SessionHandle",
-    "record_of",
-]
-
 SCHEMA: Final = schema_of(State)
 
 

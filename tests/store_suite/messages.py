@@ -21,8 +21,6 @@ from stroma.checkpoint.entries import SentMessage
 from stroma.checkpoint.queue import QueueEntry
 from stroma.contracts.schema import schema_of
 
-__all__ = ["MessageTests"]
-
 
 def message(text: str, topic: str = "", *, payload: bytes = b'"hello"') -> SentMessage:
     return SentMessage(0, topic, text, payload)

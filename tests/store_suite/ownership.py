@@ -24,8 +24,6 @@ from stroma.checkpoint import CheckpointLost, Fenced, PipelineChanged, RunBusy, 
 from stroma.checkpoint.entries import Waiting, effect_note
 from stroma.contracts.schema import schema_of
 
-__all__ = ["OwnershipTests"]
-
 
 class OwnershipTests:
     """Tests of ownership: leases, fencing, and concurrent clients."""

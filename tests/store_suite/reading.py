@@ -27,8 +27,6 @@ from stroma.contracts.schema import schema_of
 from stroma.failures.classes import FailureClass
 from stroma.trace.rejected import Complaint, RejectedOutput
 
-__all__ = ["ReadingTests"]
-
 
 class ReadingTests:
     """Tests of ids, listings, history pages and the simple protocol."""

@@ -30,8 +30,6 @@ from stroma.checkpoint import (
 from stroma.checkpoint.entries import NOT_DONE, RunControl, UnknownCall, effect_note
 from stroma.trace.events import AttemptUsage
 
-__all__ = ["SignalTests"]
-
 #: Factor of what a loaded machine may take longer.
 PATIENCE = 3.0
 

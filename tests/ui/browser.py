@@ -16,8 +16,6 @@ from typing import Any, Self
 
 from websockets.sync.client import ClientConnection, connect
 
-__all__ = ["Browser", "find_chromium"]
-
 _SECONDS = 60.0  # Long: a machine may be busy.
 
 

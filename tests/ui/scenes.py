@@ -33,8 +33,6 @@ from stroma.contracts import ContractRegistry
 from stroma.contracts.checks.lineage import Lineage, lineage_of
 from stroma.contracts.node import find_node
 
-__all__ = ["BUDGET", "Scenes", "fill", "invoices", "lineage", "living", "make_map", "spread"]
-
 BUDGET = 0.005
 
 

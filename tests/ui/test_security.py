@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 import pytest
 from pydantic import BaseModel
 from tests.checkpoint import large_stores
-from tests.kit import computing
+from tests.kit import computing, words
 from tests.trace.standalone_pages import Page
 from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 
@@ -462,30 +462,13 @@ def test_damaged_rows(site: Site, tmp_path: Path) -> None:
 
 def test_what_is_asked_wrongly(site: Site) -> None:
     """Whatever is asked is answered with a page of its own, never with a traceback."""
-    wrong = (
-        "/run",
-        "/run?id=",
-        "/run?id=%00",
-        "/run?id=%ff",
-        "/run?id=last",
-        "/attempt?id=bad",
-        "/attempt?id=bad&at=-1&began=1",
-        "/attempt?id=bad&at=99999999999999&began=1",
-        "/attempt?id=bad&at=0&began=x",
-        "/payload?id=bad&at=0&began=1&side=x",
-        "/export?id=bad&format=x",
-        "/?after=x",
-        "/?after=9.9.9",
-        "/run?id=bad&after=x",
-        "/?status=x",
-        "/static/../app.py",
-        "/static/%2e%2e/app.py",
-        "/static/",
-        "/nope",
-        "/lineage.svg",
-        "/?class=x",
-        "/overview?days=x",
-    )
+    wrong = words("""
+        /run /run?id= /run?id=%00 /run?id=%ff /run?id=last /attempt?id=bad /attempt?id=bad&at=-1&began=1
+        /attempt?id=bad&at=99999999999999&began=1 /attempt?id=bad&at=0&began=x
+        /payload?id=bad&at=0&began=1&side=x /export?id=bad&format=x /?after=x /?after=9.9.9
+        /run?id=bad&after=x /?status=x /static/../app.py /static/%2e%2e/app.py /static/ /nope /lineage.svg
+        /?class=x /overview?days=x
+    """)
     for path in wrong:
         answer = site.ask("GET", path)
         assert 400 <= answer.status < 500, (path, answer.status)

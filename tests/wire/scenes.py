@@ -10,8 +10,6 @@ from typing import Any
 from stroma import StreamEvent
 from stroma.wire import ag_ui, vercel
 
-__all__ = ["REQUEST", "SCENES", "Scene", "Story", "chunks_of", "mapped", "random_scene", "shown_by"]
-
 REQUEST = {
     "threadId": "thread",
     "runId": "request",

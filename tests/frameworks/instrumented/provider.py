@@ -7,8 +7,6 @@ from typing import Any
 
 import httpx
 
-__all__ = ["provider_of"]
-
 
 def completion(answer: Any) -> dict[str, Any]:
     """Return the response of OpenAI's API to a request: a text, or a call of a tool."""

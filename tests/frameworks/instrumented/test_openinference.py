@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import BaseModel
-from tests.kit import Item, retry_policies
+from tests.kit import Item, retry_policies, words
 
 from stroma import StromaRunner, Usage, map_over, parallel
 from stroma.adapters import Guard
@@ -28,18 +28,7 @@ from stroma.telemetry import otel_hooks
 pytestmark = pytest.mark.nightly
 
 NAMES = {value for name, value in vars(SpanAttributes).items() if name.isupper()}
-PREFIXES = (
-    "llm.",
-    "input.",
-    "output.",
-    "session.",
-    "user.",
-    "openinference.",
-    "tool.",
-    "agent.",
-    "metadata",
-    "tag.",
-)
+PREFIXES = tuple(words("llm. input. output. session. user. openinference. tool. agent. metadata tag."))
 
 
 class State(BaseModel):
