@@ -19,7 +19,10 @@ from pydantic import BaseModel, RootModel
 from tests.kit import cancel, cancel_after, context_of, forever, run_python, stuck
 
 from stroma import (
+    AsyncInMemoryStore,
     BudgetExceeded,
+    CheckpointManager,
+    ContractRegistry,
     ContractViolation,
     ExecutionBudget,
     FailureClass,
@@ -34,6 +37,7 @@ from stroma import (
     Usage,
     current_node,
     current_node_or_none,
+    execute_step,
 )
 from stroma.adapters import (
     Control,
@@ -1370,8 +1374,6 @@ async def test_a_guard_over_a_context_adds_steps_to_it() -> None:
         tool()
         return {"code": "T"}
 
-    from stroma import execute_step
-
     result = await execute_step("node", node, Passenger(name="Ada"), ctx, contract=SIGN)
     assert [(e.node_id, e.position, e.branch.partition("#")[0]) for e in result.trace.walk()] == [
         ("node", 0, ""),
@@ -1616,8 +1618,6 @@ def test_errors_of_hooks_are_raised_where_tests_ask_for_it() -> None:
 
 def test_a_run_config_is_not_changed() -> None:
     config = RunConfig(run_id="mine")
-    from stroma import AsyncInMemoryStore, CheckpointManager, ContractRegistry
-
     guard = Guard(StromaRunner(ContractRegistry(), CheckpointManager(AsyncInMemoryStore()), config))
     with guard.run(run_id="other", pipeline="named") as run:
         pass

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, RootModel, create_model
 from tests.fixtures import store_fixture
 from tests.kit import (
     NEVER,
@@ -108,8 +108,6 @@ async def test_a_run_whose_input_no_longer_fits_is_not_recovered(tmp_path: Path)
 
 async def test_an_output_of_another_kind_is_a_changed_pipeline() -> None:
     """PipelineChanged says so where a root model stands for a record, or the other way round."""
-    from pydantic import RootModel
-
     store = AsyncInMemoryStore()
 
     runner = quick_without_retries(store=store)

@@ -19,6 +19,7 @@ from stroma import (
     SQLiteStore,
     StoreError,
     StromaRunner,
+    Suspend,
     current_node,
     execute_step,
     map_over,
@@ -155,8 +156,6 @@ async def test_each_event_is_told_once_by_a_process_that_lives(tmp_path: pathlib
 
 async def test_suspended_and_cancelled_attempts_are_owed_too(tmp_path: pathlib.Path) -> None:
     """The ends of attempts that wait, and of those that were cancelled, are marked like all others."""
-    from stroma import Suspend
-
     store = SQLiteStore(tmp_path / "runs.db")
     waiting = asyncio.Event()
     events: list[Any] = []

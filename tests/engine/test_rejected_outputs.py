@@ -17,7 +17,7 @@ from tests.fixtures import store_fixture
 from tests.kit import Num, SimpleStore, Text, computing, node, noting, quick, returning
 from tests.shared_stores import FAMILIES
 
-from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node_or_none
+from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node_or_none, map_over
 from stroma._utils.bounded_copy import BoundedCopy
 from stroma.checkpoint.history import History
 from stroma.engine.commit import encode_rejected
@@ -105,7 +105,6 @@ async def test_a_resume_keeps_rejected_outputs(store: Any) -> None:
 
 async def test_children_items_and_effects_have_theirs(store: Any) -> None:
     """An item of a map and an effect whose output is unknown have rejected outputs, each at its place."""
-    from stroma import map_over
 
     class Many(BaseModel):
         items: list[Num] = []

@@ -628,8 +628,6 @@ async def test_a_flow_survives_death_at_every_boundary() -> None:
 
 async def test_a_long_flow_resumes_quickly(tmp_path: Any) -> None:
     """A long flow resumes in time linear in its steps: what is recorded is read once."""
-    import time
-
     world = World()
     world.turns["add"] = 0
     add, count = world.step("add"), 2000

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World, run_of, runner_on
-from tests.kit import Num, computing
+from tests.kit import Num, computing, here, node
 from tests.shared_stores import STORES
 
 from stroma import Flow, NodeContract, RunStatus, StoreError, current_node, stroma_flow, stroma_node
@@ -174,8 +174,6 @@ async def test_the_tear_down_of_a_suspended_flow_calls_nothing(store: Any) -> No
 
 async def test_a_step_may_wait_for_a_person(store: Any) -> None:
     """A node that suspends is a step that suspends its flow; siblings finish; the node gets the answer."""
-    from tests.kit import here, node
-
     world = World()
     add = world.step("add")
 

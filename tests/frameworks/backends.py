@@ -1,7 +1,5 @@
 """What the tests of tracing backends share: an agent that meets what backends get wrong, and a server."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """What tests of frameworks in a flow's body share: a model, a tool, and the proof that it resumes."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable
 from typing import Any
 

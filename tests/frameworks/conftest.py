@@ -1,7 +1,5 @@
 """Tests against the real frameworks, each in an environment of its own: ``./dev test --framework NAME``."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import pathlib

@@ -4,8 +4,6 @@ A subclass says how its framework is called and how a program is made of a scrip
 ``weather``. What only one framework has (interrupts, handoffs, routers ...) is tested beside its subclass.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path

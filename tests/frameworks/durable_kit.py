@@ -1,7 +1,5 @@
 """What the tests of durable agents share: lives of a process that end at random records, and a bill."""
 
-from __future__ import annotations
-
 import asyncio
 import importlib
 import itertools

@@ -1,8 +1,6 @@
 """What the tests of all frameworks share: what must be shown of each, a guard that retries at once, and hooks
 that write down what they see."""
 
-from __future__ import annotations
-
 import asyncio
 import importlib
 import os
@@ -189,6 +187,15 @@ def changed_until_detached(imports: str, attach: str) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
+
+
+def fifty_at_once(one: Callable[[int], Any]) -> list[Any]:
+    """Return the results of fifty coroutines that run at once, in an event loop of their own."""
+
+    async def main() -> list[Any]:
+        return await asyncio.gather(*map(one, range(50)))
+
+    return asyncio.run(main())
 
 
 def is_killed(live: Callable[..., Any], *arguments: Any, **env: str) -> bool:

@@ -1,7 +1,5 @@
 """The page and examples of the framework that this environment is for: they run and print what they say."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import re

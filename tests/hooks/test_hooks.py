@@ -30,6 +30,7 @@ from tests.kit import (
 )
 
 from stroma import (
+    KNOWN_MODELS,
     AsyncInMemoryStore,
     ContractViolation,
     ExecutionBudget,
@@ -391,8 +392,6 @@ async def test_budget_warning(seen: Recorder) -> None:
 
 async def test_budget_warning_per_dimension(monkeypatch: pytest.MonkeyPatch, seen: Recorder) -> None:
     """Each dimension warns for itself, also for the tokens of failed attempts."""
-    from stroma import KNOWN_MODELS
-
     monkeypatch.setitem(KNOWN_MODELS, "house", (10.0, 10.0))
     attempts = 0
 
@@ -1444,8 +1443,6 @@ async def plus_two_items(state: State) -> Any:
 
 async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """In an end hook current_node() has the attempt's whole usage, its model, and the remaining budget."""
-    from stroma import KNOWN_MODELS
-
     monkeypatch.setitem(KNOWN_MODELS, "house", (10.0, 20.0))
     findings: list[Any] = []
 

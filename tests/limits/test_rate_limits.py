@@ -29,6 +29,7 @@ from stroma import (
     RunConfig,
     RunStatus,
     SharedBudget,
+    StoreError,
     StromaRunner,
     WaitedTooLong,
     parallel,
@@ -501,8 +502,6 @@ def _processes(kind: str, where: str, options: dict[str, Any], processes: int, r
 @pytest.mark.core
 async def test_a_store_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default no call is made while it is; with on_store_error="allow" calls go on without the limit."""
-    from stroma import StoreError
-
     store = AsyncInMemoryStore()
 
     monkeypatch.setattr(store, "change_cell", failing_with(StoreError, "down"))

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from opentelemetry import baggage
+from opentelemetry import baggage, context
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.trace import set_span_in_context
 from pydantic import BaseModel, ValidationError
@@ -138,8 +138,6 @@ async def test_a_span_follows_its_parent_and_not_its_task(seen: Seen) -> None:
 
     @runner.node("first", input=State, output=State)
     async def first(state: State) -> State:
-        from opentelemetry import context
-
         contexts.append(context.get_current())
         return state
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import sentry_sdk
 from pydantic import BaseModel, SecretStr
+from sentry_sdk.integrations.logging import LoggingIntegration
 from tests.kit import ONCE, context_of, failing_with, passing, retry_policies
 from tests.receivers.sentry import RecordedSentry
 
@@ -247,8 +248,6 @@ async def test_redacted_content(sentry: RecordedSentry) -> None:
 @pytest.mark.parametrize("content", ["none", "redacted"])
 async def test_the_engines_own_log_lines_tell_nothing(content: str) -> None:
     """Lines of the engine with texts of exceptions or arguments of hooks do not leave by Sentry's logging."""
-    from sentry_sdk.integrations.logging import LoggingIntegration
-
     broken = failing_with(LookupError, "no dashboard")
     integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
     with RecordedSentry(integrations=integrations) as sentry:
@@ -262,9 +261,6 @@ async def test_the_engines_own_log_lines_tell_nothing(content: str) -> None:
 
 async def test_a_group_that_a_hook_raises_tells_no_secret() -> None:
     """Sentry's logging integration sends the members of an exception group without the state's secrets."""
-    from pydantic import BaseModel, SecretStr
-    from sentry_sdk.integrations.logging import LoggingIntegration
-
     secret = "-".join(["sk", "live", "0123456789"])  # Sentry sends lines of source.
 
     class Secretive(BaseModel):
@@ -291,8 +287,6 @@ async def run_bad(runner: StromaRunner) -> None:
 @pytest.mark.parametrize("logs_first", [False, True])
 async def test_beside_log_hooks_there_is_one_issue(name: str, logs_first: bool) -> None:
     """Sentry's logging integration makes no second issue of a line of log_hooks about a failed run."""
-    from sentry_sdk.integrations.logging import LoggingIntegration
-
     integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
     with RecordedSentry(integrations=integrations) as sentry, sentry_sdk.new_scope() as scope:
         scope.set_client(sentry.client)

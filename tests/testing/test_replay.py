@@ -14,6 +14,7 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     NodeContract,
+    NodeHooks,
     Pipeline,
     RunConfig,
     RunStatus,
@@ -23,7 +24,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.testing import FakeClock, FaultPlan, RecordedRun, pipeline_in, replay, replay_sync
+from stroma.testing import FakeClock, FaultPlan, RecordedRun, crash_at, pipeline_in, replay, replay_sync
 
 
 class Order(BaseModel):
@@ -311,8 +312,6 @@ async def test_a_run_that_waits_for_a_person(store, calls):
 
 async def test_a_run_that_never_ended_is_followed_as_far_as_it_came(store, nodes):
     """A run whose process died is no different, up to where it is recorded."""
-    from stroma.testing import crash_at
-
     with crash_at("after_node", "check"):
         await patient(store=store).run(nodes, ORDER, run_id="r")
     result, text = await differences(RecordedRun.read(store, "r"), nodes)
@@ -410,8 +409,6 @@ async def test_the_config_of_the_pipeline_counts(store, nodes):
     events = []
 
     hook = noting(events, lambda *arguments: arguments)
-    from stroma import NodeHooks
-
     policy = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=0, backoff_seconds=0)}
     hooks = NodeHooks(on_node_success=hook, on_run_end=hook)
     config = RunConfig(policy_map=policy, hooks=hooks, run_id="own")

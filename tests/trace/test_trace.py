@@ -13,7 +13,7 @@ from tests.trace.rows import USED, WHEN, event, failed, failed_event, row, trace
 
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus
 from stroma.contracts.schema import schema_of
-from stroma.failures import ItemFailure
+from stroma.failures import ItemFailure, NodeContext
 from stroma.failures.failure import diagnose
 from stroma.trace import AttemptUsage, TraceMark
 from stroma.trace.events import BoundedRows, Failed, LeftOut, contract_of
@@ -36,8 +36,6 @@ def test_an_event_with_a_failure_is_no_success(failure: Any, outcome: Any, then:
 
 def test_a_result_raises_the_very_exception() -> None:
     """raise_for_status raises what stopped the run, the object itself."""
-    from stroma.failures import NodeContext
-
     error = ValueError("no")
     failure = diagnose(error, NodeContext("node", 1, "run"))
     result = ExecutionResult("run", RunStatus.FAILED, None, ExecutionTrace(), 0.0, 0, failure)

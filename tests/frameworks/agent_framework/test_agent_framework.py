@@ -1,7 +1,5 @@
 """Microsoft Agent Framework: real agents with and without the guard, with a fake client and no network."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from pathlib import Path

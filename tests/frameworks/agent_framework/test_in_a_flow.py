@@ -1,7 +1,5 @@
 """Agents of Agent Framework in the body of a flow, unmodified: client and tools call steps of it."""
 
-from __future__ import annotations
-
 import json
 from importlib.metadata import version
 from typing import Any

@@ -1,7 +1,5 @@
 """The other side of the SDK's protocol: what the program that it starts would say."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

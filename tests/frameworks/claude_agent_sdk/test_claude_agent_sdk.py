@@ -1,7 +1,5 @@
 """Claude Agent SDK: real queries and tools with and without the guard, over a fake transport."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from typing import Any
@@ -26,6 +24,7 @@ from tests.frameworks.kit import (
     Seen,
     changed_until_detached,
     emitted_by,
+    fifty_at_once,
     guard_of,
     holds,
     lines_of,
@@ -277,10 +276,7 @@ def test_fifty_queries_at_once_spend_what_the_program_says() -> None:
         async for _ in guarded_query(guard)(prompt="x", options=options, transport=script):
             pass
 
-    async def main() -> None:
-        await asyncio.gather(*(one() for _ in range(50)))
-
-    asyncio.run(main())
+    fifty_at_once(lambda _: one())
     assert spent(seen, guard) == (50, 50 * (10 + PAID))
     assert {tuple(tree(result)) for result in seen.results} == {("query success 10", "  weather success 5")}
 

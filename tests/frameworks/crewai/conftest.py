@@ -1,7 +1,5 @@
 """CrewAI talks to its makers unless it is told not to, and keeps things in the user's folders."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 

@@ -1,7 +1,5 @@
 """CrewAI in the body of a flow: refused, as it works with threads; a crew is one step of a flow."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CrewAI killed between the methods of a flow: its own persistence and our journal, both in files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

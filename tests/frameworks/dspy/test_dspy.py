@@ -1,7 +1,5 @@
 """DSPy: real programs with and without the guard, sync and async, with a fake model and no network."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import json

@@ -1,7 +1,5 @@
 """Programs of DSPy in the body of a flow, unmodified: ``acall`` of their LM and their tools call steps."""
 
-from __future__ import annotations
-
 import asyncio
 from typing import Any
 

@@ -21,7 +21,7 @@ from google.adk.tools.base_toolset import BaseToolset
 from google.genai import types
 from pydantic import BaseModel, PrivateAttr
 from tests.frameworks.contract import CALL, City, EmitsDeltas, FrameworkContract, Weather, weather
-from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
+from tests.frameworks.kit import Seen, fifty_at_once, guard_of, holds, lines_of, result_of, spent
 
 from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus
 from stroma.adapters import Guard, UnknownNode, what_stopped
@@ -316,10 +316,7 @@ def test_fifty_teams_at_once_spend_what_the_provider_has_counted(default_model: 
             last = event
         texts.append(last.content.parts[0].text)
 
-    async def main() -> None:
-        await asyncio.gather(*(one() for _ in range(50)))
-
-    asyncio.run(main())
+    fifty_at_once(lambda _: one())
     ledger += default_model
     assert texts == [expected] * 50
     assert (len(ledger), spent(seen, guard)) == (50 * len(plain), (50, sum(ledger)))

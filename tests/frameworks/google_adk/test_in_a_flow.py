@@ -1,7 +1,5 @@
 """Agents of Google ADK in the body of a flow, unmodified: their model and their tools call steps of it."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator
 from typing import Any
 

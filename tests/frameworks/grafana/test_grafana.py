@@ -3,8 +3,6 @@
 ./dev test --framework grafana
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from importlib import resources

@@ -1,7 +1,5 @@
 """Haystack: real pipelines with and without the guard, sync and async, with a fake generator."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from haystack.dataclasses.streaming_chunk import StreamingCallbackT
 from haystack.tools import ComponentTool, Toolset
 from haystack.utils import Secret
 from tests.frameworks.contract import ANSWER, FrameworkContract, weather
-from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent, tree
+from tests.frameworks.kit import Seen, fifty_at_once, guard_of, holds, lines_of, result_of, spent, tree
 
 from stroma.adapters import Guard
 from stroma.adapters.haystack import attach
@@ -355,10 +353,9 @@ def test_fifty_agents_at_once_spend_what_the_provider_has_counted() -> None:
     ledger, chunks, seen = list[int](), list[str](), Seen()
     pipeline = agent_of(ledger, chunks, guard := guard_of(seen))
 
-    async def main() -> list[Any]:
-        return await asyncio.gather(*(pipeline.run_async(ASKED) for _ in range(50)))
-
-    assert {answer["agent"]["messages"][-1].text for answer in asyncio.run(main())} == {expected}
+    assert {
+        answer["agent"]["messages"][-1].text for answer in fifty_at_once(lambda _: pipeline.run_async(ASKED))
+    } == {expected}
     assert (len(ledger), len(chunks)) == (50 * len(plain), 50 * len(plain_chunks))
     assert spent(seen, guard) == (50, sum(ledger))
     nodes = {event.node_id for event in seen.results[0].trace.walk()}

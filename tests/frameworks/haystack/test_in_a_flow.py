@@ -1,7 +1,5 @@
 """Pipelines and agents of Haystack in the body of a flow: generators and async tools call steps."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import haystack

@@ -1,7 +1,5 @@
 """CrewAI reports to its makers unless its settings forbid that, and stores things in the user's folders."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 

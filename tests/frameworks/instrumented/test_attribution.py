@@ -4,8 +4,6 @@ is part of.
 ./dev test --framework instrumented
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Frameworks whose models call litellm, with a guard on both: each token counts once."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -4,8 +4,6 @@ instrumentation.
 ./dev test --framework instrumented
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import httpx

@@ -3,8 +3,6 @@
 ./dev test --framework instrumented
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter
 from typing import Any

@@ -1,7 +1,5 @@
 """A chat model that answers what it is told to, and says what it used, streamed or not."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from langchain_core.language_models import BaseChatModel

@@ -1,7 +1,5 @@
 """Deep Agents: sub-agents of all kinds are counted and limited; the published adapter works."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 from typing import Any

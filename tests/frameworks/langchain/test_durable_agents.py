@@ -1,7 +1,5 @@
 """Agents of LangChain in a flow: model calls, tools and hooks of middleware are steps of it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -16,7 +14,7 @@ from tests.frameworks.langchain.fakes import Script
 from tests.kit import NEVER, Num
 
 from stroma import Flow, InMemoryStore, RunStatus, StromaRunner, stroma_flow
-from stroma.adapters.langgraph import durable
+from stroma.adapters.langgraph import attach, durable
 from stroma.testing import assert_resumable
 
 
@@ -156,7 +154,6 @@ async def test_agents_are_nodes_of_graphs() -> None:
 async def test_a_guarded_agent_is_refused() -> None:
     """An agent with a guard is refused, whose steps would be those of a run of their own."""
     from stroma.adapters import Guard
-    from stroma.adapters.langgraph import attach
 
     with pytest.raises(TypeError, match="without a guard"):
         durable(attach(Clerk().agent(), Guard()))

@@ -1,7 +1,5 @@
 """LangChain 1.x agents: real ones with and without the middleware, with a fake model and no network."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import Command, interrupt
 from pydantic import BaseModel
 from tests.frameworks.contract import CALL, EmitsDeltas, FrameworkContract, Weather, weather
-from tests.frameworks.kit import Seen, emitted_by, guard_of, holds, lines_of, result_of
+from tests.frameworks.kit import Seen, emitted_by, fifty_at_once, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
 
 from stroma import KNOWN_MODELS, BudgetExceeded, ExecutionBudget, RunStatus, Usage, current_node
@@ -363,10 +361,7 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
             await agent.ainvoke({"messages": [("user", "hello")]})
         assert run.result.total_tokens == ledger.tokens == 2 * (n + 1)
 
-    async def main() -> None:
-        await asyncio.gather(*[one(n) for n in range(50)])
-
-    asyncio.run(main())
+    fifty_at_once(one)
 
 
 @pytest.mark.parametrize("kind", KINDS)

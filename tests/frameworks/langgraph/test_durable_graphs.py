@@ -1,7 +1,5 @@
 """Graphs of LangGraph in a flow: each node and each call of a tool is a step of it."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import inspect

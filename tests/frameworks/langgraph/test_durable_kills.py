@@ -1,7 +1,5 @@
 """A realistic durable graph of LangGraph, killed at random records: in one process or many."""
 
-from __future__ import annotations
-
 import asyncio
 import operator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """LangGraph killed between its nodes: its own checkpointer and our journal, both in files."""
 
-from __future__ import annotations
-
 import operator
 import pickle
 import threading

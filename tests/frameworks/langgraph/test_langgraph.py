@@ -1,7 +1,5 @@
 """LangGraph: real graphs with and without the guard, sync and async, with fake models and no network."""
 
-from __future__ import annotations
-
 import asyncio
 import contextvars
 import gc
@@ -27,7 +25,7 @@ from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send, StreamWriter, interrupt
 from pydantic import BaseModel
 from tests.frameworks.contract import ANSWER, EmitsDeltas, FrameworkContract, terminal, weather
-from tests.frameworks.kit import AT_ONCE, Seen, guard_of, holds, lines_of, result_of
+from tests.frameworks.kit import AT_ONCE, Seen, fifty_at_once, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
 from tests.kit import Text, Words
 
@@ -900,7 +898,4 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
             await graph.ainvoke({"text": "a"})
         assert run.result.total_tokens == llm.tokens * len(llm.asked) == 2 * (n + 1)
 
-    async def main() -> None:
-        await asyncio.gather(*[one(n) for n in range(50)])
-
-    asyncio.run(main())
+    fifty_at_once(one)

@@ -1,7 +1,5 @@
 """Values of LangGraph's state as JSON: each kind comes back as it was, and nothing is imported for it."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import decimal

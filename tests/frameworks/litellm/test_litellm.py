@@ -1,7 +1,5 @@
 """litellm: real requests with and without the guard, to a local provider in the process."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import litellm
 import pytest
 from litellm import CustomLLM, ModelResponse
-from tests.frameworks.kit import Seen, emitted_by, guard_of, lines_of, result_of, spent
+from tests.frameworks.kit import Seen, emitted_by, fifty_at_once, guard_of, lines_of, result_of, spent
 
 from stroma import BudgetExceeded, ExecutionBudget
 from stroma.adapters import Guard
@@ -187,10 +185,7 @@ def test_fifty_runs_at_once_spend_what_the_provider_has_counted(provider: Provid
             response = await litellm.acompletion(model="fake/fake-1", messages=MESSAGES, **STREAMED)
             assert "".join([text_of(part) async for part in response]) == "It is 4 C"
 
-    async def main() -> None:
-        await asyncio.gather(*(one(number) for number in range(50)))
-
-    asyncio.run(main())
+    fifty_at_once(one)
     assert len(provider.ledger) == 100
     assert spent(seen, guard) == (50, sum(provider.ledger))
 

@@ -1,7 +1,5 @@
 """Workflows of LlamaIndex in the body of a flow, unmodified: their async steps call steps of the flow."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tests.frameworks.body_kit import Steps, ended_in_a_flow, run_in_a_flow

@@ -1,14 +1,12 @@
 """LlamaIndex workflows: real workflows with and without the guard, with a fake model and no network."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from tests.frameworks.contract import ANSWER, FrameworkContract, weather
-from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of, spent
+from tests.frameworks.kit import Seen, fifty_at_once, guard_of, holds, lines_of, result_of, spent
 from workflows import Context, Workflow, step
 from workflows.events import Event, HumanResponseEvent, InputRequiredEvent, StartEvent, StopEvent
 
@@ -234,10 +232,7 @@ def test_fifty_workflows_at_once_spend_what_the_provider_has_counted() -> None:
         async with guard.run(number):
             return await workflow.run()
 
-    async def main() -> Any:
-        return await asyncio.gather(*(one(number) for number in range(50)))
-
-    assert set(asyncio.run(main())) == {"5"}
+    assert set(fifty_at_once(one)) == {"5"}
     assert (len(ledger), spent(seen, guard)) == (200, (50, sum(ledger)))
     for result in seen.results:
         assert [event.node_id for event in result.trace.walk()].count("model") == 4

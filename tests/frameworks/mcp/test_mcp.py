@@ -1,7 +1,5 @@
 """MCP: a real client and a real server in one process, with and without the guard, and no network."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator

@@ -3,8 +3,6 @@
 ./dev test --framework mlflow
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Agents of the OpenAI Agents SDK in a flow: each model request and each tool call is a step of it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable

@@ -1,7 +1,5 @@
 """Durable agents of the OpenAI Agents SDK, killed at random records: in one process, and with SIGKILL."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

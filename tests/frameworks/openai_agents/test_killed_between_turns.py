@@ -1,7 +1,5 @@
 """OpenAI Agents SDK killed between its turns: its own state of a run and our journal, both in files."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """OpenAI Agents SDK: real agents with and without the guard, with a fake model and no network."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import copy
@@ -54,7 +52,7 @@ from tests.frameworks.contract import (
     Weather,
     weather,
 )
-from tests.frameworks.kit import changed_until_detached, guard_of, holds, lines_of, result_of
+from tests.frameworks.kit import changed_until_detached, fifty_at_once, guard_of, holds, lines_of, result_of
 
 from stroma import BudgetExceeded, ContractViolation, ExecutionBudget, RunStatus
 from stroma.adapters import Guard, UnknownNode, what_stopped
@@ -471,10 +469,7 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
         total.tokens += ledger.tokens
         return run.result.total_tokens
 
-    async def main() -> list[int]:
-        return await asyncio.gather(*[one(n) for n in range(50)])
-
-    assert sum(asyncio.run(main())) == total.tokens
+    assert sum(fifty_at_once(one)) == total.tokens
 
 
 @pytest.mark.parametrize("kind", ["run", "run_sync"])

@@ -1,7 +1,5 @@
 """Frameworks without an adapter: models and tools as steps by the guard alone, as its page says."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator

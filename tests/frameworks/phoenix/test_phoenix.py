@@ -3,8 +3,6 @@
 ./dev test --framework phoenix
 """
 
-from __future__ import annotations
-
 import json
 import urllib.error
 import urllib.request

@@ -1,7 +1,5 @@
 """Agents of Pydantic AI in a flow: each model request and each tool call is a step of it."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import threading

@@ -1,7 +1,5 @@
 """A realistic durable agent of Pydantic AI, killed at random records: in one process, and by workers."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from typing import Any
 

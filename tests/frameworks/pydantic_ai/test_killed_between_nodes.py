@@ -1,7 +1,5 @@
 """Pydantic AI killed between the nodes of an agent: its message history and our journal, in files."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic_ai import Agent, ModelRetry, RunContext
 from pydantic_ai.exceptions import ApprovalRequired, UnexpectedModelBehavior
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
@@ -21,7 +21,7 @@ from pydantic_ai.models.test import TestModel
 from pydantic_ai.tools import DeferredToolRequests, DeferredToolResults
 from pydantic_ai.usage import RequestUsage
 from tests.frameworks.contract import EmitsDeltas, FrameworkContract, weather
-from tests.frameworks.kit import changed_until_detached, guard_of, holds, lines_of, result_of
+from tests.frameworks.kit import changed_until_detached, fifty_at_once, guard_of, holds, lines_of, result_of
 
 from stroma import KNOWN_MODELS, ExecutionBudget, RunStatus, SQLiteStore, UsageError
 from stroma.adapters import Guard
@@ -130,8 +130,6 @@ def test_an_answer_that_breaks_the_contract_is_told_to_the_model_and_then_fails(
 
         def __init__(self, **data: Any) -> None:
             super().__init__(**data)
-
-    from pydantic import Field
 
     class Wanted(BaseModel):
         text: str = Field(min_length=5)
@@ -422,10 +420,7 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
             await realistic(ledger, StromaCapability(guard)).run("hello")
         assert run.result.total_tokens == ledger.tokens == 59
 
-    async def main() -> None:
-        await asyncio.gather(*[one() for _ in range(50)])
-
-    asyncio.run(main())
+    fifty_at_once(lambda _: one())
 
 
 def test_a_capability_twice_guards_once() -> None:

@@ -6,8 +6,6 @@ with the guard is run again alone, both ways. The exit code is 1 if it fails aga
 not among the known differences, or if a session has no outcomes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """A plugin of pytest: a guard is attached to every graph, for LangGraph's own tests."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

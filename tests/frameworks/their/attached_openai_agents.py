@@ -1,7 +1,5 @@
 """A plugin of pytest for the SDK's own tests: each run of an agent or realtime session has a guard's run."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

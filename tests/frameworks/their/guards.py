@@ -1,7 +1,5 @@
 """The guard that the plugins attach."""
 
-from __future__ import annotations
-
 from stroma import FailureClass, FailurePolicy, StromaRunner
 from stroma.adapters import Guard
 

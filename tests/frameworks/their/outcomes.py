@@ -1,7 +1,5 @@
 """A plugin of pytest that writes the outcome of each test to the file that STROMA_OUTCOMES names."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
