@@ -434,7 +434,7 @@ async def test_a_limit_that_is_crossed_when_it_is_set(store: Any) -> None:
     step = gate.node("a", tokens=8)
     between, go = asyncio.Event(), asyncio.Event()
 
-    async def wait(state: Num) -> Num:
+    async def wait(state: Any) -> Any:
         between.set()
         await go.wait()
         return state

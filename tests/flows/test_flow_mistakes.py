@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, create_model
 from tests.flows.steps import Text, World
-from tests.kit import NEVER, Num, computing, context_of, failing_with, node, quick, returning
+from tests.kit import NEVER, Num, context_of, failing_with, node, quick, returning
 
 from stroma import (
     ContractViolation,
@@ -213,7 +213,8 @@ async def test_wrong_definitions() -> None:
     def plain(flow: Flow, state: Num) -> Num:
         return state
 
-    short = computing(lambda _: Num())
+    async def short(flow: Flow) -> Num:
+        return Num()
 
     async def bare(flow, state):
         return state

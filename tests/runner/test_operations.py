@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num, SimpleStore, cancel, computing, context_of, failing_with, node, noting, same
+from tests.kit import NEVER, THRICE, Num, SimpleStore, cancel, computing, context_of, node, noting, same
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -58,7 +58,10 @@ def quick(store: Any, **config: Any) -> StromaRunner:
 
 async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
     """A store has the frames of the last failed attempt at a place, with the line that raised."""
-    bad = failing_with(LookupError, "nothing there")
+
+    async def bad(state: Num) -> Any:
+        raise LookupError("nothing there")
+
     policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
     runner = StromaRunner.quick(store=store, policy_map=policies)
     await runner.run([stroma_node("bad", input=Num, output=Num)(bad)], Num(), run_id="r")

@@ -9,7 +9,7 @@ import pytest
 from pydantic import field_validator
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
-from tests.kit import NEVER, Num, SimpleStore, cancel, node
+from tests.kit import NEVER, Num, SimpleStore, cancel, node, passing
 from tests.runner.serving import Serving
 from tests.shared_stores import STORES, place, store_of
 from tests.shared_stores import opened as open_kind
@@ -358,7 +358,7 @@ async def test_a_stored_input_is_not_logged(caplog: pytest.LogCaptureFixture) ->
     text = "x\nCRITICAL root logged in: patient 4711"
     opened = store.open_run(RunRequest("broken", "changed", Text(text=text), schema_of(Text)))
     opened.end("INTERRUPTED", None)
-    pipeline = Pipeline("changed", [node("a", World().step("a"), Strict, Strict)])
+    pipeline = Pipeline("changed", [node("a", passing(), Strict, Strict)])
     async with Serving(_runner(store, pipeline="changed"), pipeline) as serving:
         await serving.until(1)
     (line,) = [r.getMessage() for r in caplog.records if "broken" in r.getMessage()]
