@@ -488,7 +488,7 @@ async def test_a_damaged_budget_stops_the_run(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
-async def test_a_damaged_request_pauses_the_owner(tmp_path: Path) -> None:
+async def test_a_damaged_request_pauses_the_owner(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A damaged request about a run that is in progress pauses it, since it may be a smaller budget."""
     async with SQLiteStore(tmp_path / "runs.db") as store:
         session = await begin(store, "r")
@@ -501,4 +501,17 @@ async def test_a_damaged_request_pauses_the_owner(tmp_path: Path) -> None:
 
         await store._submit(Transaction("r", damage))
         assert received[0].pause
+        assert "the request 'budget 000000001' of run 'r' is damaged" in caplog.text
         session.abandon()
+
+
+async def test_a_run_that_was_taken_over_receives_no_requests(tmp_path: Path) -> None:
+    """A request reaches the owner alone, not the session that was one before."""
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        stale = await begin(store, "r")
+        await begin(store, "r", if_exists="resume", if_running="take_over")
+        received: list[Any] = []
+        stale.on_control = received.append
+        await settled(store.pause("r"))
+        await store._submit(Transaction("r", stale.read_requests))
+        assert received == []

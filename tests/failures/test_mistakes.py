@@ -112,8 +112,11 @@ async def wrong_call(state: Any) -> Any:
 
 @pytest.mark.parametrize("func", [on_none, on_none_in_thread, wrong_call])
 @pytest.mark.parametrize("place", ["node", "child"])
-async def test_the_same_bug_twice_is_not_tried_a_third_time(func: Any, place: str) -> None:
+async def test_the_same_bug_twice_is_not_tried_a_third_time(
+    func: Any, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """A TypeError or AttributeError at the same line with the same text ends after two attempts."""
+    caplog.set_level("INFO", "stroma")
     policies = {"broken": {"AMBIGUOUS": FailurePolicy(max_retries=9, backoff_seconds=0)}}
     runner = StromaRunner.quick(policy_map=PATIENT, node_policies=policies)
     node = runner.node("broken", input=Text, output=Text)(func)
@@ -124,6 +127,7 @@ async def test_the_same_bug_twice_is_not_tried_a_third_time(func: Any, place: st
     assert failure.message.endswith("; this is probably a bug in the node")
     assert failure.message.startswith(str(failure.exception))
     assert (failure.inner or failure).attempt == 2
+    assert "node 'broken' stopped: two attempts failed in the same way" in caplog.text
 
 
 async def test_another_text_or_line_is_tried_again() -> None:

@@ -304,6 +304,13 @@ def test_the_story_of_a_result() -> None:
     )
 
 
+@pytest.mark.parametrize(("function_ms", "shown"), [(4, 4), (5, None)])
+def test_a_bar_says_for_how_long_functions_ran_between_waits(function_ms: int, shown: int | None) -> None:
+    """Only if the waits inside a group were at least a millisecond long."""
+    (one,) = trace(row()._replace(function_ns=function_ms * 1_000_000))._story().bars
+    assert one.function_ms == shown
+
+
 def test_the_waits_of_a_story_end_when_they_were_recorded() -> None:
     """A wait begins its length before its record, at the first attempt at the earliest; others are none."""
     held = trace(row())
