@@ -17,7 +17,7 @@ import genai_prices
 import pytest
 from tests.kit import undone_command
 
-from stroma.checkpoint.history import bar_of
+from stroma.checkpoint.history.bars import bar_of
 from stroma.cli import main
 from stroma.testing.snapshots import compare_with_file
 

@@ -13,7 +13,7 @@ from tests.cli.test_signals import wait_for
 from tests.kit import passing
 
 from stroma import SQLiteStore, StromaRunner, Unknown
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.identity import idempotency_key
 from stroma.cli.formatting import localize
 from stroma.testing import crash_at

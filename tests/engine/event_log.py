@@ -28,7 +28,7 @@ from stroma import (
     current_node_or_none,
     current_run,
 )
-from stroma.checkpoint.history import in_order
+from stroma.checkpoint.history.bars import in_order
 from stroma.hooks import MapProgress
 
 #: Of clocks that are set while a test runs.

@@ -30,7 +30,7 @@ from stroma import (
 )
 from stroma.adapters import RunCancelled
 from stroma.checkpoint import AttemptRecord
-from stroma.checkpoint.history import in_order
+from stroma.checkpoint.history.bars import in_order
 from stroma.checkpoint.identity import StepCalls, child_indexes, is_called
 from stroma.engine.lifecycle import open_run
 

@@ -29,7 +29,7 @@ from stroma import (
 )
 from stroma.adapters import Guard
 from stroma.checkpoint.events import EventPlace
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.reader import History
 from stroma.testing import RecordedRun
 from stroma.trace.redaction import forms_to_hide, hide_words, removed_values
 

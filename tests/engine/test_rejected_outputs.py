@@ -19,7 +19,7 @@ from tests.shared_stores import FAMILIES
 
 from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node_or_none, map_over
 from stroma._utils.bounded_copy import BoundedCopy
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.reader import History
 from stroma.engine.commit import encode_rejected
 from stroma.trace.rejected import MISSING, RecentOutputs, RejectedOutput, read_rejected
 

@@ -11,7 +11,7 @@ from tests.kit import Num
 from tests.shared_stores import SHARED
 
 from stroma import Flow, Pipeline, RunStatus, StepFailed, parallel, stroma_flow
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.identity import StepCalls
 from stroma.trace.outline import OutlineEntry, fold, folded_part, outline, parse_call
 from stroma.trace.story import Bar, Story

@@ -13,7 +13,7 @@ from tests.kit import Num
 from tests.shared_stores import SHARED
 
 from stroma import Flow, stroma_flow
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.trace.story import Bar
 

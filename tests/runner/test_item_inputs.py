@@ -14,7 +14,7 @@ from tests.kit import passing, returning
 from tests.shared_stores import STORES, store_of
 
 from stroma import JsonLines, RunStatus, StromaRunner, map_over, parallel
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.records import AttemptRecord
 from stroma.trace.html import document
 

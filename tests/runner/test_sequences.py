@@ -50,7 +50,7 @@ from stroma import (
     stroma_flow,
     stroma_node,
 )
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.reader import History
 from stroma.contracts.checks.lineage import lineage_of
 from stroma.contracts.node import find_node
 from stroma.testing import RecordedRun, crash_at, replay

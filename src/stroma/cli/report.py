@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from stroma._utils.secrets import Secrets
 from stroma._utils.text import clean, format_amount, format_duration, format_usage, pluralize
 from stroma.checkpoint.entries import Waiting
-from stroma.checkpoint.history import answer_type, node_text, unanswered
+from stroma.checkpoint.history.facts import answer_type, node_text, unanswered
 from stroma.checkpoint.records import describe_wait
 from stroma.cli.errors import Code, is_debugging, last_frame
 from stroma.cli.formatting import id_word, localize

@@ -312,7 +312,7 @@ class Database:
                 *self.other_stores,
                 code=Code.NOT_FOUND,
             )
-        from stroma.checkpoint.history import status_of
+        from stroma.checkpoint.history.facts import status_of
 
         lines = [
             f"{clean(r.run_id, 80)}  {clean(r.pipeline, 40)}  {status_of(r)}  {format_age(r.started_ms)}"

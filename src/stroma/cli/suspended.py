@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 
 from stroma.checkpoint.entries import WITHDRAWN, Waiting
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.manager import resolve_schema
 from stroma.checkpoint.records import FAILED, RunRecord
 from stroma.cli.formatting import format_local_time, id_word

@@ -11,8 +11,8 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from stroma.checkpoint import AsyncInMemoryStore, CheckpointManager
-from stroma.checkpoint.history import Change, NodeDiff, Payload, compare
-from stroma.checkpoint.history.redaction import redact_value
+from stroma.checkpoint.history.comparison import Change, NodeDiff, compare
+from stroma.checkpoint.history.redaction import Payload, redact_value
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.records import AttemptRecord
 from stroma.contracts.contract import ContractRegistry, as_violation

@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.history import Change, changes, place_of
+from stroma.checkpoint.history.bars import place_of
+from stroma.checkpoint.history.comparison import Change, changes
 from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.node import Group, Node, find_node

@@ -17,7 +17,7 @@ from starlette.responses import RedirectResponse, Response
 from stroma._utils.text import clean
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.errors import RunExists
-from stroma.checkpoint.history import is_resumable
+from stroma.checkpoint.history.facts import is_resumable
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import AttemptRecord, RunRecord

@@ -19,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from stroma._utils.text import clean
 from stroma.checkpoint.errors import CheckpointNotFound, RequestRefused, StoreError
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.reader import History
 from stroma.ui.actions import CONTROLS, Actions, SubmitForm
 from stroma.ui.answers import Answers
 from stroma.ui.events import Events

@@ -14,8 +14,11 @@ from starlette.responses import Response
 
 from stroma._utils.svg import as_xml
 from stroma._utils.text import clean, replace_utc, visible
-from stroma.checkpoint.history import FAILED, FINISHED, Payload, bar_of, changes, is_interrupted, place_of
-from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
+from stroma.checkpoint.history.bars import bar_of, place_of
+from stroma.checkpoint.history.comparison import changes
+from stroma.checkpoint.history.facts import is_interrupted
+from stroma.checkpoint.history.redaction import Payload
+from stroma.checkpoint.records import FAILED, FINISHED, AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import describe_class
 from stroma.trace.html import tree
 from stroma.trace.outline import duration

@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 from markupsafe import Markup
 
 from stroma._utils.text import clean, format_usd, pluralize
-from stroma.checkpoint.history import status_of
+from stroma.checkpoint.history.facts import status_of
 from stroma.checkpoint.records import PICO, RunRecord, Tally, digits_seconds
 from stroma.trace.html import utc
 from stroma.trace.outline import tone_of

@@ -16,10 +16,11 @@ from starlette.responses import RedirectResponse, Response
 from stroma._utils.svg import Box
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.durable.states import AsyncStates
-from stroma.checkpoint.history import FAILED, bar_of, count_causes, is_at_work, status_of
+from stroma.checkpoint.history.bars import bar_of
+from stroma.checkpoint.history.facts import count_causes, is_at_work, status_of
 from stroma.checkpoint.history.run_graph import StepNode
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import RunQuery, RunRecord
+from stroma.checkpoint.records import FAILED, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.trace.outline import outline, tone_of
 from stroma.trace.result import RunStatus

@@ -17,7 +17,8 @@ from starlette.responses import HTMLResponse, Response
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, short_id
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.history import History, Payload
+from stroma.checkpoint.history.reader import History
+from stroma.checkpoint.history.redaction import Payload
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.limits.rate_limit import read_cooldowns
 from stroma.trace.html import utc

@@ -12,19 +12,11 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from stroma.checkpoint.entries import Waiting
-from stroma.checkpoint.history import (
-    FAILED,
-    FINISHED,
-    Payload,
-    find_progress,
-    in_order,
-    is_at_work,
-    is_interrupted,
-    place_of,
-    status_of,
-)
+from stroma.checkpoint.history.bars import find_progress, in_order, place_of
+from stroma.checkpoint.history.facts import is_at_work, is_interrupted, status_of
+from stroma.checkpoint.history.redaction import Payload
 from stroma.checkpoint.queue import QUEUED, ServedCode
-from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunRecord
+from stroma.checkpoint.records import FAILED, FINISHED, AttemptPage, AttemptRecord, RunRecord
 from stroma.trace.html import cause, document, rejected_output
 from stroma.trace.outline import shown_place
 from stroma.trace.story import Story, awaited_topics, fields_named

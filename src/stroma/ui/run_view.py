@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from markupsafe import Markup
 
 from stroma._utils.text import format_duration, format_usd, pluralize
-from stroma.checkpoint.history import is_at_work
+from stroma.checkpoint.history.facts import is_at_work
 from stroma.checkpoint.records import RunRecord
 from stroma.trace.story import Story
 from stroma.ui.components import meter

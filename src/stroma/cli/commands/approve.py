@@ -13,7 +13,8 @@ import click
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.entries import NOT_DONE, Waiting
 from stroma.checkpoint.errors import RequestRefused
-from stroma.checkpoint.history import History, answer_type, node_text, unanswered
+from stroma.checkpoint.history.facts import answer_type, node_text, unanswered
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import FAILED, FINISHED, RunRecord
 from stroma.cli.commands.completion import complete_run

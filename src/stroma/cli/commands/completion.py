@@ -39,7 +39,7 @@ def complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: st
     from stroma.cli.stores import Database
 
     try:
-        from stroma.checkpoint.history import status_of
+        from stroma.checkpoint.history.facts import status_of
 
         # During completion click reads neither options after the cursor nor environment variables.
         database = Database.from_option(ctx.params.get("db") or os.environ.get("STROMA_DB"), quiet=True)

@@ -10,7 +10,7 @@ from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Finished
 from stroma.checkpoint.flow_notes import message_label
-from stroma.checkpoint.history import unanswered
+from stroma.checkpoint.history.facts import unanswered
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunRecord

@@ -8,7 +8,10 @@ from typing import Any
 import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize, short_id
-from stroma.checkpoint.history import Change, History, NodeDiff, place_of, status_of
+from stroma.checkpoint.history.bars import place_of
+from stroma.checkpoint.history.comparison import Change, NodeDiff
+from stroma.checkpoint.history.facts import status_of
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data

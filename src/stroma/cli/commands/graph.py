@@ -7,7 +7,7 @@ import re
 import click
 
 from stroma._utils.text import clean
-from stroma.checkpoint.history import History
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.cli.errors import Code, Problem, write_file
 from stroma.cli.loading import load_pipeline

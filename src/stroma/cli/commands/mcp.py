@@ -14,7 +14,9 @@ import click
 from pydantic_core import to_json
 
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.history import History, in_order, place_of, status_of, sum_waste
+from stroma.checkpoint.history.bars import in_order, place_of, sum_waste
+from stroma.checkpoint.history.facts import status_of
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cli.commands.diff import diff_data
 from stroma.cli.commands.runs import run_data

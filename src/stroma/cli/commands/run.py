@@ -11,7 +11,8 @@ import click
 from pydantic import BaseModel, ValidationError
 
 from stroma._utils.text import clean, pluralize
-from stroma.checkpoint.history import History, is_resumable
+from stroma.checkpoint.history.facts import is_resumable
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.records import RunQuery, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.control import hand_to_workers

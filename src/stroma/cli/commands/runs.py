@@ -14,9 +14,10 @@ import click
 
 from stroma._utils.text import clean, format_duration, format_usd, pluralize, short_id
 from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
-from stroma.checkpoint.history import FAILED, History, count_causes, is_interrupted, status_of
+from stroma.checkpoint.history.facts import count_causes, is_interrupted, status_of
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.queue import QUEUED, BlockedMark
-from stroma.checkpoint.records import Cause, RunQuery, RunRecord
+from stroma.checkpoint.records import FAILED, Cause, RunQuery, RunRecord
 from stroma.cli.formatting import SPAN, format_age, format_local_time, localize, style_status, to_iso
 from stroma.cli.output import Part, emit_fields, err, out, table
 from stroma.cli.stores import Database, db_option

@@ -13,21 +13,12 @@ from stroma._utils.text import clean, format_duration, format_usage, pluralize
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Statement, Waiting
 from stroma.checkpoint.events import EventPlace
-from stroma.checkpoint.history import (
-    FINISHED,
-    History,
-    Inputs,
-    Payload,
-    effect_state,
-    find_progress,
-    in_order,
-    is_at_work,
-    place_of,
-    sum_waste,
-    unanswered,
-)
+from stroma.checkpoint.history.bars import find_progress, in_order, place_of, sum_waste
+from stroma.checkpoint.history.facts import effect_state, is_at_work, unanswered
+from stroma.checkpoint.history.reader import History, Inputs
+from stroma.checkpoint.history.redaction import Payload
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import FAILED, AttemptRecord, RunRecord
+from stroma.checkpoint.records import FAILED, FINISHED, AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import done_text, run_data
 from stroma.cli.errors import Code, Problem, frame_lines

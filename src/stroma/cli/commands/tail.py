@@ -12,7 +12,9 @@ import click
 
 from stroma._utils.text import clean, format_duration, format_usage, short_id
 from stroma.checkpoint.events import EventPlace
-from stroma.checkpoint.history import History, bar_of, is_interrupted, status_of
+from stroma.checkpoint.history.bars import bar_of
+from stroma.checkpoint.history.facts import is_interrupted, status_of
+from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.history.redaction import redact_value
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import AttemptRecord, RunRecord
