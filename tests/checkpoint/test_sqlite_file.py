@@ -263,6 +263,11 @@ def older(db: sqlite3.Connection) -> None:
     _ours(db, 3)
 
 
+def without_a_number(db: sqlite3.Connection) -> None:
+    """Up to format 10 a store had its number elsewhere."""
+    _ours(db, 0)
+
+
 def _ours(db: sqlite3.Connection, version: int) -> None:
     db.execute("PRAGMA application_id = 0x5374726D")
     db.execute(f"PRAGMA user_version = {version}")
@@ -280,6 +285,7 @@ OTHER = (
         (other_mark, FOREIGN),
         (newer, OTHER % NEXT),
         (older, OTHER % 3),
+        (without_a_number, OTHER % "10 or older"),
     ],
 )
 def test_a_file_that_is_no_store_of_ours(tmp_path: Path, make: Callable[[Any], None], message: str) -> None:

@@ -760,7 +760,7 @@ class NodeAttempt:
             effect.error = error
         around = states_around(self.run, self.snapshot)
         why = one_line(self.ctx.redactor.error_text(error, self.snapshot, around))
-        self.ctx.run_logger.warning("nobody knows if effect %r happened: %s", self.run.node_id, why)
+        self.ctx.run_logger.warning("the call of effect %r has an unknown outcome: %s", self.run.node_id, why)
         return await self._end_as_stated(effect, await effect.reconcile(why, self.cancelling))
 
     def _shown(self, message: str) -> str:
