@@ -7,6 +7,7 @@ import math
 import os
 import re
 import tracemalloc
+import weakref
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -778,6 +779,25 @@ async def test_retries_come_before_collecting(store: Any, doubler: Doubler) -> N
     assert result.final_state is not None, result.failure
     (failed,) = result.final_state.made_failures  # type: ignore[attr-defined]
     assert (failed.index, failed.attempts, doubler.calls[1]) == (1, 3, 3)
+
+
+async def test_collected_exceptions_are_released(doubler: Doubler) -> None:
+    """A map holds no exception of an item that failed before, nor what its traceback references."""
+    alive, counts = weakref.WeakSet[Exception](), list[int]()
+
+    class Refused(Exception): ...
+
+    def fail() -> Exception:
+        gc.collect()
+        counts.append(len(alive))
+        alive.add(error := Refused())
+        return error
+
+    doubler.error, doubler.failing = fail, set(range(9))
+    work = map_over("nums", doubler.node, into="made", on_item_failure="collect", max_concurrency=1)
+    result = await quick(AsyncInMemoryStore(), policy_map=NEVER).run([work], State(nums=list(range(9))))
+    assert (result.failed_items, len(counts)) == (9, 9)
+    assert max(counts) <= 1
 
 
 @pytest.mark.core
