@@ -12,7 +12,7 @@ import asyncio
 import os
 import sys
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -152,7 +152,8 @@ async def events(request: Request) -> Response:
     return StreamingResponse(sse(stream), headers=SSE_HEADERS)
 
 
-STATUS = {ValidationError: 422, CheckpointNotFound: 404, RequestRefused: 409, RunExists: 409, StoreError: 503}
+# ValueError: of an input, an id or a cursor.
+STATUS = {ValueError: 422, CheckpointNotFound: 404, RequestRefused: 409, RunExists: 409, StoreError: 503}
 
 
 async def refuse(request: Request, error: Exception) -> JSONResponse:

@@ -5,11 +5,13 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.docs.blocks import of_page
+from tests.kit import environment
 from tests.ui.browser import Browser, find_chromium
 
 ROOT = Path(__file__).parents[2]
@@ -132,3 +134,35 @@ def test_the_page_of_the_docs_shows_answers_and_failures(processes: Processes, b
     browser.goto("about:blank")
     browser.goto(f"{url}#gone")
     browser.until(note, lambda text: text.startswith("No connection"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["docs/howto/stream-to-a-page.md", "examples/chat.py"])
+def test_what_is_not_an_id_is_the_mistake_of_the_client(program: str, tmp_path: Path) -> None:
+    """A run id that no store takes, or a cursor that is none, is refused, and no error of the server."""
+    if program.endswith(".md"):
+        for block in of_page((ROOT / program).read_text("utf-8")):
+            if block.title:
+                (tmp_path / block.title).write_text(block.text, "utf-8")
+        module, path = "web", "answers"
+    else:
+        (tmp_path / "chat.py").write_text((ROOT / program).read_text("utf-8"), "utf-8")
+        module, path = "chat", "chats"
+    code = f"""
+        from starlette.testclient import TestClient
+        from {module} import app
+        web = TestClient(app)
+        refused = web.put("/{path}/%00", json={{"text": "hello"}})
+        web.put("/{path}/1", json={{"text": "hello"}}).raise_for_status()
+        events = web.get("/{path}/1/events", headers={{"Last-Event-ID": "none"}})
+        print(refused.status_code, events.status_code, refused.json()["detail"])
+    """
+    env = environment() | {"CHAT_DB": f"sqlite:///{tmp_path / 'chat.db'}"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout in (
+        "409 400 run id '\\x00' must not contain NUL characters\n",
+        "422 422 run id '\\x00' must not contain NUL characters\n",
+    )
