@@ -157,16 +157,11 @@ class DurableSession(Session):
         self._deliver = request.deliver
         return self
 
-    def _submit(
-        self,
-        operation: Any,
-        then: Callable[[Any], object] | None = None,
-        in_any_case: Callable[[], object] | None = None,
-    ) -> Awaitable[Any]:
+    def _submit(self, operation: Any, then: Callable[[Any], object] | None = None) -> Awaitable[Any]:
         """Submit an operation. ``then`` is called with its result once it is stored."""
         pending = self._submit_to_store(operation)
-        if then is not None or in_any_case is not None:
-            pending.add_done_callback(partial(_settle, then, in_any_case))
+        if then is not None:
+            pending.add_done_callback(partial(_settle, then))
         return pending
 
     def _post(self, operation: Any) -> asyncio.Future[None] | None:
@@ -467,7 +462,9 @@ class DurableSession(Session):
             return None
         self.ended = True
         # Abandoned only once it is stored: otherwise the run looks like one whose process died.
-        return self._submit(Transaction(self.run_id, partial(self._finish, end)), in_any_case=self.abandon)
+        pending = self._submit_to_store(Transaction(self.run_id, partial(self._finish, end)))
+        pending.add_done_callback(lambda _: self.abandon())
+        return pending
 
     def _to_record(self, status: str, error: str | None, wake_ms: int | None) -> RunEnd | None:
         """Return the end to record; None for a run that is returned unchanged."""
@@ -486,10 +483,6 @@ class DurableSession(Session):
         record_notes(records, self._pending_notes)
 
 
-def _settle(
-    then: Callable[[Any], object] | None, in_any_case: Callable[[], object] | None, done: asyncio.Future[Any]
-) -> None:
-    if then is not None and not done.cancelled() and done.exception() is None:
+def _settle(then: Callable[[Any], object], done: asyncio.Future[Any]) -> None:
+    if not done.cancelled() and done.exception() is None:
         then(done.result())
-    if in_any_case is not None:
-        in_any_case()

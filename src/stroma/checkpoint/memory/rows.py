@@ -73,19 +73,15 @@ class MemoryRun:
         failure_sites: (attempt, start, function that encodes the frames) of the last failure at a place.
     """
 
-    pipeline: str = ""
-    execution: int = 0
-    status: str = "RUNNING"
+    pipeline = version = ""
+    status = "RUNNING"
+    execution = epoch = started_ms = updated_ms = number = 0
     error: str | None = None
-    started_ms: int = 0
-    updated_ms: int = 0
     owner: str | None = None
-    epoch: int = 0
     wake_ms: int | None = None
     expires_ms: int | None = None
     priority: int | None = None
     key: str | None = None
-    version: str = ""
     blocked: str | None = None
     blocked_since_ms: int | None = None
     blocked_until_ms: int | None = None
@@ -95,7 +91,6 @@ class MemoryRun:
     mark: Any = RunRow.mark  # Made of these fields.
     tag_list: Any = RunRow.tag_list
 
-    number: int = 0
     claim: tuple[str, float] | None = None
     input: tuple[str, Any, Any] | None = None
     events: deque[EventRow] | None = None
@@ -144,7 +139,9 @@ class MemoryRun:
             state = UnencodedState(schema, schema.snapshot(output))
             step = Step(contract_of(row, schema), schema_ref(schema.model), state, b"")
             entry = _Commit(StepRow(row.position, row.branch, row.node_id, step), row)
-        if self.steps.get(key) is not entry:  # One that is sent again does not become the newest.
+        if key not in self.steps:
+            self.steps[key] = entry
+        elif self.steps[key] is not entry:  # One that is sent again does not become the newest.
             self.replace(key, entry)
 
     def replace(self, key: Key, entry: AttemptRow | _Commit) -> None:

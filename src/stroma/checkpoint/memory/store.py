@@ -68,12 +68,7 @@ class MemorySession(DurableSession):
         """True until it ends, if it records its end."""
         return self._ends and not self.ended
 
-    def _submit(
-        self,
-        operation: Any,
-        then: Callable[[Any], object] | None = None,
-        in_any_case: Callable[[], object] | None = None,
-    ) -> DoneNow:
+    def _submit(self, operation: Any, then: Callable[[Any], object] | None = None) -> DoneNow:
         with _lock:
             value = operation(self._rows)
             if then is not None:
