@@ -259,7 +259,7 @@ class AnyState(Protocol):
 def nodes_of(pipeline: Pipeline | Iterable[Any]) -> list[Node | Group]:
     """Return the records of the nodes of a pipeline or sequence. Raises TypeError for anything else."""
     nodes = pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline
-    if isinstance(nodes, Group) or not isinstance(nodes, Iterable):
+    if isinstance(nodes, Group) or not hasattr(nodes, "__iter__"):
         node = find_node(nodes)  # Raises, with the fix, for an object that is not a node at all.
         raise TypeError(f"run() takes a sequence of nodes; put {node.node_id!r} in a list")
     return list(map(find_node, nodes))

@@ -264,11 +264,11 @@ class MemoryRows(ScannedRows):
     ) -> bool:
         if fence is not None and (run.epoch, run.owner) != (fence.epoch, fence.owner):
             return False
-        values = vars(run)
+        values, now_ms = vars(run), _now_ms()
         values.update(fields)  # With times of leases, which memory does not have.
         for name in ("started_ms", "updated_ms"):
             if values.get(name) is NOW:
-                values[name] = _now_ms()
+                values[name] = now_ms
         return True
 
     def input(self, run: MemoryRun, execution: int) -> tuple[str, Any, Any] | None:
