@@ -332,8 +332,8 @@ class DatabaseFile:
             (version,) = db.execute("PRAGMA user_version").fetchone()
             if version != SCHEMA_VERSION:
                 raise permanent_error(
-                    f"{self.path} has format {version or '10 or older'}, and this release has format {SCHEMA_VERSION}; "
-                    "use the release that wrote it, or another path"
+                    f"{self.path} has format {version or '10 or older'}, and this release has format "
+                    f"{SCHEMA_VERSION}; use the release that wrote it, or another path"
                 )
             (cookie,) = db.execute("PRAGMA schema_version").fetchone()
             key = (self.identity(), cookie)
