@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -391,10 +392,22 @@ def test_commits_share_a_transaction(bench: Bench, fence: Fence) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_makes_files_though_its_parent_was_at_it(tmp_path: Path) -> None:
     """A thread of the parent that makes a file at the moment of a fork keeps no child from making its own."""
-    with sqlite_file._creating:
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if sqlite_file._creating.acquire(blocking=False) else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert not sqlite_file._creating.acquire(blocking=False)
+    is_held, is_over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with sqlite_file._creating:
+            is_held.set()
+            is_over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if sqlite_file._creating.acquire(blocking=False) else 1)
+    is_free = sqlite_file._creating.acquire(blocking=False)
+    is_over.set()
+    thread.join()
+    assert not is_free
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     DatabaseFile(str(tmp_path / "runs.db"), "full", sqlite_file.connect, 15.0).open().close()

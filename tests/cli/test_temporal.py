@@ -57,7 +57,7 @@ def test_workers_run_a_submitted_run(stroma: Any, inside: Any, worker: Any, ther
         entry = run_of(inside, run_id)
         assert (entry["run"]["status"], entry["run"]["tags"]) == ("COMPLETED", ["blue"])
         assert [a["tokens"] for a in entry["attempts"]] == [120, 15, 0]
-        assert "its status is COMPLETED" in inside(*words).err
+        assert "the run is COMPLETED already" in inside(*words).err
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0
