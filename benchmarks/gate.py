@@ -1,7 +1,7 @@
 """What Stroma costs may not rise: ratios to the bare work, held against those that are written down.
 
     ./dev bench --gate            # exit code 1 if a ratio is more than 15 % above the one in gate.json
-    ./dev bench --gate --slack 50 # 50 % in place of 15, where others share the caches of the processor
+    ./dev bench --gate --slack 60 # 60 % in place of 15, where others share the caches of the processor
     ./dev bench --gate --write    # measure thoroughly, and write the ratios of this Python down
     ./dev bench --gate --slower 25    # see that it notices: all of ours takes 25 % longer
 
@@ -9,7 +9,7 @@ A ratio is the least CPU time of ours divided by the least of the bare work besi
 turns. What else goes on on the machine can only add to a sample, so both come down to their true values as
 samples are taken; a ratio that stands too high is measured on until it has had every chance. No privileges
 and no counters are needed. What shares the caches of the processor, as on hosts of CI, costs ours more than
-the bare work: up to a third for minutes (2 cores of a Xeon, 1 December 2026). Hence --slack.
+the bare work: up to 40 % for minutes (2 cores of a Xeon, 1 December 2026). Hence --slack.
 """
 
 from __future__ import annotations
