@@ -320,8 +320,8 @@ class NodeExecution:
             raise Suspend(reason, schema=schema)
         if self._own.answered_attempt == self._own.attempt:
             raise NotImplementedError(
-                f"node {self.node_id!r} asks a second question, and the answer to its first one is no answer "
-                "to it; ask it in another node, or with flow.wait_for() in a flow"
+                f"node {self.node_id!r} asks a second question, and a node gets the answer to one; ask it in "
+                "another node, or with flow.wait_for() in a flow"
             )
         self._own.answered_attempt = self._own.attempt
         return cast("AnswerT", decode_answer(schema_of(schema), answered))
