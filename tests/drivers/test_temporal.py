@@ -18,6 +18,7 @@ from tests.servers_temporal import TemporalServer
 from stroma import Flow, NodeHooks, Pipeline, RunConfig, RunExists, RunStatus, StoreError, stroma_flow
 from stroma.drivers.temporal import worker as worker_module
 from stroma.drivers.temporal import workflow as workflow_module
+from stroma.drivers.temporal.activity import DriveActivity
 from stroma.temporal import TemporalRunner, register_search_attributes, stroma_worker
 
 pytestmark = pytest.mark.slow
@@ -173,6 +174,29 @@ async def test_a_cancelled_workflow_of_a_suspended_run(cluster: Cluster) -> None
     async with cluster.worker(asks):
         await cluster.runner.run(asks, Num(), run_id=run_id)
         await cluster.client.get_workflow_handle(run_id).cancel()
+        await cluster.until_status(run_id, "CANCELLED")
+
+
+async def test_a_workflow_that_is_cancelled_while_its_activity_returns(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancellation that the server requests of an activity as it returns still cancels the run."""
+    run_id, drive = fresh_id(), DriveActivity._drive
+
+    async def drive_until_cancelled(activity: DriveActivity, run_id: str) -> Any:
+        outcome = await drive(activity, run_id)
+        workflow = cluster.client.get_workflow_handle(run_id)
+        await workflow.cancel()
+        while not any(
+            event.HasField("activity_task_cancel_requested_event_attributes")
+            for event in (await workflow.fetch_history()).events
+        ):
+            await asyncio.sleep(0.02)
+        return outcome
+
+    monkeypatch.setattr(DriveActivity, "_drive", drive_until_cancelled)
+    async with cluster.worker(asks):
+        await cluster.runner.submit(asks, Num(), run_id=run_id)
         await cluster.until_status(run_id, "CANCELLED")
 
 

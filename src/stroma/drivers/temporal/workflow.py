@@ -84,16 +84,20 @@ class StromaRun:
         return status
 
     async def _dispatch(self, run_id: str, pipeline: str) -> str:
-        while True:
+        while not _is_cancelled():
             self._is_woken = False
             answer = await self._drive(run_id, pipeline)
             is_ended = answer["outcome"] == "ended"
             if is_ended and not self._is_woken:  # Somebody may have resumed it while its end was reported.
                 return answer["status"]
+            if _is_cancelled():
+                break
             if workflow.info().is_continue_as_new_suggested():
                 workflow.continue_as_new(args=[run_id, pipeline])
             if not is_ended and answer["outcome"] != "yielded":
                 await self._wait(answer.get("until_ms"))
+        # The cancellation came as the activity or the wait ended: the server requests it once.
+        raise asyncio.CancelledError
 
     async def _drive(self, run_id: str, pipeline: str, *, cancels: bool = False) -> Answer:
         lease_of = cast("Callable[[str], float]", workflow.extern_functions()[_LEASE_OF])
