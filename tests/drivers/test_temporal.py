@@ -200,6 +200,28 @@ async def test_a_workflow_that_is_cancelled_while_its_activity_returns(
         await cluster.until_status(run_id, "CANCELLED")
 
 
+async def test_a_handle_cancels_its_run(cluster: Cluster) -> None:
+    """The workflow of a suspended run that its handle cancels ends at once, not at the next look."""
+    run_id = fresh_id()
+    async with cluster.worker(asks):
+        handle = await cluster.runner.submit(asks, Num(), run_id=run_id)
+        await handle.until_stopped()
+        assert await handle.cancel()
+        result = cluster.client.get_workflow_handle(run_id).result()
+        assert await asyncio.wait_for(result, 30) == "CANCELLED"
+
+
+async def test_the_workflow_of_a_deleted_run_ends(cluster: Cluster) -> None:
+    """A workflow whose run was deleted from the store ends; it does not look for the run for ever."""
+    run_id = fresh_id()
+    async with cluster.worker(asks):
+        await cluster.runner.run(asks, Num(), run_id=run_id)
+        await cluster.store.delete(run_id)
+        workflow = cluster.client.get_workflow_handle(run_id)
+        await workflow.signal("wake")
+        assert await asyncio.wait_for(workflow.result(), 30) == "DELETED"
+
+
 async def test_a_terminated_workflow_is_resumed(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     """A run whose workflow was terminated is INTERRUPTED after the step in flight and can be resumed."""
     run_id = fresh_id()

@@ -753,7 +753,7 @@ class StromaRunner(Generic[DepsT]):
             state = await self._stored.read_input(run_id, schema)
             return await reader._run(nodes, state, {}, Dispatch(reads=True))
 
-        calls = HandleCalls(read, self.follow, self.send)
+        calls = HandleCalls(read, self.follow, self.send, self.cancel)
         return RunHandle(run_id, self._stored, self._waits_here, calls)
 
     def _driver(self, batch: Batch, options: RunKeywords) -> RunDriver:

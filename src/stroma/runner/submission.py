@@ -29,6 +29,7 @@ class HandleCalls(NamedTuple):
     read: Callable[[str], Awaitable[ExecutionResult[Any]]]
     follow: Callable[[str, str | None], AsyncIterator[StreamEvent]]
     send: Callable[..., Awaitable[None]]
+    cancel: Callable[[str], Awaitable[bool]]
 
 
 class RunHandle(Generic[Out]):
@@ -51,7 +52,7 @@ class RunHandle(Generic[Out]):
 
     async def cancel(self) -> bool:
         """End the run as CANCELLED; see :meth:`StromaRunner.cancel`."""
-        return await self._stored.request(self.run_id, "cancel")
+        return await self._calls.cancel(self.run_id)
 
     def follow(self, after: str | None = None) -> AsyncIterator[StreamEvent]:
         """Yield the events of the run, over suspensions to its end; see :meth:`StromaRunner.follow`."""

@@ -41,7 +41,8 @@ class DriveActivity:
             with self._pulse(run_id):
                 outcome = await self._drive(run_id)
         except CheckpointNotFound as error:
-            outcome = Blocked(run_id, f"{error}; do all workers use the same store?")
+            logger.warning("the workflow of a run that was deleted ends: %s", error)
+            return dict(Answer(outcome="ended", status="DELETED"))
         if isinstance(outcome, Blocked):
             logger.warning("run %r of %r is blocked: %s", run_id, pipeline, outcome.reason)
         return dict(_to_answer(outcome))

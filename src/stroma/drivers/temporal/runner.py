@@ -56,12 +56,11 @@ class TemporalRunner:
         Once the run is stored it is started, if not from here: workers look for submitted runs without a
         workflow.
         """
-        handle = await self._local.submit(pipeline, initial_state, **options)
-        handle._calls = handle._calls._replace(send=self.send)
-        record = await self._local._stored.get(handle.run_id)
+        run_id = (await self._local.submit(pipeline, initial_state, **options)).run_id
+        record = await self._local._stored.get(run_id)
         if record.status not in _FINAL:
             await self._dispatcher.start(record)
-        return handle
+        return self.handle(run_id, pipeline)
 
     async def run(
         self, pipeline: Pipeline, initial_state: BaseModel, **options: Unpack[SubmitOptions]
@@ -76,7 +75,7 @@ class TemporalRunner:
     def handle(self, run_id: str, pipeline: Pipeline | None = None) -> RunHandle[Any]:
         """Return the handle of a run of any origin; see :meth:`StromaRunner.handle`."""
         handle = self._local.handle(run_id, pipeline)
-        handle._calls = handle._calls._replace(send=self.send)
+        handle._calls = handle._calls._replace(send=self.send, cancel=self.cancel)
         return handle
 
     async def resume(self, run_id: str) -> bool:
