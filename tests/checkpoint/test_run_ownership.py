@@ -306,6 +306,19 @@ async def test_attaching_gives_the_result(store: Any) -> None:
     assert calls == ["a", "b", "c"]
 
 
+async def test_a_node_cannot_attach_to_its_own_run(store: Any) -> None:
+    """A node that waits for the end of its own run gets RunBusy at once, in place of a deadlock."""
+    runner = _runner(store, if_running="attach")
+
+    async def wait(state: Num) -> Num:
+        return (await runner.run([waits], Num(), run_id="r")).output
+
+    waits = stroma_node("waits", input=Num, output=Num)(wait)
+    result = await runner.run([waits], Num(), run_id="r")
+    assert isinstance(result.failure.exception, RunBusy)
+    assert "cannot wait for its own end in its node 'waits'" in result.failure.message
+
+
 async def test_attaching_to_a_failure_gives_the_failure(store: Any) -> None:
     """Whoever waits for a run that fails is told so, with its reason, and runs nothing again."""
     calls: list[str] = []

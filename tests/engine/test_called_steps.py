@@ -312,9 +312,28 @@ async def test_a_step_outside_of_the_nodes_of_a_pipeline_is_refused() -> None:
     await runner.run([node("first", world.step("first"))], Note(text="x"))
     assert world.calls == ["first x"]
     assert messages == [
-        "step 'draft' was called in run 'r' of a pipeline, outside of its nodes; call it in a node, or with "
-        "a separate context"
+        "step 'draft' was called in run 'r' of a pipeline, outside of its nodes; call it in a node, await it "
+        "there, or use a separate context"
     ]
+
+
+async def test_a_step_that_a_task_calls_after_its_node_is_refused() -> None:
+    """G7: a task that outlives its node calls no step of the run, which would be in no trace event."""
+    world, tasks = World(), []
+
+    async def call_later() -> None:
+        await asyncio.sleep(0)
+        await world.ask("late", "x")
+
+    async def leave(state: Note) -> Note:
+        tasks.append(asyncio.create_task(call_later()))
+        return state
+
+    nodes = [node("leaves", leave), node("next", world.step("next"))]
+    result = await runner_on(None, resume=False).run(nodes, Note())
+    with pytest.raises(RuntimeError, match="outside of its nodes"):
+        await tasks[0]
+    assert (result.status, world.calls) == (RunStatus.COMPLETED, ["next "])
 
 
 async def test_racing_steps_of_plain_code_keep_their_keys(store: Any) -> None:

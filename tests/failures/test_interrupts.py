@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, field_validator
 from tests.kit import Note, context_of, failing_with, noting, returning
 
-from stroma import NodeHooks, RunStatus, SQLiteStore, StromaRunner, execute_step, map_over, parallel
+from stroma import Flow, NodeHooks, RunStatus, SQLiteStore, StromaRunner, execute_step, map_over, parallel
 from stroma.adapters import Guard
 
 
@@ -78,8 +78,9 @@ def test_what_is_no_exception_ends_the_run(name: str, sync: bool, place: str, tm
     assert (result.status, calls) == (RunStatus.RESUMED, ["first", "stops", "stops"])
 
 
-@pytest.mark.parametrize("name", ["own", "group"])
-def test_what_is_no_exception_is_recorded_as_an_interruption(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["node", "step", "body"])
+@pytest.mark.parametrize("name", [*RAISED])
+def test_what_is_no_exception_is_recorded_as_an_interruption(name: str, place: str, tmp_path: Path) -> None:
     """The store says INTERRUPTED of a run that a BaseException ended, so that ``recover()`` finds it."""
     store = SQLiteStore(tmp_path / "runs.db")
     runner = StromaRunner.quick(store=store)
@@ -88,8 +89,14 @@ def test_what_is_no_exception_is_recorded_as_an_interruption(name: str, tmp_path
     async def stops(state: Note) -> Any:
         raise RAISED[name]()
 
-    with pytest.raises(BaseException, match=r"now|several"):
-        asyncio.run(runner.run([stops], Note(), run_id="r"))
+    @runner.flow("calls", input=Note, output=Note)
+    async def calls(flow: Flow, state: Note) -> Note:
+        if place == "body":
+            raise RAISED[name]()
+        return await flow.step(stops, state)
+
+    with pytest.raises(BaseException, match=r"now|several|3"):
+        asyncio.run(runner.run([stops] if place == "node" else calls, Note(), run_id="r"))
     run = store.get_run("r")
     assert run.status == "INTERRUPTED"
 

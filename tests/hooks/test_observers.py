@@ -302,9 +302,10 @@ async def test_a_later_version_of_the_trace_context() -> None:
         PARENT.upper(),
         "00-" + "0" * 32 + PARENT[35:],
         PARENT + "-x",
+        5,
     ],
 )
-async def test_what_is_no_trace_context_is_ignored(wrong: str, caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_is_no_trace_context_is_ignored(wrong: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A traceparent comes from whoever called us: a broken one is named in the log, and the run goes on."""
     runner = StromaRunner.quick()
 

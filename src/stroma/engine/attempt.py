@@ -47,7 +47,14 @@ from stroma.engine.outcome import GroupStopped, Halt
 from stroma.engine.placed_calls import call_at_place, note_call, open_call
 from stroma.engine.questions import asks_itself, find_question, question_of, suspend_again
 from stroma.engine.redaction import HookState
-from stroma.engine.tasks import CONTINUES, call_in_thread, loop_ticks, passes_through, raise_if
+from stroma.engine.tasks import (
+    CONTINUES,
+    call_in_thread,
+    is_closed,
+    loop_ticks,
+    passes_through,
+    raise_if,
+)
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PlaceError, Suspend
 from stroma.failures.failure import Failure, ends_run, isinstance_by_type, message_of
@@ -600,7 +607,7 @@ class NodeAttempt:
 
     async def _end_interrupted(self, interrupt: BaseException) -> None:
         """Record the end of an interrupted attempt, also if its coroutine is being closed."""
-        if isinstance(interrupt, GeneratorExit):
+        if is_closed(interrupt):
             self._close_out()
             return
         try:

@@ -546,7 +546,7 @@ class ReliabilityContext:
         if self.handover.is_active:
             raise RuntimeError(
                 f"step {identity.partition('#')[0]!r} was called in run {self.run_id!r} of a pipeline, "
-                "outside of its nodes; call it in a node, or with a separate context"
+                "outside of its nodes; call it in a node, await it there, or use a separate context"
             )
         return self.plain_steps.position_of(identity, self.session)
 

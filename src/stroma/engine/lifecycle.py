@@ -106,6 +106,13 @@ async def _attach(ctx: ReliabilityContext, request: RunRequest) -> Session:
             # A run that is to begin anew has no use for the outcome.
             if not busy.same_input or journal.is_over or request.discard_from is not None:
                 raise
+            around = CURRENT.get()
+            manager = None if around is None else around.ctx.checkpoint_manager
+            if around is not None and around.run_id == ctx.run_id and manager is ctx.checkpoint_manager:
+                raise RunBusy(
+                    f"run {ctx.run_id!r} cannot wait for its own end in its node {around.node_id!r}; use "
+                    "another run id"
+                ) from None
         request = request._replace(if_exists="attach")
         journal.is_waiting = True
         await asyncio.sleep(delay)

@@ -182,6 +182,16 @@ def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> 
     return True
 
 
+def is_closed(error: BaseException) -> bool:
+    """Return True if the coroutine that has caught an exception is being closed: it can await nothing.
+
+    Then Python has closed what it awaits, and raised a new GeneratorExit in its own frame. One that a node
+    raises has passed the frame of the node.
+    """
+    trace = error.__traceback__
+    return issubclass(type(error), GeneratorExit) and (trace is None or trace.tb_next is None)
+
+
 class Shield:
     """Awaits work to its end although the task is cancelled; the caller raises the cancellation afterwards.
 

@@ -30,7 +30,7 @@ from stroma.engine.lifecycle import (
 from stroma.engine.loop import execute_in_turn, note_end
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, halt_of_ended_run, limit_that_stopped
 from stroma.engine.restore import check_place, check_unfinished_call, output_schema, redeliver, restore
-from stroma.engine.tasks import raise_if
+from stroma.engine.tasks import is_closed, raise_if
 from stroma.failures.classes import describe_class
 from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED, SharedBudgetExceeded
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
@@ -141,7 +141,7 @@ class RunExecution:
             self._status = self._cancelled_as or self._when_cancelled
             if self._cancelled_as is not None and self.task is not None:
                 is_suppressed = self.task.uncancel() <= self._cancelling
-        elif issubclass(kind, GeneratorExit):  # The coroutine is being closed: nothing can be awaited.
+        elif error is not None and is_closed(error):  # Nothing can be awaited.
             ctx.journal.abandon()
             if self._has_started:
                 call_end_hooks_now(ctx, ctx.build_result(self._status, self.state))
@@ -381,7 +381,7 @@ _TRACEPARENT: Final = re.compile(
 
 def set_traceparent(ctx: ReliabilityContext, traceparent: str) -> None:
     """Set the trace context of a run; an invalid one, perhaps from the network, is logged and ignored."""
-    if _TRACEPARENT.fullmatch(traceparent):
+    if isinstance(traceparent, str) and _TRACEPARENT.fullmatch(traceparent):
         ctx.journal.traceparent = traceparent
     else:
-        ctx.run_logger.warning("traceparent %r is not a W3C trace context and is ignored", traceparent[:200])
+        ctx.run_logger.warning("traceparent %s is not a W3C trace context and is ignored", shown(traceparent))

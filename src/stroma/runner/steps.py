@@ -67,13 +67,14 @@ async def execute_step(
     - Steps of an agent framework follow the rules of its adapter.
 
     Raises ValueError for a node whose id was later assigned to another function with another contract,
-    PipelineChanged for another input, RuntimeError in a pipeline outside of its nodes.
+    PipelineChanged for another input, RuntimeError in a pipeline outside of its nodes, as in a task that its
+    node does not await.
     """
     check_state(f"the input of step {step_id!r}", input_state)
     node = _node_of(step_id, func, ctx, contract)
     parent = CURRENT.get()
-    if parent is not None and parent.ctx is not ctx:
-        parent = None
+    if parent is not None and (parent.ctx is not ctx or parent.ended is not None):
+        parent = None  # It is of another run, or this is a task that its node has not awaited.
     if parent is not None:
         calls = parent.calls
     else:

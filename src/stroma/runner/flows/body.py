@@ -27,6 +27,7 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, ends_run
 from stroma.runner.flows.call import FlowScope
 from stroma.runner.flows.driver import FlowDriver
+from stroma.runner.flows.endings import leaves_of
 from stroma.runner.flows.journal import FlowJournal
 from stroma.runner.flows.path import INNERMOST, FlowPath
 from stroma.trace.events import AttemptRow
@@ -159,7 +160,7 @@ async def _drive(path: FlowPath, node: FlowNode, state: BaseModel) -> Any:
     error = cancelled if body.cancelled() else body.exception()
     if error is None:
         return body.result()
-    if not isinstance(error, (Exception, asyncio.CancelledError, BaseExceptionGroup)):
+    if not all(isinstance(one, (Exception, asyncio.CancelledError)) for one in leaves_of(error)):
         raise error
     first = driver.endings.first_to_retry(error)
     if first is not None:

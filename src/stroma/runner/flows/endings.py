@@ -98,7 +98,7 @@ class Endings:
 
     def halt_of(self, error: BaseException, node_id: str) -> Halt:
         """Return the end of a flow whose body raised."""
-        failed = [one for one in _leaves_of(error) if isinstance(one, StepFailed)]
+        failed = [one for one in leaves_of(error) if isinstance(one, StepFailed)]
         if failed:
             return Halt(min(failed, key=lambda one: one.event).failure)
         while isinstance(error, BaseExceptionGroup):
@@ -133,9 +133,10 @@ def end_of(error: BaseException, node: Node | Group) -> Halt | BaseException:
     return error
 
 
-def _leaves_of(error: BaseException) -> list[BaseException]:
+def leaves_of(error: BaseException) -> list[BaseException]:
+    """Return the exceptions in a group and in the groups inside it, or the exception itself."""
     if isinstance(error, BaseExceptionGroup):
-        return [leaf for one in error.exceptions for leaf in _leaves_of(one)]
+        return [leaf for one in error.exceptions for leaf in leaves_of(one)]
     return [error]
 
 
