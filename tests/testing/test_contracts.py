@@ -20,7 +20,6 @@ from pydantic import (
     Field,
     FutureDate,
     HttpUrl,
-    Json,
     NaiveDatetime,
     PastDatetime,
     RootModel,
@@ -79,7 +78,6 @@ class Texts(BaseModel):
     data: Annotated[bytes, Field(max_length=4)]
     url: HttpUrl
     secret: SecretStr
-    number: Json[int]
     ident: uuid.UUID
     address: ipaddress.IPv4Address
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import decimal
-import enum
-import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from collections.abc import Set as AbstractSet
-from typing import Annotated, Any, Final, NotRequired, Required, Union
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Final, Union
 
 import pydantic
 from annotated_types import GroupedMetadata
 from hypothesis import strategies as st
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from typing_extensions import is_typeddict
 
 from stroma.contracts.core_schema import core_schema_of
 
@@ -35,10 +30,10 @@ _json = st.recursive(
 )
 _now: Final = dt.datetime.now()
 _day: Final = dt.timedelta(days=1)
-#: pydantic's own types, of which hypothesis knows nothing.
-_PYDANTIC: Final[dict[Any, Strategy]] = {
+_url = st.sampled_from(["https://example.com/", "http://localhost/a/b", "https://192.0.2.1/?q=1"])
+#: Types of which hypothesis knows nothing, or makes values that pydantic refuses.
+_KNOWN: Final[dict[Any, Strategy]] = {
     Any: _json,
-    pydantic.Json: _json.map(json.dumps),
     pydantic.SecretStr: st.text(),
     pydantic.SecretBytes: st.binary(),
     pydantic.AwareDatetime: st.datetimes(timezones=st.just(dt.UTC)),
@@ -47,11 +42,9 @@ _PYDANTIC: Final[dict[Any, Strategy]] = {
     pydantic.FutureDatetime: st.datetimes(min_value=_now + _day),
     pydantic.PastDate: st.dates(max_value=_now.date() - _day),
     pydantic.FutureDate: st.dates(min_value=_now.date() + _day),
-    pydantic.AnyUrl: st.sampled_from(
-        ["https://example.com/", "http://localhost/a/b", "https://192.0.2.1/?q=1"]
-    ),
+    pydantic.AnyUrl: _url,
+    pydantic.HttpUrl: _url,
     dt.datetime: st.datetimes(timezones=st.none() | st.just(dt.UTC)),
-    complex: st.complex_numbers(allow_nan=False, allow_infinity=False),
 }
 
 
@@ -70,43 +63,38 @@ def instances(model: type[BaseModel], fields: Mapping[str, Strategy]) -> st.Sear
 
 
 class _StrategyBuilder:
-    """Builder of strategies for the fields of one model and of the classes inside it."""
+    """Builder of strategies for the fields of one model and of the models inside it."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Strategy] = {}
-        #: Classes under construction, and how often one contained itself.
+        #: Models under construction, and how often one contained itself.
         self._open: set[Any] = set()
         self._loops = 0
 
     def of(self, annotation: Any, path: str, metadata: Iterable[Any] = ()) -> Strategy:
         """Return a strategy for the values of an annotation with more metadata."""
         limits = list(metadata)
-        while (origin := typing.get_origin(annotation)) in (Annotated, NotRequired, Required):
-            limits = [*annotation.__metadata__, *limits] if origin is Annotated else limits
+        while (origin := typing.get_origin(annotation)) is Annotated:
+            limits = [*annotation.__metadata__, *limits]
             annotation = typing.get_args(annotation)[0]
-        if any(type(item) is pydantic.Json for item in limits):
-            return self.of(annotation, path).map(lambda value: json.dumps(value, default=str))
         if hasattr(annotation, "__value__"):  # The alias of a type.
             return self.of(annotation.__value__, path, limits)
         if origin is Union or origin is types.UnionType:
             return self._any_of(typing.get_args(annotation), path, limits)
-        kind: Any = origin or annotation
-        if isinstance(kind, type) and issubclass(kind, tuple):
-            return self._tuple(annotation, path, limits)
-        if isinstance(kind, type) and not issubclass(kind, (str, bytes, bytearray, memoryview)):
-            if issubclass(kind, BaseModel):
-                return self._once(kind, lambda: self.model(kind, path, {}))
-            if dataclasses.is_dataclass(kind):
-                return self._once(kind, lambda: self._hints(kind, path, TypeAdapter(kind).validate_python))
-            if is_typeddict(kind):
-                return self._once(kind, lambda: self._hints(kind, path, dict))
-            if issubclass(kind, Mapping):
-                return self._dict(annotation, path, limits)
-            if issubclass(kind, Iterable) and not issubclass(kind, enum.Enum):
-                collection = self._items(kind, annotation, path, limits)
-                if collection is not None:
-                    return collection
-        return self._leaf(annotation, path, limits)
+        kind, args = origin or annotation, typing.get_args(annotation)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return self._once(kind, path)
+        if kind in (list, set, frozenset):
+            return self._items(kind, args, path, limits)
+        if kind is tuple and args:
+            if args[-1] is Ellipsis:
+                return self._items(list, args[:1], path, limits).map(tuple)
+            return st.tuples(*(self.of(arg, f"{path}[{i}]") for i, arg in enumerate(args)))
+        if kind is dict and args:
+            least, most = _sizes(limits, _MORE)
+            keys, values = (self.of(arg, f"{path}[]") for arg in args)
+            return st.dictionaries(keys, values, min_size=least, max_size=most)
+        return _leaf(annotation, path, limits)
 
     def model(self, model: type[BaseModel], path: str, overrides: Mapping[str, Strategy]) -> Strategy:
         """Return a strategy for instances of a model; ``overrides``: strategies for single fields."""
@@ -124,33 +112,27 @@ class _StrategyBuilder:
                 continue
             (required if info.is_required() or name in overrides else optional)[name] = strategy
         run = model.__pydantic_validator__.validate_python
+        is_root = model.__pydantic_root_model__
+
+        def validated(values: dict[str, Any]) -> Any:
+            try:
+                return run(values["root"]) if is_root else run(values, by_alias=False, by_name=True)
+            except ValidationError:
+                return _INVALID
+
         record = st.fixed_dictionaries(required, optional=optional)
-        if model.__pydantic_root_model__:
-            return _valid(record.map(lambda values: values["root"]) if required else record, run)
-        return _valid(record, lambda values: run(values, by_alias=False, by_name=True))
+        return record.map(validated).filter(lambda value: value is not _INVALID)
 
-    def _once(self, kind: Any, build: Callable[[], Strategy]) -> Strategy:
-        """Return the strategy for a class, which may contain itself."""
-        if kind in self._open:
+    def _once(self, model: type[BaseModel], path: str) -> Strategy:
+        """Return the strategy for a model, which may contain itself."""
+        if model in self._open:
             self._loops += 1
-        elif kind not in self._known:
-            self._known[kind] = st.deferred(lambda: built)
-            self._open.add(kind)
-            built = build()
-            self._open.remove(kind)
-        return self._known[kind]
-
-    def _hints(self, kind: Any, path: str, validate: Callable[[Any], Any]) -> Strategy:
-        hints = typing.get_type_hints(kind, include_extras=True)
-        if dataclasses.is_dataclass(kind):
-            wanted = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
-            needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory}
-        else:
-            wanted, needed = hints, kind.__required_keys__
-        parts = {name: self.of(hint, f"{path}.{name}") for name, hint in wanted.items()}
-        optional = {name: part for name, part in parts.items() if name not in needed}
-        required = {name: part for name, part in parts.items() if name in needed}
-        return _valid(st.fixed_dictionaries(required, optional=optional), validate)
+        elif model not in self._known:
+            self._known[model] = st.deferred(lambda: built)
+            self._open.add(model)
+            built = self.model(model, path, {})
+            self._open.remove(model)
+        return self._known[model]
 
     def _any_of(self, choices: Iterable[Any], path: str, limits: list[Any]) -> Strategy:
         alternatives: list[Strategy] = []
@@ -164,82 +146,45 @@ class _StrategyBuilder:
             raise wrong
         return st.one_of(alternatives)
 
-    # ------------------------------------------------------------------ collections
-
-    def _items(self, kind: type, annotation: Any, path: str, limits: list[Any]) -> Strategy | None:
-        """Return a strategy for a collection that pydantic makes of a list; None for other classes."""
-        args = typing.get_args(annotation)
-        if not args and kind not in (list, set, frozenset):
-            return None
+    def _items(self, kind: Any, args: tuple[Any, ...], path: str, limits: list[Any]) -> Strategy:
         loops = self._loops
-        is_set = issubclass(kind, AbstractSet)
-        inner = self.of(args[0], f"{path}[]") if args else st.integers() if is_set else _json
+        inner = self.of(args[0], f"{path}[]") if args else _json if kind is list else st.integers()
         least, most = _sizes(limits, _MORE if self._loops == loops else 1)  # keeps trees small
-        strategy = st.lists(inner, min_size=least, max_size=most, unique_by=_key if is_set else None)
-        return strategy.map(frozenset if kind is frozenset else set) if is_set else strategy
-
-    def _tuple(self, annotation: Any, path: str, limits: list[Any]) -> Strategy:
-        args = typing.get_args(annotation)
-        if args and args[-1] is not Ellipsis:
-            return st.tuples(*(self.of(arg, f"{path}[{i}]") for i, arg in enumerate(args)))
-        least, most = _sizes(limits, _MORE)
-        inner = self.of(args[0], f"{path}[]") if args else _json
-        return st.lists(inner, min_size=least, max_size=most).map(tuple)
-
-    def _dict(self, annotation: Any, path: str, limits: list[Any]) -> Strategy:
-        args = typing.get_args(annotation)
-        keys, values = (self.of(arg, f"{path}[]") for arg in args) if args else (st.text(max_size=10), _json)
-        least, most = _sizes(limits, _MORE)
-        return st.dictionaries(keys, values, min_size=least, max_size=most)
-
-    # ------------------------------------------------------------------ plain values
-
-    def _leaf(self, annotation: Any, path: str, limits: list[Any]) -> Strategy:
-        known = _PYDANTIC.get(annotation)
-        constraints = list(_flattened(limits))
-        low = max(_all(constraints, "ge") + _all(constraints, "gt"), default=None)
-        high = min(_all(constraints, "le") + _all(constraints, "lt"), default=None)
-        pattern, step = _last(constraints, "pattern"), _last(constraints, "multiple_of")
-        if step is not None:
-            least = None if low is None else math.ceil(low / step)
-            most = None if high is None else math.floor(high / step)
-            known = st.integers(least, most).map(lambda number: number * step)
-        elif annotation is str and pattern is not None:
-            known = st.from_regex(pattern, alphabet=st.characters(exclude_categories=["Cs"]))
-        elif annotation is float:
-            known = st.floats(low, high, allow_nan=False, allow_infinity=False)
-        elif annotation is decimal.Decimal:
-            places, digits = _last(constraints, "decimal_places") or 2, _last(constraints, "max_digits") or 20
-            largest = decimal.Decimal(10) ** (digits - places) - 1
-            low, high = (-largest if low is None else low), (largest if high is None else high)
-            known = st.decimals(low, high, allow_nan=False, allow_infinity=False, places=places)
-        elif isinstance(annotation, type) and issubclass(annotation, pydantic.AnyUrl):
-            known = _PYDANTIC[pydantic.AnyUrl]
-        if known is not None:
-            return known
-        constraints = [item for item in constraints if type(item).__module__ == "annotated_types"]
-        constrained: Any = Annotated[annotation, *constraints] if constraints else annotation
-        strategy: Strategy = st.from_type(constrained)
-        try:
-            strategy.validate()
-        except Exception as error:
-            raise _UnknownTypeError(
-                f"cannot generate values for {path} ({annotation!r}); pass a strategy for the field with "
-                "fields=, or for the whole input with inputs="
-            ) from error
-        return strategy
+        unique = None if kind is list else repr
+        return st.lists(inner, min_size=least, max_size=most, unique_by=unique).map(kind)
 
 
-def _valid(raw: Strategy, validate: Callable[[Any], Any]) -> Strategy:
-    """Return a strategy for validated values; what validation rejects is filtered out."""
-
-    def validated(value: Any) -> Any:
-        try:
-            return validate(value)
-        except ValidationError:
-            return _INVALID
-
-    return raw.map(validated).filter(lambda value: value is not _INVALID)
+def _leaf(annotation: Any, path: str, limits: list[Any]) -> Strategy:
+    constraints = list(_flattened(limits))
+    known = _KNOWN.get(annotation)
+    if known is not None:
+        return known
+    low, high = (max, "ge", "gt"), (min, "le", "lt")
+    least, most = (choose(_all(constraints, a, b), default=None) for choose, a, b in (low, high))
+    pattern, step = _last(constraints, "pattern"), _last(constraints, "multiple_of")
+    if step is not None:
+        first, last = least and math.ceil(least / step), most and math.floor(most / step)
+        return st.integers(first, last).map(lambda number: number * step)
+    if annotation is str and pattern is not None:
+        return st.from_regex(pattern, alphabet=st.characters(exclude_categories=["Cs"]))
+    if annotation is float:
+        return st.floats(least, most, allow_nan=False, allow_infinity=False)
+    if annotation is decimal.Decimal:
+        places, digits = _last(constraints, "decimal_places") or 2, _last(constraints, "max_digits") or 20
+        largest = decimal.Decimal(10) ** (digits - places) - 1
+        least, most = (-largest if least is None else least), (largest if most is None else most)
+        return st.decimals(least, most, allow_nan=False, allow_infinity=False, places=places)
+    constraints = [item for item in constraints if type(item).__module__ == "annotated_types"]
+    constrained: Any = Annotated[annotation, *constraints] if constraints else annotation
+    strategy: Strategy = st.from_type(constrained)
+    try:
+        strategy.validate()
+    except Exception as error:
+        raise _UnknownTypeError(
+            f"cannot generate values for {path} ({annotation!r}); pass a strategy for the field with "
+            "fields=, or for the whole input with inputs="
+        ) from error
+    return strategy
 
 
 def _flattened(metadata: Iterable[Any]) -> Iterator[Any]:
@@ -253,8 +198,8 @@ def _flattened(metadata: Iterable[Any]) -> Iterator[Any]:
             yield item
 
 
-def _all(limits: Iterable[Any], name: str) -> list[Any]:
-    values = [getattr(item, name, None) for item in _flattened(limits)]
+def _all(limits: Iterable[Any], *names: str) -> list[Any]:
+    values = [getattr(item, name, None) for item in _flattened(limits) for name in names]
     return [value for value in values if value is not None]
 
 
@@ -266,7 +211,3 @@ def _sizes(limits: Iterable[Any], more: int) -> tuple[int, int]:
     least = _last(limits, "min_length") or 0
     most = _last(limits, "max_length")
     return least, least + more if most is None else most
-
-
-def _key(value: Any) -> Any:
-    return type(value).__name__, value
