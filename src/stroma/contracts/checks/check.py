@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Final, Literal
+from typing import Final
 
 from pydantic import BaseModel
 
@@ -12,16 +12,19 @@ from stroma.contracts.checks.compatibility import Fitter, fit_classes, undecided
 from stroma.contracts.checks.flow import Crossing, FlowState, flow_of, items_of
 from stroma.contracts.checks.records import record_of_class
 from stroma.contracts.checks.types import (
+    FITS,
     LEAVES,
     LISTS,
     CheckFailed,
     Finding,
     Fit,
     Giver,
-    Kind,
     Reason,
     Verdict,
     in_words,
+    maybe,
+    never,
+    under,
 )
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
@@ -81,18 +84,17 @@ def raise_errors(nodes: Sequence[Node | Group], registry: ContractRegistry) -> N
 
 def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
     state, node = crossing.state, crossing.node
+    wanted = None if crossing.contract is None else crossing.contract.input_schema
     if isinstance(node, Group):
-        if node.is_map and not node.has_external_items:
-            yield from _of_items(crossing, node)
+        fit = _fit_items(state, node) if node.is_map and not node.has_external_items else FITS
+    elif wanted is None or (state.model is None and state.item is None):
         return
-    if crossing.contract is None or (state.model is None and state.item is None):
-        return
-    wanted = crossing.contract.input_schema
-    try:
-        fit = _fit(state, wanted, known)
-    except Exception as error:  # Classes of the user's take part, in comparisons and the like.
-        item = "" if state.model is None else state.model.__name__
-        fit = undecided(f"comparing them raised {type(error).__name__}", item, wanted.__name__)
+    else:
+        try:
+            fit = _fit(state, wanted, known)
+        except Exception as error:  # Classes of the user's take part, in comparisons and the like.
+            item = "" if state.model is None else state.model.__name__
+            fit = undecided(f"comparing them raised {type(error).__name__}", item, wanted.__name__)
     reasons = [reason for reason in fit if not (state.loose and _is_guess(reason))]
     for reason in reasons:
         if reason.kind != "undecidable":
@@ -112,6 +114,32 @@ def _fit(state: FlowState, wanted: type[BaseModel], known: Known) -> Fit:
     return known[pair]
 
 
+def _fit_items(state: FlowState, node: Group) -> Fit:
+    """Return the fit of the field that ``map_over`` takes its items from: a list or a tuple."""
+    name = node.items_field
+    if state.model is None:
+        if state.item is None or state.item.unwrapped().kind not in LEAVES | LISTS:
+            return FITS
+        return under(never("items", "an item without fields has no list", state.item, "list"), name)
+    record = record_of_class(state.model)
+    side = record.fields.get(name, record.others)
+    kind = side.unwrapped()
+    fit = FITS
+    if name not in record.fields:
+        if not record.is_open:
+            return under(never("missing", f"{record.name} has no such field", "", "list"), name)
+        what = f"{record.name} may have it among its further fields, or may not"
+        fit = maybe("missing", what, "", "list")
+    if side.without_default().kind == "nullable":
+        fit += maybe("optional", "it may be None", side, "list")
+    if kind.kind == "any":
+        fit += maybe("unknown", "nothing is known of what it holds", side, "list") if not fit else FITS
+    elif items_of(kind) is None:
+        is_one = kind.kind in LEAVES | LISTS or kind.kind == "dict" or kind.is_record
+        fit += (never if is_one else maybe)("type", "only a list or a tuple will do", side, "list")
+    return under(fit, name)
+
+
 def _is_guess(reason: Reason) -> bool:
     """Return True if a finding holds only because a node without a contract may return anything."""
     return reason.verdict is Verdict.MAYBE and reason.kind in ("unknown", "missing", "extra")
@@ -126,21 +154,22 @@ def _shown(path: tuple[str, ...], state: FlowState) -> str:
     return "".join(part if part.startswith("[") else f".{part}" for part in parts).removeprefix(".")
 
 
-def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> Finding:
+def _of_reason(crossing: Crossing, wanted: type[BaseModel] | None, reason: Reason) -> Finding:
     state, to = crossing.state, crossing.to
+    default = "" if wanted is None else f", or give it a default in {wanted.__name__}"
     # A field that no node returns is missing in the latest output.
     is_absent = reason.kind == "missing" and not reason.source and len(reason.path) == 1
     by = state.giver if is_absent else _giver_of(state, reason.path)
     source, target, path = repr(by.node_id), repr(to.node_id), _shown(reason.path, state)
     if reason.kind == "missing":
         message = f"{target} needs {path} ({reason.target}), and {reason.what}"
-        fix = f"add it to the output of {source}, or give it a default in {wanted.__name__}"
+        fix = f"add it to the output of {source}{default}"
         if is_absent:
-            message, fix = _of_absent(state, wanted, reason.path[-1], message, fix)
+            message, fix = _of_absent(state, default, reason.path[-1], message, fix)
     elif reason.kind == "extra":
         message = f"{source} gives {path or 'its output'} ({reason.source}): {reason.what}"
         fix = (
-            f"remove it from the output of {source}, add it to {wanted.__name__}, "
+            f"remove it from the output of {source}, add it to {reason.target or to.node_id}, "
             "or let that ignore extra fields"
         )
     else:
@@ -159,9 +188,7 @@ def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> F
     )
 
 
-def _of_absent(
-    state: FlowState, wanted: type[BaseModel], name: str, message: str, fix: str
-) -> tuple[str, str]:
+def _of_absent(state: FlowState, default: str, name: str, message: str, fix: str) -> tuple[str, str]:
     """Return message and fix for a missing field: who dropped it, or which one is almost called so."""
     giver = repr(state.giver.node_id)
     for earlier, model in state.earlier:
@@ -169,7 +196,7 @@ def _of_absent(
             holder = state.model.__name__ if state.model is not None else "its output"
             return (
                 f"{message}; {earlier.node_id!r} gave it, and {giver} does not hand it on",
-                f"add {name!r} to {holder}, the output of {giver}, or give it a default in {wanted.__name__}",
+                f"add {name!r} to {holder}, the output of {giver}{default}",
             )
     if state.model is not None and not state.apart:
         near = difflib.get_close_matches(name, record_of_class(state.model).fields, 1, 0.7)
@@ -198,65 +225,6 @@ def _of_undecided(crossing: Crossing, reasons: list[Reason]) -> Finding:
         f"of {by.node_id!r}: {'; '.join(whys)}",
         fix="add a test that passes real outputs on",
     )
-
-
-# ---------------------------------------------------------------------- groups
-
-
-def _of_items(crossing: Crossing, node: Group) -> Iterator[Finding]:
-    """Yield the findings about a field of ``map_over`` that is not a list."""
-    state, to, name = crossing.state, crossing.to, node.items_field
-    by = state.origins.get(name, state.giver)
-    source, target = repr(by.node_id), repr(to.node_id)
-
-    def finding(
-        kind: Kind,
-        type_name: str,
-        what: str,
-        fix: str,
-        severity: Literal["error", "warning"] = "warning",
-        **at: Any,
-    ) -> Finding:
-        message = f"{target} goes over {name}, and {what}"
-        fields: dict[str, Any] = {"path": name, "types": (type_name, "list"), "message": message} | at
-        return Finding.between(by, to, severity=severity, kind=kind, fix=fix, **fields)
-
-    if state.model is None:
-        if state.item is not None and state.item.unwrapped().kind in LEAVES | LISTS:
-            item, by = str(state.item), state.giver
-            message = f"{target} goes over {name} of each item of {state.list_at}, and those are {item}"
-            fix = f"let the items be models with a list {name!r}"
-            yield finding("items", item, "", fix, "error", path=f"{state.list_at}[].{name}", message=message)
-        return
-    record = record_of_class(state.model)
-    side = record.fields.get(name)
-    if side is None and not record.is_open:
-        fix = f"add a list {name!r} to the output of {source}, or name another field"
-        yield finding("missing", "", f"{state.model.__name__} has no such field", fix, "error")
-        return
-    if side is None:
-        if not state.loose:
-            what = f"{state.model.__name__} may have it among its further fields, or may not"
-            yield finding("missing", "", what, f"declare a list {name!r} in the output of {source}")
-        side = record.others
-        if side.kind == "any":
-            return
-    type_name, kind = str(side), side.unwrapped()
-    fix = f"declare it as a list in the output of {source}"
-    if side.without_default().kind == "nullable":
-        yield finding("optional", type_name, "it may be None", f"promise a list in the output of {source}")
-    if kind.kind == "any" and not state.loose:
-        yield finding("unknown", type_name, "nothing is known of what it holds", fix)
-    elif kind.kind != "any" and items_of(kind) is None:
-        what = f"{source} gives it as {type_name}: only a list or a tuple will do"
-        is_several = (
-            kind.kind in ("union", "tagged-union", "chain", "lax-or-strict") or "function" in kind.kind
-        )
-        yield (
-            finding("union", type_name, what, fix)
-            if is_several
-            else finding("type", type_name, what, fix, "error")
-        )
 
 
 # ---------------------------------------------------------------------- effects

@@ -7,9 +7,7 @@ where functions decide, the reason names them.
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final, cast
 
@@ -27,7 +25,7 @@ from stroma.contracts.checks.records import (
     record_of,
     wanted_of,
 )
-from stroma.contracts.checks.sources import alternatives_of, has_tag, is_alike, is_harmless
+from stroma.contracts.checks.sources import alternatives_of, is_alike, takes_value
 from stroma.contracts.checks.types import (
     FITS,
     LEAVES,
@@ -38,19 +36,20 @@ from stroma.contracts.checks.types import (
     Verdict,
     at_most_maybe,
     in_words,
+    limits_of,
     maybe,
     never,
     under,
     verdict_of,
 )
-from stroma.contracts.core_schema import calls_user_code, decodes_text, nodes_of, reachable
+from stroma.contracts.core_schema import calls_user_code, nodes_of
 from stroma.contracts.schema import schema_of
 
 #: After so many repeated reasons, each further place of a known pair of types has only one of them.
 _MAX_REPEATED: Final = 100
 _RECORDS: Final = frozenset({"model", "dataclass", "typed-dict"})
-_CONTAINERS: Final = LISTS | {"dict"}
-_TEXTS: Final = (str, bytes, bytearray, enum.Enum)
+#: Kinds of which it is known what they accept. Of all others, a value is only known to fit the same type.
+_KNOWN: Final = LEAVES | LISTS | _RECORDS | {"dict"}
 
 
 def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool = False) -> Fit:
@@ -79,14 +78,8 @@ class Fitter:
         self.target_schema = schema_of(target)
         self.target = Side.of(target)
         self.apart = apart
-        #: Classes that cross as instances, in the field that is compared; ``_as_is``: all do.
+        #: Classes that cross as instances, in the field that is compared.
         self._accepted: frozenset[type] = frozenset()
-        self._as_is = False
-        wanted = self.target_schema.traits.decoded_fields
-        #: Text that the source has decoded is not decoded again.
-        self._decoded = (
-            bool(wanted) and source is not None and wanted <= schema_of(source).traits.decoded_fields
-        )
         self._open: set[tuple[int, int]] = set()
         #: Fits of types that hold others, with the types, so that no others can have their ids.
         self._known: dict[Any, tuple[Fit, Side, Side]] = {}
@@ -167,7 +160,7 @@ class Fitter:
             return FITS
         if source.kind in LEAVES or target.kind in LEAVES:
             return self._match(source, target)
-        full = (*key, id(source.config), id(target.config), self._accepted, self._as_is)
+        full = (*key, id(source.config), id(target.config), self._accepted)
         if full in self._known:
             fit = self._known[full][0]
             self._repeated += len(fit)
@@ -213,20 +206,14 @@ class Fitter:
                 if self._stays_instance(source)
                 else self._record_to(record_of(source), target)
             )
-        if wanted == "is-instance":
-            return self._to_class(source, target)
         if kind in LISTS and wanted in LISTS:
             return self._items(source, target)
         if kind == wanted == "dict":
             return self._dict(source, target)
         if kind == "dict" and target.is_record:
             return self._record_to(record_of(source), target)
-        known = LEAVES | _CONTAINERS | _RECORDS
-        if kind in known and wanted in known:
+        if kind in _KNOWN and wanted in _KNOWN:
             return never("type", "no value of the one is a value of the other", source, target)
-        cls = source.node["cls"] if kind == "is-instance" and wanted == "str" else None
-        if isinstance(cls, type) and not issubclass(str, cls) and not issubclass(cls, _TEXTS):
-            return never("type", f"a {source} is not text", source, target)
         return undecided(_UNKNOWN_BEFORE, source, target)
 
     # ------------------------------------------------------------------ sources of several types
@@ -255,7 +242,7 @@ class Fitter:
     def _try_choices(self, source: Side, values: list[Any], target: Side) -> Fit:
         """Return the fit of a source of a few values, each of which is tried."""
         nodes = list(nodes_of(target.node))
-        if any((calls_user_code(n) and not is_harmless(n)) or is_odd_enum(n) for n in nodes):
+        if any((calls_user_code(n) and not takes_value(n)) or is_odd_enum(n) for n in nodes):
             return undecided("a validator decides", source, target)
         schema: Any = target.node
         if any(node["type"] == "definition-ref" for node in nodes):
@@ -297,17 +284,6 @@ class Fitter:
             return self._any_of(source, target)
         if kind == "tagged-union":
             return self._tagged(source, target)
-        if kind == "lax-or-strict":
-            return self.match(source, target.part("strict_schema" if target.is_strict else "lax_schema"))
-        if kind == "chain":
-            steps = [self.match(source, target.to(step)) for step in node["steps"]]
-            if verdict_of(steps[0]) is Verdict.NEVER:
-                return steps[0]
-            if all(step["type"] == "is-instance" for step in node["steps"][:-1]):
-                return _all_of(steps)
-            return undecided("it is validated in several steps", source, target)
-        if kind == "json":
-            return self._json(source, target)
         if kind.startswith("function-"):
             return self._past_function(target, source, lambda inner: self.match(source, inner))
         if kind in ("model", "dataclass") and not self._is_instance(source, node["cls"]):
@@ -317,43 +293,21 @@ class Fitter:
             return self.match(source, target.root()) if node.get("root_model") else None
         return None
 
-    def _json(self, source: Side, target: Side) -> Fit:
-        """Return the fit for a target that decodes JSON text."""
-        if self._decoded:
-            return self.match(source, target.part("schema"))
-        values = choices_of(source.node)
-        if values is not None:
-            return self._try_choices(source, values, target)
-        if source.kind in ("any", "str", "bytes"):
-            return maybe("conversion", "only text that is JSON is accepted", source, target)
-        if source.kind in LEAVES | _CONTAINERS | _RECORDS:
-            return never("type", "only JSON text is accepted", source, target)
-        return undecided(_UNKNOWN_BEFORE, source, target)
-
     def _past_function(self, target: Side, source: Side | str, go_on: Callable[[Side], Fit]) -> Fit:
         """Return the fit for a target with a validator function, which is not called."""
-        node, is_after = target.node, target.kind == "function-after"
-        name = function_name(node)
-        inner = target.part("schema").resolved()
-        if decodes_text(node):
+        node, inner = target.node, target.part("schema").resolved()
+        what = f"the validator {function_name(node)} decides"
+        if target.kind == "function-after":
             fit = go_on(inner)
-            if self._decoded or verdict_of(fit) is Verdict.NEVER:
+            if takes_value(node) or verdict_of(fit) is Verdict.NEVER:
                 return fit
-            return maybe("conversion", "only text that is encoded so is accepted", source, target)
-        if is_after:
-            fit = go_on(inner)
-            is_sure = isinstance(node["function"].get("function"), type) or is_harmless(node)
-            if is_sure or verdict_of(fit) is Verdict.NEVER:
-                return fit
-            if calls_user_code(node):
-                return (*fit, *undecided(f"the validator {name} decides", source, target))
-            return (*fit, *maybe("conversion", f"not every {source} is a {target}", source, target))
+            return (*fit, *undecided(what, source, target))
         if target.kind == "function-wrap" and not calls_user_code(node):
             if inner.kind in LISTS:  # A Sequence: strict in its items alone.
                 return go_on(inner.to({**inner.node, "strict": False}))
-            if inner.kind in ("url", "multi-host-url"):
+            if inner.kind == "url":
                 return go_on(inner)
-        return undecided(f"the validator {name} decides", source, target)
+        return undecided(what, source, target)
 
     def _any_of(self, source: Side, target: Side) -> Fit:
         fits = [self.match(source, choice) for choice in target.choices()]
@@ -370,8 +324,10 @@ class Fitter:
 
     def _tagged(self, source: Side, target: Side) -> Fit:
         """Return the fit for a union with a discriminator: a known tag fits one of its types only."""
-        fit = self._any_of(source, target)
-        if verdict_of(fit) is Verdict.NEVER or has_tag(source, target.node["discriminator"]):
+        fit, tag = self._any_of(source, target), target.node["discriminator"]
+        record = record_of(source) if source.is_record else Record("", {})
+        has_tag = isinstance(tag, str) and tag in record.fields and tag not in record.optional
+        if has_tag or verdict_of(fit) is Verdict.NEVER:
             return fit
         return undecided("its tag is not known before the run", source, target)
 
@@ -386,79 +342,50 @@ class Fitter:
         if verdict_of(lengths) is Verdict.NEVER or 0 in (own["max_length"], wanted["max_length"]):
             return lengths
         parts, wanted_parts = source.items(), target.items()
-        if target.kind in SETS and wanted_parts[0].resolved().kind in _CONTAINERS | _RECORDS:
-            return undecided("only what can be hashed is accepted", source, target)
-        with self._instances_if(source.kind in SETS):
-            if source.kind == target.kind == "tuple" and len(parts) == len(wanted_parts) > 1:
-                pairs = enumerate(zip(parts, wanted_parts, strict=True))
-                fits = [under(self.match(a, b), f"[{i}]") for i, (a, b) in pairs]
-            else:
-                fits = [under(self.match(a, b), "[]") for a in parts for b in wanted_parts]
+        hashed = (parts if source.kind in SETS else []) + (wanted_parts if target.kind in SETS else [])
+        if any(part.resolved().kind not in LEAVES for part in hashed):
+            return undecided("only what can be hashed is in a set", source, target)
+        if source.kind == target.kind == "tuple" and len(parts) == len(wanted_parts) > 1:
+            pairs = enumerate(zip(parts, wanted_parts, strict=True))
+            fits = [under(self.match(a, b), f"[{i}]") for i, (a, b) in pairs]
+        else:
+            fits = [under(self.match(a, b), "[]") for a in parts for b in wanted_parts]
         return _all_of([lengths, *fits])
 
     def _dict(self, source: Side, target: Side) -> Fit:
         lengths = fit_lengths(source.node, target.node, source, target)
         if 0 in (source.node.get("max_length"), target.node.get("max_length")):
             return lengths
-        with self._instances_if(True):
-            keys = self.match(source.part("keys_schema"), target.part("keys_schema"))
+        own_keys, keys_wanted = source.part("keys_schema"), target.part("keys_schema")
+        keys = self.match(own_keys, keys_wanted)
+        if own_keys.resolved().is_record:
+            keys = undecided(_UNKNOWN_BEFORE, own_keys, keys_wanted)
         values = self.match(source.part("values_schema"), target.part("values_schema"))
         return _all_of([lengths, under(keys, "[key]"), under(values, "[]")])
-
-    @contextmanager
-    def _instances_if(self, condition: bool) -> Iterator[None]:
-        """Match records as instances if ``condition``: a dict of fields cannot be in a set or a key."""
-        before = self._as_is
-        self._as_is = before or condition
-        try:
-            yield
-        finally:
-            self._as_is = before
 
     # ------------------------------------------------------------------ instances
 
     def _stays_instance(self, source: Side) -> bool:
         """Return True if an instance crosses as the instance that it is."""
         cls: Any = source.node.get("cls")
-        return source.kind in ("model", "dataclass") and (
-            self._as_is or not self._accepted.isdisjoint(cls.__mro__)
-        )
+        return source.kind in ("model", "dataclass") and not self._accepted.isdisjoint(cls.__mro__)
 
     def _is_instance(self, source: Side, cls: type) -> bool:
         return self._stays_instance(source) and issubclass(source.node["cls"], cls)
 
     def _instance_to(self, source: Side, target: Side) -> Fit:
         cls = source.node["cls"]
-        if target.kind in ("model", "dataclass", "is-instance") and issubclass(cls, target.node["cls"]):
+        if target.kind in ("model", "dataclass") and issubclass(cls, target.node["cls"]):
             is_renewed = target.own_config.get("revalidate_instances") == "always"
-            if is_renewed and cls is not target.node["cls"] and target.is_record:
-                return self._fields(record_of(source), wanted_of(target))
-            return self._copied(source)
-        is_read = target.kind == "model" and target.own_config.get("from_attributes")
+            if loses_fields(source) or (is_renewed and cls is not target.node["cls"]):
+                return undecided(_UNKNOWN_BEFORE, source, target)
+            return FITS
         # A model can be iterated over: pydantic accepts its pairs of names and values as a list.
-        is_listed = target.kind in LISTS and hasattr(cls, "__iter__") and not target.is_strict
-        known = LEAVES | _CONTAINERS | _RECORDS | {"is-instance"}
-        if is_read or is_listed or target.kind not in known:
+        is_read = target.own_config.get("from_attributes") or target.kind in LISTS
+        if is_read or target.kind not in _KNOWN:
             return undecided(_UNKNOWN_BEFORE, source, target)
         what = f"a {cls.__name__} comes as the instance that it is, and is not a {target}"
         return never("type", what, source, target)
-
-    def _copied(self, source: Side) -> Fit:
-        """Return the fit of an instance that is copied on its way, by its fields if some are excluded."""
-        if self._as_is or not source.is_record or not loses_fields(source):
-            return FITS
-        before, self._accepted = self._accepted, self._accepted | reachable(source.node, source.defs)[1]
-        try:
-            return self._fields(record_of(source), wanted_of(source).by_name())
-        finally:
-            self._accepted = before
-
-    def _to_class(self, source: Side, target: Side) -> Fit:
-        """Return the fit for a target that accepts the instances of a class."""
-        own, wanted = source.node.get("cls"), target.node["cls"]
-        if source.kind == "is-instance" and isinstance(own, type) and wanted in own.__mro__:
-            return FITS
-        return undecided(_UNKNOWN_BEFORE, source, target)
 
     # ------------------------------------------------------------------ records that arrive as dicts
 
@@ -489,21 +416,15 @@ class Fitter:
         return undecided(_UNKNOWN_BEFORE, name, target)
 
     def _record_to_dict(self, record: Record, target: Side) -> Fit:
-        keys, values = target.part("keys_schema"), target.part("values_schema")
-        names = list(record.fields)
-        certain = [name for name in names if name not in record.optional]
-        fits: list[Fit] = []
-        for name, side in record.fields.items():
-            key = self.match(Side({"type": "literal", "expected": [name]}, {}, {}), keys)
-            fit = (*under(key, "[key]"), *under(self.match(side, values), name))
-            fits.append(fit if name in certain else at_most_maybe(fit))
-        most = None if record.is_open else len(names)
-        span = {"min_length": len(certain), "max_length": most}
-        fits.append(fit_lengths(span, target.node, record.name, target))
-        if record.is_open:
-            key = self.match(Side({"type": "str"}, {}, {}), keys)
-            fit = (*under(key, "[key]"), *under(self.match(record.others, values), "[]"))
-            fits.append(at_most_maybe(fit))
+        keys, values = target.part("keys_schema").resolved(), target.part("values_schema")
+        limited = keys.kind not in ("str", "any") or limits_of(keys) or limits_of(target)
+        if limited or record.is_open:
+            return undecided(_UNKNOWN_BEFORE, record.name, target)
+        fits = [
+            under(at_most_maybe(fit) if name in record.optional else fit, name)
+            for name, side in record.fields.items()
+            for fit in [self.match(side, values)]
+        ]
         return _all_of(fits)
 
     def _fields(self, record: Record, wanted: Wanted, *, outermost: bool = False) -> Fit:

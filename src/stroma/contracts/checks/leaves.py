@@ -23,13 +23,12 @@ from stroma.contracts.checks.types import (
 
 _TIMES: Final = frozenset({"date", "datetime", "time", "timedelta"})
 _FROM_TEXT: Final = _TIMES | LEAVES - {"str", "bytes", "none", "literal", "enum"}
-_NUMBERS: Final = frozenset({"int", "float", "decimal", "bool", "complex"})
+_NUMBERS: Final = frozenset({"int", "float", "decimal", "bool"})
 #: By the source's kind: what accepts all of its values besides the kind itself, and what accepts some.
 _ALL: Final = {
     "str": {"bytes"},
-    "int": {"float", "decimal", "complex"},
-    "float": {"complex"},
-    "decimal": {"float", "complex"},
+    "int": {"float", "decimal"},
+    "decimal": {"float"},
     "date": {"datetime"},
 }
 _SOME: Final = {
@@ -39,9 +38,6 @@ _SOME: Final = {
     "float": _TIMES | {"int", "bool", "decimal"},
     "decimal": _TIMES | {"int", "bool"},
     "datetime": {"date"},
-    "complex": _NUMBERS,
-    "url": {"multi-host-url"},
-    "multi-host-url": {"url"},
 }
 #: In strict mode the kind must be the same, but for these.
 _STRICT: Final = {"int": {"float"}, "decimal": {"float"}}
@@ -75,16 +71,15 @@ def fit_leaf(source: Side, target: Side) -> Fit:
     if wanted in ("literal", "enum"):
         return _fit_choices(source, target)
     coerced = target.node.get("coerce_numbers_to_str", target.config.get("coerce_numbers_to_str"))
-    if wanted == "str" and kind in ("int", "float", "decimal") and coerced and not target.is_strict:
-        what = "what the number reads like is not known before the run"
-        return maybe("constraint", what, source, target) if limits_of(target) else FITS
-    if target.is_strict and not (kind == "str" and wanted in ("url", "multi-host-url")):
+    if wanted == "str" and kind in _NUMBERS and coerced:
+        return maybe("conversion", _SOME_VALUES, source, target)
+    if target.is_strict and (kind, wanted) != ("str", "url"):
         if wanted != kind and wanted not in _STRICT.get(kind, ()):
             return never("type", "strict mode converts nothing", source, target)
     elif wanted != kind and wanted not in _ALL.get(kind, ()):
         if wanted not in _SOME.get(kind, ()):
             return never("type", "no value of the one is a value of the other", source, target)
-        beyond = _fit_range(source, target) if {kind, wanted} <= _NUMBERS - {"bool", "complex"} else FITS
+        beyond = _fit_range(source, target) if {kind, wanted} <= _NUMBERS - {"bool"} else FITS
         if verdict_of(beyond) is Verdict.NEVER:
             return beyond
         what = "only text that reads as one is accepted" if kind in ("str", "bytes") else _SOME_VALUES

@@ -11,11 +11,9 @@ from pydantic import TypeAdapter
 from pydantic_core import PydanticUndefined
 
 from stroma.contracts.checks.leaves import choices_of
-from stroma.contracts.checks.records import record_of
 from stroma.contracts.checks.types import LISTS, UNKNOWN, Side
 from stroma.contracts.core_schema import builds_instances, calls_user_code, decodes_text, nodes_of
 
-_PLAIN: Final = {"int": int, "str": str, "bool": bool, "float": float}
 #: Records cross in ways of their own, and a default was never validated.
 _NEVER_ALIKE: Final = frozenset({"model", "dataclass", "definition-ref", "default"})
 
@@ -30,10 +28,6 @@ def alternatives_of(source: Side, stays_instance: Callable[[Side], bool]) -> lis
         return [source.part("schema"), source.to({"type": "none"})]
     if kind in ("union", "tagged-union"):
         return source.choices()
-    if kind == "chain":
-        return [source.to(node["steps"][-1])]
-    if kind == "lax-or-strict":
-        return [source.part("strict_schema")]
     if kind == "json":
         return [source.part("schema")]
     if kind == "model" and node.get("root_model") and not stays_instance(source):
@@ -42,38 +36,27 @@ def alternatives_of(source: Side, stays_instance: Callable[[Side], bool]) -> lis
 
 
 def _of_default(inner: Side, node: dict[str, Any]) -> list[Side]:
-    """Return the type of a default that is not a value of its field: it is not validated."""
-    default = node.get("default", PydanticUndefined)
-    if default is PydanticUndefined or node.get("copy_default"):
+    """Return None as a type if that is the default of a field that does not accept it."""
+    is_accepted = inner.resolved().kind in ("nullable", "any", "none")
+    if is_accepted or node.get("default", PydanticUndefined) is not None:
         return []
-    kind = inner.resolved().kind
-    if kind in _PLAIN:
-        is_valid = type(default) is _PLAIN[kind]
-    else:  # Only a None is worth a finding in any other type.
-        is_valid = default is not None or kind in ("nullable", "any", "none")
-    if is_valid:
-        return []
-    is_plain = default is None or type(default) in (str, int, bool)
-    return [inner.to({"type": "literal", "expected": [default]} if is_plain else UNKNOWN)]
+    return [inner.to({"type": "none"})]
 
 
 def _made_by(node: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of the values that a validator function returns, as far as it is declared."""
     inner: dict[str, Any] = node.get("schema", UNKNOWN)
     kind, function = node["type"], node["function"].get("function")
-    if kind == "function-before" or decodes_text(node) or inner["type"] in ("model", "dataclass"):
+    if kind == "function-before" or inner["type"] in ("model", "dataclass"):
         return inner
-    if isinstance(function, type):
-        return {"type": "is-instance", "cls": function}
-    if _takes_value(node):
+    if takes_value(node):
         return {"type": "literal", "expected": [getattr(v, "value", v) for v in choices_of(inner) or ()]}
     if not calls_user_code(node):
         if inner["type"] == "list" and kind == "function-wrap":  # A Sequence stays what it was.
             items = [inner.get("items_schema", UNKNOWN)]
             many = {"type": "tuple", "items_schema": items, "variadic_item_index": 0}
             return {"type": "union", "choices": [inner, many]}
-        is_kept = is_harmless(node) or inner["type"] in ("url", "multi-host-url", "str", *LISTS)
-        return inner if is_kept else UNKNOWN
+        return inner if inner["type"] in ("url", *LISTS) else UNKNOWN
     try:
         returned = typing.get_type_hints(function).get("return", Any)
         schema = cast("dict[str, Any]", TypeAdapter(returned).core_schema)
@@ -82,13 +65,7 @@ def _made_by(node: dict[str, Any]) -> dict[str, Any]:
     return schema if schema["type"] != "definitions" else UNKNOWN
 
 
-def is_harmless(node: dict[str, Any]) -> bool:
-    """Return True for a function of pydantic that refuses no value of the source."""
-    function = node["function"].get("function")
-    return "path_validator" in str(getattr(function, "__qualname__", "")) or _takes_value(node)
-
-
-def _takes_value(node: dict[str, Any]) -> bool:
+def takes_value(node: dict[str, Any]) -> bool:
     """Return True for a function that replaces enum members by their values: ``use_enum_values``."""
     function = node["function"].get("function") if node["type"] == "function-after" else None
     kind = node.get("schema", UNKNOWN)["type"]
@@ -106,7 +83,7 @@ def is_alike(source: Side, target: Side) -> bool:
         or decodes_text(node)
         or builds_instances(node)
         or node["type"] in _NEVER_ALIKE
-        or (node["type"] == "function-after" and _takes_value(node))
+        or (node["type"] == "function-after" and takes_value(node))
         for node in nodes_of(source.node)
     )
     own, its = {**source.config, "title": 0}, {**target.config, "title": 0}
@@ -126,14 +103,3 @@ def _is_same(one: Any, other: Any) -> bool:
         own = str(getattr(one, "__module__", "")).startswith("pydantic.")
         return one == other or (own and getattr(one, "__qualname__", 0) == getattr(other, "__qualname__", 1))
     return type(one) is type(other) and bool(one == other)
-
-
-def has_tag(source: Side, discriminator: Any) -> bool:
-    """Return True if a type is a record with a discriminator of a few known values."""
-    if not (source.is_record and isinstance(discriminator, str)):
-        return False
-    record = record_of(source)
-    field = record.fields.get(discriminator)
-    if field is None or discriminator in record.optional:
-        return False
-    return choices_of(field.without_default().node) is not None

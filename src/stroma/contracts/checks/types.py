@@ -28,7 +28,7 @@ Kind = Literal[
     "broken",
     "effect",
 ]
-LEAVES: Final = FLAT_LEAVES
+LEAVES: Final = FLAT_LEAVES - {"complex", "multi-host-url"}
 SETS: Final = frozenset({"set", "frozenset"})
 LISTS: Final = SETS | {"list", "tuple"}
 _EMPTY: Final[dict[str, Any]] = {}
@@ -229,7 +229,6 @@ _NAMES: Final = {
     "any": "Any",
     "callable": "Callable",
     "url": "Url",
-    "multi-host-url": "MultiHostUrl",
 }
 _MAX_DEPTH: Final = 4  # levels of a type that are shown; deeper ones are abbreviated
 
