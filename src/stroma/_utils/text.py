@@ -131,8 +131,11 @@ def replace_utc(text: str, write: Callable[[int], str]) -> str:
 
 
 def format_usd(usd: float) -> str:
-    """Format an amount in US dollars to the micro-dollar."""
-    return f"${usd:,.6f}"
+    """Format an amount in US dollars to the micro-dollar.
+
+    A store has whole pico-dollars, a result the sum of floats: both are the same text.
+    """
+    return f"${round(usd, 12):,.6f}"
 
 
 def format_amount(value: float, unit: str) -> str:

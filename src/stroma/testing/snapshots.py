@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from stroma._utils.text import typed
+from stroma._utils.text import format_usd, typed
 from stroma.trace.events import TraceEvent
 from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult
@@ -28,7 +28,7 @@ def trace_snapshot(
     source = trace.trace if isinstance(trace, ExecutionResult) else trace
     hidden = frozenset(hide)
     if result is not None:
-        lines.append(f"{result.status}, {result.total_tokens} tokens, ${result.total_cost_usd:.6f}")
+        lines.append(f"{result.status}, {result.total_tokens} tokens, {format_usd(result.total_cost_usd)}")
         lines += [f"waits for {reason}" for reason in result.suspended]
     for event in _sorted(list(source)):
         lines += _lines(event, states, hidden)

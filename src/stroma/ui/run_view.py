@@ -75,7 +75,7 @@ def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed:
             f"{format_duration(record.latency_ms / 1000)} of {format_duration(latency / 1000)} in functions"
         )
     if cost is not None:
-        of_budget = f"{_percent(record.cost_usd, cost)} of the budget of {_usd(cost)}"
+        of_budget = f"{_percent(record.cost_usd, cost)} of the budget of {format_usd(cost)}"
     if tokens is not None:
         of_tokens = f"{_percent(record.tokens, tokens)} of {tokens:,.0f}"
     if failed or done:
@@ -90,10 +90,6 @@ def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed:
         _card("Attempts", f"{len(story.bars) + story.left_out:,}", attempts),
         _card("Wasted", format_usd(wasted_usd), wasted, wasted_usd, of_cost, tone="warn"),
     ]
-
-
-def _usd(amount: float) -> str:
-    return f"${amount:,.2f}" if amount >= 0.01 else format_usd(amount)
 
 
 def _percent(value: float, limit: float) -> str:
