@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -60,7 +61,7 @@ def two_of_one_id(runner: StromaRunner, *, marked: bool = False) -> tuple[Any, A
 
 
 REFUSED = (
-    r"again at .* cannot run as node 'a': the id was later assigned to <function .*again at .*>, with "
+    r"again \(.*:\d+\) cannot run as node 'a': the id was later assigned to .*again \(.*:\d+\), with "
     r"another contract"
 )
 
@@ -106,12 +107,13 @@ async def test_an_old_step_under_a_new_contract_is_refused() -> None:
 
 
 def test_an_id_belongs_to_one_function() -> None:
-    """A second function under the id of another one is a ValueError at decoration, and changes nothing."""
+    """A second function under the id of another one is a ValueError at decoration, which names the file and
+    line of both, and changes nothing."""
     runner = StromaRunner.quick()
     runner.node("a", input=Note, output=Note)(give_text)
     refused = (
-        r"^node id 'a' belongs to <function give_text at .*>, and <function {} at .*> cannot have it "
-        r"too; rename one"
+        rf"^node id 'a' belongs to give_text \({re.escape(__file__)}:\d+\), and {{}} "
+        rf"\({re.escape(__file__)}:\d+\) cannot have it too; rename one"
     )
     for output in (Note, Num):
         with pytest.raises(ValueError, match=refused.format("give_number")):
@@ -123,7 +125,8 @@ def test_an_id_belongs_to_one_function() -> None:
     with pytest.raises(ValueError, match=refused.format(".*body")):
         runner.flow("a")(body)
     assert runner.registry.get("a").output_schema is Note
-    assert runner.registry.decorated["a"].owner == repr(give_text)
+    line = give_text.__code__.co_firstlineno
+    assert runner.registry.decorated["a"].owner == f"give_text ({__file__}:{line})"
     StromaRunner.quick().node("a", input=Note, output=Num)(give_number)
 
 

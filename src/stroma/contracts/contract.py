@@ -295,7 +295,7 @@ class Decorated(NamedTuple):
     """The contract that a decorator registered last for a node id, and the function that got it.
 
     Attributes:
-        owner: repr of the function.
+        owner: the function for messages, with its file and line where it has them.
         place: module, file and qualified name of the function.
     """
 
@@ -311,8 +311,11 @@ class Decorated(NamedTuple):
             plain = plain.func
         named = plain if hasattr(plain, "__qualname__") else type(plain)
         code = getattr(plain, "__code__", None)
-        file = "" if code is None else code.co_filename
-        return cls(contract, repr(func), (str(named.__module__), file, named.__qualname__))
+        module, name = str(named.__module__), named.__qualname__
+        if code is None:
+            return cls(contract, f"{module}.{name}", (module, "", name))
+        file = code.co_filename
+        return cls(contract, f"{name} ({file}:{code.co_firstlineno})", (module, file, name))
 
     def is_redefined_by(self, other: Decorated) -> bool:
         """Return True for the same definition again: in a notebook, by a reload, or as ``__main__``."""

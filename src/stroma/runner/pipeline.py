@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from stroma._utils.text import did_you_mean
 from stroma.checkpoint.flow_notes import LAST_MS
 from stroma.checkpoint.queue import QueueEntry, RunLimits, ServedCode
-from stroma.contracts.contract import ContractRegistry, check_id
+from stroma.contracts.contract import ContractRegistry, Decorated, check_id
 from stroma.contracts.node import DepsT, FlowNode, Group, Node, find_node, marked_nodes, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.config import RunConfig, check_label
@@ -86,8 +86,9 @@ def require_runnable(
             and own is not known
             and own != known
         ):
+            func = Decorated.of(node.func, own).owner
             raise ValueError(
-                f"{node.func!r} cannot run as node {node.node_id!r}: the id was later assigned to "
+                f"{func} cannot run as node {node.node_id!r}: the id was later assigned to "
                 f"{latest.owner}, with another contract; rename one of them"
             )
         contract = known or own
