@@ -246,7 +246,8 @@ async def test_a_flow_with_a_state_that_cannot_be_shown_has_no_message() -> None
 async def test_the_outcome_of_an_effect_is_redacted(
     runner: StromaRunner[Any], store: SQLiteStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither the line about an unknown outcome, its question nor reconcile quotes a hidden value."""
+    """Neither the line about an unknown outcome, its question nor reconcile quotes a hidden value. An outcome
+    that reconcile settles has no such line."""
     caplog.set_level(logging.DEBUG, "stroma")
 
     async def look(state: Person, *_: Any) -> Any:
@@ -262,9 +263,12 @@ async def test_the_outcome_of_an_effect_is_redacted(
 
     result = await runner.run([charge], Person(ssn=SSN), run_id="r")
     assert result.status is RunStatus.SUSPENDED
+    unknown = "has an unknown outcome: TimeoutError: no answer for [redacted]"
     assert "TimeoutError: no answer for [redacted]" in recorded(store, "r")
+    assert f"the call of effect 'charge' {unknown}" in caplog.text
     await runner.run([reconciled], Person(ssn=SSN), run_id="s")
     assert "did not happen: there is no [redacted]" in caplog.text
+    assert f"the call of effect 'reconciled' {unknown}" not in caplog.text  # It was settled at once.
     assert SSN not in caplog.text + recorded(store, "r") + recorded(store, "s")
 
 

@@ -767,7 +767,6 @@ class NodeAttempt:
             effect.error = error
         around = states_around(self.run, self.snapshot)
         why = one_line(self.ctx.redactor.error_text(error, self.snapshot, around))
-        self.ctx.run_logger.warning("the call of effect %r has an unknown outcome: %s", self.run.node_id, why)
         return await self._end_as_stated(effect, await effect.reconcile(why, self.cancelling))
 
     def _shown(self, message: str) -> str:
@@ -800,4 +799,6 @@ class NodeAttempt:
         self.ctx.redactor.note_attempt(self.snapshot)
         cause = self._shown(self.ctx.redactor.mask(question.unknown.cause))
         question.unknown = question.unknown._replace(cause=cause)
+        text = "the call of effect %r has an unknown outcome: %s"
+        self.ctx.run_logger.warning(text, self.run.node_id, one_line(cause))
         return await self._suspend(question)
