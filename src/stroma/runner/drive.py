@@ -74,6 +74,11 @@ class Blocked:
 DriveOutcome = Ended | Suspended | Yielded | Busy | Blocked
 
 
+def _mismatch(run_id: str, error: PipelineChanged) -> str:
+    """Return what does not fit, for a sentence that names the run and says that it is blocked."""
+    return str(error).removeprefix(f"run {run_id!r} ").removeprefix("cannot be resumed: ")
+
+
 class RunDriver:
     """Continues runs of a store. ``run`` continues one run, given its nodes, input, id and dispatch."""
 
@@ -121,7 +126,9 @@ class RunDriver:
             return None
         except PipelineChanged as error:
             mark = (await self._stored.get(run_id)).blocked
-            return Blocked(run_id, str(error), None if mark is None else _to_time(mark.until_ms))
+            return Blocked(
+                run_id, _mismatch(run_id, error), None if mark is None else _to_time(mark.until_ms)
+            )
         if result.status is RunStatus.SUSPENDED:
             outcome = await self._settled(await self._stored.get(run_id), result)
             # None: an answer has come meanwhile.
@@ -152,7 +159,7 @@ class RunDriver:
             return await self._run(served.nodes, state, run_id, dispatch)
         except PipelineChanged as error:
             store = self._stored.journal("block")
-            await store.block(run_id, str(error), served.code.name, dispatch.claim, now_ms())
+            await store.block(run_id, _mismatch(run_id, error), served.code.name, dispatch.claim, now_ms())
             raise
 
     async def _settled(self, record: RunRecord, result: ExecutionResult | None = None) -> DriveOutcome | None:
