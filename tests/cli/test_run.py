@@ -1,13 +1,17 @@
 """`stroma run` and `stroma resume`: what they print, keep and return."""
 
+import asyncio
 import json
 import os
 import re
 import signal
 import stat
+import time
 
 import pytest
 from tests.cli.test_signals import wait_for
+
+from stroma import StromaRunner
 
 GOOD = '{"start": 1}'
 
@@ -35,6 +39,19 @@ def test_run_prints_the_final_state(stroma):
     assert re.search(
         r"done: COMPLETED in .*; 135 tok, \$0\.0000\d\d\ndetails: .* show [0-9a-f]{12}\n$", done.err
     )
+
+
+def test_the_time_of_a_run_has_no_flush(inside, monkeypatch):
+    """The duration that `stroma run` prints is that of the run, without the flush of exporters."""
+
+    async def flush(*_, **__):
+        await asyncio.sleep(1.5)
+
+    monkeypatch.setattr(StromaRunner, "aclose", flush)
+    began = time.monotonic()
+    done = inside("run", "sums.py:pipeline", GOOD)
+    assert time.monotonic() - began >= 1.5
+    assert float(re.search(r"done: COMPLETED in (\S+) s", done.err)[1]) < 1
 
 
 TOOL = """

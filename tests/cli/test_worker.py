@@ -1,5 +1,6 @@
 """`stroma worker --db`: continues due runs of a store, until a signal."""
 
+import asyncio
 import json
 import re
 import signal
@@ -15,7 +16,7 @@ from tests.kit import Num, failing_with
 
 from stroma import AsyncInMemoryStore, Flow, StromaRunner
 from stroma.cli.stores import Database
-from stroma.cli.workers import LocalWorker
+from stroma.cli.workers import LocalWorker, serve_health
 
 FLOW = """
     import asyncio, pathlib
@@ -74,6 +75,22 @@ def _read(url: str) -> tuple[int, Any]:
 def _suspend(shell: Any, target: str, state: str, run_id: str) -> None:
     done = shell("run", target, state, "--run-id", run_id, "--db", "x.db", "-q")
     assert done.code == 7, done
+
+
+async def test_a_head_request_has_no_body() -> None:
+    """HEAD of the health address has the head of the answer to GET, its length included, and no body."""
+    answers: dict[str, bytes] = {}
+    async with serve_health(("127.0.0.1", 0), lambda: (False, {"status": "draining"})) as url:
+        assert url is not None
+        port = int(url.rpartition(":")[2].partition("/")[0])
+        for method in ("GET", "HEAD"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"{method} /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            answers[method] = await reader.read()
+            writer.close()
+    head, body = answers["GET"].split(b"\r\n\r\n")
+    assert (json.loads(body), answers["HEAD"]) == ({"status": "draining"}, head + b"\r\n\r\n")
+    assert f"Content-Length: {len(body)}".encode() in head
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
@@ -76,6 +76,15 @@ class Fork:
         await db.store.fork(self.parent, run_id, self.position, edited=output, state=initial, call=self.call)
 
 
+class _Ending(NamedTuple):
+    """The end of a run: its result if it started, its open questions, the signal, and its time."""
+
+    result: ExecutionResult | None
+    waiting: list[Waiting]
+    stopped_by: str | None
+    seconds: float
+
+
 @dataclass(frozen=True, slots=True)
 class LocalRun:
     """One run in this process. ``record``: the stored run to resume, if any."""
@@ -106,9 +115,8 @@ class LocalRun:
         hooks = [*Exporters.merge(exporters, own), progress.hooks(), note_target(self.target)]
         config = self.config.model_copy(update={"hooks": hooks})
         runner = StromaRunner(ContractRegistry(), CheckpointManager(self.db.store), config)
-        started = time.perf_counter()
         try:
-            result, waiting, stopped_by = self._run(runner, progress)
+            result, waiting, stopped_by, seconds = self._run(runner, progress)
         finally:
             progress.close()
         if result is None:
@@ -124,7 +132,7 @@ class LocalRun:
             self.target,
             self.db,
             stopped_by,
-            time.perf_counter() - started,
+            seconds,
             config.budget,
             waiting,
             None if source is None else source.parent,
@@ -146,9 +154,7 @@ class LocalRun:
         nodes = [node.node_id for node in nodes_of(self.pipeline)]
         return LiveProgress(self.pipeline.name, nodes, self.config.budget)
 
-    def _run(
-        self, runner: StromaRunner[Any], progress: Progress
-    ) -> tuple[ExecutionResult | None, list[Waiting], str | None]:
+    def _run(self, runner: StromaRunner[Any], progress: Progress) -> _Ending:
         with user_code():
             try:
                 run = asyncio.run if self.options.loop is None else self.options.loop.run
@@ -175,9 +181,7 @@ class LocalRun:
             limits = limits_of(options.budget_tokens, options.budget_usd, None)
             await self.db.store.set_budget(record.run_id, limits)
 
-    async def _drive(
-        self, runner: StromaRunner[Any], progress: Progress
-    ) -> tuple[ExecutionResult | None, list[Waiting], str | None]:
+    async def _drive(self, runner: StromaRunner[Any], progress: Progress) -> _Ending:
         task = asyncio.current_task()
         assert task is not None
         draining: list[asyncio.Task[None]] = []
@@ -199,6 +203,7 @@ class LocalRun:
         is_in_flow = self.fork is not None and self.fork.call is not None
         is_resumed = is_in_flow or (self.record is not None and self.start_at is None)
         waiting: list[Waiting] = []
+        started = time.perf_counter()
         try:
             if self.fork is not None:
                 await self.fork.create(self.db, self.config.run_id)
@@ -216,11 +221,12 @@ class LocalRun:
         except asyncio.CancelledError:  # By a signal, or by the pipeline itself.
             result = progress.result
         finally:
+            seconds = time.perf_counter() - started
             # A second signal ends the process at once.
             await runner.aclose(timeout_seconds=FLUSH_SECONDS)
             self.options.exporters.close()
             await self.db.close()
-        return result, waiting, stop.signal
+        return _Ending(result, waiting, stop.signal, seconds)
 
     # ------------------------------------------------------------------ problems
 

@@ -42,7 +42,7 @@ class RunReport:
 
     Attributes:
         stopped_by: name of the signal that stopped the run, or None.
-        seconds: wall time of the call.
+        seconds: wall time of the run, without the flush of exporters.
         waiting: pending questions of a SUSPENDED run.
         parent: id of the run that this one was forked from.
     """

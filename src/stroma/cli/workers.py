@@ -38,6 +38,8 @@ async def serve_health(
 ) -> AsyncIterator[str | None]:
     """Answer requests, of any path, while the context is open; yield the address with the real port for 0.
 
+    A HEAD request gets the head of the answer only.
+
     ``read`` returns True for 200 or False for 503, and the JSON to answer. Raises Problem for an address in
     use.
     """
@@ -48,7 +50,7 @@ async def serve_health(
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(_READ_SECONDS):
-                await reader.readuntil(b"\r\n\r\n")
+                request = await reader.readuntil(b"\r\n\r\n")
                 is_ok, body = read()
                 status = "200 OK" if is_ok else "503 Service Unavailable"
                 data = json.dumps(body).encode() + b"\n"
@@ -56,7 +58,7 @@ async def serve_health(
                     f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
                     "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
                 )
-                writer.write(head.encode() + data)
+                writer.write(head.encode() + (b"" if request.startswith(b"HEAD ") else data))
                 await writer.drain()
         except (OSError, EOFError, asyncio.LimitOverrunError):
             pass  # The client left, is slow, or does not speak HTTP.
