@@ -328,6 +328,10 @@ async def test_a_bound_method_is_a_node(method: Any) -> None:
             Methods.of_an_object,
             r"'of_an_object' is marked inside its class; mark a bound method, as in runner.node",
         ),
+        (
+            classmethod(Methods.of_an_object),
+            r"'of_an_object' is marked inside its class; mark a bound method, as in runner.node",
+        ),
         (staticmethod(a_to_a), "node 'a_to_a' is a staticmethod; put @staticmethod above the decorator"),
         (lambda state: state, "has no name; pass an id to the decorator"),
         (functools.partial(a_to_a), "has no name; pass an id to the decorator"),
@@ -340,13 +344,27 @@ async def test_a_bound_method_is_a_node(method: Any) -> None:
         (takes_text, "'takes_text' is annotated with str as input, which is not a pydantic model"),
         (returns_list, r"annotated with list\[.*B\] as output, which is not a pydantic model"),
     ],
-    ids=["method", "staticmethod", "lambda", "partial", "none", "maybe", "union", "text", "list"],
+    ids=[
+        "method",
+        "classmethod",
+        "staticmethod",
+        "lambda",
+        "partial",
+        "none",
+        "maybe",
+        "union",
+        "text",
+        "list",
+    ],
 )
 def test_a_node_without_models(func: Any, says: str) -> None:
     """A function whose annotations name no model of input or output is refused with the parameter to pass."""
     for decorate in (stroma_node, StromaRunner.quick().node):
         with pytest.raises(TypeError, match=says):
             decorate(func)
+        if isinstance(func, classmethod):
+            with pytest.raises(TypeError, match=says):
+                decorate("of_an_object", input=A, output=A)(func)
 
 
 async def test_a_flow_without_parentheses() -> None:

@@ -233,6 +233,16 @@ async def test_wrong_definitions() -> None:
         with pytest.raises(TypeError, match=said):
             stroma_flow("f", **options)(function)
 
+    async def method(cls: type, flow: Flow, state: Num) -> Num:
+        return state
+
+    decorators: list[Any] = [stroma_flow, stroma_flow("f", input=Num, output=Num)]
+    for decorate in decorators:
+        with pytest.raises(
+            TypeError, match=r"is marked inside its class; mark a bound method, as in runner.f"
+        ):
+            decorate(classmethod(method))
+
 
 def test_the_name_of_a_flow() -> None:
     """A flow is named by the first argument, by ``name=``, or as its function."""

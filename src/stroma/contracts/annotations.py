@@ -41,7 +41,8 @@ def infer_contract(
         parameters = list(inspect.signature(bare).parameters)
     except (TypeError, ValueError):  # A builtin has no signature.
         parameters = []
-    if models[0] is None and parameters[:1] in (["self"], ["cls"]):
+    is_method = parameters[:1] in (["self"], ["cls"])
+    if isinstance(func, classmethod) or (models[0] is None and is_method):
         raise TypeError(
             f"{name} is marked inside its class; mark a bound method, as in runner.{kind}(obj.method)"
         )

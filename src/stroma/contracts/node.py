@@ -429,7 +429,7 @@ def stroma_node(
     """
     models = input, output
     options = {"effect": effect, "reconcile": reconcile, "role": role, "place": place}
-    if callable(node_id):
+    if node_id is not None and not isinstance(node_id, str):
         return mark_annotated(node_id, None, sys._getframe(1))
     if contract != "annotated" and any((*models, *options.values())):
         raise TypeError(f"node {node_id!r} has a contract and other parameters; pass them to NodeContract")

@@ -261,7 +261,7 @@ class StromaRunner(Generic[DepsT]):
             self.registry.decorate(func, node._stroma_contract)
             return node
 
-        if callable(node_id):
+        if node_id is not None and not isinstance(node_id, str):
             return register(node_id, None, sys._getframe(1))
         return lambda func: register(func, node_id, sys._getframe(1))
 
@@ -292,7 +292,7 @@ class StromaRunner(Generic[DepsT]):
             self._flows[flow.node.node_id] = flow
             return flow
 
-        if callable(name):
+        if name is not None and not isinstance(name, str):
             return register(name, None, sys._getframe(1))
         return lambda body: register(body, name, sys._getframe(1))
 

@@ -323,10 +323,10 @@ def define_flow(
         raise TypeError(
             f"flow {flow_id!r}: {name} is an async generator; return the output in place of yielding it"
         )
-    if not inspect.iscoroutinefunction(body):
+    if not inspect.iscoroutinefunction(body) and not isinstance(body, classmethod):
         raise TypeError(f"flow {flow_id!r}: {name} must be an `async def` function of (flow, state)")
     check_bound(limits.get("max_concurrency"))
-    parameters = list(inspect.signature(body).parameters)
+    parameters = list(inspect.signature(inspect.unwrap(body)).parameters)
     if len(parameters) < 2:
         raise TypeError(f"flow {flow_id!r}: {name} must take (flow, state), got ({', '.join(parameters)})")
     contract = infer_contract("flow", flow_id, body, schemas, scope)
@@ -369,6 +369,6 @@ def stroma_flow(
         output: pydantic model of its output. Default: the annotation of the returned value.
         limits: see FlowLimits.
     """
-    if callable(name):
+    if name is not None and not isinstance(name, str):
         return define_flow(None, name, (input, output), limits, sys._getframe(1))
     return lambda body: define_flow(name, body, (input, output), limits, sys._getframe(1))
