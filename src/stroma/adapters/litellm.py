@@ -94,8 +94,12 @@ def _guarded(bare: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
 
         async def parts() -> Any:
             responses.append(await bare(*args, **kwargs))
-            async for part in responses[-1]:
-                yield part
+            try:
+                async for part in responses[-1]:
+                    yield part
+            finally:  # So that the provider writes nothing that nobody reads.
+                if hasattr(responses[-1], "aclose"):
+                    await responses[-1].aclose()
 
         return await _OpenedAsyncStream(stream_of(parts, args, kwargs), responses).opened()
 
@@ -119,6 +123,12 @@ class _OpenedStream:
     def close(self) -> None:
         """End the step; what was read is counted."""
         self._parts.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._responses[-1], name)
@@ -146,6 +156,12 @@ class _OpenedAsyncStream:
     async def aclose(self) -> None:
         """End the step; what was read is counted."""
         await self._parts.aclose()
+
+    async def __aenter__(self) -> Any:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._responses[-1], name)

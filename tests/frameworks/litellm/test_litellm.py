@@ -155,11 +155,20 @@ def test_a_stream_is_not_made_again_after_its_first_part(kind: str, provider: Pr
 def test_a_reader_that_has_enough_has_paid_for_what_it_read(provider: Provider) -> None:
     """A stream that is closed ends its step; its attributes are those of litellm's."""
     attach(litellm, guard := guard_of())
-    with guard.run():
-        stream = litellm.completion(model="fake/fake-1", messages=MESSAGES, **STREAMED)
+    with guard.run(), litellm.completion(model="fake/fake-1", messages=MESSAGES, **STREAMED) as stream:
         assert isinstance(stream.model, str)
         next(stream)
-        stream.close()
+    assert [line.split()[:2] for line in lines_of(guard)] == [["model", "cancelled"]]
+
+
+async def test_a_reader_of_an_async_stream_that_has_enough(provider: Provider) -> None:
+    """An async stream that is closed ends its step, and closes litellm's: no request goes on unread."""
+    attach(litellm, guard := guard_of())
+    async with guard.run():
+        asked = litellm.acompletion(model="fake/fake-1", messages=MESSAGES, **STREAMED)
+        async with await asked as stream:
+            await anext(stream)
+    assert stream.completion_stream is None
     assert [line.split()[:2] for line in lines_of(guard)] == [["model", "cancelled"]]
 
 
