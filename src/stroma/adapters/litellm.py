@@ -24,7 +24,7 @@ except ImportError as error:
     raise import_error("litellm", error) from error
 
 from stroma.adapters._state_views import newest_of
-from stroma.adapters._step import note_counted
+from stroma.adapters._step import aclose_stream, note_counted
 from stroma.adapters.guard import Guard
 from stroma.cost.prices import find_pricer
 from stroma.cost.usage import Usage, UsageError, usage_from
@@ -98,8 +98,7 @@ def _guarded(bare: Callable[..., Any], guard: Guard) -> Callable[..., Any]:
                 async for part in responses[-1]:
                     yield part
             finally:  # So that the provider writes nothing that nobody reads.
-                if hasattr(responses[-1], "aclose"):
-                    await responses[-1].aclose()
+                await aclose_stream(responses[-1])
 
         return await _OpenedAsyncStream(stream_of(parts, args, kwargs), responses).opened()
 
