@@ -210,6 +210,11 @@ class _Rest:
         except Exception:
             self._judge()
             raise
+        finally:
+            # The request of a stream that is not read to its end goes on otherwise. Cleanup of the framework
+            # may fail in the context of another task, and 1.0 has no close().
+            with contextlib.suppress(Exception):
+                await stream.close()
         self._judge()
 
     def final(self, _: Any) -> Any:

@@ -115,6 +115,32 @@ class TestAgentFramework(EmitsDeltas, FrameworkContract):
         return [[message.role for message in messages] for messages in script.asked]
 
 
+@pytest.mark.skipif(not hasattr(ResponseStream, "close"), reason="this release closes no stream")
+def test_a_stream_that_is_closed_closes_that_of_the_client() -> None:
+    """A reader that has enough ends the step of the model, and no request goes on unread."""
+    closed: list[str] = []
+
+    class Wordy(Script):
+        def _inner_get_response(self, **_: Any) -> Any:
+            async def parts() -> Any:
+                try:
+                    for _ in range(9):
+                        yield ChatResponseUpdate(contents=[Content.from_text("word ")], role="assistant")
+                finally:
+                    closed.append("client")
+
+            return ResponseStream(parts(), finalizer=ChatResponse.from_updates)
+
+    async def main() -> None:
+        async with agent_of(Wordy(), guard).run("hello", stream=True) as stream:
+            await anext(stream)
+        assert closed == ["client"]
+
+    guard = guard_of()
+    asyncio.run(main())
+    assert lines_of(guard) == ["forecaster cancelled", "  model cancelled"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_budget_that_trips_inside_a_tool_stops_the_agent_too(kind: str) -> None:
     """An agent in a tool: the framework would tell the model of the error and go on spending."""
