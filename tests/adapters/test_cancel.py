@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 from tests.kit import cancel_after
 
-from stroma import AsyncInMemoryStore, FailureClass, FailurePolicy, RunStatus, SQLiteStore, StromaRunner
+from stroma import (
+    AsyncInMemoryStore,
+    FailureClass,
+    FailurePolicy,
+    Limit,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+)
 from stroma.adapters import Guard, RunCancelled, what_stopped
 from stroma.trace import ExecutionResult
 
@@ -38,7 +46,7 @@ def test_a_step_ends_and_the_next_one_is_refused(tmp_path: Path) -> None:
         def first() -> int:
             stroma_cancel(store.path)
             run = guard.open_runs[0]
-            while not run.cancelling:  # The store looks about once a second.
+            while not run.ctx.stopping.is_cancelled:  # The store looks about once a second.
                 threading.Event().wait(0.02)
             return 1
 
@@ -154,6 +162,32 @@ async def test_nothing_waits_for_a_further_attempt() -> None:
     assert await store.cancel("x")
     with pytest.raises(RunCancelled):
         await task
+
+
+async def test_nothing_waits_for_its_turn() -> None:
+    """A step that waits for room at a limit is not called: it ends at once."""
+    store, begun, calls = AsyncInMemoryStore(), asyncio.Event(), list[int]()
+    limits = {"full": Limit(requests_per_minute=1)}
+    guard = Guard(StromaRunner.quick(store=store, limits=limits, node_limits={"n": "full"}))
+
+    @guard.step("n")
+    async def step() -> None:
+        calls.append(1)
+        begun.set()
+
+    async def framework() -> None:
+        async with guard.run(run_id="x"):
+            await step()
+            await step()
+
+    task = asyncio.create_task(framework())
+    await begun.wait()
+    await asyncio.sleep(0.05)
+    assert await store.cancel("x")
+    with pytest.raises(RunCancelled):
+        await asyncio.wait_for(task, 20)
+    assert calls == [1]
+    assert result_of(guard).status is RunStatus.CANCELLED
 
 
 async def test_a_cancelled_task_is_cancelled() -> None:

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, I
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import Context, ContextVar, Token, copy_context
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from pydantic import BaseModel
@@ -20,7 +19,6 @@ from stroma.adapters._guarded_call import Call
 from stroma.adapters._state_views import given_to
 from stroma.adapters._step import Halts, find_halt
 from stroma.checkpoint import CheckpointLost, Fenced, StepCall, StoreError
-from stroma.checkpoint.entries import RunControl
 from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
@@ -33,6 +31,7 @@ from stroma.engine.lifecycle import (
     call_end_hooks,
     call_end_hooks_now,
     end_run,
+    heed_requests,
     note_usage,
     open_run,
 )
@@ -89,8 +88,6 @@ class GuardedRun:
         self._opened = False
         self._opening: concurrent.futures.Future[None] | None = None
         self._stopping: Halt | None = None
-        #: The run was cancelled: no further step starts.
-        self.cancelling = False
         self._token: Token[tuple[GuardedRun, ...]] | None = None
         #: The context of the start and the end of a run that is opened apart, what hooks have set there for
         #: the code of the run, its span above all, and what undoes that in the caller's context.
@@ -171,24 +168,14 @@ class GuardedRun:
 
     def cancel(self) -> None:
         """Cancel the run, from any thread: no further step starts, and one that is running ends."""
-        self.cancelling = self.ctx.stopping.is_cancelled = True
-
-    def _control(self, loop: asyncio.AbstractEventLoop, control: RunControl) -> None:
-        """Apply requests about the run, from any thread."""
-        if control.cancel:
-            self.cancel()
-        else:
-            self.ctx.accept(control)
-        if control.cancel or control.pause:
-            with suppress(RuntimeError):  # The loop was closed under it.
-                loop.call_soon_threadsafe(self.ctx.stopping.end_waits)
+        self.ctx.stopping.is_cancelled = True
 
     def refusal(self, step_id: str) -> Halt | None:
         """Return the stop of a step that would start now, if the run is to end, or is another process's."""
         stopping = self._stopping
         if stopping is not None and isinstance(stopping.failure.exception, Fenced | CheckpointLost):
             return stopping
-        if not self.cancelling:
+        if not self.ctx.stopping.is_cancelled:
             return None
         error = RunCancelled(
             f"run {self.ctx.run_id!r} was cancelled and {step_id!r} is not called; call it in another run"
@@ -260,8 +247,8 @@ class GuardedRun:
         )
         await open_run(ctx, initial, ends=self.ends, any_input=self.is_continuation)
         if self.guard.runner is not None:  # Otherwise the owner of the context handles cancellation.
-            self._loop = loop = asyncio.get_running_loop()
-            ctx.session.on_control = partial(self._control, loop)
+            self._loop = asyncio.get_running_loop()
+            heed_requests(ctx)
         if self.ends:
             try:
                 await announce_start(ctx, initial)
@@ -383,7 +370,7 @@ class GuardedRun:
             with self.here():
                 source = aiter(start())
             while True:
-                if self.cancelling:
+                if self.ctx.stopping.is_cancelled:
                     raise RunCancelled(f"run {self.ctx.run_id!r} was cancelled; continue in another run")
                 with self.here():
                     part = await anext(source, _NO_MORE)

@@ -311,17 +311,16 @@ async def _make_in_turn(run: RunningNode, make: Make, *, needs_thread: bool) -> 
     if isinstance(permit, Exception):
         return refuse(run, permit)
     # Requests and crossed limits meanwhile hold, as for an attempt that begins now.
-    if permit is None or ctx.stopping.holds:
-        if permit is not None:
-            permit.drop()
-        return await hold(ctx, run.node_id, run.attempt)
-    if ctx.stopping.is_cancelled:
+    is_held = permit is None or ctx.stopping.holds or ctx.stopping.is_cancelled
+    exceeded = crossed_limit(ctx, run) if ctx.account.limits and not is_held else None
+    if permit is not None and (is_held or exceeded is not None):
         permit.drop()
+    if ctx.stopping.is_cancelled:
         await asyncio.sleep(0)  # In a run, the cancellation of its task is on its way.
         return cancelled(ctx, run.node_id)
-    exceeded = crossed_limit(ctx, run) if ctx.account.limits else None
+    if permit is None or is_held:
+        return await hold(ctx, run.node_id, run.attempt)
     if exceeded is not None:
-        permit.drop()
         return refuse(run, exceeded)
     token = RESERVED.set((*permit.around, permit))
     try:

@@ -5,14 +5,22 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, RunBusy, RunExists, RunRequest, Session
-from stroma.checkpoint.entries import ALL_FAILED_ITEMS, NO_CONTROL, USAGE_NOTE, PriorUsage, noted_failed_items
+from stroma.checkpoint.entries import (
+    ALL_FAILED_ITEMS,
+    NO_CONTROL,
+    USAGE_NOTE,
+    PriorUsage,
+    RunControl,
+    noted_failed_items,
+)
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
@@ -311,6 +319,26 @@ def _as_current(ctx: ReliabilityContext) -> Iterator[None]:
     finally:
         leave(node)
         leave(before)
+
+
+def heed_requests(ctx: ReliabilityContext) -> None:
+    """Apply requests about a run of plain code. Its task is the caller's own: none of them cancels it."""
+    # A weak reference: otherwise the session and the context are a reference cycle.
+    reference, loop = weakref.ref(ctx), asyncio.get_running_loop()
+
+    def apply(control: RunControl) -> None:
+        ctx = reference()
+        if ctx is None:
+            return
+        if control.cancel:
+            ctx.stopping.is_cancelled = True
+        else:
+            ctx.accept(control)
+        if control.cancel or control.pause:
+            with suppress(RuntimeError):  # The loop was closed under it.
+                loop.call_soon_threadsafe(ctx.stopping.end_waits)
+
+    ctx.session.on_control = apply
 
 
 async def _end_plain_code(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial, update_wrapper
@@ -13,7 +11,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 
 from stroma.checkpoint import CheckpointLost, Fenced, PipelineChanged, StepCall, inside_of
-from stroma.checkpoint.entries import INSIDE, RunControl
+from stroma.checkpoint.entries import INSIDE
 from stroma.checkpoint.identity import SCOPE, Identity, StepCalls, is_called
 from stroma.contracts.codec import describe_difference
 from stroma.contracts.contract import NodeContract
@@ -22,7 +20,7 @@ from stroma.contracts.schema import Schema, has_secrets, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import CURRENT, RunningNode
-from stroma.engine.lifecycle import announce_start, open_run
+from stroma.engine.lifecycle import announce_start, heed_requests, open_run
 from stroma.engine.loop import execute
 from stroma.engine.outcome import Halt, Place, cancelled
 from stroma.engine.restore import redeliver
@@ -218,23 +216,9 @@ def _checksums_inside(ctx: ReliabilityContext, position: int, branch: str) -> It
             yield checksum
 
 
-def _accept(
-    reference: weakref.ref[ReliabilityContext], loop: asyncio.AbstractEventLoop, control: RunControl
-) -> None:
-    ctx = reference()
-    if ctx is not None and control.cancel:
-        ctx.stopping.is_cancelled = True  # Its task is the caller's own, and goes on.
-    elif ctx is not None:
-        ctx.accept(control)
-        if control.pause:
-            with contextlib.suppress(RuntimeError):  # The loop was closed under it.
-                loop.call_soon_threadsafe(ctx.stopping.end_waits)
-
-
 async def _start_run(ctx: ReliabilityContext, initial: BaseModel) -> None:
     if ctx.plain_steps.has_end:
-        # A weak reference: otherwise the session and the context are a reference cycle.
-        ctx.session.on_control = partial(_accept, weakref.ref(ctx), asyncio.get_running_loop())
+        heed_requests(ctx)
         await announce_start(ctx, initial)
     if ctx.fire.delivers:
         await redeliver(ctx, ())
