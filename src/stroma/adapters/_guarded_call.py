@@ -130,7 +130,6 @@ class Call:
         try:
             yield inbox
         except BaseException:  # The caller is being stopped: the attempt ends as cancelled.
-            self._count_unfinished()
             cancel()
             while isinstance(inbox.get(), Turn):
                 pass
@@ -214,7 +213,6 @@ class Call:
                     else:
                         advance = None if sent is None else functools.partial(source.asend, sent)
         except BaseException:
-            self._count_unfinished()
             engine.cancel()
             await asyncio.wait([engine])
             if not engine.cancelled():
