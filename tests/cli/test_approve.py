@@ -210,8 +210,8 @@ def test_the_pipeline_of_an_answer(desk, inside, fails):
     inside("run", "flows.py:ours", '{"n": 1}', "--run-id", "x")
     yes = '{"approved": true}'
     for name, what in {
-        "Approval": "'Approval' in flows.py is a class, not a pipeline",
-        "first": "'first' in flows.py is a single node, not a pipeline",
+        "Approval": "'Approval' in flows.py is not a pipeline: it is of type",
+        "first": "'first' in flows.py is not a pipeline: it is of type function",
         "other": "run 'x' was started by the pipeline 'ours'; this one is 'other'",
     }.items():
         fails(inside("approve", "x", f"flows.py:{name}", yes), 2, what)

@@ -23,12 +23,10 @@ FILES = {
         from sums import *
         nodes = [first, second]
         runner = StromaRunner.quick()
-        number = 3
         def make(): return pipeline
         def needs(what): return pipeline
         def nothing(): return None
         def fails(): raise LookupError("no such thing")
-        async def later(): return pipeline
         class holder:
             inner = pipeline
     """,
@@ -67,7 +65,7 @@ def files(stroma):
 @pytest.mark.parametrize(
     ("target", "code", "words"),
     [
-        ("nofile.py:pipeline", 4, ["no file nofile.py", "check the path; Python files in "]),
+        ("nofile.py:pipeline", 4, ["no file nofile.py", "check the path"]),
         ("no/where.py:pipeline", 4, ["no file no/where.py", "check the path"]),
         ("no.such.module:pipeline", 4, ["no module 'no.such.module'"]),
         ("no-such-module:pipeline", 4, ["no file or module 'no-such-module'"]),
@@ -79,15 +77,12 @@ def files(stroma):
         ("sums.py:", 2, ["names no pipeline"]),
         (":pipeline", 2, ["names no file or module"]),
         ("sums.py:a b", 2, ["not a Python name"]),
-        ("sums.py:first", 2, ["a single node, not a pipeline", 'Pipeline("first", [first])']),
-        ("many.py:nodes", 2, ["a list of nodes, not a pipeline", 'Pipeline("nodes", nodes)']),
-        ("many.py:runner", 2, ["a StromaRunner, not a pipeline", "it has many.py:pipeline"]),
-        ("many.py:number", 2, ["an int, not a pipeline", "Pipeline("]),
-        ("many.py:Sum", 2, ["a class, not a pipeline"]),
+        ("sums.py:first", 2, ["is not a pipeline: it is of type function", "it has sums.py:pipeline"]),
+        ("many.py:nodes", 2, ["is not a pipeline: it is of type list", "it has many.py:pipeline"]),
+        ("many.py:runner", 2, ["not a pipeline: it is of type StromaRunner"]),
         ("many.py:needs", 2, ["needs arguments (what)"]),
-        ("many.py:nothing", 2, ["nothing() in many.py returned a NoneType, not a pipeline"]),
-        ("many.py:later", 2, ["async function"]),
-        ("many.py:fails", 2, ["LookupError: no such thing", "many.py", "line 9, in fails"]),
+        ("many.py:nothing", 2, ["what nothing() in many.py returned is not a pipeline"]),
+        ("many.py:fails", 2, ["LookupError: no such thing", "many.py", "line 8, in fails"]),
         ("broken.py:pipeline", 2, ["NameError", 'broken.py", line 4, in helper', "return undefined_name"]),
         ("syntax.py:pipeline", 2, ["SyntaxError", 'syntax.py", line 1']),
         ("needs.py:pipeline", 3, ["needs a module that is not installed", "'surely_not_installed'"]),
@@ -129,10 +124,9 @@ def test_debug_shows_the_traceback(files):
 @pytest.mark.parametrize(
     ("value", "code", "words"),
     [
-        ('{"start": ', 2, ["INPUT is not JSON: Expecting value (line 1, column 11)"]),
-        ("", 2, ["INPUT is not JSON", "no INPUT at all means {}"]),
+        ('{"start": ', 2, ["INPUT is not JSON: Expecting value: line 1 column 11"]),
         ("input.json", 2, ["put an @ before it: @input.json"]),
-        ("@bad.json", 2, ["bad.json is not JSON", "line 3, column 3"]),
+        ("@bad.json", 2, ["bad.json is not JSON", "line 3 column 3"]),
         ("@none.json", 4, ["input file none.json"]),
         ("@.", 2, ["cannot be read: Is a directory"]),
         ("-", 2, ["stdin is not JSON"]),
@@ -147,8 +141,9 @@ def test_debug_shows_the_traceback(files):
             ],
         ),
         ("[1]", 2, ["Input should be an object"]),
-        ("[" * 100_000, 2, ["not JSON that can be read"]),
-        ("9" * 5000, 2, ["not JSON that can be read"]),
+        ("[" * 100_000, 2, ["INPUT is not JSON"]),
+        ("9" * 5000, 2, ["INPUT is not JSON"]),
+        ('{"text": ' + "x" * 5000, 2, ["INPUT is not JSON"]),
     ],
 )
 def test_inputs(files, inside, fails, value, code, words):
@@ -166,9 +161,9 @@ def test_inputs_that_fit(files, inside):
 
 
 def test_bytes_that_are_no_text(inside, fails):
-    """Input in another encoding says which byte."""
+    """Input in another encoding is no JSON, and says which byte."""
     done = inside("run", "sums.py:pipeline", "-", stdin=b'{"start": "\xe9"}')
-    fails(done, 2, "stdin is not UTF-8 text: byte 0xe9 at offset 11")
+    fails(done, 2, "stdin is not JSON: 'utf-8' codec can't decode byte 0xe9 in position 11")
 
 
 def test_first_nodes_without_one_contract(files, inside, fails):
@@ -210,18 +205,6 @@ def test_a_group_without_a_command(inside, words):
     """`stroma` alone prints its help as `stroma --help` does; click before 8.2 prints it to stdout."""
     done = inside(*words)
     assert (done.out or done.err).splitlines() == inside(*words, "--help").out.splitlines()
-
-
-@pytest.mark.slow
-def test_a_directory_that_is_gone(stroma):
-    """A current directory that was deleted under the shell is named."""
-    code = (
-        "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from stroma.cli import "
-        "main; sys.exit(main(['runs']))"
-    )
-    done = stroma.python(code)
-    assert done.code == 3
-    assert done.err.startswith("stroma: the current directory does not exist any more")
 
 
 @pytest.mark.slow
@@ -387,8 +370,6 @@ PLAIN = """
 @pytest.mark.parametrize(
     ("words", "code", "report"),
     [
-        (("run", "sums.py:pipeline", "--budget-usd", "x"), 2, "for '--budget-usd': 'x' is not a number"),
-        (("run", "sums.py:pipeline", "--budget-tokens", "high"), 2, "'high' is not a whole number"),
         (("completion", "x"), 2, "invalid value for 'SHELL': 'x' is not one of 'bash'"),
         (("run", "plain.py:runner"), 2, "it has plain.py:agent, plain.py:grouped"),
         (("worker", "plain.py:grouped", "--db", "x.db"), 2, "start it with a node"),
@@ -398,7 +379,7 @@ PLAIN = """
     ],
 )
 def test_a_mistake_is_named_in_plain_words(stroma, inside, words, code, report):
-    """Messages say which kind of number, which pipeline, which shell and which input is missing."""
+    """Messages say which pipeline, which shell and which input is missing."""
     stroma.file("plain.py", PLAIN)
     done = inside(*words)
     assert (done.code, report in done.err) == (code, True), done

@@ -95,17 +95,6 @@ def test_the_other_distribution(inside, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_package_that_cannot_be_imported(stroma, inside, monkeypatch):
-    """An extra that is not there is told with its install line; one that is broken is wrong."""
-    broken = stroma.file("broken/fsspec/__init__.py", "raise RuntimeError('half installed')").parent.parent
-    done = stroma("doctor", "--json", env={"PYTHONPATH": str(broken)})
-    result = checks(done)
-    assert done.code == 3
-    assert "half installed" in result["[blobs]"]["message"]
-    assert result["[blobs]"]["fix"] == "pip install 'stroma-runner[blobs]'"
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(inside, shell):
     """The script of each shell calls this command back; bash takes it without an error."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -58,11 +56,6 @@ _MODULES: Final = {
     "budget": "limits",
     "limit": "limits",
 }
-
-
-#: Names of types in the messages of click, and what they ask for.
-_TYPES: Final = re.compile(r"a valid (float|integer)( range)?")
-_TYPE_TEXTS: Final = {"float": "a number", "integer": "a whole number"}
 
 
 class _Lazy(click.Group):
@@ -146,14 +139,6 @@ def start(argv: list[str], program: str) -> int:
 
 def _guarded(call: Callable[[], Any]) -> int:
     try:
-        try:
-            os.getcwd()
-        except FileNotFoundError as error:
-            raise Problem(
-                "the current directory does not exist any more: it was deleted or renamed",
-                "change to an existing directory, or recreate it: cd .",
-                code=Code.ENVIRONMENT,
-            ) from error
         code = call()
     except (click.Abort, KeyboardInterrupt):
         err.line("stroma: stopped")
@@ -186,7 +171,7 @@ def _guarded(call: Callable[[], Any]) -> int:
 
 def _show_usage_error(error: click.UsageError) -> None:
     path = error.ctx.command_path if error.ctx is not None else "stroma"
-    message = _TYPES.sub(lambda match: _TYPE_TEXTS[match[1]], error.format_message())
+    message = error.format_message()
     if error.ctx is not None and message == error.ctx.get_help():  # A group without a command.
         for line in message.splitlines():
             err.line(line)

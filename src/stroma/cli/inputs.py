@@ -54,13 +54,14 @@ def _read_input(argument: str | None, called: str = "INPUT") -> tuple[bytes, str
 def parse_json(argument: str | None, called: str = "INPUT") -> tuple[Any, str, str]:
     """Return the JSON data of an argument, its text and the name of its source. Raises Problem."""
     data, source = _read_input(argument, called)
-    text = _decode(data, source)
     try:
+        text = data.decode("utf-8-sig")
         return json.loads(text), text, source
-    except json.JSONDecodeError as error:
-        raise _not_json(error, text, source, argument, called) from None
-    except (ValueError, RecursionError) as error:  # A number of 5,000 digits, or too many brackets.
-        raise Problem(f"{source} is not JSON that can be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        fix = 'give JSON in quotes for the shell, such as \'{"key": "value"}\', or @FILE, or -'
+        if argument is not None and not argument.startswith("@") and os.path.isfile(argument):
+            fix = f"to read the file {argument}, put an @ before it: @{argument}"
+        raise Problem(f"{source} is not JSON: {error}", fix) from None
 
 
 def parse_input(pipeline: Pipeline, argument: str | None) -> BaseModel:
@@ -173,33 +174,6 @@ def _validate(model: type[BaseModel], text: str) -> BaseModel:
 
 
 # ---------------------------------------------------------------------- messages
-
-
-def _decode(data: bytes, source: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Problem(
-            f"{source} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}",
-            "save it as UTF-8",
-        ) from None
-
-
-def _not_json(
-    error: json.JSONDecodeError, text: str, source: str, argument: str | None, called: str
-) -> Problem:
-    line = text.splitlines()[error.lineno - 1] if text.strip() else ""
-    start = max(0, error.colno - 1 - 40)
-    marked = [clean(line[start : start + 80]), " " * len(clean(line[start : error.colno - 1])) + "^"]
-    more = marked if line else []
-    if argument is not None and not argument.startswith("@") and Path(argument).is_file():
-        more = [f"to read the file {argument}, put an @ before it: @{argument}"]
-    elif not text.strip():
-        more = ["give JSON, @FILE, or - to read it from stdin"]
-        more[0] += "; no INPUT at all means {}" if called == "INPUT" else ""
-    else:
-        more.append('give JSON in quotes for the shell, such as \'{"key": "value"}\', or @FILE, or -')
-    return Problem(f"{source} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})", *more)
 
 
 def _misfit(error: Exception, model: type[BaseModel], what: str) -> Problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -113,12 +112,25 @@ class LoadedObject(NamedTuple):
 
     def to_pipeline(self) -> Pipeline:
         """Return the pipeline. Raises Problem for anything else."""
-        try:
-            return _to_pipeline(self.value, self.place, self.name)
-        except Problem as problem:
-            if isinstance(self.value, StromaRunner) and _names_of_pipelines(self.module):
-                problem.more = (_list_pipelines(self.module, self.place),)
-            raise
+        value, label = self.value, f"{self.name!r} in {self.place}"
+        if isinstance(value, Pipeline):
+            return value
+        if inspect.isroutine(value) and not _is_node(value):
+            needed = _required_parameters(value)
+            if needed:
+                raise Problem(
+                    f"{label} is a function that needs arguments ({', '.join(needed)}), not a pipeline",
+                    f"add defaults, or make the pipeline at the top level: "
+                    f"{self.name}_pipeline = {self.name}(...)",
+                )
+            label = f"what {self.name}() in {self.place} returned"
+            value = _call_user_code(self.value, f"{self.name}() in {self.place}")
+            if isinstance(value, Pipeline):
+                return value
+        raise Problem(
+            f"{label} is not a pipeline: it is of type {type(value).__name__}",
+            _list_pipelines(self.module, self.place),
+        )
 
 
 def load_object(target: str) -> LoadedObject:
@@ -149,8 +161,6 @@ def _split(target: str) -> tuple[str, str]:
     if not place:
         raise Problem(f"{target!r} names no file or module", _FORM)
     if name and not all(part.isidentifier() for part in name.split(".")):
-        if re.fullmatch(r"[A-Za-z]:[\\/].*", target):  # A drive of Windows.
-            return target, ""
         raise Problem(f"{name!r} cannot be a pipeline in {place}: it is not a Python name", _FORM)
     return place, name
 
@@ -162,7 +172,7 @@ def _load_file(path: Path) -> ModuleType:
     if path.is_dir():
         raise Problem(f"{path} is a directory", _FORM)
     if not path.exists():
-        raise Problem(f"no file {path}", _suggest_files(path), code=Code.NOT_FOUND)
+        raise Problem(f"no file {path}", "check the path", code=Code.NOT_FOUND)
     path = path.resolve()
     # Registered under its own name, so that another module can import it; a name in use stays what it is.
     name = path.stem if path.stem.isidentifier() else "_stroma_" + re.sub(r"\W", "_", path.stem)
@@ -245,30 +255,6 @@ def _load_problem(error: BaseException, what: str) -> Problem:
 # ---------------------------------------------------------------------- the value
 
 
-def _to_pipeline(value: Any, place: str, name: str) -> Pipeline:
-    if isinstance(value, Pipeline):
-        return value
-    label = f"{name!r} in {place}"
-    if inspect.isroutine(value) and not _is_node(value):
-        needed = _required_parameters(value)
-        if needed:
-            raise Problem(
-                f"{label} is a function that needs arguments ({', '.join(needed)}), not a pipeline",
-                f"add defaults, or make the pipeline at the top level: {name}_pipeline = {name}(...)",
-            )
-        returned = _call_user_code(value, f"{name}() in {place}")
-        if isinstance(returned, Pipeline):
-            return returned
-        if inspect.iscoroutine(returned):
-            returned.close()
-            raise Problem(f"{label} is an async function", "make it a plain def that returns a Pipeline")
-        raise Problem(
-            f"{name}() in {place} returned {_describe_kind(returned)}, not a pipeline",
-            _suggest_pipeline(name, returned),
-        )
-    raise Problem(f"{label} is {_describe_kind(value)}, not a pipeline", _suggest_pipeline(name, value))
-
-
 def _required_parameters(func: Callable[..., Any]) -> list[str]:
     try:
         parameters = inspect.signature(func).parameters.values()
@@ -286,37 +272,9 @@ def _is_node(value: Any) -> bool:
     return True
 
 
-def _describe_kind(value: Any) -> str:
-    if isinstance(value, (list, tuple)) and value and all(map(_is_node, value)):
-        return f"a {type(value).__name__} of nodes"
-    if _is_node(value):
-        return "a single node"
-    if isinstance(value, type):
-        return "a class"
-    kind = type(value).__name__
-    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
-
-
-def _suggest_pipeline(name: str, value: Any) -> str:
-    """Return how to build a pipeline from a value that is not one."""
-    if isinstance(value, (list, tuple)) and value and all(map(_is_node, value)):
-        nodes = name
-    elif _is_node(value):
-        nodes = f"[{name}]"
-    elif isinstance(value, StromaRunner):
-        return f'a runner runs a pipeline; make one of its nodes: pipeline = Pipeline("{name}", [node, ...])'
-    else:
-        nodes = "[node, ...]"
-    return f'make one with: from stroma import Pipeline; pipeline = Pipeline("{name}", {nodes})'
-
-
-def _names_of_pipelines(module: ModuleType) -> list[str]:
-    names = [name for name, value in vars(module).items() if isinstance(value, Pipeline)]
-    return names + [name for name, value in vars(module).items() if _returns_pipeline(value)]
-
-
 def _list_pipelines(module: ModuleType, place: str) -> str:
-    names = _names_of_pipelines(module)
+    names = [name for name, value in vars(module).items() if isinstance(value, Pipeline)]
+    names += [name for name, value in vars(module).items() if _returns_pipeline(value)]
     if not names:
         return f'{place} has no Pipeline; make one: pipeline = Pipeline("name", [node, ...])'
     names_text = ", ".join(f"{place}:{name}" for name in names[:10])
@@ -326,15 +284,3 @@ def _list_pipelines(module: ModuleType, place: str) -> str:
 def _returns_pipeline(value: Any) -> bool:
     annotation = getattr(value, "__annotations__", {}).get("return") if inspect.isfunction(value) else None
     return annotation in (Pipeline, "Pipeline") and not _required_parameters(value)
-
-
-def _suggest_files(path: Path) -> str:
-    try:
-        files = [p.name for p in path.parent.iterdir() if p.suffix == ".py"]
-    except OSError:
-        return "check the path: its directory does not exist or cannot be read"
-    if not files:
-        return f"check the path: no Python file in {path.parent.resolve()}"
-    more = f" and {len(files) - 8} more" if len(files) > 8 else ""
-    likest = difflib.get_close_matches(path.name, files, 8, cutoff=0.0)
-    return f"check the path; Python files in {path.parent.resolve()}: {', '.join(likest)}{more}"

@@ -157,22 +157,23 @@ def _styled(text: str, style: str) -> str:
 
 
 def write_private(path: str | os.PathLike[str], text: str) -> None:
-    """Replace a file by one that only its owner can read. Never follows a link. Raises OSError."""
-    path = os.fspath(path)
+    """Replace a file by one that only its owner can read. Never follows a link. Raises OSError.
+
+    Lone surrogates, which UTF-8 cannot encode, are escaped as JSON and Python escape them.
+    """
+    path, data = os.fspath(path), text.encode("utf-8", "backslashreplace")
     with contextlib.suppress(FileNotFoundError):
         kind = os.lstat(path).st_mode
         if stat.S_ISLNK(kind):
             raise FileExistsError(errno.ELOOP, "it is a link, and links are not followed", path)
         if not stat.S_ISREG(kind):  # A pipe, a terminal.
-            with open(
-                os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)), "w", encoding="utf-8"
-            ) as file:
-                file.write(text)
+            with open(os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)), "wb") as file:
+                file.write(data)
             return
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".stroma-")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            file.write(data)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -324,13 +324,6 @@ def prices_of(model: str) -> ModelPrices | None:
     )
 
 
-def model_ids() -> list[str]:
-    """Return the ids of the models that their makers list, and those of KNOWN_MODELS."""
-    data = _load().get_snapshot()
-    listed = {model.id for provider in data.providers if provider.id in _MAKERS for model in provider.models}
-    return sorted(listed | set(KNOWN_MODELS))
-
-
 def data_state() -> tuple[str, datetime | None]:
     """Return the version of genai-prices and the time of its last refresh, None for its own data."""
     import genai_prices

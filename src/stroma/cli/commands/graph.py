@@ -6,7 +6,6 @@ import re
 
 import click
 
-from stroma._utils.text import clean
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.cli.errors import Code, Problem, write_file
@@ -27,14 +26,13 @@ from stroma.runner.pipeline import Pipeline
     type=click.Choice(["mermaid", "svg", "json"]),
     help="Format to print on stdout, in place of a file.",
 )
-@click.option("-o", "--output", "path", metavar="FILE", help="File to write.  [default: NAME.graph.svg]")
 @click.option("--from-runs", is_flag=True, help="Draw the steps that the recorded runs took.")
 @db_option
-def graph(target: str, form: str | None, path: str | None, from_runs: bool, db: str | None) -> None:
+def graph(target: str, form: str | None, from_runs: bool, db: str | None) -> None:
     """Draw the nodes with their contracts, and which field of a node feeds which other field.
 
-    The drawing is an SVG file, which a browser opens. With --format it goes to stdout. No node is called.
-    Findings of `stroma check` are marked. JSON has the schema "stroma.graph/1".
+    The drawing is the file NAME.graph.svg, which a browser opens. With --format it goes to stdout. No node
+    is called. Findings of `stroma check` are marked. JSON has the schema "stroma.graph/1".
 
     With --from-runs, for a flow: how often each step was called and failed in the runs of the store, how
     often which step followed which, and after which steps the runs ended. JSON has the schema
@@ -46,20 +44,15 @@ def graph(target: str, form: str | None, path: str | None, from_runs: bool, db: 
         drawing = _run_graph(pipeline, db)
     else:
         drawing = lineage_of(pipeline.name, [find_node(node) for node in pipeline.nodes], ContractRegistry())
-    if form == "json" and path is None:
+    if form == "json":
         emit({"schema": "stroma.run_graph/1" if from_runs else "stroma.graph/1", **drawing.data()})
-    elif form is not None and path is None:
+    elif form is not None:
         out.write(drawing.svg() if form == "svg" else drawing.mermaid())
-    elif form in (None, "svg"):
-        # A suffix of its own, so that no image of the user is overwritten.
-        path = (
-            path
-            or f"{re.sub(r'[^A-Za-z0-9_-]+', '-', pipeline.name).strip('-')[:100] or 'pipeline'}.graph.svg"
-        )
-        write_file(path, drawing.svg())
-        err.line(f"wrote {clean(path, 500)}; open it in a browser")
     else:
-        raise click.UsageError("-o writes an SVG file; leave out --format, or pass --format svg")
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", pipeline.name).strip("-")[:100] or "pipeline"
+        # A suffix of its own, so that no image of the user is overwritten.
+        write_file(f"{name}.graph.svg", drawing.svg())
+        err.line(f"wrote {name}.graph.svg; open it in a browser")
 
 
 def _run_graph(pipeline: Pipeline, db: str | None) -> RunGraph:

@@ -133,8 +133,6 @@ def _cut(value: Any, most: int, depth: int = 1) -> Any:
         return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)"
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
-    if isinstance(value, int) and value.bit_length() > 8 * most:
-        return f"… (a number of {value.bit_length():,} bits)"
     if not isinstance(value, (dict, list, tuple)):
         return value
     if depth > most:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Final
 
 import click
 
 from stroma._utils.text import clean
-from stroma.cli.errors import Code, Problem, command
+from stroma.cli.errors import Code, Problem
 from stroma.cli.output import emit_fields, err, out, table
 from stroma.cost.prices import (
     KNOWN_MODELS,
@@ -17,7 +16,6 @@ from stroma.cost.prices import (
     Steps,
     data_state,
     kinds,
-    model_ids,
     prices_of,
     update_prices,
 )
@@ -62,10 +60,8 @@ def prices(models: tuple[str, ...], update: bool, as_json: bool) -> int:
             if entry is not None:
                 _show(entry)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], model_ids(), 3, cutoff=0.5)
         raise Problem(
             f"no price for {', '.join(clean(model, 80) for model in unknown)}, which would count as $0",
-            *([f"near: {command('prices', *near)}"] if near else []),
             'give it one in your code: stroma.KNOWN_MODELS["..."] = (input, output), US dollars per '
             "million tokens",
             code=Code.NOT_FOUND,

@@ -8,7 +8,6 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Final
 
 import click
 
@@ -25,7 +24,6 @@ from stroma.runner.pipeline import Pipeline
 from stroma.testing.recording import RecordedRun
 from stroma.testing.replaying import Replay
 
-_HALVES: Final = re.compile("[\ud800-\udfff]")
 _TEST = '''\
 """Run {run} of the pipeline {pipeline}, replayed by the current code: no node is called.
 
@@ -95,13 +93,8 @@ def record(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         recorded = json.dumps(redacted_run.to_json(), indent=2, ensure_ascii=False) + "\n"
-        # UTF-8 cannot encode lone surrogates; JSON can escape them.
-        recorded = _HALVES.sub(lambda half: f"\\u{ord(half[0]):04x}", recorded)
         write_private(data, recorded)
-        write_private(
-            path,
-            _test(redacted_run, outcome, target, path, data).encode("utf-8", "backslashreplace").decode(),
-        )
+        write_private(path, _test(redacted_run, outcome, target, path, data))
     except OSError as error:
         raise Problem(
             f"cannot write the test: {error}", "pass another file", code=Code.ENVIRONMENT

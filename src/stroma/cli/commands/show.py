@@ -378,21 +378,9 @@ def _print_hint(command: str, place: str) -> None:
 _HEADER = ["AT", "NODE", "TRY", "OUTCOME", "CLASS", "REASON", "TIME", "TOKENS", "COST", "MODEL", "MESSAGE"]
 _RIGHT: Final = ("TRY", "BEGAN", "WAITED", "TIME", "FUNCTIONS", "TOKENS", "COST")
 #: Columns that a narrow terminal does without, in this order; with --timing the times stay longest.
-_SPARE: Final = ["MODEL", "CLASS", "TOKENS", "AT", "REASON", "TRY", "TIME", "COST", "OUTCOME"]
-_TIMING_SPARE: Final = [
-    "FUNCTIONS",
-    "MODEL",
-    "CLASS",
-    "TOKENS",
-    "COST",
-    "AT",
-    "REASON",
-    "TRY",
-    "WAITED",
-    "OUTCOME",
-    "BEGAN",
-    "TIME",
-]
+_SPARE: Final = ("FUNCTIONS", "MODEL", "CLASS", "TOKENS", "AT", "REASON", "TRY", "WAITED")
+_LAST_SPARE: Final = ("TIME", "COST", "OUTCOME")
+_LAST_OF_TIMING: Final = ("COST", "OUTCOME", "BEGAN", "TIME")
 _SHOWN_REJECTED: Final = 3  # rejected outputs below the attempts
 _SHOWN_COMPLAINTS: Final = 10  # of each
 
@@ -420,7 +408,8 @@ def _print_attempts(record: RunRecord, story: Story, view: _View) -> None:
             texts[header.index("OUTCOME")] = (row["OUTCOME"], line.style)
         rows.append(texts)
     right = frozenset(header.index(name) for name in _RIGHT if name in header)
-    spare = [header.index(name) for name in (_TIMING_SPARE if view.timing else _SPARE) if name in header]
+    last = _LAST_OF_TIMING if view.timing else _LAST_SPARE
+    spare = [header.index(name) for name in (*_SPARE, *last) if name in header]
     table(out, header, rows, right=right, spare=spare)
 
 
