@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ConfigDict, SecretStr
+from pydantic import BaseModel, ConfigDict, SecretStr, create_model
 from tests.flows.steps import runner_on
 from tests.kit import Num
 from tests.shared_stores import opened, place
@@ -59,8 +59,12 @@ def store(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield instance
 
 
-def input_of(order: int, *, is_secret: bool = True) -> Card | Order:
-    return Card(order=order, pan=SecretStr("4111")) if is_secret else Order(order=order, client=Client())
+def card(order: int) -> Card:
+    return Card(order=order, pan=SecretStr("4111"))
+
+
+def odd(order: int) -> Order:
+    return Order(order=order, client=Client())
 
 
 class Shop:
@@ -77,10 +81,9 @@ class Shop:
             await (asyncio.Event().wait() if self.dies else asyncio.sleep(0.05))
         return Num(n=state.order)
 
-    def flow(self, orders: list[int], *, is_secret: bool = True) -> FlowFunction[Num, Num]:
+    def flow(self, *orders: BaseModel) -> FlowFunction[Num, Num]:
         """Return a flow that gives up the first charge, and makes the others."""
-        taken = Card if is_secret else Order
-        charge = stroma_node("charge", input=taken, output=Num, effect=True)(self.charge)
+        charge = stroma_node("charge", input=type(orders[0]), output=Num, effect=True)(self.charge)
 
         @stroma_node("hurry", input=Num, output=Num)
         async def hurry(state: Num) -> Num:
@@ -89,42 +92,45 @@ class Shop:
 
         @stroma_flow("f", input=Num, output=Num)
         async def f(flow: Flow, state: Num) -> Num:
-            first = asyncio.create_task(flow.step(charge, input_of(orders[0], is_secret=is_secret)))
+            first = asyncio.create_task(flow.step(charge, orders[0]))
             await flow.step(hurry, state)
             first.cancel()
-            receipts = [await flow.step(charge, input_of(n, is_secret=is_secret)) for n in orders[1:]]
+            receipts = [await flow.step(charge, order) for order in orders[1:]]
             return receipts[-1]
 
         return f
 
 
-@pytest.mark.parametrize("is_secret", [True, False])
-async def test_two_effects_are_told_apart(store: Any, is_secret: bool) -> None:
+@pytest.mark.parametrize("order", [card, odd])
+async def test_two_effects_are_told_apart(store: Any, order: Any) -> None:
     """G13. An effect does not take another's outcome because both inputs have a secret or odd value."""
     shop = Shop()
-    result = await runner_on(store).run(shop.flow([1, 2], is_secret=is_secret), Num())
+    result = await runner_on(store).run(shop.flow(order(1), order(2)), Num())
     assert (result.status, result.output, shop.charges) == (RunStatus.COMPLETED, Num(n=2), [1, 2])
 
 
 async def test_an_effect_is_known_by_its_secret(store: Any) -> None:
     """G13. An effect that was given up is found again by an input with the same secret."""
     shop = Shop()
-    result = await runner_on(store).run(shop.flow([1, 1]), Num())
+    result = await runner_on(store).run(shop.flow(card(1), card(1)), Num())
     assert (result.status, result.output, shop.charges) == (RunStatus.COMPLETED, Num(n=1), [1])
 
 
-async def test_a_codec_lets_another_process_find_it(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G13. A process that takes over knows an effect by its secret if the store has a codec, and asks."""
+@pytest.mark.parametrize("euros", [None, (int, 5), (int, ...)], ids=["secret", "field", "required field"])
+async def test_another_process_finds_it(store: Any, monkeypatch: pytest.MonkeyPatch, euros: Any) -> None:
+    """G13. Another process knows an effect that was given up by its secret, or by its changed class."""
     shop = Shop()
     shop.dies = True
-    run = asyncio.create_task(runner_on(store).run(shop.flow([1, 1]), Num()))
+    order = card(1) if euros is None else create_model("Bill", order=(int, 1))()
+    run = asyncio.create_task(runner_on(store).run(shop.flow(order, order), Num()))
     await shop.charged.wait()
     run.cancel()
     await asyncio.wait([run])
     monkeypatch.setattr(schema, "_PROCESS", b"another")
-    result = await runner_on(store).run(shop.flow([1, 1]), Num())
-    assert result.status is RunStatus.SUSPENDED
-    assert shop.charges == ([1] if has_codec(store) else [1, 1])
+    if euros is not None:
+        order = create_model("Bill", order=(int, 1), euros=euros)(euros=5)
+    result = await runner_on(store).run(shop.flow(order, order), Num())
+    assert (result.status, result.suspended, shop.charges) == (RunStatus.SUSPENDED, ["effect"], [1])
 
 
 async def test_a_called_step_with_another_secret_is_a_change(store: Any) -> None:

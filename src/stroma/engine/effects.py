@@ -6,7 +6,7 @@ an unknown outcome: its process died, or its attempt ended without an outcome.
 
 Before an effect is called, earlier calls are settled: the one at the same place, with any input, and the one
 with the same input that code in this process has cut off, or whose outcome the body of a flow has not
-received. Inputs are compared by their digests.
+received. Inputs are compared by their digests; a call that a flow's body has given up by that of its replay.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import NodeContract, NotDone, Unknown
 from stroma.contracts.copying import Snapshot
-from stroma.contracts.schema import Schema, has_secrets
+from stroma.contracts.node import Node
+from stroma.contracts.schema import Schema, has_secrets, schema_of
 from stroma.engine.commit import store_notes
 from stroma.engine.config import limits_ms
 from stroma.engine.context import ReliabilityContext
@@ -205,7 +206,8 @@ class Effect:
     def _take_over(self) -> None:
         """Take the place of a call with the same input whose outcome the flow's body has not received."""
         run, known, own = self._run, effect_calls(self._run.ctx), self._first
-        places, calls = _places_of_calls(run, self._digest), known.of_bodies[run.position]
+        places = _places_of_calls(run.ctx, run.position, run.node_id, self._digest)
+        calls = known.of_bodies[run.position]
         for place in list(places):
             one = _read(run, place)
             if one is None or not one.is_open:
@@ -479,12 +481,7 @@ def _read(run: RunningNode, place: NotePlace) -> Intent | None:
 
     Raises PipelineChanged if the outcome of the other node's call is unknown.
     """
-    key = effect_note(*place)
-    intent = effect_calls(run.ctx).intents.get(key)
-    if intent is None:
-        data = run.ctx.session.notes.get(key)
-        name = RecordName(run.run_id, "note", key)
-        intent = None if data is None else decode_json(data, Intent, name)
+    intent = _recorded(run.ctx, place)
     if intent is None or intent.node_id == run.node_id:
         return intent
     if intent.is_unknown and not run.ctx.config.allow_changes:
@@ -493,6 +490,14 @@ def _read(run: RunningNode, place: NotePlace) -> Intent | None:
             "in its place; restore the node, or start a new run"
         )
     return None
+
+
+def _recorded(ctx: ReliabilityContext, place: NotePlace) -> Intent | None:
+    key = effect_note(*place)
+    intent = effect_calls(ctx).intents.get(key)
+    if intent is None and (data := ctx.session.notes.get(key)) is not None:
+        intent = decode_json(data, Intent, RecordName(ctx.run_id, "note", key))
+    return intent
 
 
 def write_intent(ctx: ReliabilityContext, place: NotePlace, intent: Intent) -> None:
@@ -505,15 +510,28 @@ def write_intent(ctx: ReliabilityContext, place: NotePlace, intent: Intent) -> N
         places.setdefault((intent.node_id, intent.digest), {})[place] = None
 
 
-def _places_of_calls(run: RunningNode, digest: str) -> dict[NotePlace, None]:
-    """Return the places of the calls of a node with an input in the flow at its position, in their order."""
-    by_place = effect_calls(run.ctx).places
-    if run.position not in by_place:
-        by_call = by_place[run.position] = {}
-        calls = intents(run.ctx, run.position).items()
+def note_input(ctx: ReliabilityContext, place: NotePlace, node: Node, state: BaseModel) -> None:
+    """Note the input of a call in a flow as it is compared now: its class may have changed since the call."""
+    contract = ctx.contract_of(node)
+    assert contract is not None  # An effect has one.
+    schema = schema_of(contract.input_schema)
+    with suppress(Exception):  # The input breaks the contract.
+        intent, digest = _recorded(ctx, place), _digest(ctx, schema, schema.prepare_input(state)[1])
+        if intent is not None and not _differ(intent.digest, digest):
+            _places_of_calls(ctx, place[0], node.node_id, digest)[place] = None
+
+
+def _places_of_calls(
+    ctx: ReliabilityContext, position: int, node_id: str, digest: str
+) -> dict[NotePlace, None]:
+    """Return the places of the calls of a node with an input in the flow at a position, in their order."""
+    by_place = effect_calls(ctx).places
+    if position not in by_place:
+        by_call = by_place[position] = {}
+        calls = intents(ctx, position).items()
         for place, one in sorted(calls, key=lambda item: item[1].started_ms):
             by_call.setdefault((one.node_id, one.digest), {})[place] = None
-    return by_place[run.position].setdefault((run.node_id, digest), {})
+    return by_place[position].setdefault((node_id, digest), {})
 
 
 def _is_received(calls: Mapping[str, bool], intent: Intent, holder: NotePlace) -> bool | None:

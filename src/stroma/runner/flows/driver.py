@@ -13,13 +13,13 @@ import math
 from collections.abc import Coroutine
 from functools import partial
 from time import monotonic
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from stroma.checkpoint import PipelineChanged, StoreError
 from stroma.contracts.codec import describe_difference
-from stroma.contracts.node import FlowNode
+from stroma.contracts.node import FlowNode, Node
 from stroma.engine.context import ReliabilityContext
-from stroma.engine.effects import effect_calls
+from stroma.engine.effects import effect_calls, note_input
 from stroma.engine.execution import CURRENT, RunningNode
 from stroma.engine.outcome import STOPPED, Halt
 from stroma.engine.tasks import cancel_all, raise_if
@@ -137,8 +137,7 @@ class FlowDriver(FlowWaits):
         if call.question is None or not has_begun:
             if call.source:
                 self.records.put_back(call.source)
-            if call.is_effect():
-                self._given_up.append(call)
+            self._note_given_up(call)
             self.calls.pop(call.branch, None)
             call.give_up()
             self._withdraw_asked(call)
@@ -148,6 +147,12 @@ class FlowDriver(FlowWaits):
         elif call.task is None:
             self.calls.pop(call.branch, None)
             self._withdraw(call)
+
+    def _note_given_up(self, call: FlowCall) -> None:
+        """Note a call that the body gave up, if it is one of an effect."""
+        if call.is_effect():
+            self._given_up.append(call)
+            note_input(self.ctx, (self.position, call.branch), cast("Node", call.node), call.state)
 
     def _withdraw(self, call: FlowCall) -> None:
         question, call.question = call.question, None
@@ -552,8 +557,7 @@ class FlowDriver(FlowWaits):
         for call in [one for one in calls.values() if one.future is not None]:
             call.future = None
             self._body_calls.pop(call.branch, None)
-            if call.is_effect():
-                self._given_up.append(call)
+            self._note_given_up(call)
             if call.question is not None and not self.is_live:
                 self._withdrawn.append(call)
             elif call.question is not None and call.suspended is not None:
