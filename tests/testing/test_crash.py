@@ -1,14 +1,15 @@
 """crash_at: everything that a process has not kept is lost, and nothing that it has kept."""
 
+import asyncio
 import sys
 import textwrap
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import context_on, environment, run_python
-from tests.testing.pipelines import Number, counted, patient
+from tests.kit import NEVER, context_on, environment, run_python
+from tests.testing.pipelines import Number, counted, make, patient
 
-from stroma import NodeHooks, RunConfig, RunStatus, StromaRunner, execute_step, parallel
+from stroma import Flow, NodeHooks, RunConfig, RunStatus, StromaRunner, execute_step, parallel, stroma_flow
 from stroma.testing import POINTS, Crashed, FaultPlan, crash_at
 
 store = store_fixture("async-memory", "sqlite")
@@ -123,6 +124,29 @@ async def test_no_except_exception_catches_a_death():
         except Exception:
             raise AssertionError("a process that has died handles nothing") from None
     assert not issubclass(Crashed, Exception)
+
+
+async def test_a_flow_dies_before_the_failure_of_a_step_is_stored():
+    """The death of the process ends the block, also if the flow has yet to store that a step has failed."""
+    go = asyncio.Event()
+
+    async def fail(state):
+        await go.wait()
+        raise ValueError("no answer")
+
+    async def wait(state):
+        await go.wait()
+        return state
+
+    @stroma_flow("both", input=Number, output=Number)
+    async def both(flow: Flow, state: Number) -> Number:
+        await asyncio.gather(flow.step(make("fails", fail), state), flow.step(make("waits", wait), state))
+        return state
+
+    asyncio.get_running_loop().call_later(0.01, go.set)
+    with crash_at("after_hooks", "waits") as crash:
+        await StromaRunner.quick(policy_map=NEVER).run(both, Number())
+    assert crash.boundary.node_id == "waits"
 
 
 @pytest.mark.core

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple, Self, cast, get_args
+from typing import Any, Final, Literal, NamedTuple, NoReturn, Self, cast, get_args
 
 from pydantic import BaseModel
 
@@ -178,8 +178,11 @@ class _MortalSession:
         if name in _DROPPED and self._is_dead:
             return lambda *_: None
         if name in _REFUSED and self._is_dead:
-            raise self._deaths.refuse()
+            return self._refuse
         return getattr(self._session, name)
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise self._deaths.refuse()
 
     @property
     def on_control(self) -> Callable[[RunControl], None] | None:
