@@ -256,11 +256,16 @@ async def _pay_five_times(store: Any) -> tuple[list[ExecutionResult], int]:
 @pytest.mark.core
 @pytest.mark.parametrize("refuses_rows", [False, True])
 async def test_usage_of_an_output_that_the_store_refuses_counts(refuses_rows: bool, no_delays: None) -> None:
-    """G6: The usage of an attempt whose output the store refuses counts in each resume, up to the budget."""
+    """G6: The usage of an attempt whose output the store refuses counts in each resume, up to the budget.
+
+    The output is sent four times and its usage once, since each may take as long as the store is waited for.
+    """
+    refused: list[int] = []
 
     def between(session: Any) -> Any:
         def record(row: Any, schema: Any, output: Any, step: Any) -> Any:
             if output is not None or refuses_rows:
+                refused.append(1)
                 raise StoreError("AccessDenied")
             return session.record(row, schema, output, step)
 
@@ -269,6 +274,7 @@ async def test_usage_of_an_output_that_the_store_refuses_counts(refuses_rows: bo
     results, calls = await _pay_five_times(Journal(between))
     assert ({one.status for one in results}, calls) == ({RunStatus.PARTIAL}, 3)
     assert results[-1].total.tokens == 15
+    assert len(refused) == calls * (5 if refuses_rows else 4)
 
 
 async def test_an_output_that_was_stored_after_all_counts_once(tmp_path: Path, no_delays: None) -> None:

@@ -528,7 +528,7 @@ class NodeAttempt:
         ends_by_store = halt is not None and failure.reason == "store"
         if not ends_by_store or self.is_counted:
             try:
-                problem = await self._save(row)
+                problem = await self._save(row, repeats=not ends_by_store)
             except GeneratorExit:
                 raise
             except BaseException as interrupt:  # KeyboardInterrupt in a store.
@@ -545,17 +545,17 @@ class NodeAttempt:
         self._raise_interrupt()
         return failure if halt is None else halt
 
-    async def _save(self, row: AttemptRow) -> Exception | None:
+    async def _save(self, row: AttemptRow, *, repeats: bool = True) -> Exception | None:
         """Record an end without an output. Return why the store refuses it.
 
-        Of an output that the store has refused, this records the usage. If the store has stored it after
-        all, the row has the same key, and changes nothing.
+        Of an output that the store has refused, this records the usage, in one try. If the store has stored
+        it after all, the row has the same key, and changes nothing.
         """
         again = partial(self.ctx.journal.record, row)
         pending = again()
         if pending is None:
             return None
-        problem = await self._settle(row, pending, again)
+        problem = await self._settle(row, pending, again, repeats=repeats)
         if problem is not None and row.usage is not None:
             self.ctx.journal.note_unrecorded(row.usage)
         return problem
@@ -565,9 +565,11 @@ class NodeAttempt:
         row: AttemptRow,
         pending: Awaitable[None] | Exception,
         again: Callable[[], Awaitable[None] | Exception | None],
+        *,
+        repeats: bool = True,
     ) -> Exception | None:
         """Finish a store call, and return the reason of a refusal. A cancellation is raised later."""
-        problem, cancelled = await settle(self.ctx, row, pending, again)
+        problem, cancelled = await settle(self.ctx, row, pending, again, repeats=repeats)
         self.interrupt = self.interrupt or cancelled
         return problem
 

@@ -73,13 +73,15 @@ async def settle(
     row: AttemptRow | RunningNode,
     pending: Awaitable[None] | Exception | None,
     again: Callable[[], Awaitable[None] | Exception | None],
+    *,
+    repeats: bool = True,
 ) -> tuple[Exception | None, asyncio.CancelledError | None]:
-    """Finish a store call, and repeat one that the store refuses temporarily.
+    """Finish a store call, and repeat one that the store refuses temporarily, unless ``repeats`` is False.
 
     Return the reason of a final refusal, and a cancellation of the task in the meantime.
     """
     shield = Shield()
-    delays = iter(_STORE_DELAYS)
+    delays = iter(_STORE_DELAYS if repeats else ())
     while True:
         error = await shield.finish(pending) if isinstance(pending, Awaitable) else pending
         if error is None or isinstance(error, NotSerialisable):

@@ -153,6 +153,12 @@ class PostgresConnection(ServerConnection):
         super().__init__(server.name, server.explain)
         self._server = server
         self._db: Database | None = None
+        #: False once an operation of the batch has failed for as long as the server was to be waited for.
+        self._is_patient = True
+
+    def apply(self, batch: list[Job], more: Callable[[], bool]) -> None:
+        self._is_patient = True
+        super().apply(batch, more)
 
     def handle(self) -> object:
         return self._db
@@ -197,6 +203,9 @@ class PostgresConnection(ServerConnection):
     ) -> T:
         """Repeat an operation until it succeeds, fails permanently, or ``patience_seconds`` are over.
 
+        They are those of the whole batch: leases are renewed faster than a server that refuses everything
+        would let many operations fail one after another, and the queue would grow.
+
         The second argument of ``do`` is True if an earlier try may have been executed although its reply was
         lost.
         """
@@ -219,7 +228,12 @@ class PostgresConnection(ServerConnection):
                 return False
             return (is_new_loss and losses < _MAX_LOSSES) or should_retry(error)
 
-        return retry(once, may_succeed, self._server.patience_seconds, _PAUSES_SECONDS)
+        patience_seconds = self._server.patience_seconds if self._is_patient else 0.0
+        try:
+            return retry(once, may_succeed, patience_seconds, _PAUSES_SECONDS)
+        except psycopg.Error as error:
+            self._is_patient = self._is_patient and not may_succeed(error)
+            raise
 
     def _open(self) -> Database:
         if self._db is None or is_lost(self._db):
