@@ -352,7 +352,7 @@ def test_a_run_that_sleeps_after_its_answer(stroma, inside, fails):
         assert inside("resume", "s", "later.py:later").code == 7
     shown = inside("show", "s").out
     assert "due     " not in shown
-    assert 'closed    later: Now? it is not answered\nanswered  later: Send it? {"ok": true}\n' in shown
+    assert 'closed    later: Now? it is not answered\nanswered  later: Send it? {"ok": true}, 2' in shown
     asked = json.loads(inside("show", "s", "--json").out)["suspended"]
     rows = [(one["answered"], one["closed"], one["answer"]) for one in asked]
     assert rows == [(False, True, None), (True, False, {"ok": True})]

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from typing import Any
 
 import pytest
@@ -148,7 +149,9 @@ async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> No
     assert sorted(bar.key for bar in inside) == sorted(bar.key for bar in story.bars)
     assert lines(outline(story.bars)).count("  judge") == 7
 
+    began, _ = time.time(), await asyncio.sleep(0.05)
     await runner.signal("r", Text(text="yes"))
+    answered = time.time()
     assert (await runner.resume(triage, "r")).output == Num(n=3)
     record = await asyncio.to_thread(store.get_run, "r")
     assert record is not None
@@ -156,6 +159,9 @@ async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> No
     printed = lines(fold(outline(story.bars, story.waits)))
     assert printed == ["triage", *(f"  {line}" for line in LINES), *waiting]
     assert [bar.outcome for bar in story.waits] == ["answered", "slept"]
+    # A question ends when it is answered, not when the run is resumed.
+    question, first_s = story.waits[0], story.first_ns / 1e9
+    assert began + 0.045 <= first_s + (question.began_ms + question.took_ms) / 1000 <= answered + 0.005
 
 
 @pytest.mark.asyncio

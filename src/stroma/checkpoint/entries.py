@@ -279,6 +279,7 @@ class Waiting(NamedTuple):
         effect: the call that the question is about; None for any other question.
         number: which question it is among those at its place; later ones have a higher number.
         schema: JSON schema of the answer, as text; "" without one.
+        answered_ms: when the answer was accepted, since the epoch by the store's clock; 0 without one.
     """
 
     position: int
@@ -290,6 +291,7 @@ class Waiting(NamedTuple):
     effect: UnknownCall | None = None
     number: int = 0
     schema: str = ""
+    answered_ms: int = 0
 
     @property
     def is_answered(self) -> bool:

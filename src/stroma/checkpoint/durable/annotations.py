@@ -140,8 +140,9 @@ def record_waiting(records: RunRecords, waiting: Waiting) -> None:
         data = payloads.seal_now(waiting.payload, _answer_place(records, waiting))
     place = records.place("question", waiting.position, waiting.branch)
     effect = waiting.effect and waiting.effect._replace(cause=storable_text(waiting.effect.cause) or "")
-    question = payloads.seal_text(json.dumps([storable_text(waiting.reason), effect, waiting.schema]), place)
-    step = Step(question or "", waiting.schema_ref, data, b"", waiting.number)
+    question = [storable_text(waiting.reason), effect, waiting.schema, waiting.answered_ms]
+    contract = payloads.seal_text(json.dumps(question), place)
+    step = Step(contract or "", waiting.schema_ref, data, b"", waiting.number)
     records.put(Annotation.WAITING, _waiting_key(waiting), waiting.node_id, step)
 
 
@@ -177,11 +178,12 @@ def read_waiting(records: RunRecords, row: StepRow) -> Waiting:
     place = records.place("question", position, branch)
     question = payloads.open_text(step.contract, place) or ""
     if question in UNREADABLE:  # It is listed, so that people see that there is one.
-        reason, unknown, schema = question, None, ""
+        fields = question, None, "", 0
     else:
-        reason, unknown, schema = decode_json(question, tuple[str, UnknownCall | None, str], name)
-    number = step.number or 0
-    waiting = Waiting(position, branch, row.node_id, reason, step.schema_ref, None, unknown, number, schema)
+        fields = decode_json(question, tuple[str, UnknownCall | None, str, int], name)
+    reason, unknown, schema, answered_ms = fields
+    ref, number = step.schema_ref, step.number or 0
+    waiting = Waiting(position, branch, row.node_id, reason, ref, None, unknown, number, schema, answered_ms)
     if not step.output:
         return waiting
     place = _answer_place(records, waiting)

@@ -369,7 +369,8 @@ class RunStore(ReadableStore):
         if stored is None or stored.id != waiting.id or not _takes(stored, waiting):
             raise not_waiting(run_id, waiting.id, stored)
         if stored.payload is None:  # An equal answer may be sent twice.
-            record_waiting(records, stored._replace(payload=waiting.payload))
+            answered = stored._replace(payload=waiting.payload, answered_ms=rows.now_ms())
+            record_waiting(records, answered)
             rows.wake(run)
 
     async def send(self, run_id: str, message: SentMessage) -> None:

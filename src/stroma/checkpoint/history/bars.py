@@ -130,8 +130,8 @@ def wait_bars(
             add(at, label, "expired", began_ms, began_ms if wake is None else wake[0], answer)
         elif one.payload is None:
             add(at, label, "open", began_ms, until_ms, answer)
-        else:  # When it was answered is not recorded.
-            add(at, label, "answered", began_ms, began_ms, answer)
+        else:
+            add(at, label, "answered", began_ms, one.answered_ms, answer)
     for key in notes:
         position, kind, branch = [*key.split(":", 2), "", ""][:3]
         wait = _read(notes, key) if kind == "r" else None

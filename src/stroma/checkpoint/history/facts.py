@@ -94,8 +94,10 @@ def facts_of(
             yield "due", f"{due} at the latest" if is_waiting else due
     is_open = record.status not in FINISHED
     for one in waiting:
-        if one.payload is not None:
-            yield "answered" if one.is_answered else "closed", describe_answer(one)
+        if one.is_answered:
+            yield "answered", f"{describe_answer(one)}, {format_utc(one.answered_ms)}"
+        elif one.payload is not None:
+            yield "closed", describe_answer(one)
         elif is_open:
             yield "waits", f"{node_text(one)}: {clean(one.text, 1000)} (asks for {answer_type(one)})"
     if record.waits_for == "resume":

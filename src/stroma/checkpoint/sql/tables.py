@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, get_type_hints
 from stroma.checkpoint.durable.rows import Step
 from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord
 
-SCHEMA_VERSION: Final = 11  # of the tables, in every SQL store
+SCHEMA_VERSION: Final = 12  # of the tables, in every SQL store
 
 # Any stands for an output: bytes in these stores.
 _TYPES: Final = {bytes: "bytea", int: "bigint", str: "text"}
