@@ -53,6 +53,32 @@ def test_many_items_are_one_line(stroma):
     assert len((stroma.home / "out.jsonl").read_text().splitlines()) == 270
 
 
+def test_the_item_that_stopped_a_map_is_named(stroma):
+    """Of items that failed alike, the message names the one without a retry left."""
+    stroma.file(
+        "alike.py",
+        """
+        from sums import *
+        class Nums(BaseModel):
+            nums: list[int]
+        class Busy(Exception):
+            status_code = 503
+        async def half(state):
+            error = Busy("overloaded")
+            if state.n == 0:
+                error.response = type("Response", (), {"headers": {"retry-after": "5"}, "status_code": 503})
+            raise error
+        retry = {"RECOVERABLE": FailurePolicy(max_retries=2, backoff_seconds=0)}
+        pipeline = Pipeline("alike", [map_over("nums", node("half", half), into="nums")],
+                            config=RunConfig(policy_map=retry))
+        """,
+    )
+    done = stroma("run", "alike.py:pipeline", '{"nums": [0, 1]}', "-q")
+    assert "node 'half' (at 0.1, attempt 3) in map_over(nums, half): RECOVERABLE" in " ".join(
+        done.err.split()
+    )
+
+
 def test_failed_items_are_run_again(stroma, fails):
     """resume leaves failed items as they are; --retry-failed runs just those and what follows."""
     stroma.file("many.py", MANY)

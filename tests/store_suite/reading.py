@@ -210,6 +210,17 @@ class ReadingTests:
         assert (cause.node_id, cause.position, cause.branch) == ("child", 1, "1.0")
         assert (cause.error_type, cause.message, cause.text) == ("ValueError", "why", "ValueError: why")
 
+    async def test_the_cause_of_a_map_is_its_item_without_a_retry_left(self, store: Any) -> None:
+        """Of items of a map that fail alike, the cause is that with the most attempts, not the last end."""
+        session = await begin(store)
+        for branch, attempt, ms in (("0", 1, 10), ("1", 1, 11), ("0", 2, 20), ("1", 2, 21), ("0", 3, 30)):
+            await fail(session, 1, "item", branch=branch, attempt=attempt, ms=ms, message="why")
+        await fail(session, 1, "map", ms=31, message="why")
+        await fail(session, 1, "item", branch="1", attempt=2, ms=32, message="why")
+        await finish(session, "PARTIAL", "why")
+        cause = store.get_run("run").cause
+        assert (cause.branch, cause.attempt) == ("0", 3)
+
     async def test_history_page_by_page(self, store: Any) -> None:
         """attempt_page returns the rows of attempts() in pages, without outputs; output_of returns one."""
         session = await begin(store)

@@ -287,8 +287,8 @@ def test_redact_is_asked_of_states_and_messages_alone() -> None:
     assert [state for state in requests if state not in ({"a": "long enough"}, {"message": "it broke"})] == []
 
 
-def failure(message: str = "it broke", node_id: str = "elsewhere") -> Failure:
-    return Failure(OSError(message), FailureClass.RECOVERABLE, node_id, 3, message, "rate_limit")
+def failure(message: str = "it broke", node_id: str = "elsewhere", attempt: int = 3) -> Failure:
+    return Failure(OSError(message), FailureClass.RECOVERABLE, node_id, attempt, message, "rate_limit")
 
 
 def result(held: ExecutionTrace, **changed: Any) -> ExecutionResult:
@@ -327,21 +327,23 @@ def test_the_waits_of_a_story_end_when_they_were_recorded() -> None:
 
 
 def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:
-    """Of the attempts that said the same the last one, of a group and child begun at once the child."""
-    first = failed("x", started=START - 5_000_000, branch="0.1.1.1")
-    child = failed("x", branch="0.1", position=1)
-    group = failed("g", position=1, children=[child])
+    """It is the last attempt with the number and message of the child whose failure the group took over."""
+    first = failed("x", started=START - 5_000_000, branch="0.1.1.1", attempt=2)
+    child = failed("x", branch="0.1", position=1, attempt=2)
+    sibling = failed("x", started=START + 1, branch="0.2", position=1)
+    group = failed("g", position=1, children=[child, sibling])
     held = trace(
         first,
         group,
         failed("y", started=START + 1, failure=Failed(FailureClass.TERMINAL, "no", None, "OSError")),
     )
-    story = result(held, failure=failure())._story()
-    assert story.box == StopCause("x", "1.0.1", 3, "RECOVERABLE", "OSError: it broke", "rate_limit")
+    of_group = replace(failure(), inner=failure(node_id="x", attempt=2))
+    story = result(held, failure=of_group)._story()
+    assert story.box == StopCause("x", "1.0.1", 2, "RECOVERABLE", "OSError: it broke", "rate_limit")
     assert story.facts == ()
     # The trace of a group that was told after its child is the same.
-    held = trace(first, child, failed("g", position=1))
-    assert result(held, failure=failure())._story().box == story.box
+    held = trace(first, child, sibling, failed("g", position=1))
+    assert result(held, failure=of_group)._story().box == story.box
 
 
 @pytest.mark.parametrize(
@@ -374,9 +376,9 @@ def test_box_and_facts_show_what_redact_lets_be_seen() -> None:
             given={"key": "sesame"}, failure=Failed(FailureClass.RECOVERABLE, "noisy sesame", None, "OSError")
         )
     )
-    one = result(held, failure=failure("noisy sesame"), suspended=["noisy sesame"])
+    one = result(held, failure=failure("noisy sesame", "node", 1), suspended=["noisy sesame"])
     story = one._story(without_key)
-    assert story.box == StopCause("node", "0", 3, "RECOVERABLE", "OSError: quiet [redacted]", "rate_limit")
+    assert story.box == StopCause("node", "0", 1, "RECOVERABLE", "OSError: quiet [redacted]", "rate_limit")
     assert story.facts == (("waits", "quiet [redacted]"),)
     assert [one.input_state for one in story.bars] == [{"key": "***"}]
     assert one._story().facts == (("waits", "noisy sesame"),)

@@ -361,13 +361,19 @@ def digits_seconds(digits: int) -> float:
 def cause_of(failed: Sequence[AttemptRecord]) -> Cause | None:
     """Return the cause among failed attempts, the latest end first.
 
-    A failed group ends after the child that failed it, with the child's message: the cause is the child.
+    A failed group ends after the child that failed it, with the child's message: the cause is the child. Of
+    items of a map with the same failure it is the one with the most attempts, which had no retry left.
     """
     if not failed:
         return None
     last = (failed[0].position, failed[0].failure_class, failed[0].message)
     same_failure = [a for a in failed if (a.position, a.failure_class, a.message) == last]
     deepest = max(same_failure, key=lambda a: a.branch.count(".") + 1 if a.branch else 0)
+    group, _, index = deepest.branch.rpartition(".")
+    if index.isdecimal():
+        siblings = (a for a in same_failure if a.branch.rpartition(".")[0] == group)
+        alike = (a for a in siblings if (a.node_id, a.epoch) == (deepest.node_id, deepest.epoch))
+        deepest = max(alike, key=lambda a: a.attempt)
     return Cause(
         deepest.node_id,
         deepest.position,

@@ -255,8 +255,9 @@ class RunReport:
         groups: list[str] = []
         while children := [c for c in event.children if c.failure_message == failure.message]:
             groups.insert(0, f" in {clean(event.node_id, 100)}")
-            # The first child that failed cancelled its siblings; its last attempt counts.
-            event = [child for child in children if child.branch == children[0].branch][-1]
+            # Siblings may have failed alike, and were cancelled before another attempt.
+            stopped = failure.inner or failure
+            event = next((c for c in children if c.children or c.attempt == stopped.attempt), children[-1])
         at = shown_place(place_text(event.position, event.branch))
         attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
         return f"node {clean(event.node_id, 100)!r} (at {at}{attempt}){''.join(groups)}"

@@ -151,13 +151,16 @@ class ExecutionResult(Shown, Generic[StateT]):
         if failure is not None:
             hidden = self.trace._hidden(redact)
             message = typed(kind_of(failure.exception), hide_words(redact, failure.message, hidden))
-            # Of a group, the child whose failure became its own is the one that stands deepest.
-            failed = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
-            at = max(failed, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
+            stopped = failure.inner or failure  # Of a group, the child whose failure became its own.
+            place = (stopped.node_id, stopped.attempt, message, "failure")
+            failed = [
+                bar for bar in story.bars if (bar.node_id, bar.attempt, bar.message, bar.outcome) == place
+            ]
+            at = max(failed, key=lambda bar: bar.began_ms, default=None)
             box = StopCause(
-                failure.node_id if at is None else at.node_id,
+                stopped.node_id,
                 "?" if at is None else at.at,
-                failure.attempt,
+                stopped.attempt,
                 failure.failure_class.value,
                 message,
                 failure.reason,
