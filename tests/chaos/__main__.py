@@ -15,13 +15,12 @@ import argparse
 import sys
 import time
 
-from tests.chaos import effects, flows, items, power, queue, restored, rounds, servers, unrest
+from tests.chaos import effects, items, power, queue, restored, rounds, servers, unrest
 from tests.chaos.check import Figures
 
 STRIKES = {"restored": "restores", "powercut": "cuts", "fsync": "failures", **unrest.STRIKES}
 PROCESSES = {
     **rounds.FAULTS,
-    **flows.FAULTS,
     **unrest.FAULTS,
     **restored.FAULTS,
     **effects.FAULTS,

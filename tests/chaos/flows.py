@@ -1,39 +1,20 @@
-"""A flow whose processes are killed at any instant: branches, a loop, parallel steps, a map, a child, a sleep
-and a question.
+"""A flow for the fault "queue": branches, a loop, parallel steps, a map, a child, a sleep and a question.
 
-It must show: each step is committed once, under one idempotency key, nothing that was committed is called
-again, and the end is that of a flow that was left alone.
+It must show: each step is committed once, under one idempotency key, and the end is that of a flow that was
+left alone.
 """
 
 import asyncio
-import contextlib
-import os
 import random
-import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel
 from tests.chaos.check import Figures
-from tests.chaos.rounds import ROUND_SECONDS, Pace, Place, apart, processes
 
-from stroma import (
-    FailureClass,
-    FailurePolicy,
-    Flow,
-    RunStatus,
-    StepFailed,
-    StoreError,
-    StromaRunner,
-    current_node,
-    open_store,
-    stroma_flow,
-    stroma_node,
-)
+from stroma import Flow, StepFailed, current_node, open_store, stroma_flow, stroma_node
 
-#: Steps that may be under way when a process is killed.
-AT_ONCE = 4
 END = "3 6 5 [0, 2, 4, 6] 14 yes"
 COMMITTED = frozenset(
     (
@@ -102,62 +83,8 @@ def make_flow(note: Callable[[str], None], draw: random.Random) -> Any:
     return f
 
 
-def work(url: str, diary: str, run: str, seed: str) -> None:
-    """Bring a run to its end. Each call is noted in a file, in one write that survives a kill."""
-    file = os.open(diary, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-    def note(line: str) -> None:
-        os.write(file, f"{line}\n".encode())
-
-    async def main() -> None:
-        opened: Any = open_store(url)
-        async with opened as store:
-            runner = StromaRunner.quick(
-                store=store,
-                run_id=run,
-                resume=True,
-                if_exists="return",
-                if_running="take_over",
-                max_recoveries=10**6,
-                policy_map={kind: FailurePolicy(max_retries=0) for kind in FailureClass},
-            )
-            f = make_flow(note, random.Random(seed))
-            while (result := await runner.run(f, Number())).status is RunStatus.SUSPENDED:
-                with contextlib.suppress(StoreError):  # It was answered before a kill.
-                    await runner.signal(run, Text(text="yes"))
-            result.raise_for_status()
-            note(f"end {result.output.text}")
-
-    asyncio.run(main())
-
-
-def flow(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
-    """A process that runs a flow is killed at any instant, again and again, and started anew."""
-    diary = place.diary(number)
-    with processes(place, number) as instance:
-
-        def start(life: int) -> int:
-            return instance.call(lambda: work(instance.url, diary, name, f"{name} {life}"))
-
-        pid = start(0)
-        for life in range(1, draw.randint(2, 6)):
-            time.sleep(draw.uniform(0, pace.seconds))
-            instance.poll()
-            instance.kill(pid)
-            pid = start(life)
-        if not instance.wait(ROUND_SECONDS):
-            instance.broken.append(f"I5: run {name} does not end")
-        pace.learn(instance)
-        figures = apart(lambda: check_flow(instance.url, diary, name))
-        figures.rounds = figures.runs = 1
-        figures.kills = instance.kills
-        figures.broken += instance.broken
-        if figures.repeated > AT_ONCE * instance.kills:
-            figures.broken.append(f"I3: {figures.repeated} calls repeated after {instance.kills} kills")
-        return figures
-
-
 def check_flow(url: str, diary: str, run: str) -> Figures:
+    """Return the figures of a run of the flow that has ended."""
     figures = Figures()
     with open(diary) as file:
         lines = [line.rstrip("\n").partition(" ") for line in file]
@@ -189,6 +116,3 @@ def check_flow(url: str, diary: str, run: str) -> Figures:
     recorded = Counter(a.branch for a in attempts)
     figures.repeated = sum(count - recorded[branch] for branch, count in Counter(b for b, _ in calls).items())
     return figures
-
-
-FAULTS = {"flow": flow}

@@ -68,16 +68,6 @@ def test_killed_around_the_calls_of_effects_on_a_server(store: str) -> None:
     assert (figures["duplicated"], figures["lost"]) == (0, 0)
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("store", SHARED)
-def test_killed_flows(store: str) -> None:
-    """I1, I3 and I5: a flow that is killed at any instant ends like any other, each step committed once."""
-    figures = strike("flow", 15, store)
-    assert figures["kills"] >= 15
-    assert figures["commits"] == 13 * figures["runs"]
-    assert figures["lost"] == figures["duplicated"] == 0
-
-
 @pytest.mark.slow
 def test_workers_and_what_befalls_them() -> None:
     """G5, G13: Whatever befalls workers and clients, runs end; nodes are committed and cards charged once."""
