@@ -19,6 +19,7 @@ from tests.store_suite.journal import JournalStoreTests
 from stroma import (
     CorruptCheckpoint,
     NotSerialisable,
+    Pipeline,
     PipelineChanged,
     RunExists,
     RunStatus,
@@ -129,10 +130,15 @@ async def test_every_payload_goes_through_the_codec(tmp_path: Path) -> None:
 
 
 async def test_keys_are_rotated(tmp_path: Path) -> None:
-    """What was written with an earlier key is read while that key is given; then the error says so."""
+    """What was written with an earlier key is read while that key is given; then the error says so.
+
+    A repeated submission says so too: it must not take the run for one with another input.
+    """
+    pipeline = Pipeline("notes", _nodes([]))
     path = tmp_path / "runs.db"
     async with SQLiteStore(path, codec=AesGcm({"one": ONE}, writes_with="one")) as store:
         await runner(store).run(_nodes([], fails=True), Note(text="x"))
+        await runner(store).submit(pipeline, Note(text="x"), run_id="queued")
     both = AesGcm({"one": ONE, "two": TWO}, writes_with="two")
     async with SQLiteStore(path, codec=both) as store:
         assert (
@@ -144,6 +150,8 @@ async def test_keys_are_rotated(tmp_path: Path) -> None:
             CorruptCheckpoint, match=r"'one', which is not given.*with the codec, and the keys"
         ):
             await runner(store, resume=True).run(_nodes([]), Note(text="x"))
+        with pytest.raises(CorruptCheckpoint, match="'one', which is not given"):
+            await runner(store).submit(pipeline, Note(text="x"), run_id="queued")
     async with SQLiteStore(path) as store:
         with pytest.raises(CorruptCheckpoint, match="open the store with codec="):
             await runner(store, resume=True).run(_nodes([]), Note(text="x"))

@@ -44,6 +44,7 @@ _MIN_AGE_SECONDS: Final = 3600.0
 class Codec(Protocol):
     """Encodes every payload of a store, messages of failures too. Ids and numbers stay plain.
 
+    Both methods are called in transactions and on the event loop: fetch keys before, not in them.
     ``decode`` must read everything that ``encode`` wrote earlier, also with an earlier key: include the name
     of the key. It must raise for data that was changed since. The data to encode begins with a hash of its
     place, so that a payload written by an authenticating codec cannot be moved to another place.

@@ -549,10 +549,14 @@ def _end_pause(rows: Rows, run: RunRow, due_ms: int | None, owner: str) -> None:
 def submit_run(
     rows: Rows, payloads: Payloads, request: RunRequest, opening: Opening, data: Stored, entry: QueueEntry
 ) -> bool:
-    """Create a QUEUED run. Return False if it exists with the same pipeline and input. Raises RunExists."""
+    """Create a QUEUED run. Return False if it exists with the same pipeline and input.
+
+    Raises RunExists, and CorruptCheckpoint for an input that cannot be read.
+    """
     run = rows.find(request.run_id, lock=True)
     if run is not None and run.execution:
-        is_same = has_same_input(rows.input(run.run, run.execution), run, payloads, request, opening, data)
+        stored, compared = rows.input(run.run, run.execution), request._replace(if_exists="return")
+        is_same = has_same_input(stored, run, payloads, compared, opening, data)
         check_resubmission(request, run.pipeline, is_same, run.execution, run.status)
         return False
     rows.enqueue(rows.begin(run, opening), entry)
