@@ -181,18 +181,6 @@ class _Root(RootModel[list[int]]):
 BAD = {"n": "none"}
 
 
-@pytest.mark.parametrize(("granted", "calls"), [(0, 1), (1, 2), (2, 3)])
-async def test_as_many_repairs_as_are_granted(granted: int, calls: int) -> None:
-    """The violations before the last are recoverable, the last is terminal, and policies play no part."""
-    called: list[str] = []
-    runner = StromaRunner.quick(policy_map=NEVER, contract_retries={"a": granted})
-    result = await runner.run([counted(called, "a", BAD)], Num())
-    assert len(called) == calls
-    classes = [event.failure for event in result.trace]
-    assert classes == [FailureClass.RECOVERABLE] * granted + [FailureClass.TERMINAL]
-    assert result.status is RunStatus.FAILED
-
-
 async def test_repairs_are_no_retries() -> None:
     """Attempts granted to mend an output do not count as retries of other failures, nor those as repairs."""
     called: list[str] = []

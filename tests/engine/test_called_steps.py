@@ -141,26 +141,6 @@ async def test_steps_in_a_node_take_no_position_of_the_pipeline(store: Any, next
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Note(text=f"{drafted}st"))
 
 
-async def test_a_node_that_died_goes_on_behind_its_last_step(store: Any) -> None:
-    """G5: Committed steps of a node that did not end are not called again."""
-    world = World()
-
-    async def answer(state: Note) -> Note:
-        text = await world.ask("draft", state.text)
-        text = await world.ask("draft", text)
-        return Note(text=await world.ask("judge", text))
-
-    async def run() -> Any:
-        return await runner_on(store).run([node("answer", answer)], Note(text="x"))
-
-    await world.live(run, "judge")
-    world.calls.clear()
-    result = await world.live(run)
-    assert world.calls == ["judge xdd"]
-    assert result.final_state == Note(text="xddj")
-    assert all(len(keys) == 1 for keys in world.keys.values())
-
-
 async def test_steps_in_a_node_are_its_children() -> None:
     """In trace and totals, what a node calls is inside of the node, and its time counts once."""
     world = World()

@@ -4,7 +4,6 @@ import asyncio
 import contextvars
 import functools
 import inspect
-import logging
 import math
 import threading
 from datetime import UTC, datetime
@@ -29,7 +28,6 @@ from stroma import (
     KNOWN_MODELS,
     BudgetExceeded,
     ContractRegistry,
-    ContractViolation,
     ExecutionBudget,
     ExecutionResult,
     FailureClass,
@@ -82,18 +80,6 @@ class Log:
             self.events.append((name.rpartition("_")[2], *arguments))
 
         return hook
-
-
-@pytest.fixture
-def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits between attempts, which are noted in place of being waited."""
-    noted: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        noted.append(seconds)
-
-    monkeypatch.setattr("stroma.engine.loop.sleep", sleep)
-    return noted
 
 
 def raising(*errors: BaseException) -> tuple[Any, list[int]]:
@@ -182,11 +168,6 @@ class Open(BaseModel):
     n: int
 
 
-class Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    n: int
-
-
 async def test_extra_fields_are_kept_where_they_are_allowed() -> None:
     """Extra fields of a model that allows them go on to the next node, and a default model drops them."""
     seen: list[BaseModel] = []
@@ -202,23 +183,6 @@ async def test_extra_fields_are_kept_where_they_are_allowed() -> None:
     assert result.status is RunStatus.COMPLETED
     assert seen[0] == Open(n=1, more=[1, {"deep": "x"}])
     assert seen[1] == Num(n=1)
-
-
-async def test_extra_fields_are_refused_where_they_are_forbidden() -> None:
-    """Extra fields at a boundary that forbids them stop the run there, and the next node is not called."""
-    called: list[Any] = []
-
-    async def closed(state: Closed) -> dict[str, Any]:
-        called.append(state)
-        return {"n": 1}
-
-    source = node("add", returning({"n": 1, "more": 2}), Open, Open)
-    result = await quick().run([source, node("closed", closed, Closed, Num)], Open(n=1))
-    assert result.status is RunStatus.FAILED
-    assert called == []
-    assert isinstance(result.failure.exception, ContractViolation)
-    assert result.failure.exception.direction == "input"
-    assert result.final_state == Open(n=1, more=2)
 
 
 class Words(RootModel[list[str]]):
@@ -412,23 +376,6 @@ async def test_the_context_is_the_users_own_object() -> None:
     assert context == {"seen": 1}
 
 
-async def test_context_given_to_run() -> None:
-    """run(context=) gives this run its own dict, and the config's stays untouched."""
-    own: dict[str, Any] = {}
-    base: dict[str, Any] = {}
-    got: list[Any] = []
-
-    async def func(state: Num, ctx: dict[str, Any]) -> Any:
-        got.append(ctx)
-        return state
-
-    runner = quick(context=base)
-    await runner.run([node("a", func)], Num(), context=own)
-    await runner.run([node("a", func)], Num())
-    assert got[0] is own
-    assert got[1] is base
-
-
 tone: contextvars.ContextVar[str] = contextvars.ContextVar("tone")
 
 
@@ -474,53 +421,6 @@ async def test_the_initial_state_must_be_a_model() -> None:
         await quick().run([], {"n": 1})
     with pytest.raises(TypeError, match=r"^the initial state must be a pydantic model, got dict; pass Num\("):
         await quick().run([node("a", raising()[0])], {"n": 1})
-
-
-# ---------------------------------------------------------------------- failures
-
-
-async def test_a_node_that_awaits_a_cancelled_task_fails() -> None:
-    """A node that awaits a task which somebody else cancelled fails; the run is not cancelled by it."""
-
-    async def func(state: Num) -> Any:
-        inner = asyncio.ensure_future(asyncio.Event().wait())
-        inner.cancel()
-        await inner
-
-    result = await quick(policy_map=fast(ambiguous=0)).run([node("a", func)], Num())
-    assert result.status is RunStatus.PARTIAL
-
-
-@pytest.mark.core
-async def test_what_a_run_keeps_of_its_end() -> None:
-    """result.failure holds the exception and its class; final_state is the last committed state."""
-    boom = ValueError("boom")
-    func, _ = raising(boom, boom)
-
-    result = await quick().run([node("first", returning({"n": 9})), node("second", func)], Num())
-    assert result.status is RunStatus.PARTIAL
-    assert result.final_state == Num(n=9)
-    assert (result.failure.exception, result.failure.failure_class) == (boom, A)
-    assert (result.failure.node_id, result.failure.attempt) == ("second", 2)
-    with pytest.raises(ValueError, match="boom") as raised:
-        result.raise_for_status()
-    assert raised.value is boom
-
-
-async def test_log_records(caplog: pytest.LogCaptureFixture) -> None:
-    """Failed attempts are logged at WARNING with node and message, retries and ends at INFO, with run_id."""
-    caplog.set_level(logging.INFO, logger="stroma")
-    func, _ = raising(ValueError("first try"))
-    await quick(run_id="logged").run([node("a", func)], Num())
-    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert len(warnings) == 1
-    assert "'a'" in warnings[0]
-    assert "first try" in warnings[0]
-    infos = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
-    assert len(infos) == 2
-    assert "COMPLETED" in infos[-1]
-    assert {r.name for r in caplog.records} == {"stroma"}
-    assert {getattr(r, "run_id", None) for r in caplog.records} == {"logged"}
 
 
 # ---------------------------------------------------------------------- retries
@@ -622,16 +522,6 @@ class _Simple:
         self.save, self.load, self.delete = store.save, store.load, store.delete
 
 
-@pytest.mark.core
-async def test_a_timeout_error_of_the_nodes_own_is_its_own() -> None:
-    """A TimeoutError that the node raises itself comes out as it is."""
-    own = TimeoutError("the database was slow")
-    func, _ = raising(own)
-    runner = quick(node_timeouts={"a": 10_000}, policy_map=fast(recoverable=0))
-    result = await runner.run([node("a", func)], Num())
-    assert result.failure.exception is own
-
-
 def test_a_timeout_must_be_positive() -> None:
     """A node timeout of zero or less is a ValueError that names the node."""
     for bad in (0, -1):
@@ -687,25 +577,6 @@ async def test_failed_attempts_count() -> None:
     assert result.total_cost_usd == pytest.approx(2 * (30 * 2.5 + 10 * 10) / 1e6)
     assert [e.usage.tokens for e in result.trace] == [45, 45]
     assert result.failure is not None
-
-
-@pytest.mark.core
-async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[float]) -> None:
-    """A failed attempt whose usage crosses a limit is not retried: no wait, no hook, its own exception."""
-    events: list[Any] = []
-    boom = TimeoutError("own")
-
-    retry = noting(events, lambda *arguments: arguments)
-
-    async def func(state: Num) -> Any:
-        current_node().report_usage(input_tokens=6)
-        raise boom
-
-    result = await quick(
-        budget=ExecutionBudget(max_tokens_total=5), hooks=NodeHooks(on_node_retry=retry)
-    ).run([node("a", func)], Num())
-    assert (result.status, len(result.trace), events, delays) == (RunStatus.PARTIAL, 1, [], [])
-    assert result.failure.exception is boom
 
 
 @pytest.mark.core
@@ -1137,21 +1008,6 @@ async def test_a_decorator_on_top_of_a_node_is_called() -> None:
     result = await StromaRunner.quick().run([first, second, first], Num(n=0))
     assert result.final_state == Num(n=3), result.failure
     assert order == ["before", "body"] * 3
-
-
-async def test_a_method_that_was_marked_in_its_class() -> None:
-    """A node decorated in a class is, as a bound method, called with its object and the state."""
-
-    class Steps:
-        def __init__(self, by: int) -> None:
-            self.by = by
-
-        @stroma_node("a", input=Num, output=Num)
-        async def add(self, state: Num) -> dict[str, Any]:
-            return {"n": state.n + self.by}
-
-    result = await StromaRunner.quick().run([Steps(2).add, Steps(3).add], Num(n=0))
-    assert result.final_state == Num(n=5), result.failure
 
 
 #: The names of the page of NodeExecution: what completion shows behind ``current_node().``.

@@ -9,7 +9,6 @@ from tests.kit import NEVER, ONCE, Num, Positive, cancel, cancel_after, node, no
 from stroma import (
     AsyncInMemoryStore,
     ExecutionBudget,
-    FailureClass,
     Limit,
     NodeHooks,
     RunStatus,
@@ -20,24 +19,6 @@ from stroma import (
 )
 
 BAD = {"n": "none"}
-
-
-async def test_a_shared_budget_whose_store_is_down_ends_the_run_for_later() -> None:
-    """Nothing is called; the run is PARTIAL with the store's error, whatever a classifier says."""
-
-    class Down(AsyncInMemoryStore):
-        def change_cell(self, *_: Any, **__: Any) -> Any:
-            raise StoreError("down")
-
-    calls: list[str] = []
-    shared = SharedBudget("held-down", max_tokens=10, store=Down())
-    runner = StromaRunner.quick(shared_budgets=shared, classifiers=[lambda error, _: FailureClass.TERMINAL])
-    result = await runner.run([counted(calls, "a", {})], Num())
-    assert (result.status, calls, len(result.trace)) == (RunStatus.PARTIAL, [], 0)
-    failure = result.failure
-    assert isinstance(failure.exception, StoreError)
-    assert (failure.failure_class, failure.reason) == (FailureClass.RECOVERABLE, "store")
-    assert failure.node_id == "a"
 
 
 async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -> None:

@@ -142,19 +142,6 @@ async def test_an_over_budget_output_is_restored(store: Any) -> None:
     assert work.calls == {"a": 1, "b": 1}
 
 
-async def test_resume_with_duplicate_ids(store: Any) -> None:
-    """The same id at several positions is restored position by position."""
-    work = Work("same", "last")
-    work.failing = {"last"}
-    nodes = [work.nodes[0], work.nodes[0], work.nodes[0], work.nodes[1]]
-    runner = quick(store, resume=True)
-    await runner.run(nodes, Num())
-    work.failing = set()
-    result = await runner.run(nodes, Num())
-    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=4))
-    assert work.calls == {"same": 3, "last": 2}
-
-
 async def test_resume_of_a_node_without_a_contract(store: Any) -> None:
     """What a node without a contract returned is restored as it was."""
 

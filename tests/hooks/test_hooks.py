@@ -17,7 +17,6 @@ from pydantic import BaseModel
 from tests.kit import (
     NEVER,
     ONCE,
-    TWICE,
     SimpleStore,
     Text,
     cancel_after,
@@ -188,24 +187,6 @@ async def test_start_sees_validated_input(seen: Recorder) -> None:
     assert seen.names == [RUN_START, START, SUCCESS, RUN_END]
 
 
-async def test_start_fires_before_each_attempt(seen: Recorder) -> None:
-    """on_node_start fires before each attempt, with the pristine input each time."""
-    called = 0
-
-    @node("n")
-    async def n(state: State) -> Any:
-        nonlocal called
-        called += 1
-        assert len(seen.of(START)) == called
-        state.items.append(99)
-        if called < 3:
-            raise TimeoutError
-        return {}
-
-    await quick(seen, policy_map=TWICE).run([n], State(value=1, items=[1]))
-    assert seen.of(START) == [("r", "n", {"value": 1, "items": [1]})] * 3
-
-
 @pytest.mark.core
 async def test_bad_input_has_no_start(seen: Recorder) -> None:
     """Bad input is a FAILED result with a trace event and the failure hook, and no start hook."""
@@ -278,40 +259,6 @@ async def test_run_end_gets_the_result(seen: Recorder) -> None:
         for field in ("run_id", "status", "final_state", "total_tokens", "total_cost_usd", "failure"):
             assert getattr(argument, field) == getattr(result, field)
         assert list(argument.trace) == list(result.trace)
-    seen.assert_paired()
-
-
-@pytest.mark.core
-async def test_run_end_of_a_cancelled_run(seen: Recorder) -> None:
-    """A cancelled run fires on_node_cancelled and then on_run_end with status CANCELLED; it stays so."""
-    waits, started = waiting()
-    await cancel_after(quick(seen).run([plus, waits, plus], State()), started)
-    assert seen.names == [RUN_START, START, SUCCESS, START, CANCELLED, RUN_END]
-    assert seen.of(CANCELLED) == [("r", "waiting")]
-    ((_, result),) = seen.of(RUN_END)
-    assert isinstance(result, ExecutionResult)
-    assert result.status is RunStatus.CANCELLED
-    assert [event.outcome for event in result.trace] == ["success", "cancelled"]
-    assert result.final_state == State(value=1)
-    seen.assert_paired()
-
-
-@pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["node", "child"])
-def test_run_end_of_a_stopped_process(stop: type[BaseException], where: str) -> None:
-    """G9: SystemExit and KeyboardInterrupt pass through after the end hooks, the status is INTERRUPTED."""
-    seen = Recorder()
-
-    @node("stops")
-    async def stops(state: State) -> Any:
-        raise stop
-
-    nodes = [stops] if where == "node" else [parallel(waiting("sibling")[0], stops)]
-    with pytest.raises(stop):
-        asyncio.run(quick(seen).run(nodes, State()))
-    ((_, result),) = seen.of(RUN_END)
-    assert result.status is RunStatus.INTERRUPTED
-    assert len(seen.of(CANCELLED)) == len(seen.of(START)) == (1 if where == "node" else 3)
     seen.assert_paired()
 
 
