@@ -240,17 +240,20 @@ async def test_a_lease_goes_by_the_server(server: PostgresServer, store: Postgre
 
 
 async def test_leases_are_renewed(server: PostgresServer, store: PostgresStore, schema: str) -> None:
-    """The lease of a run that is at work is kept up while it commits nothing; an abandoned one is not."""
+    """The lease of a run that is at work is kept up while it commits nothing; an abandoned one is not.
+
+    So are the leases of a process one of whose runs another session has locked for longer than they last.
+    """
     await begin(store, "a", lease_seconds=0.6)
-    held = [await begin(store, "b", lease_seconds=0.6)]
+    held = [await begin(store, run_id, lease_seconds=0.6) for run_id in ("b", "locked")]
     ended = await begin(store, "c", lease_seconds=0.6)
     await finish(ended)
-    await asyncio.sleep(1.5)
-    findings = dict(
-        server.execute(
+    with locked(server, schema, "locked"):
+        await asyncio.sleep(1.5)
+        query = (
             f"SELECT run_id, lease_until_ms > extract(epoch FROM clock_timestamp()) * 1000 FROM {schema}.runs"
         )
-    )
+        findings = dict(server.execute(query))
     assert findings["b"] is True
     assert findings["c"] is None
     assert held

@@ -104,8 +104,10 @@ def update_run(fields: tuple[tuple[str, bool], ...], *, is_fenced: bool) -> str:
     return f"UPDATE runs SET {values} {FENCE if is_fenced else 'WHERE run = :run'}"
 
 
+# The leases of a process are renewed together: a run that another session has locked must not delay the rest.
 RENEW: Final = f"""UPDATE runs SET lease_until_ms = clock_ms() + :lease_ms {FENCE} AND lease_until_ms
-    IS NOT NULL RETURNING run"""
+    IS NOT NULL AND run IN (SELECT r.run FROM runs r WHERE r.run = :run FOR UPDATE OF r SKIP LOCKED)
+    RETURNING run"""
 STATUSES: Final = "SELECT run_id, status FROM runs WHERE execution > 0 AND run_key = ANY(:run_keys)"
 EXPIRED: Final = f"""SELECT run_id FROM runs WHERE updated_ms < :before_ms AND (:unfinished OR (execution > 0
     AND status IN {ENDED})) ORDER BY updated_ms LIMIT :limit"""
