@@ -293,20 +293,6 @@ def node_of(returned: Any, **config: Any) -> tuple[StromaRunner, Any]:
     return runner, ask
 
 
-@pytest.mark.parametrize(
-    ("returned", "second"),
-    [((_CHAT, Note(text="hi")), "Note"), ((_CHAT, "hi"), "str"), ((100, Note(text="hi")), "Note")],
-    ids=["model", "text", "tokens"],
-)
-async def test_a_reversed_tuple_is_named(returned: Any, second: str) -> None:
-    """Usage before the output is an error that names the order."""
-    runner, ask = node_of(returned)
-    result = await runner.run([ask], Note())
-    assert result.failure.message == (
-        f"node 'ask' returned a tuple that looks reversed: usage, then a {second}; the order is output, usage"
-    )
-
-
 @pytest.mark.core
 @pytest.mark.parametrize("reply", REPLIES, ids=str)
 async def test_a_node_returns_its_output_and_the_response(reply: Reply, provider: Server) -> None:

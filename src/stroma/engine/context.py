@@ -23,7 +23,6 @@ from stroma.cost.budget import CostTracker, Dimension, ExecutionBudget, limits, 
 from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
 from stroma.cost.usage import NO_MODEL, UsageError
 from stroma.engine.config import NodeTimeout, RunConfig, limits_ms
-from stroma.engine.merged_models import spelled_out
 from stroma.engine.redaction import Redactor, RunLogger
 from stroma.engine.tasks import as_store_error
 from stroma.failures.errors import WAITING_FOR_ANSWER, WAITING_FOR_STATEMENT
@@ -704,8 +703,6 @@ class ReliabilityContext:
         """Return the result so far: totals and trace of the whole context."""
         if isinstance(final_state, BaseModel):
             schema_of(type(final_state)).mark_shared(final_state)
-            if getattr(final_state, "__pydantic_extra__", None):
-                final_state = spelled_out(final_state)
         spent, account = self.cost_tracker, self.account
         tokens, cost_usd = spent.total_tokens, spent.total_cost_usd
         total = _NO_TOTAL

@@ -5,17 +5,13 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, create_model
 
-from stroma.contracts.copying import construct
 from stroma.contracts.core_schema import core_schema_of, is_never_dict
 from stroma.contracts.node import output_class
 from stroma.failures.errors import ItemFailure
-
-#: More fields than that stay extra ones: a class of so many takes long to make.
-_MAX_FIELDS: Final = 1000
 
 
 @functools.lru_cache(maxsize=1024)
@@ -76,30 +72,3 @@ def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseMode
 def is_merged(state: BaseModel) -> bool:
     """Return True for the output of a group, whose class nobody else has."""
     return type(state).__module__ == __name__
-
-
-def spelled_out(state: BaseModel) -> BaseModel:
-    """Return a group's output as a model whose class declares all fields, also of untyped children.
-
-    It accepts what the class of the group accepts. Another state is returned unchanged, and so is one with
-    names that no field can have.
-    """
-    if not is_merged(state) or not state.__pydantic_extra__:
-        return state
-    model = _spelled_out(type(state), tuple(state.__pydantic_extra__))
-    if model is None:
-        return state
-    fields_set = state.__pydantic_fields_set__ | state.__pydantic_extra__.keys()
-    return construct(model, {**state.__dict__, **state.__pydantic_extra__}, fields_set)
-
-
-@functools.lru_cache(maxsize=256)
-def _spelled_out(model: type[BaseModel], names: tuple[str, ...]) -> type[BaseModel] | None:
-    if len(names) > _MAX_FIELDS or any(
-        not name.isidentifier() or name.startswith("_") or hasattr(model, name) for name in names
-    ):
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # A field may begin with what pydantic keeps for itself.
-        fields: dict[str, Any] = dict.fromkeys(names, (Any, ...))
-        return create_model(model.__name__, __base__=model, __module__=__name__, **fields)

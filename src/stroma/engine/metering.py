@@ -7,7 +7,7 @@ from typing import Any
 
 from stroma.contracts.contract import RETURN_SHAPES
 from stroma.cost.prices import cached_pricer, find_pricer
-from stroma.cost.usage import MOST_USD, UsageError, check_usage, report_of, shown, usage_from
+from stroma.cost.usage import MOST_USD, UsageError, check_usage, report_of, shown
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.tasks import Shield, in_thread
@@ -24,8 +24,6 @@ def count_returned(run: RunningNode, returned: tuple[Any, ...]) -> tuple[Any, Us
             try:
                 report = report_of(run.node_id, used)
             except UsageError as error:
-                if not error.silent and _is_usage(output):
-                    error = _reversed(run, used)
                 return output, None if run.counts_as_zero(error) else error
             if report is not None:
                 run.note_response(used)
@@ -38,8 +36,6 @@ def count_returned(run: RunningNode, returned: tuple[Any, ...]) -> tuple[Any, Us
     else:
         return returned, None  # The output contract will refuse it.
     if isinstance(used, str):
-        if len(returned) == 2 and _is_usage(output):
-            return output, _reversed(run, used)
         misplaced = f"node {run.node_id!r} returned {shown(used)} in the place of the tokens"
         return output, UsageError(f"{misplaced}; {RETURN_SHAPES}")
     if model is not None and not isinstance(model, str):
@@ -52,22 +48,6 @@ def count_returned(run: RunningNode, returned: tuple[Any, ...]) -> tuple[Any, Us
     reported = (used, produced, model, None)
     run.reported = [reported] if run.reported is None else [*run.reported, reported]
     return output, None
-
-
-def _is_usage(output: Any) -> bool:
-    """Return True for what belongs behind the output of a node: a number of tokens, or a response."""
-    try:
-        return type(output) is int or usage_from(output) is not None
-    except UsageError:
-        return False
-
-
-def _reversed(run: RunningNode, used: Any) -> UsageError:
-    """Return the error of a node that returned its usage before its output."""
-    return UsageError(
-        f"node {run.node_id!r} returned a tuple that looks reversed: usage, then a {type(used).__name__}; "
-        "the order is output, usage"
-    )
 
 
 async def price(

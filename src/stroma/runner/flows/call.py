@@ -18,7 +18,6 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.effects import flight_inside, is_unknown
 from stroma.engine.execution import AGENT, RunningNode, running_agent
 from stroma.engine.loop import execute_in_turn
-from stroma.engine.merged_models import spelled_out
 from stroma.engine.outcome import Place
 from stroma.engine.restore import restore
 from stroma.engine.tasks import give_up
@@ -159,4 +158,4 @@ class FlowCall:
             plan[1].mark_shared(outcome)
             return outcome
         schema_of(type(outcome)).mark_shared(outcome)
-        return held_by(spelled_out(outcome))
+        return held_by(outcome)
