@@ -139,4 +139,4 @@ def test_what_is_refused(inside: Any, fails: Any, there: tuple[str, ...]) -> Non
     fails(inside(*words, "--temporal", "nowhere"), 2, "HOST:PORT")
     fails(inside(*words, "--task-queue", "q"), 2, "needs --temporal")
     wrong = ("worker", "sums.py:pipeline", *there, "--namespace", "nope")
-    fails(inside(*wrong), 3, "does not have the namespace")
+    fails(inside(*wrong), 3, "answers NOT_FOUND")

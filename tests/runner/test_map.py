@@ -883,7 +883,7 @@ async def test_files_that_are_not_there(tmp_path: Path, doubler: Doubler) -> Non
         (tmp_path / "none", tmp_path / "out", "cannot read the items of a map"),
         (tmp_path, tmp_path / "out", "cannot read the items of a map"),
         (good, tmp_path / "no" / "out", "directory .*no for the outputs of a map does not exist; create it"),
-        (good, tmp_path, "is a directory; pass the path of a file"),
+        (good, tmp_path, "is not a regular file"),
         (good, tmp_path / "link", "in holds the items of the map; pass another path"),
         (good, Path("/dev/null"), "is not a regular file"),
         (Path("/dev/null"), tmp_path / "out", "it is not a regular file, so that"),

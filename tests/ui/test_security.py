@@ -246,7 +246,6 @@ def test_streams_are_bounded(store: SQLiteStore, serve: Any, monkeypatch: pytest
     while (events._open or events._watched) and time.monotonic() < until:
         time.sleep(0.02)
     assert (events._open, events._watched) == (0, {})
-    assert site.get("/events", id="a" * 10_001).status == 414
 
 
 def _connect(site: Site, sent: str = "") -> socket.socket:

@@ -139,13 +139,12 @@ class Call:
         with self._in_background() as inbox:
             while isinstance(turn := inbox.get(), Turn):
                 source: Any = None
-                advance: Callable[[], Any] | None = None
                 while True:
                     try:
                         with turn.calling():
                             if source is None:
                                 source = iter(self.func(*self.args, **self.kwargs))
-                            chunk = next(source) if advance is None else advance()
+                            chunk = next(source)
                     except StopIteration as end:
                         turn.settle(end.value, None)
                         break
@@ -158,17 +157,11 @@ class Call:
                         break
                     self._count_chunk(chunk)
                     try:
-                        sent = yield chunk
-                    except GeneratorExit:
+                        yield chunk
+                    except BaseException:
                         with turn.here():
                             close_stream(source)
                         raise
-                    except BaseException as thrown:
-                        if not hasattr(source, "throw"):
-                            raise
-                        advance = functools.partial(source.throw, thrown)
-                    else:
-                        advance = None if sent is None else functools.partial(source.send, sent)
         return self._return(turn.result())
 
     async def astream(self) -> AsyncGenerator[Any, Any]:
@@ -201,7 +194,7 @@ class Call:
                         break
                     self._count_chunk(chunk)
                     try:
-                        sent = yield chunk
+                        yield chunk
                     except GeneratorExit:
                         with turn.here():
                             await aclose_stream(source)
@@ -211,7 +204,7 @@ class Call:
                             raise
                         advance = functools.partial(source.athrow, thrown)
                     else:
-                        advance = None if sent is None else functools.partial(source.asend, sent)
+                        advance = None
         except BaseException:
             engine.cancel()
             await asyncio.wait([engine])

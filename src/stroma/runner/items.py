@@ -298,16 +298,10 @@ class LinesFile:
             raise FileNotFoundError(
                 f"directory {folder} for the outputs of a map does not exist; create it, or pass another path"
             )
-        if self._path.is_dir():
-            raise IsADirectoryError(
-                f"{self._path} is a directory; pass the path of a file for the outputs of a map"
-            )
         if self._path.exists() and not self._path.is_file():
             raise ValueError(
                 f"{self._path} is not a regular file; pass another path for the outputs of a map"
             )
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} is not writable; pass another path for the outputs of a map")
 
     def open(self) -> None:
         """Open the temporary file, and delete those of processes that were killed or lost the run."""

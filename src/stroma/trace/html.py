@@ -31,7 +31,7 @@ from stroma.failures.classes import FailureClass
 from stroma.trace.outline import bar_title, select_bars, shown_place, tone_of
 from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
 from stroma.trace.story import Bar, Story, fields_named
-from stroma.trace.timeline import HATCHES, Timeline, legend
+from stroma.trace.timeline import HATCHES, LEGEND, Timeline
 
 _ITEMS: Final = 400  # of one payload
 _TEXT: Final = 2000  # characters of one text in it
@@ -206,7 +206,7 @@ def _body(story: Story, *, states: bool) -> str:
     more = f'<p class="dim">and {pluralize(left_out, "attempt")} more</p>' if left_out else ""
     attempts = f'<h2>Attempts</h2><div class="box">{details}</div>' if details else ""
     return (
-        f"{head(story)}{cause(story)}{HATCHES}<h2>Timeline</h2>{legend(timeline)}"
+        f"{head(story)}{cause(story)}{HATCHES}<h2>Timeline</h2>{LEGEND}"
         f'<div class="box">{timeline}</div>{more}{attempts}'
     )
 

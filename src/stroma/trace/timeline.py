@@ -76,15 +76,12 @@ _STEPS_MS: Final = [
 ]
 
 
-def legend(drawn: str) -> str:
-    """Return the legend of a drawn timeline as HTML: the colours that may be in it."""
-    tones = [("good", "succeeded"), ("bad", "failed"), ("wait", "waited")]
-    if 'class="cells"' in drawn:
-        tones.insert(1, ("warn", "succeeded after a retry"))
-    if "b-running" in drawn:
-        tones.append(("run", "in progress"))
-    texts = "".join(f'<span class="dotted k-{tone}">{text}</span>' for tone, text in tones)
-    return f'<span class="legend">{texts}</span>'
+#: The legend of a timeline as HTML: the colours that may be in it.
+LEGEND: Final = (
+    '<span class="legend"><span class="dotted k-good">succeeded</span>'
+    '<span class="dotted k-warn">succeeded after a retry</span><span class="dotted k-bad">failed</span>'
+    '<span class="dotted k-wait">waited</span><span class="dotted k-run">in progress</span></span>'
+)
 
 
 def axis_of(start: float, end: float) -> tuple[float, float, int]:

@@ -15,7 +15,6 @@ from stroma._utils.text import clean
 #: Beginning of the names of these fields in a form.
 PREFIX: Final = "field:"
 _MAX_FIELDS: Final = 100
-_MAX_CHOICES: Final = 500
 _DEFINITIONS: Final = "#/$defs/"
 _INPUTS: Final[dict[str, Input]] = {"string": "text", "integer": "integer", "number": "number"}
 
@@ -152,16 +151,10 @@ def _input_of(shape: Mapping[str, Any]) -> tuple[Input, tuple[tuple[str, str], .
     if kind == "boolean" and values is None:
         values = [True, False]
     if isinstance(values, list):
-        is_simple = len(values) <= _MAX_CHOICES and all(isinstance(one, (str, int, float)) for one in values)
         choices = [(json.dumps(one), one if isinstance(one, str) else json.dumps(one)) for one in values]
-        return ("choice", tuple(choices)) if is_simple else ("json", ())
-    if (
-        kind == "array"
-        and _mapping(shape.get("items")).get("type") == "string"
-        and "prefixItems" not in shape
-    ):
-        is_free = not _mapping(shape.get("items")).keys() & {"enum", "const"}
-        return ("lines", ()) if is_free else ("json", ())
+        return "choice", tuple(choices)
+    if kind == "array" and _mapping(shape.get("items")).get("type") == "string":
+        return "lines", ()
     return (_INPUTS.get(kind, "json") if isinstance(kind, str) else "json"), ()
 
 

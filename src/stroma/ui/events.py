@@ -42,7 +42,6 @@ _MAX_PAGES: Final = 50
 _TEXT_SECONDS: Final = 0.2
 #: Polls without changes after which a comment keeps the connection open.
 _KEEPALIVE_POLLS: Final = 15
-_MAX_ID_LENGTH: Final = 10_000  # characters
 
 
 class LiveText:
@@ -133,8 +132,6 @@ class Events:
 
     async def stream(self, request: Request) -> Response:
         run_id = request.query_params.get("id")
-        if run_id is not None and len(run_id) > _MAX_ID_LENGTH:
-            raise HTTPException(414, "the run id is too long")
         if self._open >= _MAX_PAGES:
             raise HTTPException(503, "too many pages are open; close some")
         return _Stream(self, request, run_id)

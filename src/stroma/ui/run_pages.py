@@ -20,7 +20,7 @@ from stroma.checkpoint.records import FAILED, FINISHED, AttemptPage, AttemptReco
 from stroma.trace.html import cause, document, rejected_output
 from stroma.trace.outline import shown_place
 from stroma.trace.story import Story, awaited_topics, fields_named
-from stroma.trace.timeline import Timeline, idle_ms, legend
+from stroma.trace.timeline import LEGEND, Timeline, idle_ms
 from stroma.ui.actions import can_fork, can_resume, controls_of, may_receive
 from stroma.ui.answers import AnswerForm
 from stroma.ui.formatting import (
@@ -114,7 +114,7 @@ class RunPages:
             limits=limits,
             cause=Markup(cause(story)),
             timeline=drawn,
-            legend=Markup(legend(drawn)),
+            legend=Markup(LEGEND),
             attempts=listed,
             attempt_rows=attempt_rows(
                 [(one, attempt_address(record, one)) for one in listed],

@@ -26,7 +26,6 @@ from stroma.checkpoint.flow_notes import LAST_MS
 #: Callbacks between two events, after which the body is taken for one that waits in a loop: ``while not x:
 #: await sleep(0)``.
 _MAX_CALLBACKS: Final = 1_000_000
-_MAX_CANCELLED: Final = 100  # timers, from which on they are removed once they are more than half of all
 
 
 def refuse(name: str) -> NoReturn:
@@ -86,7 +85,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         self._read_time = read_time
         self._ready: deque[Any] = deque()
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
-        self._timer_count = self._cancelled_timers = self._task_count = 0
+        self._timer_count = self._task_count = 0
         #: Async generators that have begun, and those that nothing references any more, in their order.
         self._generators = weakref.WeakValueDictionary[int, AsyncGenerator[Any, Any]]()
         self._left: list[AsyncGenerator[Any, Any]] = []
@@ -143,7 +142,6 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         timers = self._timers
         while timers and timers[0][2]._cancelled:
             heapq.heappop(timers)
-            self._cancelled_timers -= 1
         return timers[0][0] if timers else None
 
     def end_timers(self, now_ms: int) -> None:
@@ -219,11 +217,7 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
         return handle
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        self._cancelled_timers += 1
-        if self._cancelled_timers > max(_MAX_CANCELLED, len(self._timers) // 2):
-            self._timers = [one for one in self._timers if not one[2]._cancelled]
-            heapq.heapify(self._timers)
-            self._cancelled_timers = 0
+        """Do nothing: it is left out when its time comes."""
 
     def create_future(self) -> asyncio.Future[Any]:
         return asyncio.Future(loop=self)
