@@ -22,7 +22,6 @@ from pydantic import (
 from tests.kit import NEVER, Num, context_of, node, same
 
 from stroma import (
-    NodeHooks,
     RunConfig,
     RunStatus,
     SQLiteStore,
@@ -226,27 +225,6 @@ async def test_annotations_that_mean_something_elsewhere() -> None:
     ):
         result = await quick().run(nodes, Num())
         result.raise_for_status()  # Making a Record here would have pydantic look its names up.
-
-
-@pytest.mark.core
-async def test_a_class_that_is_not_fully_defined_is_a_result() -> None:
-    """A contract of a class that is not fully defined is FAILED at its node, with an event."""
-    events = []
-
-    async def failed(run_id: str, node_id: str, *_: Any) -> None:
-        events.append(node_id)
-
-    class Thing:
-        """Nothing that pydantic knows."""
-
-    unmade = create_model("Unmade", __config__=ConfigDict(defer_build=True), x=(Thing, ...))
-    first, second = gives("a", {"n": 1}, Num), gives("b", {"n": 2}, Num, unmade)
-    result = await quick(hooks=NodeHooks(on_node_failure=failed)).run([first, second], Num())
-    assert (result.status, result.final_state, events) == (RunStatus.FAILED, Num(n=1), ["b"])
-    assert [event.outcome for event in result.trace] == ["success", "failure"]
-    assert "Thing" in result.failure.message
-    result = await quick().run([parallel(first, second)], Num())
-    assert result.status is RunStatus.FAILED
 
 
 class Positive(BaseModel):

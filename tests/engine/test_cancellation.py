@@ -8,61 +8,34 @@ import types
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 from tests.engine.event_log import Between, Journal
 from tests.engine.gated_journal import GatedJournal
 from tests.fixtures import store_fixture
 from tests.kit import (
     Num,
     One,
-    SimpleStore,
     Two,
     cancel_after,
     context_of,
-    fail,
-    failing_with,
     forever,
     node,
-    noting,
     quick,
     quick_without_retries,
-    record_hooks,
-    record_node_hooks,
     returning,
     same,
     sleep_forever,
-    stuck,
 )
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     AsyncInMemoryStore,
-    ExecutionBudget,
-    FailureClass,
     NodeHooks,
     ReliabilityContext,
     RunStatus,
     StoreError,
-    Suspend,
     current_node_or_none,
     execute_step,
 )
-
-
-@pytest.mark.core
-async def test_a_cancellation_during_the_commit_comes_out_after_it() -> None:
-    """A run that is cancelled while the store keeps its last output keeps it, and is still cancelled."""
-    store = GatedJournal()
-
-    run = asyncio.create_task(quick(store=store, run_id="r").run([node("a", returning({"n": 7}))], Num()))
-    await store.waiting.wait()
-    run.cancel()
-    await asyncio.sleep(0)
-    assert not run.done()
-    store.gate.set()
-    with pytest.raises(asyncio.CancelledError):
-        await run
-    assert await store.load("r", "a") == Num(n=7)
 
 
 @pytest.mark.core
@@ -120,74 +93,9 @@ async def test_a_store_that_never_answers_does_not_hold_a_cancelled_run_for_ever
     assert (result.status, len(calls)) == (RunStatus.RESUMED, 2)
 
 
-@pytest.mark.core
-async def test_a_cancelled_attempt_is_no_failure() -> None:
-    """A cancelled attempt is one event with the outcome "cancelled", without class and message."""
-    inside = asyncio.Event()
-    ended: list[Any] = []
-
-    end = noting(ended, lambda run_id, result: result)
-    await cancel_after(quick(hooks=NodeHooks(on_run_end=end)).run([node("a", stuck(inside))], Num()), inside)
-    (result,) = ended
-    (event,) = result.trace
-    assert (event.outcome, event.failure, event.failure_message) == ("cancelled", None, None)
-    assert result.trace.failures() == []
-
-
 def context(**config: Any) -> ReliabilityContext:
     runner = quick_without_retries(**config)
     return context_of(runner)
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("what", [fail, sleep_forever], ids=["failed", "cancelled"])
-async def test_an_interrupt_while_an_attempt_without_output_is_kept(what: Any) -> None:
-    """G9: KeyboardInterrupt while the store keeps a failed or cancelled attempt comes out afterwards."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    seen: list[str] = []
-    runner = quick_without_retries(
-        store=Journal(lambda session: Between(session, record=interrupt)), hooks=record_hooks(seen)
-    )
-
-    async def run() -> bool:
-        # Inside the task: one that ends by an interrupt would end the loop as well.
-        try:
-            await runner.run([node("a", what)], Num())
-        except KeyboardInterrupt:
-            return True
-        return False
-
-    task = asyncio.create_task(run())
-    await asyncio.sleep(0.01)
-    task.cancel()
-    assert await task
-    assert seen == ["run_start", "start a", "failure a" if what is fail else "cancelled a", "run_end"]
-
-
-@pytest.mark.core
-async def test_a_question_that_is_kept_while_the_run_is_cancelled() -> None:
-    """A run that is cancelled while its question is kept keeps it, and is cancelled."""
-
-    def slowly(session: Any) -> Any:
-        async def later(*arguments: Any) -> None:
-            inside.set()
-            await asyncio.sleep(0.02)
-            session.suspend(*arguments)
-
-        return Between(session, suspend=later)
-
-    inside, store, seen = asyncio.Event(), Journal(slowly), list[str]()
-    await cancel_after(
-        quick_without_retries(store=store, hooks=record_hooks(seen)).run(
-            [node("ask", failing_with(Suspend, "well?"))], Num(), run_id="r"
-        ),
-        inside,
-    )
-    assert [waiting.reason for waiting in store.waiting("r")] == ["well?"]
-    assert seen == ["run_start", "start ask", "suspended ask", "run_end"]
 
 
 @pytest.mark.core
@@ -270,40 +178,6 @@ async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
     result = await quick_without_retries(store=store, run_id="o").run(nodes, Num(), resume=True)
     assert result.status is RunStatus.RESUMED, result.failure
     assert [e.node_id for e in result.trace] == ["b"]
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)
-async def test_an_interrupt_in_a_classifier_of_the_budget_loses_no_output(error: type[BaseException]) -> None:
-    """G4, G9: a classifier that stops the process over a budget loses neither output nor end event."""
-    store = AsyncInMemoryStore()
-    seen: list[str] = []
-
-    def classifier(exc: Exception, context: Any) -> FailureClass | None:
-        raise error
-
-    budget = ExecutionBudget(max_tokens_total=1)
-    hooks = record_node_hooks(seen)
-    runner = quick(store=store, run_id="r", classifiers=[classifier], budget=budget, hooks=hooks)
-    with pytest.raises(error):
-        await runner.run([node("a", returning(({"n": 7}, 5)))], Num())
-    assert (await store.load("r", "a"), seen) == (Num(n=7), ["start", "failure"])
-
-
-class Interrupting(SimpleStore):
-    """A store in which Ctrl-C strikes."""
-
-    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        raise KeyboardInterrupt
-
-
-async def test_an_interrupt_in_the_store_leaves_no_start_without_its_end() -> None:
-    """G9: KeyboardInterrupt while the store commits comes out after the attempt's end was told."""
-    seen: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
-        await quick(store=Interrupting(), hooks=record_node_hooks(seen)).run(
-            [node("a", lambda state: {"n": 1})], Num()
-        )
-    assert seen == ["start", "cancelled"]
 
 
 @pytest.mark.core

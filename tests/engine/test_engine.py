@@ -28,6 +28,7 @@ from stroma import (
     KNOWN_MODELS,
     BudgetExceeded,
     ContractRegistry,
+    ContractViolation,
     ExecutionBudget,
     ExecutionResult,
     FailureClass,
@@ -168,6 +169,11 @@ class Open(BaseModel):
     n: int
 
 
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    n: int
+
+
 async def test_extra_fields_are_kept_where_they_are_allowed() -> None:
     """Extra fields of a model that allows them go on to the next node, and a default model drops them."""
     seen: list[BaseModel] = []
@@ -183,6 +189,23 @@ async def test_extra_fields_are_kept_where_they_are_allowed() -> None:
     assert result.status is RunStatus.COMPLETED
     assert seen[0] == Open(n=1, more=[1, {"deep": "x"}])
     assert seen[1] == Num(n=1)
+
+
+async def test_extra_fields_are_refused_where_they_are_forbidden() -> None:
+    """Extra fields at a boundary that forbids them stop the run there, and the next node is not called."""
+    called: list[Any] = []
+
+    async def closed(state: Closed) -> dict[str, Any]:
+        called.append(state)
+        return {"n": 1}
+
+    source = node("add", returning({"n": 1, "more": 2}), Open, Open)
+    result = await quick().run([source, node("closed", closed, Closed, Num)], Open(n=1))
+    assert result.status is RunStatus.FAILED
+    assert called == []
+    assert isinstance(result.failure.exception, ContractViolation)
+    assert result.failure.exception.direction == "input"
+    assert result.final_state == Open(n=1, more=2)
 
 
 class Words(RootModel[list[str]]):

@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from tests.engine.event_log import ThrownAway, counted
+from tests.engine.event_log import counted
 from tests.kit import NEVER, ONCE, Num, Positive, cancel, cancel_after, node, noting, stuck
 
 from stroma import (
@@ -42,17 +42,6 @@ async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -
     result = await runner.run([outer], Num())
     assert (result.status, requests) == (RunStatus.PARTIAL, ["asked"])
     assert (result.failure.reason, result.failure.node_id) == ("store", outer.node_id)
-
-
-async def test_what_a_thrown_away_attempt_used_is_counted_by_a_shared_budget() -> None:
-    """A run that is closed in the hook of a success has spent what that attempt took."""
-    started = asyncio.Event()
-
-    shared = SharedBudget("held-closed", max_tokens=100, store=AsyncInMemoryStore(), reserve_tokens=1)
-    runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_success=stuck(started)))
-    await ThrownAway(runner.run([counted([], "a", ({"n": 1}, 7))], Num()), started)
-    state = await shared.state()
-    assert (state.spent_tokens, state.reserved_tokens, state.calls) == (7, 0, 0)
 
 
 async def test_a_classifier_is_told_where_it_is_asked() -> None:

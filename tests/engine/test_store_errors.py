@@ -10,16 +10,13 @@ from pydantic import BaseModel
 from tests.engine.event_log import Between, Journal
 from tests.engine.gated_journal import GatedJournal
 from tests.kit import (
-    ONCE,
     Loose,
     Num,
     SimpleStore,
-    fail,
     node,
     noting,
     quick,
     quick_without_retries,
-    record_hooks,
     record_node_hooks,
     same,
 )
@@ -33,43 +30,6 @@ from stroma import (
     SQLiteStore,
     StoreError,
 )
-
-
-@pytest.mark.core
-async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:
-    """A store's error that says that a retry cannot help is told at once, and the run is PARTIAL."""
-
-    class Lasting(StoreError):
-        transient = False
-
-    store = GatedJournal(Lasting("the file is gone"))
-    calls = []
-
-    async def func(state: Num) -> Any:
-        calls.append(1)
-        return {"n": 7}
-
-    result = await quick(store=store).run([node("a", func)], Num())
-    assert (result.status, len(calls), store.tries) == (RunStatus.PARTIAL, 1, 1)
-    assert result.failure.message == "the file is gone"
-
-
-@pytest.mark.core
-async def test_a_failed_attempt_that_cannot_be_kept_ends_the_run() -> None:
-    """A store that refuses to keep a failed attempt stops the run as PARTIAL: usage would be lost."""
-
-    def refuse(*_: Any) -> None:
-        raise StoreError("full")
-
-    seen: list[str] = []
-    store = Journal(lambda session: Between(session, record=refuse))
-    result = await quick_without_retries(store=store, policy_map=ONCE, hooks=record_hooks(seen)).run(
-        [node("a", fail)], Num()
-    )
-    assert result.status is RunStatus.PARTIAL
-    assert (result.failure.reason, result.failure.message) == ("store", "full")
-    assert [event.failure_message for event in result.trace] == ["down"]
-    assert seen == ["run_start", "start a", "failure a", "run_end"]
 
 
 async def test_what_a_store_without_a_journal_cannot_do() -> None:
@@ -145,25 +105,6 @@ def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     from stroma.engine import commit as _commit
 
     monkeypatch.setattr(_commit, "_STORE_DELAYS", tuple(0 for _ in _commit._STORE_DELAYS))
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("refusals", [1, 2, 3])
-async def test_a_refused_commit_is_tried_again_without_the_node(refusals: int, no_delays: None) -> None:
-    """G5: A commit that the store refuses is tried again without another call of the node."""
-    store = GatedJournal()
-    store.gate.set()
-    store.late = [OSError("the disk is full")] * refusals
-    calls: list[int] = []
-    seen: list[str] = []
-
-    async def func(state: Num) -> Any:
-        calls.append(1)
-        return {"n": 7}
-
-    result = await quick(store=store, hooks=record_node_hooks(seen)).run([node("a", func)], Num())
-    assert (result.status, len(calls), store.tries) == (RunStatus.COMPLETED, 1, refusals + 1)
-    assert (len(result.trace), seen) == (1, ["start", "success"])
 
 
 @pytest.mark.core

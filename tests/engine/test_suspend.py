@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num, SimpleStore, context_of, failing_with, node, record_hooks
+from tests.kit import NEVER, THRICE, Num, SimpleStore, context_of, failing_with, node
 from tests.kit import Many as Items
 from tests.shared_stores import IN_PROCESS
 
@@ -152,15 +152,6 @@ async def test_of_two_answers_one_counts(store: Any) -> None:
     assert [type(error) for error in report if error is not None] == [RequestRefused]
     await runner(store, resume=True).run(desk.nodes, Num())
     assert [answer.approved for answer in desk.answers] == [report[0] is None]
-
-
-@pytest.mark.core
-async def test_hooks_are_told(store: Any) -> None:
-    """G9: on_node_suspended is the end of its start, and on_run_end says SUSPENDED; no failure hook."""
-    seen: list[str] = []
-    result = await runner(store, hooks=record_hooks(seen)).run(Desk().nodes, Num())
-    assert seen == ["run_start", "start a", "success a", "start ask", "suspended ask", "run_end"]
-    assert result.status is RunStatus.SUSPENDED
 
 
 async def test_a_sync_node_waits_too(store: Any) -> None:

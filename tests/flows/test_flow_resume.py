@@ -147,29 +147,6 @@ async def test_a_cleanup_after_the_failure_need_not_come_again(store: Any) -> No
     assert world.calls == ["bad 0", "clean 0", "bad 0", "last 1", "last 1"]
 
 
-async def test_siblings_that_a_failure_cancelled_run_on_resume(store: Any) -> None:
-    """After a TaskGroup that failed, a resume runs the failed and the cancelled steps, not the finished."""
-    world = World()
-    world.failing.add("bad")
-    world.turns.update({"slow": 10**6, "bad": 60})
-    bad, slow, quick_one = world.step("bad"), world.step("slow"), world.step("fast")
-
-    @stroma_flow("f", input=Num, output=Num)
-    async def f(flow: Flow, state: Num) -> Num:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(flow.step(one, state)) for one in (slow, bad, quick_one)]
-        return Num(n=sum(task.result().n for task in tasks))
-
-    run = run_of(f, store)
-    assert (await world.live(run)).status is RunStatus.PARTIAL
-    world.failing.clear()
-    world.turns["slow"] = 1
-    calls = len(world.calls)
-    result = await world.live(run)
-    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3))
-    assert set(world.calls[calls:]) - {"fast 0"} == {"slow 0", "bad 0"}
-
-
 async def test_cancelled_siblings_clean_up_in_the_order_in_which_they_began(store: Any) -> None:
     """The tasks of a TaskGroup that a failure cancels make their clean-ups in the same order on replay."""
     world = World()

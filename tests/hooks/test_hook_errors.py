@@ -1,8 +1,6 @@
 """Hooks that raise, return late, are closed or are no coroutine functions."""
 
 import asyncio
-import logging
-import types
 from typing import Any
 
 import pytest
@@ -28,7 +26,6 @@ from stroma import (
     RunStatus,
     StromaRunner,
     current_node,
-    current_node_or_none,
     execute_step,
 )
 
@@ -45,27 +42,6 @@ async def test_no_hooks_may_be_said_with_none() -> None:
     composed = record_hooks(seen) | None
     await quick_without_retries(hooks=composed).run([node("a", same)], Num())
     assert seen == ["run_start", "start a", "success a", "run_end"]
-
-
-async def test_closing_a_run_inside_a_hook() -> None:
-    """The coroutine of run() can be closed while a hook waits: nothing is awaited, and the ends are told."""
-    seen: list[str] = []
-
-    @types.coroutine
-    def pause() -> Any:
-        yield
-
-    async def start(*_: Any) -> None:
-        await pause()
-
-    notes = noting(seen, lambda *_: "told")
-    for limit in (None, 5000):
-        hooks = NodeHooks(on_node_start=start, on_node_cancelled=notes, on_run_end=notes)
-        run = quick_without_retries(hooks=hooks, hook_timeout_ms=limit).run([node("a", same)], Num())
-        run.send(None)
-        run.close()
-    assert seen == ["told"] * 4
-    assert current_node_or_none() is None
 
 
 async def test_a_hook_that_cannot_be_interrupted_by_throwing() -> None:
@@ -85,36 +61,6 @@ async def test_a_hook_that_cannot_be_interrupted_by_throwing() -> None:
     result = await quick_without_retries(hooks=hooks, hook_timeout_ms=20).run([node("a", same)], Num())
     assert result.status is RunStatus.COMPLETED
     assert [type(error.exception).__name__ for error in result.hook_errors] == ["HookTimeout"]
-
-
-@pytest.mark.parametrize("raises", [True, False])
-async def test_a_hook_of_a_run_that_is_closed(raises: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """A coroutine that is closed tells its cancelled hook; its error is logged with its name and run."""
-    began = asyncio.Event()
-
-    async def wait(state: Num) -> Num:
-        began.set()
-        await asyncio.Event().wait()
-        return state
-
-    async def cancelled(run_id: str, node_id: str) -> None:
-        if raises:
-            raise RuntimeError("the hook broke")
-        await asyncio.sleep(3600)
-
-    runner = StromaRunner.quick(hooks=NodeHooks(on_node_cancelled=cancelled))
-    run = runner.run([node("one", wait)], Num(), run_id="closed")
-    step = run.__await__()
-    with caplog.at_level(logging.WARNING, logger="stroma"):
-        while not began.is_set():
-            next(step)
-        run.close()
-    (error,) = [record for record in caplog.records if "on_node_cancelled" in record.getMessage()]
-    assert error.run_id == "closed"
-    assert "cancelled" in error.getMessage().split("(", 1)[1]
-    assert ("the run goes on" in error.getMessage()) is raises
-    assert ("was cut short" in error.getMessage()) is not raises
-    assert (error.exc_info is not None) is raises
 
 
 async def test_run_end_fires_when_the_resume_target_has_no_checkpoint() -> None:

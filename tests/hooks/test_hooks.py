@@ -20,33 +20,27 @@ from tests.kit import (
     SimpleStore,
     Text,
     cancel_after,
-    context_on,
     failing_with,
     forever,
     noting,
     returning,
-    stuck,
 )
 
 from stroma import (
     KNOWN_MODELS,
     AsyncInMemoryStore,
-    ContractViolation,
     ExecutionBudget,
     ExecutionResult,
     FailureClass,
     FailurePolicy,
     Fenced,
     HookError,
-    InMemoryStore,
     NodeHooks,
-    Pipeline,
     RunConfig,
     RunStatus,
     StromaRunner,
     current_node,
     current_node_or_none,
-    execute_step,
     map_over,
     parallel,
     stroma_node,
@@ -187,24 +181,6 @@ async def test_start_sees_validated_input(seen: Recorder) -> None:
     assert seen.names == [RUN_START, START, SUCCESS, RUN_END]
 
 
-@pytest.mark.core
-async def test_bad_input_has_no_start(seen: Recorder) -> None:
-    """Bad input is a FAILED result with a trace event and the failure hook, and no start hook."""
-
-    @node("needs", input=Text)
-    async def needs(state: Text) -> Any:
-        pytest.fail("called on input that broke its contract")
-
-    result = await quick(seen).run([needs, plus], State(value=1))
-    assert result.status is RunStatus.FAILED
-    assert seen.names == [RUN_START, FAILURE, RUN_END]
-    ((_, node_id, exc, failure_class),) = seen.of(FAILURE)
-    assert (node_id, failure_class) == ("needs", FailureClass.TERMINAL)
-    assert isinstance(exc, ContractViolation)
-    assert exc.direction == "input"
-    assert [event.outcome for event in result.trace] == ["failure"]
-
-
 async def test_success_fires_after_the_commit() -> None:
     """on_node_success fires when the output is in the store and in the trace."""
     store = AsyncInMemoryStore()
@@ -216,34 +192,6 @@ async def test_success_fires_after_the_commit() -> None:
     runner = quick(NodeHooks(on_node_success=on_success), store=store)
     await runner.run([plus], State(value=4))
     assert committed == [State(value=5)]
-
-
-@pytest.mark.core
-async def test_failure_fires_after_each_failed_attempt() -> None:
-    """on_node_failure fires after each failed attempt, once that attempt is in the trace."""
-    lengths: list[int] = []
-    seen: list[Any] = []
-
-    async def on_failure(*arguments: Any) -> None:
-        lengths.append(len(ctx.trace))
-        seen.append(arguments)
-
-    config = RunConfig(hooks=NodeHooks(on_node_failure=on_failure), policy_map=ONCE, run_id="r")
-    ctx = context_on(InMemoryStore(), config)
-    result = await execute_step("bad", bad, State(), ctx)
-    assert result.status is RunStatus.PARTIAL
-    assert lengths == [1, 2]
-    assert [(a[0], a[1], str(a[2]), a[3]) for a in seen] == [("r", "bad", "no", FailureClass.AMBIGUOUS)] * 2
-
-
-async def test_run_start(seen: Recorder) -> None:
-    """on_run_start(run_id, pipeline, initial_state_dict) is a run's first event; a list is "pipeline"."""
-    await quick(seen).run([plus], State(value=1))
-    assert seen.names[0] == RUN_START
-    assert seen.of(RUN_START) == [("r", "pipeline", {"value": 1, "items": []})]
-    await quick(seen, pipeline="sums").run([plus], State(value=2))
-    await quick(seen).run(Pipeline("named", [plus]), State(value=3))
-    assert [pipeline for _, pipeline, _ in seen.of(RUN_START)] == ["pipeline", "sums", "named"]
 
 
 async def test_run_end_gets_the_result(seen: Recorder) -> None:
@@ -260,18 +208,6 @@ async def test_run_end_gets_the_result(seen: Recorder) -> None:
             assert getattr(argument, field) == getattr(result, field)
         assert list(argument.trace) == list(result.trace)
     seen.assert_paired()
-
-
-@pytest.mark.core
-async def test_retry(seen: Recorder) -> None:
-    """on_node_retry(run_id, node_id, attempt, delay_seconds, failure_class) tells the next attempt."""
-    exact = FailurePolicy(max_retries=5, backoff_seconds=0.001, multiplier=2, jitter=False)
-    policies = {FailureClass.RECOVERABLE: exact}
-    await quick(seen, policy_map=policies).run([flaky(2)], State())
-    retry = ("r", "flaky", 2, 0.001, FailureClass.RECOVERABLE)
-    assert seen.of(RETRY) == [retry, ("r", "flaky", 3, 0.002, FailureClass.RECOVERABLE)]
-    one = [START, FAILURE, RETRY]
-    assert seen.names == [RUN_START, *one, *one, START, SUCCESS, RUN_END]
 
 
 @pytest.mark.core
@@ -312,50 +248,6 @@ async def test_skipped_on_resume_from(seen: Recorder) -> None:
     assert seen.of(SKIPPED) == [("r", "plus", state), ("r", "plus two", {"value": 3, "items": []})]
     assert sorted(seen.names) == sorted([RUN_START, SKIPPED, SKIPPED, START, SUCCESS, RUN_END])
     assert seen.names[0] == RUN_START, "a run's first event is on_run_start"
-
-
-@pytest.mark.core
-async def test_budget_warning(seen: Recorder) -> None:
-    """on_budget_warning(run_id, dimension, used, limit) fires once per dimension, at 80 % and not below."""
-
-    def spending(tokens: int) -> Any:
-        @node(f"spend {tokens}")
-        async def spend(state: State) -> Any:
-            return {}, tokens, "gpt-4o-mini"
-
-        return spend
-
-    budget = ExecutionBudget(max_tokens_total=100, max_cost_usd=1.0)
-    nodes = [spending(79), spending(1), spending(5), spending(5)]
-    result = await quick(seen, budget=budget).run(nodes, State())
-    assert result.status is RunStatus.COMPLETED
-    assert seen.of(WARNING) == [("r", "tokens", 80, 100)]
-    before = [entry[0] for entry in seen.log[: seen.names.index(WARNING)]]
-    assert before.count(START) == 2
-    seen.log.clear()
-    await quick(seen, budget=budget).run([spending(79)], State())
-    assert seen.of(WARNING) == []
-
-
-async def test_budget_warning_per_dimension(monkeypatch: pytest.MonkeyPatch, seen: Recorder) -> None:
-    """Each dimension warns for itself, also for the tokens of failed attempts."""
-    monkeypatch.setitem(KNOWN_MODELS, "house", (10.0, 10.0))
-    attempts = 0
-
-    @node("ask")
-    async def ask(state: State) -> Any:
-        nonlocal attempts
-        attempts += 1
-        current_node().report_usage(input_tokens=90_000, model="house")
-        if attempts == 1:
-            raise TimeoutError
-        return {}
-
-    budget = ExecutionBudget(max_tokens_total=200_000, max_cost_usd=1.0)
-    result = await quick(seen, budget=budget).run([ask], State())
-    assert result.total_tokens == 180_000
-    reported = [(d, round(used, 6), limit) for _, d, used, limit in seen.of(WARNING)]
-    assert reported == [("cost", 0.9, 1.0), ("tokens", 180_000, 200_000)]
 
 
 # ---------------------------------------------------------------------- several sets
@@ -464,43 +356,6 @@ def sync_hook(*_: Any) -> Any:
     return len(_)
 
 
-async def test_a_sync_start_in_the_second_set(seen: Recorder) -> None:
-    """If the second set's start raises TypeError, the first gets on_node_cancelled, the third nothing."""
-    third, called = Recorder(), []
-
-    @node("n")
-    async def n(state: State) -> Any:
-        called.append(1)
-        return {}
-
-    second = Recorder(**{START: sync_hook})
-    with pytest.raises(TypeError, match=START):
-        await quick(seen, second, third).run([n], State())
-    assert called == []
-    assert seen.names == [RUN_START, START, CANCELLED, RUN_END]
-    assert second.names == third.names == [RUN_START, RUN_END]
-    ((_, result),) = seen.of(RUN_END)
-    assert result.status is RunStatus.INTERRUPTED
-    seen.assert_paired()
-
-
-async def test_a_sync_start_on_a_later_attempt(seen: Recorder) -> None:
-    """The same holds for the start of a retry: its own start is cancelled, the failed attempt had its end."""
-    calls = 0
-
-    async def noted() -> None: ...
-
-    def sometimes(*_: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return noted() if calls == 1 else None
-
-    with pytest.raises(TypeError, match=START):
-        await quick(seen, NodeHooks(on_node_start=sometimes)).run([flaky()], State())
-    assert seen.names == [RUN_START, START, FAILURE, RETRY, START, CANCELLED, RUN_END]
-    seen.assert_paired()
-
-
 @pytest.mark.parametrize("name", [SUCCESS, FAILURE, RUN_END])
 async def test_a_sync_end_leaves_the_other_sets_their_ends(name: str, seen: Recorder) -> None:
     """G9: a sync end hook of one set costs no other set its end event, whichever comes first."""
@@ -601,28 +456,6 @@ async def test_not_async(name: str, hook: Any) -> None:
         WARNING: [("spender", "success")],
         RUN_END: [("plus", "success"), ("plus two", "success")],
     }[name]
-
-
-async def test_not_async_is_raised_once_all_is_recorded(seen: Recorder) -> None:
-    """The TypeError of a sync hook comes after the journal: its result has the work, which is resumable."""
-    store = AsyncInMemoryStore()
-    wrong = NodeHooks(on_node_success=sync_hook)
-    called: list[str] = []
-
-    @node("n")
-    async def n(state: State) -> Any:
-        called.append("n")
-        return {"value": 7}, 10
-
-    with pytest.raises(TypeError) as caught:
-        await quick(wrong, store=store).run([n, plus], State())
-    result = caught.value.result
-    assert (result.status, result.final_state) == (RunStatus.INTERRUPTED, State(value=7))
-    assert result.total_tokens == 10
-    assert await store.load("r", "n") == State(value=7)
-    again = await quick(seen, store=store, resume=True).run([n, plus], State())
-    assert (again.status, again.final_state) == (RunStatus.RESUMED, State(value=8))
-    assert called == ["n"]
 
 
 # ---------------------------------------------------------------------- any callable
@@ -842,47 +675,6 @@ async def test_a_hook_cannot_keep_a_run_from_being_cancelled(
     assert result.status is RunStatus.CANCELLED
 
 
-@pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
-@pytest.mark.parametrize("name", [START, SUCCESS])
-def test_stopping_the_process_from_a_hook(name: str, stop: type[BaseException]) -> None:
-    """G9: KeyboardInterrupt and SystemExit in a hook pass; sets before and after it have every end."""
-
-    async def hook(*_: Any) -> None:
-        raise stop
-
-    before, after, store = Recorder(), Recorder(), InMemoryStore()
-    with pytest.raises(stop):
-        asyncio.run(quick(before, NodeHooks(**{name: hook}), after, store=store).run([plus], State()))
-    for seen in (before, after):
-        assert seen.names == [RUN_START, START, CANCELLED if name == START else SUCCESS, RUN_END]
-        ((_, result),) = seen.of(RUN_END)
-        assert result.status is RunStatus.INTERRUPTED
-        assert result.hook_errors == []
-    assert store.load("r", "plus") == (State(value=1) if name == SUCCESS else None)
-
-
-@pytest.mark.core
-async def test_a_raising_hook_does_not_rerun_a_node() -> None:
-    """G8: Hooks that raise at every event leave the run COMPLETED, with one call of the node per attempt."""
-    called: list[str] = []
-
-    @node("n")
-    async def n(state: State) -> Any:
-        called.append("n")
-        return {"value": 1}
-
-    wrong = NodeHooks(**dict.fromkeys(ALL, down))
-    result = await quick(wrong).run([n, parallel(n, plus), map_over("items", plus_any, into="out")], State())
-    assert result.status is RunStatus.COMPLETED
-    assert called == ["n", "n"]
-    assert len(result.hook_errors) > 8
-
-
-@node("plus any")
-async def plus_any(state: State) -> Any:
-    return {"value": 1}
-
-
 async def test_hook_errors_raise(seen: Recorder) -> None:
     """hook_errors="raise" turns a hook's exception into a HookError with the result, after the trace."""
     error = RuntimeError("down")
@@ -1065,25 +857,6 @@ async def test_hook_time_is_not_the_nodes(name: str) -> None:
 
 
 # ---------------------------------------------------------------------- redaction
-
-
-def hide(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: "***" if key == "value" else value for key, value in state.items()}
-
-
-@pytest.mark.core
-async def test_redact(seen: Recorder) -> None:
-    """Every state that a hook sees went through `redact`; nodes, result and store see the real one."""
-    store = AsyncInMemoryStore()
-    result = await quick(seen, store=store, redact=hide).run([plus], State(value=41))
-    hidden = {"value": "***", "items": []}
-    assert seen.of(RUN_START) == [("r", "pipeline", hidden)]
-    assert seen.of(START) == [("r", "plus", hidden)]
-    assert seen.of(SUCCESS) == [("r", "plus", hidden, 0)]
-    assert result.final_state == State(value=42)
-    assert await store.load("r", "plus") == State(value=42)
-    await quick(seen, store=store, redact=hide, resume=True).run([plus], State(value=41))
-    assert seen.of(SKIPPED) == [("r", "plus", hidden)]
 
 
 async def test_redact_gets_its_own_dict(seen: Recorder) -> None:
@@ -1428,25 +1201,6 @@ async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.Mon
 # ---------------------------------------------------------------------- groups
 
 
-@pytest.mark.core
-async def test_group_hooks_fire_around_its_children(seen: Recorder) -> None:
-    """A group's hooks fire around its children's; its tokens_used is 0, each child reports its own."""
-
-    @node("ask")
-    async def ask(state: State) -> Any:
-        return {"value": 9}, 5, 2, "gpt-4o"
-
-    await quick(seen).run([parallel(plus, ask)], State(value=1))
-    inner = seen.log[1:-1]
-    assert inner[0][:3] == (START, "r", "parallel(plus, ask)")
-    assert inner[-1][0] == SUCCESS
-    assert inner[-1][2:] == ("parallel(plus, ask)", {"value": 9, "items": []}, 0)
-    events = {(e[0], e[2]) for e in inner[1:-1]}
-    assert events == {(START, "plus"), (SUCCESS, "plus"), (START, "ask"), (SUCCESS, "ask")}
-    assert [e[-1] for e in inner if e[0] == SUCCESS and e[2] == "ask"] == [7]
-    seen.assert_paired()
-
-
 def test_a_child_that_stops_the_process_at_once() -> None:
     """SystemExit in the first child before its siblings began leaves no coroutine that was never awaited."""
     seen = Recorder()
@@ -1568,23 +1322,7 @@ async def run_cancelled_in_wait(seen: Recorder) -> None:
     assert seen.of(CANCELLED) == []
 
 
-def hook_that_waits() -> tuple[Callable[..., Awaitable[None]], asyncio.Event]:
-    started = asyncio.Event()
-
-    return stuck(started), started
-
-
-async def run_cancelled_in_hook(name: str, seen: Recorder, first: bool) -> None:
-    hook, started = hook_that_waits()
-    waits = NodeHooks(**{name: hook})
-    sets = (waits, seen) if first else (seen, waits)
-    nodes = [bad] if name in (FAILURE, RETRY) else [plus]
-    await cancel_after(quick(*sets).run(nodes, State()), started)
-
-
-SCENARIOS = [
-    value for name, value in list(globals().items()) if name.startswith("run_") and "in_hook" not in name
-]
+SCENARIOS = [value for name, value in list(globals().items()) if name.startswith("run_")]
 
 
 @pytest.mark.parametrize("way", SCENARIOS, ids=lambda f: f.__name__.removeprefix("run_"))
@@ -1596,30 +1334,6 @@ async def test_every_start_of_a_run_that_is_broken_off_has_one_end(
     assert seen.of(START)
     seen.assert_paired()
     assert len(seen.of(RUN_START)) == len(seen.of(RUN_END)) == 1
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, FAILURE, RETRY, RUN_END])
-async def test_cancelled_while_a_hook_waits(name: str, first: bool, seen: Recorder) -> None:
-    """G9: a run cancelled while a hook of one set waits gives every set its ends, and is cancelled."""
-    await run_cancelled_in_hook(name, seen, first)
-    seen.assert_paired()
-    assert len(seen.of(RUN_END)) == 1
-    if name != RUN_END:
-        assert seen.of(RUN_END)[0][1].status is RunStatus.CANCELLED
-
-
-async def test_cancelled_in_the_success_hook_keeps_the_work(seen: Recorder) -> None:
-    """G4, G8: A cancellation during the success hook loses no output."""
-    hook, started = hook_that_waits()
-    store = AsyncInMemoryStore()
-    runner = quick(seen, NodeHooks(on_node_success=hook), store=store)
-    await cancel_after(runner.run([plus, plus_two], State()), started)
-    assert await store.load("r", "plus") == State(value=1)
-    assert seen.names == [RUN_START, START, SUCCESS, RUN_END]
-    ((_, result),) = seen.of(RUN_END)
-    assert [event.outcome for event in result.trace] == ["success"]
-    assert result.final_state == State(value=1)
 
 
 async def test_hooks_leave_no_task_behind(seen: Recorder) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-import gc
 from typing import Any
 
 import pytest
@@ -123,46 +122,6 @@ async def test_what_at_end_raises_changes_nothing(caplog: pytest.LogCaptureFixtu
         ("at_end", "node", ZeroDivisionError)
     ]
     assert "at_end" in caplog.text
-
-
-@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
-async def test_a_closed_run_tells_its_ends() -> None:
-    """G9: A run whose coroutine is closed calls the end hook of every start."""
-    seen: list[Any] = []
-
-    def hook(name: str) -> Any:
-        async def tell(*arguments: Any) -> None:
-            node, run = current_node_or_none(), current_run()
-            seen.append((name, run.run_id, None if node is None else node.node_id))
-            if name == "cancelled":
-                await asyncio.sleep(1)  # It gets this far.
-                seen.append("never")
-
-        return tell
-
-    hooks = NodeHooks(
-        on_run_start=hook("run start"),
-        on_run_end=hook("run end"),
-        on_node_start=hook("start"),
-        on_node_cancelled=hook("cancelled"),
-    )
-    runner = quick(hooks=hooks)
-
-    @runner.node("node", input=Num, output=Num)
-    async def node(state: Num) -> Num:
-        await asyncio.sleep(9)
-        return state
-
-    run: Any = runner.run([node], Num(), run_id="r")
-    contextvars.copy_context().run(run.send, None)
-    run.close()
-    assert seen == [
-        ("run start", "r", None),
-        ("start", "r", "node"),
-        ("cancelled", "r", "node"),
-        ("run end", "r", None),
-    ]
-    gc.collect()
 
 
 async def test_current_run_is_the_run_of_every_hook_and_node() -> None:

@@ -398,20 +398,6 @@ async def test_a_store_without_a_journal() -> None:
         await collect(runner.follow("run"))
 
 
-async def test_a_follower_that_stands_still(store: Any) -> None:
-    """A follower that does not read stops nothing and holds one page; the rest comes when it reads on."""
-    runner = runner_of(store)
-    first = await started(runner, talk)
-    page = Page()
-    async with aclosing(runner.follow("run")) as events:
-        page.take(await anext(events))
-        await first
-        assert (await runner.run(talk, Num(n=1), run_id="other")).status == "COMPLETED"
-        async for event in events:
-            page.take(event)
-    assert "".join(WORDS) in page.seen
-
-
 async def test_a_follower_that_stands_still_holds_one_page(one_store: Any) -> None:
     """However much is stored meanwhile, a follower that does not read keeps at most a page in memory."""
 
@@ -705,21 +691,6 @@ async def test_redact_holds_for_the_last_message(one_store: Any, monkeypatch: py
         for one in (runner.stream(work, state), runner.follow("run"), runner.follow("flow")):
             parts = [json.dumps(part) async for part in protocol(one)]
             assert not [part for part in parts if "ada@" in part]
-
-
-async def test_events_of_threads_are_stored(one_store: Any) -> None:
-    """What a plain function emits in its thread is followed too."""
-
-    def speak(state: Num) -> Text:
-        for word in WORDS:
-            current_node().emit(word)
-        return Text(text="".join(WORDS))
-
-    runner = runner_of(one_store)
-    await runner.run([node("speak", speak, output=Text)], Num(n=1), run_id="run")
-    page = Page()
-    await page.read(runner.follow("run"))
-    assert page.seen[-1] == "".join(WORDS)
 
 
 @pytest.mark.parametrize("kind", ["async", "sync"])

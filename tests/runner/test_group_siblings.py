@@ -397,26 +397,3 @@ async def test_a_group_is_tried_again_after_a_childs_own_budget_error() -> None:
     group = parallel(node("a", over))
     result = await quick(policy_map=NEVER, node_policies={group.node_id: TWICE}).run([group], Num())
     assert (result.status, len(calls)) == (RunStatus.COMPLETED, 2)
-
-
-async def test_siblings_of_a_failed_attempt_over_the_limit_finish() -> None:
-    """Children in flight finish and commit when a limit is crossed, also if that attempt failed."""
-    store = AsyncInMemoryStore()
-    started = asyncio.Event()
-
-    async def fails(state: Num) -> Any:
-        await started.wait()
-        current_node().report_usage(input_tokens=100)
-        raise ValueError("and over the limit")
-
-    async def goes_on(state: Num) -> Any:
-        started.set()
-        for _ in range(20):
-            await asyncio.sleep(0)
-        return {"n": 7}, 1
-
-    group = parallel(node("a", fails), node("b", goes_on))
-    runner = quick(store=store, run_id="r", budget=ExecutionBudget(max_tokens_total=10))
-    result = await runner.run([group], Num())
-    assert (result.status, result.total_tokens) == (RunStatus.PARTIAL, 101)
-    assert await store.load("r", "b") == Num(n=7)
