@@ -333,3 +333,23 @@ def test_a_node_in_flight_is_shown(stroma, inside, target):
         process.kill()
         process.communicate()
     assert "in flight" not in inside("show", "x").out
+
+
+def test_diff_shows_long_texts_from_where_they_differ(stroma, inside):
+    """Two texts with a long common beginning are shown from shortly before their first difference."""
+    stroma.file(
+        "echo.py",
+        """
+        from sums import *
+        class Text(BaseModel):
+            text: str
+        async def echo(state):
+            return state
+        pipeline = Pipeline("echo", [node("echo", echo, Text, Text)])
+        """,
+    )
+    for name in ("old", "new"):
+        done = inside("run", "echo.py:pipeline", json.dumps({"text": "x" * 500 + name}), "--run-id", name)
+        assert done.code == 0, done.err
+    shown = inside("diff", "old", "new").out
+    assert f'~ text: …{"x" * 40}old" -> …{"x" * 40}new"' in " ".join(shown.split())

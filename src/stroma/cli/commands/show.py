@@ -459,6 +459,8 @@ def _print_rejected(attempt: AttemptRecord, rejected: RejectedOutput) -> None:
     out.line((f"rejected output of {node}", "bold"))
     for one in rejected.complaints[:_SHOWN_COMPLAINTS]:
         value = rejected.at(one.path)
+        if value is MISSING:  # The object that lacks the field.
+            value = rejected.at(one.path[:-1])
         came = "" if value is MISSING else f"; got {clean(json.dumps(value, ensure_ascii=False), 160)}"
         out.fitted(f"  {clean(one.field, 100)}: ", (clean(one.message, 300), "red"), came)
     more = rejected.more + max(0, len(rejected.complaints) - _SHOWN_COMPLAINTS)
