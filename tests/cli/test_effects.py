@@ -89,7 +89,7 @@ def test_an_effect_that_happened(shop, inside, fails):
         "--not-done",
     )
     fails(inside("approve", "x", "shop.py:pipeline", "--not-done"), 2, "pass --question", second)
-    fails(inside("approve", "x", "shop.py:pipeline"), 2, "no answer", "--done JSON")
+    fails(inside("approve", "x", "shop.py:pipeline"), 2, "no answer", "--done JSON", "if call 1 happened")
     fails(inside("approve", "x", "shop.py:pipeline", "--done", "{}", "--not-done"), 2, "several answers")
     assert line in inside("show", "x").out
     waits = json.loads(inside("show", "x", "--json").out)["suspended"]

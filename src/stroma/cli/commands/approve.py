@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -87,7 +88,16 @@ def approve(
             f"FILE_OR_MODULE:NAME is missing: {clean(target, 200)} is in its place",
             f"pass the pipeline before the answer: {database.hint('approve', *words, options=options)}",
         )
-    request = _Approval(target, _one_of(answer_text, done, not_done), question)
+    statements = [_Statement(answer_text)] if answer_text is not None else []
+    statements += [_Statement(done, "--done")] if done is not None else []
+    statements += [_Statement(None, "--not-done")] if not_done else []
+    if len(statements) != 1:
+        raise Problem(
+            f"approve got {'several answers' if statements else 'no answer'}",
+            "pass ANSWER, or for an effect one of --done JSON and --not-done",
+            *_open_questions(database, record, questions, target),
+        )
+    request = _Approval(target, statements[0], question)
     one = _find_waiting(database, record, questions, request)
     loaded = load_object(target)
     attempts = database.reader.attempts_at(record.run_id, one.position, one.branch)
@@ -155,17 +165,6 @@ class _Statement(NamedTuple):
 
     text: str | None
     option: str = ""
-
-
-def _one_of(answer: str | None, done: str | None, not_done: bool) -> _Statement:
-    """Return the answer. Raises Problem unless exactly one is passed."""
-    statements = [_Statement(answer)] if answer is not None else []
-    statements += [_Statement(done, "--done")] if done is not None else []
-    statements += [_Statement(None, "--not-done")] if not_done else []
-    if len(statements) == 1:
-        return statements[0]
-    what = "no answer" if not statements else "several answers"
-    raise Problem(f"approve got {what}", "pass ANSWER, or for an effect one of --done JSON and --not-done")
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +247,17 @@ def _report(
         err.line(f"  still waiting: {node_text(other)}: {clean(other.text, 500)}")
 
 
+def _open_questions(
+    database: Database, record: RunRecord, every: list[Waiting], target: str
+) -> Iterator[str]:
+    """Yield a line for each open question, and for each command that answers one."""
+    waiting = [] if record.status in FINISHED else unanswered(every)
+    for one in waiting[:20]:
+        yield f"{node_text(one)}: {clean(one.text, 500)}, asks for {answer_type(one)}"
+    for line in approve_hint(database, record.run_id, target, waiting):
+        yield f"answer: {line}"
+
+
 def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], request: _Approval) -> Waiting:
     """Return the question to answer. Raises Problem if there is none, or several."""
     waiting = [] if record.status in FINISHED else unanswered(every)
@@ -264,11 +274,7 @@ def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], r
             problem = f"run {name} has {pluralize(len(waiting), 'open question')}; pass --question"
         raise Problem(
             problem,
-            *[
-                f"{node_text(one)}: {clean(one.text, 500)}, asks for {answer_type(one)}"
-                for one in waiting[:20]
-            ],
-            *[f"answer: {line}" for line in approve_hint(database, record.run_id, request.target, waiting)],
+            *_open_questions(database, record, every, request.target),
             code=Code.USAGE if request.question is None else Code.NOT_FOUND,
         )
     if record.status == "SUSPENDED":
