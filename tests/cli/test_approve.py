@@ -346,7 +346,7 @@ def test_a_run_that_sleeps_after_its_answer(stroma, inside, fails):
     ):
         shown = inside("show", "s").out
         assert f"waits     {what}" in shown
-        assert re.search(r"^due       20.* at the latest$", shown, re.MULTILINE)
+        assert re.search(r"^due       20.* at the latest, even if nothing arrives$", shown, re.MULTILINE)
         assert inside(*command).code == 0
         assert "due       for a worker; no longer " in inside("show", "s").out
         assert inside("resume", "s", "later.py:later").code == 7

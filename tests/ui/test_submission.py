@@ -71,7 +71,7 @@ def test_open_runs_have_no_part_in_the_success_rate(store: SQLiteStore, site: Si
     make_runs(store, ("good", GOOD), ("bad", BAD))
     submit(store, "one")
     submit(store, "two")
-    rate = "50.0% of completed and 1 failed runs"
+    rate = "50.0% of ended runs, 1 failed"
     assert f"Success rate, last 4 runs {rate}" in text_of(site.get("/").text)
     assert "Success rate 50.0% of ended runs" in text_of(site.get("/overview").text)
 

@@ -67,9 +67,7 @@ def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed:
         seconds = Markup('<span data-since="{}">{}</span>').format(
             record.started_ms, format_duration(max(0.0, time.time() - record.started_ms / 1000))
         )
-    done, what = (record.nodes, "node") if record.nodes else (record.commits, "call")
     took = of_budget = of_tokens = attempts = ""
-    wasted = "nothing without output"
     if latency is not None:
         took = (
             f"{format_duration(record.latency_ms / 1000)} of {format_duration(latency / 1000)} in functions"
@@ -78,10 +76,9 @@ def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed:
         of_budget = f"{_percent(record.cost_usd, cost)} of the budget of {format_usd(cost)}"
     if tokens is not None:
         of_tokens = f"{_percent(record.tokens, tokens)} of {tokens:,.0f}"
-    if failed or done:
-        attempts = f"{failed:,} failed" if failed else f"{pluralize(done, what)} committed"
-    if wasted_tokens or wasted_usd:
-        wasted = f"{wasted_tokens:,} tokens without output"
+    if failed or record.commits:
+        attempts = f"{failed:,} failed" if failed else f"{pluralize(record.commits, 'output')} committed"
+    wasted = f"{wasted_tokens:,} tokens without output"
     of_cost = record.cost_usd if wasted_usd else None
     return [
         _card("Duration", seconds, took, record.latency_ms, latency),

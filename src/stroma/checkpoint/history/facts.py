@@ -91,7 +91,7 @@ def facts_of(
     if record.due_ms is not None and (record.status == QUEUED or is_waiting):
         due = format_utc(record.due_ms)
         if due not in (record.error or ""):  # "sleeping until ..."
-            yield "due", f"{due} at the latest" if is_waiting else due
+            yield "due", f"{due} at the latest, even if nothing arrives" if is_waiting else due
     is_open = record.status not in FINISHED
     for one in waiting:
         if one.is_answered:
@@ -144,5 +144,7 @@ def _effects(
         stated = call.statement
         if stated is not None:
             what = "happened" if stated.happened else "did not happen"
-            source = "reconcile" if stated.source == "reconcile" else "a person"
-            yield "stated", f"{effect}: call {stated.number} {what}, as {source} stated"
+            if stated.source == "reconcile":
+                yield "stated", f"{effect}: call {stated.number} {what}, as reconcile stated"
+            elif (position, branch, stated.number) not in questions:  # Else its answer is listed.
+                yield "stated", f"{effect}: call {stated.number} {what}, as a person stated"
