@@ -35,7 +35,7 @@ def test_the_prices_of_a_model(inside, golden, monkeypatch):
     golden("prices", "prices claude-sonnet-4-5", "prices ours", "prices claude-sonnet-4-5 --json")
     first = inside("prices", "gpt-4o-2024-11-20").out.splitlines()[0]
     assert first.startswith(
-        "gpt-4o-2024-11-20: KNOWN_MODELS['gpt-4o']; the rest in the proportion of genai-prices"
+        "gpt-4o-2024-11-20: KNOWN_MODELS['gpt-4o']; the other prices in proportion to openai/gpt-4o in "
     )
 
 

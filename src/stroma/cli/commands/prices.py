@@ -123,11 +123,11 @@ def _at(rates: Rates, name: str, above: int) -> str:
 
 
 def _source(entry: ModelPrices) -> str:
-    as_of = f"fetched {entry.fetched_at:%Y-%m-%d %H:%M}" if entry.fetched_at else "the data that came with it"
-    data = f"genai-prices {entry.version} ({as_of})"
-    listed = "" if entry.listed_as is None else f", as {entry.listed_as[1]} of {entry.listed_as[0]}"
+    as_of = f"fetched {entry.fetched_at:%Y-%m-%d %H:%M}" if entry.fetched_at else "as installed"
+    listed = "" if entry.listed_as is None else f"{'/'.join(entry.listed_as)} in "
+    data = f"{listed}genai-prices {entry.version} ({as_of})"
     if entry.source == "genai-prices":
-        return f"{data}{listed}"
+        return data
     name = entry.model if entry.model in KNOWN_MODELS or entry.listed_as is None else entry.listed_as[1]
-    rest = f"; the rest in the proportion of {data}{listed}" if entry.listed_as else ""
+    rest = f"; the other prices in proportion to {data}" if entry.listed_as else ""
     return f"KNOWN_MODELS[{name!r}]{rest}"
