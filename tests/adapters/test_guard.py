@@ -1033,6 +1033,25 @@ def test_what_a_stream_has_used_before_it_fails_counts(kind: str, collect: Any) 
     assert guard.current.ctx.cost_tracker.total_tokens == 200
 
 
+async def test_a_stream_whose_task_group_fails_is_tried_again() -> None:
+    """G3: a task group that fails before the first part of a stream is a failure, and no cancellation."""
+    calls: list[int] = []
+
+    async def connect() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ConnectionError("no server")
+
+    async def source() -> Any:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(connect())
+        yield "text"
+
+    guard = guard_of()
+    assert [chunk async for chunk in guard.wrap("it", source)()] == ["text"]
+    assert [event.outcome for event in guard.current.ctx.trace] == ["failure", "success"]
+
+
 async def test_a_stream_that_failed_and_is_cancelled_counts_once() -> None:
     """G6: its reader is cancelled while the failure is recorded."""
     began = asyncio.Event()

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 from tests.kit import (
     Num,
+    cancel_after,
     computing,
     context_of,
+    failing_with,
     node,
     noting,
     plus,
@@ -105,6 +107,47 @@ async def test_a_hook_that_raises_generator_exit_changes_nothing(event: str, sus
 
     result = await quick(hooks=NodeHooks(**{event: leave})).run([node("a", lambda state: {"n": 1})], Num())
     assert (result.status, [error.hook for error in result.hook_errors]) == (RunStatus.COMPLETED, [event])
+
+
+async def _fail_at_end() -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(failing_with(KeyError, "x")(None))
+
+
+async def _fail_in_inner_group() -> None:
+    async with asyncio.TaskGroup():
+        await _fail_at_end()
+
+
+async def _fail_in_body() -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(failing_with(KeyError, "x")(None))
+        await asyncio.sleep(1)
+
+
+@pytest.mark.parametrize("is_caught", [False, True])
+@pytest.mark.parametrize("way", [_fail_at_end, _fail_in_inner_group, _fail_in_body])
+@pytest.mark.parametrize("event", ["on_node_start", "on_node_success", "on_run_end"])
+async def test_a_failed_task_group_of_a_hook_changes_nothing(event: str, way: Any, is_caught: bool) -> None:
+    """G8: a task group that fails in a hook does not cancel the run, and a cancellation after it does."""
+
+    over = asyncio.Event()
+
+    async def use_group(*_: Any) -> None:
+        try:
+            await way()
+        except* KeyError:
+            if not is_caught:
+                raise
+        over.set()
+        await asyncio.sleep(0.01)
+
+    runner = quick(hooks=NodeHooks(**{event: use_group}))
+    result = await runner.run([node("a", same)], Num())
+    assert (result.status, len(result.hook_errors)) == (RunStatus.COMPLETED, not is_caught)
+    if is_caught:
+        over.clear()
+        await cancel_after(runner.run([node("a", same)], Num()), over)
 
 
 async def test_a_hook_error_without_a_repr_is_raised_as_one() -> None:

@@ -186,7 +186,9 @@ class Call:
                         turn.settle(None, None)
                         break
                     except BaseException as raised:
-                        if stops_caller(self.step, raised) or is_cancelled(entry):
+                        if stops_caller(self.step, raised) or (
+                            isinstance_by_type(raised, asyncio.CancelledError) and is_cancelled(entry)
+                        ):
                             raise
                         if turn.is_over:
                             await aclose_stream(source)

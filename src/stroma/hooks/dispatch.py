@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import inspect
 import signal
+import sys
 from asyncio import current_task
 from collections.abc import Callable
 from time import perf_counter
@@ -32,6 +33,7 @@ _VIEW_AT: Final = {
 Calls = tuple[tuple[int, Callable[..., Any]], ...]
 
 _OVER: Final = object()
+_GROUP_EXIT: Final = asyncio.TaskGroup.__aexit__.__code__
 
 
 class HookNotAsync(TypeError):
@@ -250,16 +252,15 @@ class Firing:
             self._begin = begin = perf_counter()
             try:
                 awaitable: Any = hook(*self._arguments(set_index))
-                if type(awaitable) is CoroutineType:
-                    iterator = awaitable.__await__()
-                elif inspect.isawaitable(awaitable):
-                    iterator = _await(awaitable).__await__()
-                else:
-                    raise _not_async(self._event, hook, self._node_id, awaitable, set_index)
+                if type(awaitable) is not CoroutineType:
+                    if not inspect.isawaitable(awaitable):
+                        raise _not_async(self._event, hook, self._node_id, awaitable, set_index)
+                    awaitable = _await(awaitable)
+                iterator = awaitable.__await__()
                 # A default in place of StopIteration, which takes as long as the hook.
                 waiting_for = next(iterator, _OVER)
                 if waiting_for is not _OVER:
-                    self._waiting = _Waiting(self, iterator, waiting_for, task)
+                    self._waiting = _Waiting(self, awaitable, iterator, waiting_for, task)
                     self.take_back(task, before)
                     return False
             except BaseException as error:
@@ -467,10 +468,20 @@ class Started:
 class _Waiting(Started):
     """The rest of a hook that waits."""
 
-    def __init__(self, firing: Firing, iterator: Any, waits_for: Any, task: asyncio.Task[Any] | None) -> None:
+    def __init__(
+        self,
+        firing: Firing,
+        coroutine: CoroutineType[Any, Any, Any],
+        iterator: Any,
+        waits_for: Any,
+        task: asyncio.Task[Any] | None,
+    ) -> None:
         super().__init__(iterator, waits_for)
         self._firing = firing
+        self._coroutine = coroutine
         self._task = task
+        #: Task groups whose own cancellation of the task was taken back.
+        self._groups: list[asyncio.TaskGroup] = []
         self.scope: asyncio.Timeout | None = None
         self.is_closed = False
 
@@ -487,6 +498,8 @@ class _Waiting(Started):
             self._firing.take_back(self._task, before)
 
     def throw(self, error: Any, *_: Any) -> Any:
+        if sys.version_info < (3, 13):
+            self._take_back_groups()
         self._firing.note_cancelled(error, self._task)
         before = self._cancelling()
         try:
@@ -502,6 +515,22 @@ class _Waiting(Started):
     def close(self) -> None:
         self.is_closed = True
         super().close()
+
+    def _take_back_groups(self) -> None:
+        """Take back the cancellations by task groups that await their tasks: up to 3.12, Python does not.
+
+        A group cancels the task around it to wake it if one of its own has failed.
+        """
+        at: Any = self._coroutine
+        while type(at) is CoroutineType:
+            if at.cr_code is _GROUP_EXIT and at.cr_frame is not None:
+                values = at.cr_frame.f_locals
+                group, was_cancelled_before = values["self"], values["et"] is asyncio.CancelledError
+                is_own = group._parent_cancel_requested and not was_cancelled_before
+                if is_own and group not in self._groups and self._task is not None:
+                    self._groups.append(group)
+                    self._task.uncancel()
+            at = at.cr_await
 
     def _cancelling(self) -> int:
         return 0 if self._task is None else self._task.cancelling()
