@@ -261,7 +261,7 @@ async def test_a_guard_without_a_run_of_its_own_is_cancelled(tmp_path: Path) -> 
         owner = asyncio.create_task(guard.wrap("first", first)(State()))
         await first.called.wait()
         assert await store.cancel("r") is True
-        while not guard.current.cancelling:
+        while not guard.current.ctx.stopping.is_cancelled:
             await asyncio.sleep(0.01)
         first.gate.set()
         assert await owner == State()

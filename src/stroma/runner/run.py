@@ -40,6 +40,8 @@ from stroma.trace.result import ExecutionResult, RunStatus
 
 #: Levels of the line about an end; of any other status INFO.
 _LEVELS = {RunStatus.FAILED: logging.ERROR, RunStatus.PARTIAL: logging.WARNING}
+#: Message of the cancellation of a run's task by :meth:`RunExecution.cancel`.
+_BY_RUN: Final = "the run was cancelled"
 _CUT_SHORT = (RunStatus.CANCELLED, RunStatus.INTERRUPTED)
 
 
@@ -103,7 +105,7 @@ class RunExecution:
         if not self._has_ended and self._cancelled_as is None and self.task is not None:
             self._cancelled_as = status
             self.ctx.stopping.is_cancelled = self.ctx.stopping.is_asked = True
-            self.task.cancel()
+            self.task.cancel(_BY_RUN)
 
     @property
     def state(self) -> BaseModel:
@@ -137,10 +139,11 @@ class RunExecution:
         """Store how the run ended, and call its end hooks. Return True if a cancellation is its result."""
         ctx, is_suppressed = self.ctx, False
         kind = type(error)  # Not isinstance(): an exception may raise when asked for its __class__.
-        if issubclass(kind, asyncio.CancelledError):
+        if error is not None and issubclass(kind, asyncio.CancelledError):
             self._status = self._cancelled_as or self._when_cancelled
             if self._cancelled_as is not None and self.task is not None:
-                is_suppressed = self.task.uncancel() <= self._cancelling
+                # Or a task group of a node has left its cancellation behind, as it does up to Python 3.12.
+                is_suppressed = self.task.uncancel() <= self._cancelling or error.args == (_BY_RUN,)
         elif error is not None and is_closed(error):  # Nothing can be awaited.
             ctx.journal.abandon()
             if self._has_started:
@@ -272,8 +275,8 @@ class RunExecution:
             await asyncio.sleep(0)
         except asyncio.CancelledError as error:
             came = error
-        if self.task.uncancel() > self._cancelling:
-            raise_if(came or asyncio.CancelledError())
+        if self.task.uncancel() > self._cancelling and came is not None and came.args != (_BY_RUN,):
+            raise_if(came)
 
     async def _skip_to(self, start: int) -> None:
         """Restore the nodes before a resume target from the journal, else from the last checkpoint."""
