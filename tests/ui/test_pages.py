@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from pydantic import BaseModel
 from tests.kit import passing, returning
 from tests.store_suite.journal import State as Kept
-from tests.store_suite.journal import begin, commit
+from tests.store_suite.journal import begin, commit, finish
 from tests.ui.conftest import BAD, GOOD, Site, State, make_runs, node
 from tests.ui.scenes import lineage, make_map
 from tests.ui.test_security import attempts_of
@@ -331,7 +331,8 @@ def test_quantiles() -> None:
 
 @pytest.mark.core
 def test_runs_whose_owner_is_gone(store: SQLiteStore, serve: Any) -> None:
-    """A run whose lease has expired is shown as interrupted; one that is at work with who that is."""
+    """A run whose lease has expired is shown as interrupted, one in progress with its owner, and one that was
+    left to workers as due."""
 
     async def leave(run_id: str, seconds: float) -> Any:
         session = await begin(store, run_id, lease_seconds=seconds)
@@ -341,10 +342,12 @@ def test_runs_whose_owner_is_gone(store: SQLiteStore, serve: Any) -> None:
     here = asyncio.run(leave("here", 60.0))
     gone = asyncio.run(leave("gone", 60.0))
     gone.abandon()
+    left = asyncio.run(leave("left", 60.0))
+    asyncio.run(finish(left, "INTERRUPTED"))
     site = serve(store)
     events = {row[1]: row for row in rows(site.get("/").text)}
     assert (events["here"][0], events["gone"][0]) == ("RUNNING", "INTERRUPTED")
-    assert events["gone"][3] == "owner lost"
+    assert (events["gone"][3], events["left"][3]) == ("owner lost", "due for a worker")
     assert "The owner of this run is gone" in site.get("/run", id="gone").text
     assert "<b>Owner</b>" in site.get("/run", id="here").text
     assert "/delete" not in site.get("/run", id="here").text

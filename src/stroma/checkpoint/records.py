@@ -138,9 +138,10 @@ class RunRecord:
 
     @property
     def stop_text(self) -> str | None:
-        """The cause of a failed run ("node: reason: message"), or the need of a suspended one, for people."""
+        """The cause of a failed run ("node: reason: message"), or the need of a stopped one, for people."""
         if self.cause is None or self.status not in FAILED or self.budget_text is not None:
-            return self.wait_text or self.error
+            is_due = self.status == "INTERRUPTED" and self.holder is None
+            return self.wait_text or self.error or ("due for a worker" if is_due else None)
         cause = self.cause
         return f"{cause.node_id}: {cause.reason or cause.failure_class}: {cause.text or self.error or ''}"
 

@@ -235,8 +235,6 @@ def _row(record: RunRecord) -> list[Part]:
         error = f"{who}; last record {format_age(record.updated_ms)}"
     elif record.blocked is not None:
         error = f"blocked for {_blocked_for(record.blocked)}: {clean(record.blocked.message, 160)}"
-    elif record.status == "INTERRUPTED" and record.holder is None:
-        error = error or "due for a worker"
     elif record.status == QUEUED:
         error = f"due at {format_local_time(record.due_ms or 0)}"
     return [
