@@ -436,18 +436,6 @@ async def test_a_child_is_not_called_once_its_group_took_too_long(clock: FakeClo
     assert result.status is RunStatus.PARTIAL
 
 
-@pytest.mark.parametrize(("before", "called"), [(900, True), (1100, False)])
-async def test_a_child_behind_another_node(before: float, called: bool, clock: FakeClock) -> None:
-    """What nodes before the group took counts as well, and only in sum."""
-    nodes = [
-        taking(clock, "z", before / 2, waits=False),
-        parallel(taking(clock, "a", before / 2, waits=False), taking(clock, "b", 1), max_concurrency=1),
-    ]
-    watch = Watch(clock)
-    await run(watch, nodes, budget=LIMIT)
-    assert ("b" in watch.took) is called
-
-
 async def test_what_was_used_before_a_resume_counts(clock: FakeClock) -> None:
     """The deadline of a run that goes on is what its first part has left."""
     store = AsyncInMemoryStore()

@@ -101,17 +101,6 @@ async def test_resume_goes_on_where_the_run_stopped(store: Any, broken: str) -> 
     assert second.total_tokens == 10 * (4 - at)
 
 
-async def test_resume_of_a_finished_run_calls_nothing(store: Any) -> None:
-    """resume=True begins a run that is new; of a complete one it gives the final state, without a call."""
-    work = Work("a", "b")
-    runner = quick(store, resume=True)
-    assert (await runner.run(work.nodes, Num())).status is RunStatus.COMPLETED
-    result = await runner.run(work.nodes, Num())
-    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
-    assert (len(result.trace), result.total_tokens) == (0, 0)
-    assert work.calls == {"a": 1, "b": 1}
-
-
 @pytest.mark.core
 async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> None:
     """G6: usage of failed attempts of earlier calls counts against a resume's budget: tokens, dollars."""
@@ -130,16 +119,6 @@ async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> Non
     assert len(calls) == 3
     assert isinstance(result.failure.exception, BudgetExceeded)
     assert result.total_cost_usd == 0
-
-
-async def test_an_over_budget_output_is_restored(store: Any) -> None:
-    """G4, G5: The output that crossed a limit is committed; with a higher limit a resume continues."""
-    work = Work("a", "b")
-    first = await quick(store, budget=ExecutionBudget(max_tokens_total=5)).run(work.nodes, Num())
-    assert first.status is RunStatus.PARTIAL
-    second = await quick(store, resume=True).run(work.nodes, Num())
-    assert (second.status, second.final_state) == (RunStatus.RESUMED, Num(n=2))
-    assert work.calls == {"a": 1, "b": 1}
 
 
 async def test_resume_of_a_node_without_a_contract(store: Any) -> None:
@@ -429,47 +408,6 @@ async def test_a_changed_group_is_refused(store: Any) -> None:
     assert other.calls == {}
 
 
-async def test_only_unfinished_children_run_on_resume(store: Any) -> None:
-    """On resume only unfinished children run; the merged state is as it would have been."""
-    done = asyncio.Event()
-    calls: Counter[str] = Counter()
-    broken = [True]
-
-    def good(name: str) -> Any:
-        async def func(state: Num) -> Any:
-            calls[name] += 1
-            return Other(n=7, text=name), 10
-
-        return node(name, func, Num, Other)
-
-    async def flaky(state: Num) -> Any:
-        calls["flaky"] += 1
-        if broken:
-            await done.wait()
-            raise ValueError
-        return {"n": 1}, 1
-
-    seen: list[str] = []
-
-    async def success(run_id: str, node_id: str, *_: Any) -> None:
-        seen.append(node_id)
-        if set(seen) >= {"x", "y", "parallel(y)"}:
-            done.set()
-
-    nodes = [parallel(good("x"), parallel(good("y")), node("flaky", flaky))]
-    runner = quick(store, resume=True, hooks=NodeHooks(on_node_success=success))
-    first = await runner.run(nodes, Num())
-    assert (first.status, first.total_tokens) == (RunStatus.PARTIAL, 20)
-    broken.clear()
-    second = await runner.run(nodes, Num())
-    assert second.status is RunStatus.RESUMED, second.failure
-    assert calls == {"x": 1, "y": 1, "flaky": 2}
-    assert second.final_state.model_dump() == {"n": 1, "text": "y"}
-    assert second.total_tokens == 1
-    (event,) = second.trace
-    assert [child.node_id for child in event.children] == ["flaky"]
-
-
 async def test_a_finished_group_is_restored_whole(store: Any) -> None:
     """A committed group is restored as one: its children are neither called nor restored one by one."""
     events: list[str] = []
@@ -515,18 +453,6 @@ async def test_items_resume(store: Any) -> None:
     assert [item["item"] for item in second.final_state.model_dump()["out"]] == [2, 4, 6, 8]
     third = await runner.run(nodes, value)
     assert third.final_state == second.final_state
-
-
-async def test_group_usage_counts_once_on_resume(store: Any) -> None:
-    """G6: The usage of a group's children counts once after a resume."""
-    work = Work("a", "b", "c")
-    work.failing = {"c"}
-    nodes = [parallel(work.nodes[0], work.nodes[1]), work.nodes[2]]
-    await quick(store).run(nodes, Num())
-    work.failing = set()
-    budget = ExecutionBudget(max_tokens_total=30)
-    result = await quick(store, resume=True, budget=budget).run(nodes, Num())
-    assert result.status is RunStatus.RESUMED, result.failure
 
 
 @pytest.mark.core
@@ -628,35 +554,6 @@ async def test_steps_are_known_by_the_call_of_their_id(store: Any) -> None:
     for step_id, n in (("first", 0), ("new", 5), ("add", 1), ("add", 2), ("add", 3)):
         assert await steps.step(last, step_id, n) == Num(n=n + 1)
     assert len(steps.calls) == 5
-
-
-async def test_steps_side_by_side_resume(store: Any) -> None:
-    """Of steps that ran side by side, only those without a recorded output are called again."""
-    steps = Steps(store)
-    ctx = steps.context()
-    stuck = asyncio.Event()
-
-    async def add(state: Num) -> Any:
-        steps.calls.append(f"add {state.n}")
-        if state.n in (0, 2):
-            stuck.set()
-            await asyncio.Event().wait()
-        return {"n": state.n + 1}
-
-    async def all_of(ctx: ReliabilityContext) -> list[Any]:
-        return await asyncio.gather(*(execute_step("add", add, Num(n=n), ctx) for n in range(4)))
-
-    task = asyncio.create_task(all_of(ctx))
-    await stuck.wait()
-    while await loaded(store, "r", "add") != Num(n=4):
-        await asyncio.sleep(0.001)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    again = steps.context()
-    results = await asyncio.gather(*(steps.step(again, "add", n) for n in range(4)))
-    assert results == [Num(n=n + 1) for n in range(4)]
-    assert sorted(steps.calls) == ["add 0", "add 0", "add 1", "add 2", "add 2", "add 3"]
 
 
 class Unkept(BaseModel):
@@ -839,21 +736,6 @@ async def test_what_is_stored_can_be_loaded_by_node(store: Any) -> None:
     assert await loaded(store, "other", "b") == Num(n=12)
     with pytest.raises(CheckpointNotFound):
         await runner.run(work.nodes, Num(), resume_from="b")
-
-
-async def test_many_runs_resume_side_by_side(store: Any) -> None:
-    """Concurrent runs in one store keep their commits apart, and resume each on its own."""
-    work = Work("a", "b")
-    work.failing = {"b"}
-    runner = quick(store)
-    ids = [f"run {i}" for i in range(30)]
-    await asyncio.gather(*[runner.run(work.nodes, Num(n=i), run_id=r) for i, r in enumerate(ids)])
-    work.failing = set()
-    results = await asyncio.gather(
-        *[runner.run(work.nodes, Num(n=i), run_id=r, resume=True) for i, r in enumerate(ids)]
-    )
-    assert [r.final_state for r in results] == [Num(n=i + 2) for i in range(30)]
-    assert work.calls == {"a": 30, "b": 60}
 
 
 @pytest.mark.core

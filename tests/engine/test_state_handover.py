@@ -272,36 +272,3 @@ async def test_items_are_copies_too() -> None:
         "made": [{"seen": ["1", "x"]}, {"seen": ["2", "x"]}],
     }
     assert desk.received == [["1"], ["2"]]
-
-
-def bare(node_id: str, func: Any) -> Any:
-    func._stroma_node_id = node_id
-    return func
-
-
-@pytest.mark.parametrize("watched", [False, True])
-async def test_nodes_without_contracts_have_copies_of_their_own(watched: bool) -> None:
-    """Plain data, with models in it or without, goes on as it was returned, and no one can change it."""
-    inputs: list[Any] = []
-    entries: list[Any] = []
-
-    def node(node_id: str, out: Any) -> Any:
-        async def func(state: Any) -> Any:
-            for old in entries:
-                old["list"].append("!")
-            inputs.append(state.model_dump() if not isinstance(state, Flat) else "first")
-            instance = out()
-            entries.append(instance)
-            return instance
-
-        return bare(node_id, func)
-
-    middle = node("b", lambda: {"list": ["b"], "model": Word(text="w")})
-    nodes = [node("a", lambda: {"list": ["a"]}), middle, node("c", lambda: {"list": [{"deep": ["c"]}]})]
-    result = await StromaRunner.quick(hooks=[hooks()] if watched else []).run(nodes, Flat())
-    assert inputs == ["first", {"list": ["a"]}, {"list": ["b"], "model": {"text": "w", "weight": 0.5}}]
-    assert result.final_state.model_dump() == {"list": [{"deep": ["c"]}]}
-    events = list(result.trace)
-    assert events[0].output_state == {"list": ["a"]}
-    assert events[1].input_state == {"list": ["a"]}
-    assert events[2].output_state == {"list": [{"deep": ["c"]}]}

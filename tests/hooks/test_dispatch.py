@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -189,42 +188,6 @@ class AtOnce:
         return iter(())
 
 
-@types.coroutine
-def generator_based() -> Iterator[Any]:
-    yield
-
-
-AWAITABLES: dict[str, Callable[[], Any]] = {
-    "quick": quick,
-    "slow": slow,
-    "later": Later,
-    "at once": AtOnce,
-    "generator": generator_based,
-}
-
-
-@pytest.mark.parametrize("kind", AWAITABLES)
-@pytest.mark.parametrize("sets", [1, 2])
-@pytest.mark.parametrize("limit", [None, 60.0])
-async def test_every_hook_is_called_once_with_fresh_arguments(
-    kind: str, sets: int, limit: float | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    """In order, positionally; nothing is logged or reported."""
-    seen: list[tuple[int, Any]] = []
-
-    def hook(index: int) -> Callable[..., Any]:
-        def called(*arguments: Any) -> Any:
-            seen.append((index, arguments))
-            return AWAITABLES[kind]()
-
-        return called
-
-    fired = Fired(*map(hook, range(sets)), limit=limit)
-    await fired.fire()
-    assert seen == [(index, ("argument", "argument", index + 1)) for index in range(sets)]
-    assert (fired.errors, lines(caplog)) == ([], [])
-
-
 @pytest.mark.parametrize(("hook", "waits"), [(quick, False), (slow, True), (lambda *_: Later(), True)])
 @pytest.mark.parametrize("limit", [None, 3600.0])
 async def test_hooks_that_never_wait_leave_nothing_to_await(
@@ -290,19 +253,6 @@ async def test_what_a_hook_raises_is_logged_and_reported(
         text = f"hook on_node_start ({hook!r}) raised for node {node_id!r} of run 'run'; the run goes on"
         assert lines(caplog) == [(logging.ERROR, text, "run", error)]
         assert len(after) == len(hooks) - 1
-
-
-async def test_a_hook_that_raises_before_there_is_anything_to_await(caplog: pytest.LogCaptureFixture) -> None:
-    """A hook that is a plain function and raises is no other case."""
-    error = ValueError("no")
-
-    def hook(*_: Any) -> Any:
-        raise error
-
-    fired = Fired(hook)
-    await fired.fire()
-    assert fired.errors == [("on_node_start", "node", error)]
-    assert [line[3] for line in lines(caplog)] == [error]
 
 
 async def test_a_report_is_made_though_the_log_fails(monkeypatch: pytest.MonkeyPatch) -> None:

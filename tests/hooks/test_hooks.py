@@ -21,7 +21,6 @@ from tests.kit import (
     Text,
     cancel_after,
     failing_with,
-    forever,
     noting,
     returning,
 )
@@ -36,7 +35,6 @@ from stroma import (
     Fenced,
     HookError,
     NodeHooks,
-    RunConfig,
     RunStatus,
     StromaRunner,
     current_node,
@@ -751,34 +749,6 @@ async def test_a_hanging_hook_is_abandoned(name: str) -> None:
         assert result.trace.diff(plain.trace) == []
 
 
-async def test_a_hanging_hook_of_one_set(seen: Recorder) -> None:
-    """A hook that runs out of time costs the other sets nothing, and the cancelled run is still cancelled."""
-    waits, started = waiting()
-    wrong = NodeHooks(on_node_cancelled=forever, on_run_end=forever)
-    await cancel_after(quick(wrong, seen, wrong, hook_timeout_ms=5).run([waits], State()), started)
-    seen.assert_paired()
-    assert seen.of(RUN_END)[0][1].status is RunStatus.CANCELLED
-
-
-async def test_a_hook_that_swallows_its_time_limit_is_abandoned() -> None:
-    """G8: a hook that goes on awaiting after its time is up is abandoned there, and listed."""
-    swallowed: list[int] = []
-
-    async def stubborn(*_: Any) -> None:
-        for i in range(5):
-            try:
-                await asyncio.sleep(0.05)
-            except asyncio.CancelledError:
-                swallowed.append(i)
-
-    result = await quick(NodeHooks(on_node_start=stubborn), hook_timeout_ms=5).run([plus], State())
-    assert result.status is RunStatus.COMPLETED
-    assert swallowed == [0]
-    (error,) = result.hook_errors
-    assert "5 ms" in str(error.exception)
-    assert asyncio.current_task().cancelling() == 0
-
-
 async def test_a_hooks_own_timeout_is_its_own() -> None:
     """A hook that limits its own time, by asyncio.timeout or wait_for, is not in the way of ours."""
     ended: list[str] = []
@@ -800,20 +770,6 @@ async def test_a_hooks_own_timeout_is_its_own() -> None:
     result = await quick(NodeHooks(on_node_start=too_long), hook_timeout_ms=5).run([plus], State())
     assert result.status is RunStatus.COMPLETED
     assert [type(e.exception).__name__ for e in result.hook_errors] == ["HookTimeout"]
-
-
-async def test_without_a_time_limit() -> None:
-    """hook_timeout_ms=None waits for as long as a hook takes; the default is 5000."""
-    assert RunConfig().hook_timeout_ms == 5000
-    released = asyncio.Event()
-
-    async def waits(*_: Any) -> None:
-        asyncio.get_running_loop().call_later(0.01, released.set)
-        await released.wait()
-
-    result = await quick(NodeHooks(on_node_start=waits), hook_timeout_ms=None).run([plus], State())
-    assert result.hook_errors == []
-    assert released.is_set()
 
 
 @pytest.mark.core
@@ -1131,36 +1087,6 @@ async def test_current_node_in_threads_and_subtasks() -> None:
     assert current_node_or_none() is None
 
 
-async def test_current_node_in_groups() -> None:
-    """In a group's hooks current_node() is the group, in its children the child or item, same position."""
-    findings: list[Any] = []
-
-    async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        here = current_node()
-        findings.append((node_id, here.node_id == node_id, here.kind, here.position, here.branch))
-
-    item = node("item", output=Text, input=Number)(returning({"text": "x"}))
-
-    nodes = [plus_items, parallel(plus_items, parallel(plus_two_items)), map_over("items", item, into="out")]
-    result = await quick(NodeHooks(on_node_start=on_start)).run(nodes, State(items=[1, 2]))
-    assert result.status is RunStatus.COMPLETED
-    assert findings == [
-        ("plus items", True, "node", 0, ""),
-        ("parallel(plus items, parallel(plus two items))", True, "group", 1, ""),
-        ("plus items", True, "node", 1, "0"),
-        ("parallel(plus two items)", True, "group", 1, "1"),
-        ("plus two items", True, "node", 1, "1.0"),
-        ("map_over(items, item)", True, "group", 2, ""),
-        ("item", True, "item", 2, "0"),
-        ("item", True, "item", 2, "1"),
-    ]
-
-
-@node("plus two items")
-async def plus_two_items(state: State) -> Any:
-    return {"value": state.value + 2, "items": state.items}
-
-
 async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """In an end hook current_node() has the attempt's whole usage, its model, and the remaining budget."""
     monkeypatch.setitem(KNOWN_MODELS, "house", (10.0, 20.0))
@@ -1334,22 +1260,6 @@ async def test_every_start_of_a_run_that_is_broken_off_has_one_end(
     assert seen.of(START)
     seen.assert_paired()
     assert len(seen.of(RUN_START)) == len(seen.of(RUN_END)) == 1
-
-
-async def test_hooks_leave_no_task_behind(seen: Recorder) -> None:
-    """Hooks are never gathered, never scheduled: during a run no task exists for them, nor is one left."""
-    extra: set[Any] = set()
-    before = asyncio.all_tasks()
-
-    async def look(*_: Any) -> None:
-        await asyncio.sleep(0)
-        extra.update(asyncio.all_tasks() - before)
-
-    looks = NodeHooks(**dict.fromkeys(ALL, look))
-    await quick(looks, looks).run([flaky(), plus, bad], State())
-    assert extra == set()
-    await quick(seen, looks).run([parallel(plus, plus_two)], State())
-    assert asyncio.all_tasks() == before
 
 
 async def test_children_that_never_began_are_closed(seen: Recorder) -> None:

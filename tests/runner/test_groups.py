@@ -13,16 +13,13 @@ from stroma import (
     CheckpointManager,
     ContractRegistry,
     ContractViolation,
-    ExecutionBudget,
     FailureClass,
     FailurePolicy,
-    FallbackPolicy,
     InMemoryStore,
     NodeContract,
     RunConfig,
     RunStatus,
     StromaRunner,
-    current_node,
     execute_step,
     map_over,
     parallel,
@@ -206,28 +203,6 @@ async def test_a_child_that_refuses_to_be_cancelled_is_kept() -> None:
     assert store.load("r", "stubborn") is not None
 
 
-async def test_the_fallback_signal_reaches_children() -> None:
-    """Children of a group get the fallback signal too, and it never lands in the user's dict."""
-    context: dict[str, Any] = {}
-    seen: list[Any] = []
-
-    async def child(state: Any, ctx: dict[str, Any]) -> Any:
-        seen.append((ctx.get("_stroma_model"), current_node().model))
-        ctx["touched"] = True
-        return {"n": 1}, 240_000, "gpt-4o"  # 0.60 USD
-
-    a, b = node("a", child), node("b", child)
-    result = await quick(
-        context=context,
-        budget=ExecutionBudget(max_cost_usd=10),
-        model_fallbacks=[FallbackPolicy("gpt-4o", "gpt-4o-mini", 0.1)],
-    ).run([parallel(a, b), parallel(a, parallel(b)), map_over("items", a, into="out")], Num())
-    assert seen[:2] == [(None, None)] * 2
-    assert seen[2:4] == [("gpt-4o-mini", "gpt-4o-mini")] * 2
-    assert context == {"touched": True}
-    assert result.total_cost_usd == pytest.approx(2.4)
-
-
 @pytest.mark.core
 @pytest.mark.parametrize("limit", [1, 2, 3, None])
 @pytest.mark.parametrize("kind", ["parallel", "map_over", "by-hand"])
@@ -268,19 +243,6 @@ async def test_waiting_for_a_place_is_in_no_childs_duration() -> None:
     assert result.status is RunStatus.COMPLETED, result.failure
     (event,) = result.trace
     assert all(child.duration_ms < 700 for child in event.children)
-
-
-async def test_groups_nest() -> None:
-    """Groups nest: the inner group's merged output takes its place in the outer one's order."""
-    inner = parallel(bare("b", returning({"x": 2, "b": 1})), bare("c", returning({"x": 3, "c": 1})))
-    outer = parallel(bare("a", returning({"x": 1, "a": 1})), inner, bare("d", returning({"d": 1})))
-    result = await quick().run([outer], Num())
-    assert result.final_state.model_dump() == {"x": 3, "a": 1, "b": 1, "c": 1, "d": 1}
-    (event,) = result.trace
-    assert event.node_id == "parallel(a, parallel(b, c), d)"
-    (nested,) = [child for child in event.children if child.children]
-    assert {child.node_id for child in nested.children} == {"b", "c"}
-    assert len(list(result.trace.walk())) == 6
 
 
 async def test_a_group_called_by_hand() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, RootModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, TWICE, SimpleStore, cancel, context_on, failing_with, noting, passing
+from tests.kit import NEVER, ONCE, TWICE, SimpleStore, context_on, failing_with, noting, passing
 from tests.kit import Item as Num
 from tests.shared_stores import IN_PROCESS
 
@@ -378,22 +378,6 @@ def after_calls(doubler: Doubler, count: int) -> tuple[NodeHooks, asyncio.Event]
     return NodeHooks(on_node_success=told), reached
 
 
-async def test_cancelled_in_the_middle(store: Any, tmp_path: Path, doubler: Doubler) -> None:
-    """A cancelled map leaves no task behind, and is resumed without loss."""
-    source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
-    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=8)
-    hooks, reached = after_calls(doubler, 100)
-    runner = quick(store, hooks=hooks)
-    before = asyncio.all_tasks()
-    task = asyncio.create_task(runner.run([work], State()))
-    await reached.wait()
-    await cancel(task)
-    assert asyncio.all_tasks() - before - {task} == set()
-    result = await runner.run([work], State(), resume=True)
-    assert result.status is RunStatus.RESUMED, result.failure
-    assert read(out) == doubled(range(300))
-
-
 @pytest.mark.core
 async def test_a_shutdown_lets_the_items_in_flight_end(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """A shutdown begins no further item; those in flight commit, and the run is INTERRUPTED."""
@@ -511,17 +495,6 @@ async def test_a_finished_map_is_not_run_again(store: Any, tmp_path: Path, doubl
     again = await runner.run(nodes, State(), resume=True)
     assert (again.failure.message, out.exists()) == ("later", False)
     assert set(doubler.calls.values()) == {1}
-
-
-async def test_a_restart_begins_anew(store: Any, tmp_path: Path, doubler: Doubler) -> None:
-    """Without a resume every item is run again, and the file may be another one."""
-    source, out = write(tmp_path / "in", range(10)), tmp_path / "out"
-    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
-    await quick(store).run([work], State())
-    write(source, range(5))
-    result = await quick(store).run([work], State())
-    assert (result.status, read(out)) == (RunStatus.COMPLETED, doubled(range(5)))
-    assert [doubler.calls[n] for n in range(10)] == [2] * 5 + [1] * 5
 
 
 async def test_resume_from_the_map_makes_all_anew(store: Any, tmp_path: Path, doubler: Doubler) -> None:

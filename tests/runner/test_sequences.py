@@ -319,27 +319,6 @@ async def test_as_a_step(world: World, store: Any) -> None:
     assert answers(step) == ["a123", "b123", "c123"]
 
 
-async def test_only_the_node_that_failed_is_tried_again(world: World) -> None:
-    """A retry is of one node of one item."""
-    tries = Counter[str]()
-
-    async def flaky(state: Class) -> dict[str, str]:
-        tries[state.text] += 1
-        if current_node().attempt == 1 and state.text == "b":
-            raise TimeoutError("slow")
-        return {"draft": state.kind}
-
-    work = map_over(
-        "tickets", [world.classify, node("draft", flaky, Class, Draft), world.check], into="answers"
-    )
-    result = await StromaRunner.quick(policy_map=ONCE).run([work], Tickets())
-    assert answers(result) == ["a13", "b13", "c13"]
-    assert tries == {"a": 1, "b": 2, "c": 1}
-    assert Counter(world.calls) == dict.fromkeys(
-        [f"{name} {item}" for item in "abc" for name in ("classify", "check")], 1
-    )
-
-
 async def test_policies_timeouts_and_hooks_are_those_of_each_node(world: World) -> None:
     """node_policies and node_timeouts name nodes of the sequence, and hooks see each of them."""
 
@@ -552,29 +531,6 @@ async def test_an_approval_in_the_middle_of_an_item(world: World, store: Any) ->
     again = await runner.run([work], Tickets(), run_id="run", resume=True)
     assert answers(again) == ["a123", "b123", "c123"]
     assert world.calls == ["approve b", "check b"]
-
-
-async def test_a_pause_ends_an_item_between_two_nodes(world: World, store: Any) -> None:
-    """Once the run is paused no further node of an item begins; a resume continues with the next one."""
-    begun, free = asyncio.Event(), asyncio.Event()
-
-    async def held(state: Class) -> dict[str, str]:
-        begun.set()
-        await free.wait()
-        return {"draft": state.kind}
-
-    work = map_over(
-        "tickets", [world.classify, node("draft", held, Class, Draft), world.check], into="answers"
-    )
-    runner = quick_without_retries(store=store)
-    running = asyncio.create_task(runner.run([work], Tickets(tickets=["a"]), run_id="run"))
-    await begun.wait()
-    assert await runner.pause("run")
-    free.set()
-    result = await running
-    assert (result.status, result.suspended, world.calls) == (RunStatus.SUSPENDED, ["paused"], ["classify a"])
-    again = await runner.run([work], Tickets(tickets=["a"]), run_id="run", resume=True)
-    assert (answers(again), world.calls) == (["a13"], ["classify a", "check a"])
 
 
 async def test_a_cancellation_that_a_node_has_left_behind() -> None:
