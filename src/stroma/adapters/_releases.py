@@ -37,14 +37,9 @@ def import_error(extra: str, error: ImportError) -> ImportError:
             f"{name} is required for its adapter{_NEEDS.get(extra, '')}; install it with: pip "
             f"install 'stroma-runner[{extra}]'"
         )
-    if _is_tested(extra, installed):
-        return ImportError(
-            f"{name} {installed} is installed, and a module that its adapter needs could not be "
-            f"imported: {error}"
-        )
     return ImportError(
-        f"{name} {installed} is installed, and its adapter supports {_range(extra)} ({error}); use "
-        "one of these releases"
+        f"{name} {installed} is installed, and its adapter could not import what it needs ({error}); use "
+        f"{_range(extra)}, with its dependencies"
     )
 
 

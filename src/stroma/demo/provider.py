@@ -55,16 +55,12 @@ def digest_of(task: str, text: str) -> str:
 
 
 def answer(task: str, text: str) -> dict[str, Any]:
-    """Return the answer to a task. Raises ValueError for records in another form than the pipeline's."""
+    """Return the answer to a task."""
     if task == "extract":
         known: dict[str, Any] = _recorded().get(digest_of(task, text)[:12], _UNKNOWN)[task]
         return known
-    message = json.loads(text)
-    records = message.get("records") if isinstance(message, dict) else None
-    if not isinstance(records, list) or not all(isinstance(one, dict) and one.get("name") for one in records):
-        raise ValueError('the user message must be JSON of the form {"records": [{"name": ...}, ...]}')
     by_name = {one["document"]: one for one in _recorded().values()}
-    names = [one["name"] for one in records]
+    names = [one["name"] for one in json.loads(text)["records"]]
     answers = [{"name": name, **by_name.get(name, _UNKNOWN)[task]} for name in names]
     return {"labels" if task == "classify" else "risks": answers}
 
@@ -81,7 +77,6 @@ def _recorded() -> Mapping[str, Mapping[str, Any]]:
 #: Kinds of faults.
 FAULTS: Final = ("429", "500", "503", "hang", "drop", "malformed", "wrong_type")
 _WRONG_ANSWERS: Final = ("malformed", "wrong_type")
-_TASKS: Final = ("extract", "classify", "risk")
 _HOST: Final = "127.0.0.1"
 _LATENCY_SECONDS: Final = 0.04
 
@@ -219,8 +214,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         try:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if self.path != "/v1/chat/completions":
-                raise _HTTPError(404, f"Invalid URL (POST {self.path})")
             self._complete(json.loads(body))
         except _HTTPError as error:
             self._send(error.status, error.body, error.headers)
@@ -230,9 +223,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _complete(self, request: Any) -> None:
         model, messages = request["model"], request["messages"]
         task = messages[0]["content"].partition("\n")[0].removeprefix("TASK: ")
-        if task not in _TASKS:
-            tasks = ", ".join(f"`TASK: {task}`" for task in _TASKS)
-            raise ValueError(f"the system message must start with one of {tasks}")
         text = next(message["content"] for message in messages if message["role"] == "user")
         right = answer(task, text)
         decision = self.server.ledger.decide(task, text)
@@ -280,9 +270,6 @@ class Provider:
     """
 
     def __init__(self, *, faults: Sequence[str] | None = None, hang_seconds: float = 4.0) -> None:
-        unknown = set(faults or ()).difference(FAULTS)
-        if unknown:
-            raise ValueError(f"faults must be of {', '.join(FAULTS)}, got {', '.join(sorted(unknown))}")
         self._server = _Server(_RequestLog(faults), hang_seconds)
         self.base_url: Final = f"http://{_HOST}:{self._server.server_port}/v1"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
