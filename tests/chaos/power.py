@@ -32,7 +32,7 @@ from stroma.checkpoint.sqlite.connection import SqliteConnection
 CUTS = 50  # of one history
 BATCHES = 40  # of one history, more or less
 #: Everything that the store keeps.
-TABLES = ("inputs", "steps", "attempts", "runs")
+TABLES = ("steps", "attempts", "runs")
 
 
 class State(BaseModel):

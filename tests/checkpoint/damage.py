@@ -12,13 +12,14 @@ import psycopg
 import redis
 
 from stroma.checkpoint.durable.integrity import seal
-from stroma.checkpoint.durable.rows import Step
+from stroma.checkpoint.durable.rows import Annotation, Step
+from stroma.checkpoint.redis.format import annotations_key
 
 #: The stores, each with what loses the first output, the first attempt or the input of run "run".
 SQL = {
     "output": "DELETE FROM steps WHERE position = 0 AND execution = 1 AND branch IN ('', '1')",
     "attempt": "DELETE FROM attempts WHERE position = 0",
-    "input": "DELETE FROM inputs",
+    "input": f"DELETE FROM steps WHERE position = {Annotation.INPUT}",
 }
 PREFIX = "stroma:{run}:"
 
@@ -75,7 +76,7 @@ def lose(kind: str, where: str, what: str) -> None:
         return
     with _redis(where) as client:
         if what == "input":
-            assert client.delete(f"{PREFIX}inputs") == 1
+            assert client.delete(f"{PREFIX}{annotations_key(Annotation.INPUT)}") == 1
             return
         key = f"{PREFIX}{'steps' if what == 'output' else 'attempts'}:1"
         field = min(client.hkeys(key))

@@ -62,7 +62,8 @@ async def annotate_all(store: Any, run_id: str, text: str) -> None:
 
     def write(rows: Rows) -> None:
         for kind in Annotation:
-            annotate(rows, run_id, kind, text, text, Step(text, text, text.encode(), b"", 1, text.encode()))
+            step = Step(text, text, text.encode(), b"", 1, text.encode())
+            annotate(rows, rows.key_of(run_id), kind, text, text, step)
 
     await store._submit(Transaction(run_id, write))
 

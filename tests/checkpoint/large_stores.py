@@ -12,8 +12,8 @@ from tests.store_suite.journal import row, settled
 
 from stroma import RunStatus, SQLiteStore, StromaRunner, stroma_node
 from stroma.checkpoint import RunQuery, RunRequest, open_store
-from stroma.checkpoint.durable.integrity import seal
-from stroma.checkpoint.durable.rows import Step
+from stroma.checkpoint.durable.integrity import input_step, seal
+from stroma.checkpoint.durable.rows import Annotation, Step
 from stroma.checkpoint.records import mark_of
 from stroma.contracts.schema import schema_of
 
@@ -44,7 +44,8 @@ _RUN = (
     "'p' || (i % 1000), 1, CASE i % 1000 WHEN 999 THEN 'FAILED' ELSE 'COMPLETED' END, 1000 + i, 1000 + "
     "i, 1, 1, 1, 1"
 )
-_INPUT_COLUMNS = "run, execution, contract, input, sha256"
+INPUT = input_step(SCHEMA.fingerprint, OUTPUT)
+_INPUT = f"i + 1, 0, {int(Annotation.INPUT)}, '', '', 0, 0, 0, ''"
 _ATTEMPT_COLUMNS = """run, execution, epoch, position, started_ns, branch, attempt, node_id, duration_ns,
     outcome, tokens, output_tokens, cost_pico, function_ns"""
 _ATTEMPT = "i + 1, 1, 1, j, j, '', 1, 'n' || j, 1, 'success', 1, 0, 1, 1"
@@ -66,8 +67,9 @@ def fill_sqlite(url: str, runs: int, attempts: int) -> None:
         f"""{numbers} INSERT INTO runs (run, run_key, run_id, {_RUN_COLUMNS})
         SELECT i + 1, printf('run-%06d', i), printf('run-%06d', i), {_RUN}, {attempts}, {attempts} FROM r"""
     )
-    inputs = (SCHEMA.fingerprint, OUTPUT, _sha())
-    db.execute(f"{numbers} INSERT INTO inputs ({_INPUT_COLUMNS}) SELECT i + 1, 1, ?, ?, ? FROM r", inputs)
+    inputs = (SCHEMA.fingerprint, OUTPUT, INPUT.sha256)
+    values = f"SELECT '', {_INPUT}, ?, ?, ? FROM r"
+    db.execute(f"{numbers} INSERT INTO steps (branch_key, {_STEP_COLUMNS}) {values}", inputs)
     db.execute(
         f"{both} INSERT INTO attempts (branch_key, {_ATTEMPT_COLUMNS}) SELECT '', {_ATTEMPT} FROM r, a"
     )
@@ -95,11 +97,9 @@ def fill_postgres(url: str, runs: int, attempts: int) -> None:
             SELECT i + 1, {name}, {name}, {_RUN}, {attempts}, {attempts} FROM {numbers}""".encode()
         )
         db.execute(f"SELECT setval(pg_get_serial_sequence('runs', 'run'), {runs})".encode())
-        inputs = (SCHEMA.fingerprint, OUTPUT, _sha())
-        db.execute(
-            f"INSERT INTO inputs ({_INPUT_COLUMNS}) SELECT i + 1, 1, %s, %s, %s FROM {numbers}".encode(),
-            inputs,
-        )
+        inputs = (SCHEMA.fingerprint, OUTPUT, INPUT.sha256)
+        values = f"SELECT '', {_INPUT}, %s, %s, %s FROM {numbers}"
+        db.execute(f"INSERT INTO steps (branch_key, {_STEP_COLUMNS}) {values}".encode(), inputs)
         db.execute(
             f"""INSERT INTO attempts (branch_key, {_ATTEMPT_COLUMNS})
             SELECT '', {_ATTEMPT} FROM {numbers}, {both}""".encode()
@@ -118,7 +118,7 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
     import redis
 
     from stroma.checkpoint.records import AttemptRecord
-    from stroma.checkpoint.redis.format import pack_attempt, pack_step, prefix_of
+    from stroma.checkpoint.redis.format import annotations_key, pack_attempt, pack_step, prefix_of
 
     client = redis.Redis.from_url(url)
     steps = {
@@ -144,7 +144,7 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
             function_ns=1,
         )
         tried[f"1:{j}:{j}:1:"] = f"{j + 1} {len(OUTPUT)} {pack_attempt(attempt)}"
-    value = pack_step("", Step(SCHEMA.fingerprint, "", OUTPUT, _sha()))
+    value = pack_step("", INPUT)
     pipe = client.pipeline(transaction=False)
     for i in range(runs):
         name, prefix = run_name(i), prefix_of(run_name(i))
@@ -170,7 +170,7 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
             "order": attempts,
         }
         pipe.hset(f"{prefix}run", mapping=facts)
-        pipe.hset(f"{prefix}inputs", "1", value)
+        pipe.hset(f"{prefix}{annotations_key(Annotation.INPUT)}", "", value)
         for part, values in (("steps", steps), ("attempts", tried)):
             pipe.hset(f"{prefix}{part}:1", mapping=values)
         pipe.zadd("stroma:runs", {name: (1000 + i) * 1000})
@@ -178,12 +178,6 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
         if i % max(1, 10_000 // attempts) == 0:
             pipe.execute()
     pipe.execute()
-
-
-def _sha() -> bytes:
-    import hashlib
-
-    return hashlib.sha256(OUTPUT).digest()
 
 
 def _sha_of(j: int) -> bytes:

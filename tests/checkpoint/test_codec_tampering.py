@@ -175,7 +175,7 @@ async def test_an_answer_answers_one_question(open_store: Open) -> None:
             answer = next(iter(rows.annotations(small.run, Annotation.WAITING)))
             request = next(iter(rows.annotations(large.run, Annotation.WAITING)))
             step = request.step._replace(output=answer.step.output, number=answer.step.number)
-            annotate(rows, "large", Annotation.WAITING, request.branch, request.node_id, step)
+            annotate(rows, rows.key_of("large"), Annotation.WAITING, request.branch, request.node_id, step)
 
         await store._submit(Transaction(None, steal))
         calls: list[Any] = []

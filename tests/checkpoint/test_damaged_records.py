@@ -28,7 +28,7 @@ from stroma.checkpoint import CheckpointLost, CorruptCheckpoint, RunRequest, Ste
 from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.checkpoint.durable.annotations import annotate
 from stroma.checkpoint.durable.control import accept_requests
-from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.integrity import input_step
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, Step
@@ -97,7 +97,14 @@ async def fill(store: Any, run_id: str) -> None:
 
     def control(rows: Rows) -> None:
         rows.update(rows.find(run_id).run, {"parent": "parent"})
-        annotate(rows, run_id, Annotation.DEATHS, "", "deaths", Step("1", str(session.epoch), b"", b"", 1))
+        annotate(
+            rows,
+            rows.key_of(run_id),
+            Annotation.DEATHS,
+            "",
+            "deaths",
+            Step("1", str(session.epoch), b"", b"", 1),
+        )
         accept_requests(session._records(rows))
 
     await store.set_budget(run_id, {"max_tokens_total": 100})
@@ -117,7 +124,7 @@ async def resumed(store: Any, run_id: str) -> Any:
     request = RunRequest(
         run_id, "pipeline", State(n=1), SCHEMA, if_exists="resume", if_running="take_over", deliver=True
     )
-    opening = Opening(run_id, "pipeline", str(new_owner(session)), 30.0, "", data, checksum(data), None)
+    opening = Opening(run_id, "pipeline", str(new_owner(session)), 30.0, input_step("", data))
 
     def look(rows: Rows) -> None:
         session.open(request, opening, data, rows)
@@ -198,7 +205,7 @@ def _keys(where: str) -> Iterator[Record]:
 
 
 def _cells(kind: str, where: str) -> Iterator[Record]:
-    keys = {"runs": "run", "inputs": "run, execution", "steps": "id"}
+    keys = {"runs": "run", "steps": "id"}
     keys["attempts"] = "run, execution, epoch, position, started_ns, branch, attempt"
     for table, key in keys.items():
         at = " AND ".join(f"{name} = ?" for name in key.split(", "))
@@ -496,7 +503,9 @@ async def test_a_damaged_request_pauses_the_owner(tmp_path: Path, caplog: pytest
         session.on_control = received.append
 
         def damage(rows: Rows) -> None:
-            rows.annotate("r", Annotation.REQUEST, "budget 000000001", "", Step("", "", b"{}", b"wrong"))
+            rows.annotate(
+                rows.key_of("r"), Annotation.REQUEST, "budget 000000001", "", Step("", "", b"{}", b"wrong")
+            )
             session.read_requests(rows)
 
         await store._submit(Transaction("r", damage))

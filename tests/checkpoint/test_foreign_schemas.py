@@ -178,7 +178,7 @@ async def test_columns_hold_what_they_are_declared_to_hold(tmp_path: Path) -> No
     for statement in (
         "UPDATE runs SET tokens = 'x'",
         "UPDATE runs SET status = x'78'",
-        "UPDATE inputs SET input = 'x'",
+        "UPDATE steps SET output = 'x'",
     ):
         with pytest.raises(sqlite3.IntegrityError, match="cannot store"):
             _change(path, statement)

@@ -49,9 +49,10 @@ from stroma.checkpoint import (
     open_store,
 )
 from stroma.checkpoint.durable.operations import Transaction
-from stroma.checkpoint.durable.rows import Rows
+from stroma.checkpoint.durable.rows import Annotation, Rows
 from stroma.checkpoint.queue import ClaimRequest, QueueEntry, RunLimits, ServedCode
 from stroma.checkpoint.redis import reader as redis_reading
+from stroma.checkpoint.redis.format import annotations_key
 from stroma.checkpoint.redis.store import RedisStore, SyncRedisStore
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
@@ -59,6 +60,8 @@ from stroma.failures import FailureClass
 SCHEMA = schema_of(State)
 #: Keys that have all runs, and no run that waits.
 OF_ALL = ("format", "runs", "ids", "ended")
+#: Key of the input, after the prefix of a run.
+INPUT = annotations_key(Annotation.INPUT)
 
 
 @pytest.fixture
@@ -291,7 +294,7 @@ class TestCrash:
         with pytest.raises(CheckpointLost):
             await commit(session, 0, State())
 
-    @pytest.mark.parametrize("part", ["run", "inputs", "steps:1", "attempts:1", "identities:1"])
+    @pytest.mark.parametrize("part", ["run", INPUT, "steps:1", "attempts:1", "identities:1"])
     async def test_a_part_that_was_evicted_is_noticed(
         self, store: RedisStore, server: RedisServer, part: str
     ) -> None:
@@ -332,7 +335,7 @@ class TestCrash:
                     with pytest.raises(CheckpointLost):
                         await commit(sessions[i], 1, State())
                     # Nobody can know of what left no trace at all.
-                    parts = [f"{prefix}{part}" for part in ("run", "inputs", "attempts:1")]
+                    parts = [f"{prefix}{part}" for part in ("run", INPUT, "attempts:1")]
                     if server.execute("EXISTS", *parts, "stroma:ids"):
                         known += 1
                         with pytest.raises(CheckpointLost):
@@ -929,7 +932,7 @@ class TestServer:
                 await store.load("run", "second")
         again = await begin(store, if_exists="resume", discard_from=1)
         assert restored(again) == {(0, ""): State(n=1)}
-        server.execute("HSET", "stroma:{run}:inputs", "1", "garbage")
+        server.execute("HSET", f"stroma:{{run}}:{INPUT}", "", "garbage")
         with pytest.raises(CorruptCheckpoint, match="input of run 'run' is damaged"):
             store.input_of("run")
 

@@ -119,7 +119,7 @@ async def test_a_damaged_commit_is_named(store: SQLiteStore, path: Path, branch:
     session = await begin(store)
     attempt = row(1, branch=branch)._replace(group="g" if branch else None)
     await settled(session.record(attempt, SCHEMA, State(n=1)))
-    change(path, "UPDATE steps SET output = x'00'")
+    change(path, "UPDATE steps SET output = x'00' WHERE position >= 0")
     text = f"node 'node' at position 1 of run 'run' is damaged; resume from {target} to recompute it"
     with pytest.raises(CorruptCheckpoint, match=text):
         await session.committed(1, [branch])
@@ -131,7 +131,7 @@ async def test_a_damaged_commit_is_named(store: SQLiteStore, path: Path, branch:
 async def test_a_damaged_input_is_not_used(store: SQLiteStore, path: Path) -> None:
     """Neither a reader nor a resume gets an input that is not what was stored."""
     (await begin(store)).abandon()
-    change(path, "UPDATE inputs SET input = x'7b7d'")
+    change(path, f"UPDATE steps SET output = x'7b7d' WHERE position = {Annotation.INPUT}")
     with pytest.raises(CorruptCheckpoint, match="the input of run 'run' is damaged"):
         store.input_of("run")
     with pytest.raises(CorruptCheckpoint, match="the input of run 'run' is damaged"):
@@ -156,7 +156,9 @@ async def test_due_hooks_of_another_shape(store: SQLiteStore, data: bytes) -> No
     session = await begin(store, deliver=True)
     step = Step("", "", data, b"")
     await store._submit(
-        Transaction("run", lambda rows: annotate(rows, "run", Annotation.DUE_HOOKS, "0:1:1:", "n", step))
+        Transaction(
+            "run", lambda rows: annotate(rows, rows.key_of("run"), Annotation.DUE_HOOKS, "0:1:1:", "n", step)
+        )
     )
     session.abandon()
     with pytest.raises(CorruptCheckpoint, match="the due hooks '0:1:1:' of run 'run' is damaged"):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from stroma.checkpoint import StoreError
-from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.integrity import checksum, input_step
 from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.rows import Fence, Opening, Step
 from stroma.checkpoint.durable.worker import Job
@@ -356,7 +356,7 @@ STEP = Step("c", "m:M", b"{}", checksum(b"{}"))
 
 @pytest.fixture
 def fence(bench: Bench) -> Fence:
-    opening = Opening("r", "p", OWNER, 30.0, "c", b"{}", checksum(b"{}"), None)
+    opening = Opening("r", "p", OWNER, 30.0, input_step("c", b"{}"))
     jobs, _ = bench.apply(lambda rows: rows.begin(None, opening))
     fence: Fence = jobs[0].value
     return fence
@@ -364,7 +364,8 @@ def fence(bench: Bench) -> Fence:
 
 def positions(bench: Bench) -> list[int]:
     db = sqlite3.connect(bench.path)
-    findings = [at for (at,) in db.execute("SELECT position FROM steps ORDER BY id").fetchall()]
+    rows = db.execute("SELECT position FROM steps WHERE position >= 0 ORDER BY id").fetchall()
+    findings = [at for (at,) in rows]
     db.close()
     return findings
 

@@ -32,11 +32,10 @@ async def test_bytes_that_changed_are_never_handed_out(store: SQLiteStore) -> No
 
     await quick(store=store, run_id="r").run([node("a", func)], Num())
     with closing(sqlite3.connect(store.path)) as db, db:
-        changed = db.execute(
-            "UPDATE steps SET output = CAST(replace(CAST(output AS TEXT), '1', '7') AS BLOB)"
-        )
+        other = "CAST(replace(CAST(output AS TEXT), '1', '7') AS BLOB)"
+        changed = db.execute(f"UPDATE steps SET output = {other} WHERE position = 0")
         assert changed.rowcount == 1
-        assert db.execute("SELECT typeof(output) FROM steps").fetchone() == ("blob",)
+        assert db.execute("SELECT typeof(output) FROM steps WHERE position = 0").fetchone() == ("blob",)
     with pytest.raises(CorruptCheckpoint, match="node 'a' at position 0 of run 'r' is damaged"):
         await store.load_typed("r", "a", Num)
     with pytest.raises(CorruptCheckpoint, match="node 'a' at position 0 of run 'r' is damaged"):

@@ -51,6 +51,7 @@ def test_the_positions_of_what_stands_beside_a_run_differ() -> None:
         "SAVED": -1,
         "WAITING": -2,
         "REQUEST": -3,
+        "INPUT": -4,
         "TRACE": -5,
         "DUE_HOOKS": -6,
         "FAILURE_SITE": -7,

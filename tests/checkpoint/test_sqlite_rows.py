@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.integrity import checksum, input_step
 from stroma.checkpoint.durable.owner import Owner, boot_id, new_owner
 from stroma.checkpoint.durable.rows import Annotation, Opening, RunEnd, Step
 from stroma.checkpoint.payloads import BLOB
@@ -54,10 +54,7 @@ def opening(run_id: str = "r", **facts: Any) -> Opening:
         "pipeline": "p",
         "owner": OURS,
         "lease_seconds": 30.0,
-        "contract": "c",
-        "input": INPUT,
-        "sha256": checksum(INPUT),
-        "discard_from": None,
+        "input": input_step("c", INPUT),
         "tags": (),
     }
     return Opening(run_id, **{**inputs, **facts})
@@ -112,7 +109,7 @@ def test_the_fence(rows: SqliteRows, clock: Clock, change: dict[str, Any]) -> No
     assert not rows.finish(other, RunEnd("FAILED", "why"))
     rows.renew([other])
     assert table(rows, "runs") == before
-    assert table(rows, "steps") == []
+    assert len(table(rows, "steps")) == 1  # The input.
 
 
 def test_the_end_gives_up_the_lease(rows: SqliteRows) -> None:
@@ -192,12 +189,12 @@ def test_a_run_is_deleted_from_all_tables(rows: SqliteRows) -> None:
     for run_id in ("r", "s"):
         fence = rows.begin(None, opening(run_id, tags=("t",)))
         rows.commit(fence, attempt(), step())
-        rows.annotate(run_id, Annotation.SAVED, "n", "n", step())
+        rows.annotate(fence.run, Annotation.SAVED, "n", "n", step())
     rows.delete("s")
-    names = ("runs", "inputs", "attempts", "steps")
+    names = ("runs", "attempts", "steps")
     numbers = [{one[0] if name != "steps" else one[1] for one in table(rows, name)} for name in names]
-    assert numbers == [{1}] * 4
-    assert len(table(rows, "steps")) == 2
+    assert numbers == [{1}] * 3
+    assert len(table(rows, "steps")) == 3
     rows.delete("nobody")
     assert rows.begin(None, opening("s")).run == 3
 
@@ -205,9 +202,9 @@ def test_a_run_is_deleted_from_all_tables(rows: SqliteRows) -> None:
 def test_the_payloads_that_stand_in_blobs(rows: SqliteRows) -> None:
     """Outputs, what steps were given, and inputs: what begins with the mark of a blob, of all runs."""
     one, two, three, four = (BLOB + digit * 32 for digit in (b"1", b"2", b"3", b"4"))
-    fence = rows.begin(None, opening(input=one))
+    fence = rows.begin(None, opening(input=input_step("c", one)))
     rows.commit(fence, attempt(0, 1), step(two, 1, three))
     rows.commit(fence, attempt(1, 2), step(b"{}" + two, 1, b"plain"))
-    rows.begin(None, opening("s", input=BLOB[:-1]))
-    rows.annotate("s", Annotation.SAVED, "n", "n", step(four))
+    fence = rows.begin(None, opening("s", input=input_step("c", BLOB[:-1])))
+    rows.annotate(fence.run, Annotation.SAVED, "n", "n", step(four))
     assert sorted(rows.blobs()) == [one, two, three, four]

@@ -642,7 +642,7 @@ async def test_a_damaged_child_names_the_group_to_resume_from(tmp_path: Path) ->
         work.failing = {"b"}
         await quick(store).run(sequence, Num())
         with sqlite3.connect(tmp_path / "runs.db") as db:
-            db.execute("UPDATE steps SET output = x'7b7d'")
+            db.execute("UPDATE steps SET output = x'7b7d' WHERE position >= 0")
         db.close()
         message = re.escape("group around it (resume_from='parallel(a, b)')")
         with pytest.raises(CorruptCheckpoint, match=message):
@@ -654,7 +654,7 @@ async def test_a_damaged_child_names_the_group_to_resume_from(tmp_path: Path) ->
             output = b'["stroma/1",3]'
             db.execute("UPDATE steps SET output = ? WHERE branch = '0'", (output,))
             reseal(db)
-            db.execute("DELETE FROM steps WHERE branch = ''")
+            db.execute("DELETE FROM steps WHERE branch = '' AND position >= 0")
             db.execute("UPDATE runs SET commit_count = (SELECT count(*) FROM steps WHERE position >= 0)")
         db.close()
         with pytest.raises(CorruptCheckpoint, match=re.escape("resume_from='parallel(a, b)'")):

@@ -137,10 +137,10 @@ class LoggedRows(SqliteRows):
             self.log.append(("finished", self.database.ids[fence.run], fence.epoch, end.status))
         return done
 
-    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
-        super().annotate(run_id, position, branch, node_id, step)
+    def annotate(self, run: Any, position: int, branch: str, node_id: str, step: Any) -> None:
+        super().annotate(run, position, branch, node_id, step)
         if position == Annotation.REQUEST:
-            self.log.append(("cancel asked", run_id))
+            self.log.append(("cancel asked", self.database.ids[run]))
 
 
 class GatheredRows(LoggedRows):

@@ -131,11 +131,6 @@ def copy_containers(value: Any, convert: Callable[[Any], Any]) -> Any:
     return convert(value) if is_record(value) else isolate(value)
 
 
-def is_dict_of_atoms(value: Mapping[Any, Any]) -> bool:
-    """Return True for a dict that a shallow copy isolates."""
-    return _ATOMS.issuperset(map(type, value)) and _ATOMS.issuperset(map(type, value.values()))
-
-
 def replace_records(value: Any, convert: Callable[[Any], Any]) -> Any:
     """Return a value with ``convert`` called on each record; all other leaves stay the same objects."""
     kind = type(value)
@@ -151,8 +146,6 @@ def isolate(value: Any) -> Any:
     kind = type(value)
     if kind in _ATOMS or isinstance(value, enum.Enum):
         return value
-    if kind is dict and is_dict_of_atoms(value):
-        return value.copy()  # The output of most nodes without a contract: 2 us less of their 20.
     if kind in _CONTAINERS:
         data = pickle_data(value)
         if data is not None:

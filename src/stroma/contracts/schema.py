@@ -35,7 +35,6 @@ from stroma.contracts.copying import (
     Snapshot,
     construct,
     copy_containers,
-    is_dict_of_atoms,
     isolate,
     pickle_data,
     renew_dataclass,
@@ -254,8 +253,6 @@ class Schema:
                 return self.clone(model)
             except Exception:  # It was not validated, and is invalid.
                 pass
-        elif is_dict_of_atoms(model.__dict__) and not model.__pydantic_extra__:
-            return replicate(model)
         values, described = model.__dict__, self.traits.field_classes.keys() - self.traits.opaque_fields
         update = {
             name: copy_containers(value, _copy_record) if name in described else isolate(value)

@@ -27,10 +27,10 @@ _NO_STEP: Final = Step("", "", b"", b"")
 
 
 def annotate(
-    rows: Rows, run_id: str, kind: Annotation, branch: str, node_id: str, step: Step = _NO_STEP
+    rows: Rows, run: Any, kind: Annotation, branch: str, node_id: str, step: Step = _NO_STEP
 ) -> None:
-    """Write an annotation of any run with its checksum, in place of an existing one."""
-    rows.annotate(run_id, kind, branch, node_id, seal(kind, branch, node_id, step))
+    """Write an annotation of a run with its checksum, in place of an existing one. ``run``: its key."""
+    rows.annotate(run, kind, branch, node_id, seal(kind, branch, node_id, step))
 
 
 class RunRecords(NamedTuple):
@@ -57,7 +57,7 @@ class RunRecords(NamedTuple):
 
     def put(self, kind: Annotation, branch: str, node_id: str, step: Step = _NO_STEP) -> None:
         """Write an annotation with its checksum, in place of an existing one."""
-        annotate(self.rows, self.run_id, kind, branch, node_id, step)
+        annotate(self.rows, self.run, kind, branch, node_id, step)
 
     def all(self, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
         """Return the annotations of these kinds; branch None: in all branches. Raises CorruptCheckpoint."""

@@ -16,7 +16,7 @@ from stroma.checkpoint.durable.annotations import (
     record_waiting,
 )
 from stroma.checkpoint.durable.control import last_number, note_last
-from stroma.checkpoint.durable.integrity import checksum, seal, verify_step
+from stroma.checkpoint.durable.integrity import input_step, seal, verify_step
 from stroma.checkpoint.durable.rows import FORKED, Annotation, Opening, Rows, RunEnd, Step
 from stroma.checkpoint.entries import StepCall
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
@@ -40,7 +40,9 @@ def fork_run(
     CheckpointNotFound, RunExists, CorruptCheckpoint.
     """
     origin = rows.find(source)
-    stored = None if origin is None else rows.input(origin.run, origin.execution)
+    stored = None
+    if origin is not None:
+        stored = RunRecords.of(rows, origin, payloads).one(Annotation.INPUT)
     if origin is None or stored is None:
         raise CheckpointNotFound(f"there is no run {source!r} to fork; check the id and the store")
     if before and all(
@@ -55,12 +57,9 @@ def fork_run(
         raise RunExists(f"run {opening.run_id!r} already exists; use another id for the fork")
     recorded = RunRecords.of(rows, origin, payloads)
     old, new = recorded.place, partial(PayloadPlace, opening.run_id, 1)
-    if not opening.sha256:
-        contract, data, sha = stored
-        if payloads.codec is not None:
-            data = payloads.move(data, old("input"), new("input"), f"the input of run {source!r}")
-            sha = checksum(data)
-        opening = opening._replace(contract=contract, input=data, sha256=sha)
+    if opening.input is None:
+        data = payloads.move(stored.step.output, old("input"), new("input"), f"the input of run {source!r}")
+        opening = opening._replace(input=input_step(stored.step.contract, data))
     steps = list(rows.steps(origin.run, origin.execution))
     cut, notes = None, dict[str, bytes]()
     if call is not None:

@@ -13,12 +13,7 @@ from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.durable.annotations import RunRecords, find_rejected, name_of, read_notes, read_waiting
 from stroma.checkpoint.durable.control import read_control
 from stroma.checkpoint.durable.conversion import open_events, open_message, open_output, open_step_input
-from stroma.checkpoint.durable.integrity import (
-    is_intact,
-    lost_error,
-    verify_input,
-    verify_step,
-)
+from stroma.checkpoint.durable.integrity import is_intact, lost_error, verify_step
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.entries import (
@@ -287,16 +282,14 @@ class ReadableStore(ABC):
 
         Raises CheckpointNotFound for an unknown run, CorruptCheckpoint, StoreError.
         """
-        nothing: tuple[int, tuple[str, bytes, bytes] | None] = (0, None)
-        execution, stored = self._read_run(
-            run_id, lambda rows, run: (run.execution, rows.input(run.run, run.execution)), nothing
+        nothing: tuple[int, StepRow | None] = (0, None)
+        execution, stored = self._read_records(
+            run_id, lambda records: (records.execution, records.one(Annotation.INPUT)), nothing
         )
         if stored is None:
             raise lost_error(run_id, "its input is missing") if execution else self._no_run(run_id)
-        _, data, sha256 = stored
-        verify_input(data, sha256, run_id)
         place = PayloadPlace(run_id, execution, "input")
-        return self._payloads.open(data, place, f"the input of run {run_id!r}")
+        return self._payloads.open(stored.step.output, place, f"the input of run {run_id!r}")
 
     def waiting(self, run_id: str) -> list[Waiting]:
         """Return the approvals that nodes of the last execution wait for, or waited for; [] if unknown.

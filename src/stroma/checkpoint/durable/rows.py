@@ -45,6 +45,7 @@ class Annotation(IntEnum):
     SAVED = -1  #: a state from ``save()``; branch: the node id
     WAITING = -2  #: an approval that a node waits for, and its answer; branch: "position:branch"
     REQUEST = -3  #: a request about the run that no owner has read; branch: its key, see ``control``
+    INPUT = -4  #: the input of the execution
     TRACE = -5  #: the trace context of the process that started the execution, as node id
     DUE_HOOKS = -6  #: an attempt whose end hooks may not have been called; branch: :func:`due_hooks_key`
     FAILURE_SITE = -7  #: where the last failed attempt at a place failed; branch: "position:branch"
@@ -210,6 +211,7 @@ class Opening(NamedTuple):
     """The values that a session writes when it opens a run.
 
     Attributes:
+        input: of the execution that begins, sealed; None: that of the origin of a fork.
         discard_from: see RunRequest.
         version: that of the pipeline; "" without one.
     """
@@ -218,10 +220,8 @@ class Opening(NamedTuple):
     pipeline: str
     owner: str
     lease_seconds: float
-    contract: str
-    input: Any
-    sha256: Any
-    discard_from: int | None
+    input: Step | None
+    discard_from: int | None = None
     tags: tuple[str, ...] = ()
     version: str = ""
 
@@ -297,7 +297,7 @@ class Rows(Protocol):
         ...
 
     def add_execution(self, run: RunRow | None, opening: Opening, execution: int) -> Any:
-        """Add an execution without attempts, with its input, to a run; None: to a new one. Return its key.
+        """Add an execution without attempts to a run; None: to a new one. Return its key.
 
         Events of the execution before are deleted, and so are its commits where only the last ones are
         stored.
@@ -319,13 +319,21 @@ class Rows(Protocol):
         ...
 
     def begin(self, run: RunRow | None, opening: Opening) -> Fence:
-        """Begin an execution: number 1, or the next one of an existing run. Increments the epoch."""
+        """Begin an execution: number 1, or the next one of an existing run. Increments the epoch.
+
+        Annotations of the execution before are deleted.
+        """
         execution, epoch = (1, 1) if run is None else (run.execution + 1, run.epoch + 1)
         key = self.add_execution(run, opening, execution)
         fields = {**_NEW, "pipeline": opening.pipeline, "execution": execution}
         if opening.tags:
             fields["tags"] = pack_tags(opening.tags)
-        return self._write_opening(key, execution, epoch, opening, fields)
+        fence = self._write_opening(key, execution, epoch, opening, fields)
+        if run is not None:
+            self.delete_annotations(key, *OF_EXECUTION)
+        if opening.input is not None:
+            self.annotate(key, Annotation.INPUT, "", "", opening.input)
+        return fence
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
         """Take over the last execution, without its commits from ``discard_from`` on. Increments the epoch.
@@ -351,10 +359,6 @@ class Rows(Protocol):
         """Give the last execution to another owner, which only ends it. Fences off the one before."""
         self.update(run.run, {"owner": owner})
         return Fence(run.run, run.execution, run.epoch, owner, 0.0)
-
-    def input(self, run: Any, execution: int) -> tuple[str, bytes, bytes] | None:
-        """Return (contract, input, sha256) of an execution, or None."""
-        ...
 
     def steps(
         self, run: Any, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()
@@ -429,8 +433,8 @@ class Rows(Protocol):
         """Return the figures of the queue of a pipeline at a time; see :class:`QueueFigures`."""
         ...
 
-    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
-        """Return (input, sha256) of these runs by their keys; {} if input() is as quick."""
+    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, StepRow]:
+        """Return the inputs of these runs by their keys; {} if it is as quick to read one after another."""
         ...
 
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
@@ -442,11 +446,12 @@ class Rows(Protocol):
         ...
 
     # ---- annotations
-    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
-        """Write an annotation, in place of an existing one, without a session.
+    def key_of(self, run_id: str) -> Any:
+        """Return the key of a run, which is created without an execution if there is none."""
+        ...
 
-        Creates the run, without an execution, if there is none.
-        """
+    def annotate(self, run: Any, position: int, branch: str, node_id: str, step: Step) -> None:
+        """Write an annotation, in place of an existing one, without a session."""
 
     def annotations(self, run: Any, *kinds: Annotation, branch: str | None = None) -> Iterable[StepRow]:
         """Return the annotations of these kinds, by branch; branch None: in all branches."""
@@ -601,7 +606,7 @@ class ScannedRows(Rows, Protocol):
         )
         return sum_attempts(itertools.islice(figures, attempts), bucket_ms)
 
-    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
+    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, StepRow]:
         return {}
 
     def is_complete(self, run: RunRow) -> bool:

@@ -36,7 +36,7 @@ from stroma.checkpoint.durable.control import (
 )
 from stroma.checkpoint.durable.conversion import open_step_input, to_committed
 from stroma.checkpoint.durable.fork import fork_run
-from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.integrity import input_step, is_intact
 from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import Owner, new_owner
@@ -115,9 +115,7 @@ class RunStore(ReadableStore):
             pipeline=request.pipeline,
             owner=str(owner),
             lease_seconds=request.lease_seconds,
-            contract=request.schema.fingerprint,
-            input=sealed,
-            sha256=checksum(sealed),
+            input=input_step(request.schema.fingerprint, sealed),
             discard_from=request.discard_from,
             tags=tuple(dict.fromkeys(request.tags)),
             version=request.version,
@@ -150,7 +148,7 @@ class RunStore(ReadableStore):
 
         def write(rows: Rows) -> None:
             for kind, value in ids.items():
-                annotate(rows, run_id, Annotation.ATTRIBUTION, kind, value)
+                annotate(rows, rows.key_of(run_id), Annotation.ATTRIBUTION, kind, value)
 
         await self._submit(Transaction(run_id, write))
 
@@ -408,13 +406,12 @@ class RunStore(ReadableStore):
         if edited is not None:
             place = PayloadPlace(new_run_id, 1, "output", before - 1)
             step = await self._step(edited[0], self._encode(*edited), place)
-        contract, sealed, sha256 = "", b"", b""
+        initial = None
         if state is not None:
             place = PayloadPlace(new_run_id, 1, "input")
-            contract, sealed = state[0].fingerprint, await self._payloads.seal(self._encode(*state), place)
-            sha256 = checksum(sealed)
-        owner = str(new_owner(self, ends=False))
-        opening = Opening(new_run_id, "", owner, 0.0, contract, sealed, sha256, None)
+            sealed = await self._payloads.seal(self._encode(*state), place)
+            initial = input_step(state[0].fingerprint, sealed)
+        opening = Opening(new_run_id, "", str(new_owner(self, ends=False)), 0.0, initial)
 
         def fork(rows: Rows) -> None:
             fork_run(rows, self._payloads, run_id, opening, before, step, call)
@@ -555,7 +552,8 @@ def submit_run(
     """
     run = rows.find(request.run_id, lock=True)
     if run is not None and run.execution:
-        stored, compared = rows.input(run.run, run.execution), request._replace(if_exists="return")
+        stored = next(iter(rows.annotations(run.run, Annotation.INPUT)), None)
+        compared = request._replace(if_exists="return")
         is_same = has_same_input(stored, run, payloads, compared, opening, data)
         check_resubmission(request, run.pipeline, is_same, run.execution, run.status)
         return False
@@ -579,12 +577,13 @@ def claim_runs(rows: Rows, payloads: Payloads, request: ClaimRequest) -> list[Ca
     inputs = rows.inputs_of(chosen)
     if not inputs:
         return claimed
-    return [one._replace(input=_plain_input(payloads, *inputs[one.run])) for one in claimed]
+    return [one._replace(input=_plain_input(payloads, inputs.get(one.run))) for one in claimed]
 
 
-def _plain_input(payloads: Payloads, data: bytes, sha256: bytes) -> bytes | None:
+def _plain_input(payloads: Payloads, row: StepRow | None) -> bytes | None:
     """Return an input that needs no decoding; damage is reported when the run is opened."""
-    return data if payloads.is_plain(data) and checksum(data) == sha256 else None
+    is_plain = row is not None and is_intact(row) and payloads.is_plain(row.step.output)
+    return row.step.output if is_plain and row is not None else None
 
 
 def _referenced_blobs(rows: Rows) -> set[str]:

@@ -39,11 +39,10 @@ from stroma.checkpoint.durable.control import (
     to_control,
 )
 from stroma.checkpoint.durable.conversion import open_message, to_committed
-from stroma.checkpoint.durable.integrity import checksum, lost_error, verify_input
+from stroma.checkpoint.durable.integrity import input_step, lost_error
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import (
-    OF_EXECUTION,
     Annotation,
     Fence,
     Opening,
@@ -70,8 +69,11 @@ from stroma.contracts.codec import is_extended, is_same_data
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.failures.errors import PAUSED
 
-#: Contract, input and checksum of an execution; see :meth:`Rows.input`.
-StoredInput: TypeAlias = tuple[str, Any, Any]
+#: Annotations that every opening of an existing run reads.
+_OPENED: Final = (
+    *(Annotation.INPUT, Annotation.ATTRIBUTION, Annotation.TRACE, Annotation.WAITING, Annotation.NOTE),
+    *KINDS,
+)
 _MAX_TIMED: Final = 10_000  # attempts of a dead process whose times are read
 _MAX_FAILED: Final = 1000  # failed attempts that are counted for those that follow the death of a process
 #: Returns the annotations of a kind. Raises CorruptCheckpoint for a damaged one.
@@ -212,10 +214,12 @@ class RunOpener:
         # An earlier try may have been rolled back.
         opened.finished, opened.completed, opened.lost_start_ms, opened.waiting = None, None, None, {}
         run = rows.find(self._run_id, lock=True)
+        annotations: dict[int, list[StepRow]] = {}
         if run is None or not run.execution:
             action = "begin"
         else:
-            stored = rows.input(run.run, run.execution)
+            annotations = self._read_annotations(rows, run)
+            stored = next(iter(annotations.get(Annotation.INPUT, ())), None)
             same_input = has_same_input(
                 stored, run, self._payloads, request, self._opening, self._plain_input
             )
@@ -232,15 +236,16 @@ class RunOpener:
         if action == "begin" or run is None:
             opening = self._opening if self._payloads.codec is None else self._seal_for_next(run)
             opened.fence, opened.version = rows.begin(run, opening), opening.version
-            if run is not None:
-                rows.delete_annotations(run.run, *OF_EXECUTION)
         else:
             opened.before, is_first = run, run.status == QUEUED
             records = RunRecords.of(rows, run, self._payloads)
             # A run that was submitted without a version has that of the code which starts it.
             opened.version = run.version or (self._opening.version if is_first else "")
             self._opening = self._opening._replace(version=opened.version)
-            read = self._read_annotations(rows, run, is_returned=action == "return")
+
+            def read(kind: Annotation) -> list[StepRow]:
+                return require_intact(annotations.get(kind, ()), self._run_id)
+
             if action == "continue":
                 control = to_control([row for kind in KINDS for row in read(kind)], self._run_id)
                 opened.held = control._replace(budget={})
@@ -266,17 +271,13 @@ class RunOpener:
             opened.continued = action == "continue" and opened.finished is None and not is_first
             self._load_annotations(records, read)
 
-    def _read_annotations(self, rows: Rows, run: RunRow, *, is_returned: bool) -> _Reader:
-        """Return a function that finds annotations of a kind: all are read at once, and checked on use."""
-        kinds = [Annotation.ATTRIBUTION, Annotation.TRACE, Annotation.WAITING, Annotation.NOTE]
-        if not is_returned:
-            kinds += KINDS
-            if self._request.deliver:
-                kinds.append(Annotation.DUE_HOOKS)
+    def _read_annotations(self, rows: Rows, run: RunRow) -> dict[int, list[StepRow]]:
+        """Return the annotations by kind: all are read at once, and checked on use."""
+        kinds = [*_OPENED, Annotation.DUE_HOOKS] if self._request.deliver else _OPENED
         by_kind: dict[int, list[StepRow]] = {}
         for row in rows.annotations(run.run, *kinds):
             by_kind.setdefault(row.position, []).append(row)
-        return lambda kind: require_intact(by_kind.get(kind, ()), self._run_id)
+        return by_kind
 
     def _load(self, records: RunRecords, run: RunRow) -> None:
         """Load usage, steps and commits of the last execution, and resolve what the request discards."""
@@ -374,7 +375,7 @@ class RunOpener:
             return opening
         assert isinstance(self._plain_input, bytes)
         sealed = self._payloads.seal_now(self._plain_input, PayloadPlace(self._run_id, execution, "input"))
-        return opening._replace(input=sealed, sha256=checksum(sealed))
+        return opening._replace(input=input_step(self._request.schema.fingerprint, sealed))
 
     def _load_annotations(self, records: RunRecords, read: _Reader) -> None:
         """Take over the annotations of the execution, and delete what the request discards."""
@@ -411,7 +412,7 @@ class RunOpener:
 
 
 def has_same_input(
-    stored: StoredInput | None,
+    stored: StepRow | None,
     run: RunRow,
     payloads: Payloads,
     request: RunRequest,
@@ -423,14 +424,13 @@ def has_same_input(
     If its class has new fields since, those have their defaults.
     """
     # A run without its input is damaged, which is reported unless the run begins anew.
-    if stored is None or stored[2] == opening.sha256:
+    if stored is None or (opening.input is not None and stored.step.output == opening.input.output):
         return True
     # A codec may produce different bytes for equal input, and so may dicts in another order.
-    _, data, sha256 = stored
     try:
-        verify_input(data, sha256, request.run_id)
+        require_intact([stored], request.run_id)
         place = PayloadPlace(request.run_id, run.execution, "input")
-        recorded = payloads.open(data, place, f"the input of run {request.run_id!r}")
+        recorded = payloads.open(stored.step.output, place, f"the input of run {request.run_id!r}")
         other = plain_input.encode() if isinstance(plain_input, UnencodedState) else plain_input
         return is_same_data(recorded, other) or (
             is_extended(other, recorded)

@@ -34,7 +34,10 @@ class States(RunStore):
         place = PayloadPlace(run_id, 0, "output", Annotation.SAVED, node_id)
         step = await self._step(schema, self._encode(schema, state), place)
         await self._submit(
-            Transaction(run_id, lambda rows: annotate(rows, run_id, Annotation.SAVED, node_id, node_id, step))
+            Transaction(
+                run_id,
+                lambda rows: annotate(rows, rows.key_of(run_id), Annotation.SAVED, node_id, node_id, step),
+            )
         )
 
     async def _load_state(

@@ -92,7 +92,6 @@ class MemoryRun:
     tag_list: Any = RunRow.tag_list
 
     claim: tuple[str, float] | None = None
-    input: tuple[str, Any, Any] | None = None
     events: deque[EventRow] | None = None
     session: Callable[[], Any] | None = None
 
@@ -249,7 +248,7 @@ class MemoryRows(ScannedRows):
             one.discard(0)
             one.empty()
             one.events = None
-        one.input, one.number = (opening.contract, opening.input, opening.sha256), next(_NUMBERS)
+        one.number = next(_NUMBERS)
         return one
 
     def continue_execution(self, run: RunRow, discard_from: int | None) -> MemoryRun:
@@ -270,9 +269,6 @@ class MemoryRows(ScannedRows):
             if values.get(name) is NOW:
                 values[name] = now_ms
         return True
-
-    def input(self, run: MemoryRun, execution: int) -> tuple[str, Any, Any] | None:
-        return run.input if execution == run.execution else None
 
     def steps(
         self, run: MemoryRun, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()
@@ -359,10 +355,14 @@ class MemoryRows(ScannedRows):
 
     # ------------------------------------------------------------------ annotations
 
-    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
-        run, row = self._runs.get(run_id), StepRow(position, branch, node_id, step)
+    def key_of(self, run_id: str) -> MemoryRun:
+        run = self._runs.get(run_id)
         if run is None:
             run = self._runs[run_id] = MemoryRun(run_id)
+        return run
+
+    def annotate(self, run: MemoryRun, position: int, branch: str, node_id: str, step: Step) -> None:
+        row = StepRow(position, branch, node_id, step)
         if position == Annotation.SAVED:
             run.replace((position, branch), _Commit(row, None))
         else:

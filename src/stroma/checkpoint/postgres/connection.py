@@ -41,7 +41,6 @@ class PostgresRows(SqlRows):
         self.db = db
         #: What read_ahead() has read, until it is asked for.
         self._runs: dict[str, RunRow] = {}
-        self._inputs: dict[tuple[int, int], tuple[str, bytes, bytes]] = {}
         self._annotations: dict[int, list[StepRow]] = {}
 
     def _execute(self, statement: str, values: dict[str, Any]) -> psycopg.Cursor[Any]:
@@ -65,12 +64,11 @@ class PostgresRows(SqlRows):
         self.db.execute(_NOTIFY)
 
     def read_ahead(self, run_ids: Sequence[str]) -> None:
-        """Lock and read runs whose operations begin with that: three statements, and not three for each."""
+        """Lock and read runs whose operations begin with that: two statements, and not two for each."""
         if len(run_ids) < 2:
             return
         runs = list(map(self._run_row, self._all(sql.LOCK_MANY, run_keys=list(map(key, run_ids)))))
         numbers = [run.run for run in runs]
-        inputs = {number: stored for number, *stored in self._all(sql.INPUTS, runs=numbers)}
         annotations: dict[int, list[StepRow]] = {number: [] for number in numbers}
         for number, *row in self._all(
             sql.ANNOTATIONS_OF_MANY, runs=numbers, kinds=list(map(int, Annotation))
@@ -79,12 +77,6 @@ class PostgresRows(SqlRows):
         for run in runs:
             self._runs[run.run_id] = run
             self._annotations[run.run] = annotations[run.run]
-            if run.run in inputs:
-                data, sha256, contract = inputs[run.run]
-                self._inputs[run.run, run.execution] = contract, data, sha256
-
-    def input(self, run: int, execution: int) -> tuple[str, bytes, bytes] | None:
-        return self._inputs.pop((run, execution), None) or super().input(run, execution)
 
     def annotations(self, run: int, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
         known = self._annotations.pop(run, None)

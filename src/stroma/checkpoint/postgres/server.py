@@ -305,7 +305,7 @@ _UNTRUSTED: Final = """WITH RECURSIVE ours(role) AS (SELECT oid FROM pg_roles WH
     WHERE privilege_type = 'CREATE' AND grantee <> nspowner AND grantee NOT IN (SELECT role FROM trusted)"""
 # Read from a table: to_regclass() may not see objects that others created while this waited for a lock.
 _OBJECTS: Final = """SELECT coalesce(bool_or(c.relname = 'meta'), false),
-    coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts')), false),
+    coalesce(bool_or(c.relname IN ('runs', 'steps', 'attempts')), false),
     (SELECT oid::bigint FROM pg_namespace WHERE nspname = %s)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s"""
 _SERVER_FACTS: Final = (

@@ -21,12 +21,11 @@ def annotations_key(kind: int) -> str:
 
 
 #: Format of the stored data, and the key that has its number. A release refuses any other format.
-FORMAT: Final = 6
+FORMAT: Final = 7
 FORMAT_KEY: Final = "stroma:format"
 #: The keys of a run, after its prefix, except the states from save(), which expire by themselves.
 RUN_KEYS: Final = (
     "run",
-    "inputs",
     "events",
     *map(annotations_key, sorted(set(Annotation) - {Annotation.SAVED})),
 )
@@ -93,7 +92,7 @@ class _StepHead(NamedTuple):
 
 
 def pack_step(node_id: str, step: Step) -> bytes:
-    """Encode a committed output, an annotation, or an input."""
+    """Encode a committed output or an annotation."""
     contract, schema_ref, output, sha256, number, key = step
     head = [node_id, contract, schema_ref, sha256.hex(), number, None if key is None else len(key)]
     return b"".join((_compact(head).encode(), b"\n", output, key or b""))

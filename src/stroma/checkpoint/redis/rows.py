@@ -102,8 +102,7 @@ class RedisRows(RedisReader):
 
     def add_execution(self, run: RunRow | None, opening: Opening, execution: int) -> RedisRun:
         token = os.urandom(8).hex() if run is None else run.run.token
-        data = pack_step("", Step(opening.contract, "", opening.input, opening.sha256))
-        return self._opened(run, opening.run_id, token, "begin", execution, token, data)
+        return self._opened(run, opening.run_id, token, "begin", execution, token)
 
     def continue_execution(self, run: RunRow, discard_from: int | None) -> RedisRun:
         discard = "" if discard_from is None else discard_from
@@ -131,16 +130,6 @@ class RedisRows(RedisReader):
             values = (run.token, fence.execution, fence.epoch, fence.owner, run.writes, ttl)
             self._append(fence, "finish", run.run_id, *values, *pairs)
         return True
-
-    def input(self, run: RedisRun, execution: int) -> tuple[str, bytes, bytes] | None:
-        token = ("HGET", f"{run.prefix}run", "token")
-        before, value, after = self._get(token, ("HGET", f"{run.prefix}inputs", execution), token)
-        if {as_text(before), as_text(after)} != {run.token}:
-            raise RunChanged
-        if value is None:
-            raise run_lost_error(run.run_id, self._link.server.name)
-        step = read_step(value)[1]
-        return step.contract, step.output, step.sha256
 
     # is_complete(): steps() and the claim check this, atomically with what they read.
 
@@ -246,12 +235,16 @@ class RedisRows(RedisReader):
 
     # ------------------------------------------------------------------ annotations
 
-    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
+    def key_of(self, run_id: str) -> RedisRun:
+        return RedisRun(run_id, "", 0, 0)  # Its token does not count for annotations.
+
+    def annotate(self, run: RedisRun, position: int, branch: str, node_id: str, step: Step) -> None:
+        value = pack_step(node_id, step)
         if position == Annotation.SAVED:
-            self._write(prefix_of(run_id), "save", branch, pack_step(node_id, step), self._ttl)
-            return
-        value, key = pack_step(node_id, step), annotations_key(position)
-        self._write(prefix_of(run_id), "annotate", self._owners.get(run_id, ""), key, branch, value)
+            self._write(run.prefix, "save", branch, value, self._ttl)
+        else:
+            owner = self._owners.get(run.run_id, "")
+            self._write(run.prefix, "annotate", owner, annotations_key(position), branch, value)
 
     def annotations(self, run: RedisRun, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
         keys = [f"{run.prefix}{annotations_key(kind)}" for kind in kinds]
@@ -352,7 +345,7 @@ class RedisRows(RedisReader):
     def blobs(self) -> Iterator[bytes]:
         for key in self._link.client.scan_iter(match="stroma:{*", count=1000, _type="HASH"):
             part = key.rpartition(b"}:")[2].partition(b":")[0]
-            if part not in (b"inputs", b"steps", b"annotations", b"saved"):
+            if part not in (b"steps", b"annotations", b"saved"):
                 continue
             for _, value in self._link.client.hscan_iter(key, count=100):
                 for payload in payloads_of(part, value):

@@ -9,7 +9,7 @@ function ops.find(id)
   local row = redis.call('HGETALL', run)
   if #row == 0 then
     -- All keys of a run expire at once: if one remains, or the run is still listed, the others were lost.
-    local others = redis.call('EXISTS', p .. 'inputs', p .. 'attempts:1', p .. 'steps:1')
+    local others = redis.call('EXISTS', p .. INPUT, p .. 'attempts:1', p .. 'steps:1')
     if others > 0 then return 'lost' end
     local listed = redis.call('ZSCORE', RUNS, id) or redis.call('ZSCORE', IDS, id)
     if listed and not redis.call('ZSCORE', ENDED, id) then return 'lost' end
@@ -25,14 +25,13 @@ local function keep(id, execution)
   redis.call('ZREM', ENDED, id)
 end
 
-function ops.begin(id, execution, token, input)
+function ops.begin(id, execution, token)
   local us = now_us()
   if redis.call('HSETNX', run, 'order', us) == 1 then
     -- Keys that eviction left of an earlier run of this id.
     for _, key in ipairs(keys_of(0)) do if key ~= run then redis.call('DEL', key) end end
   else redis.call('DEL', p .. 'events') end
   for _, name in ipairs(EXECUTION_KEYS) do redis.call('DEL', p .. name .. ':' .. execution) end
-  redis.call('HSET', p .. 'inputs', execution, input)
   redis.call('HSET', run, 'token', token, 'run_id', id, 'nodes', 0, 'identities', 0)
   redis.call('ZADD', RUNS, us, id)
   note_format()

@@ -12,7 +12,6 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
                    of one id; writes and changes, the numbers of writes of sessions and of other changes of
                    the row and of annotations; tx, the last transaction that read it before it wrote, and its
                    replies; queued, its member in a queue
-    inputs         hash: execution -> input
     steps:E        hash: "position:branch" -> output
     attempts:E     hash: "epoch:position:start:attempt:branch" -> number of its commit, size of its output (0
                    without one), attempt
@@ -70,7 +69,7 @@ def _lua_list(texts: Iterable[str]) -> str:
 _NAMES: Final = f"""
 local RUN_KEYS, EXECUTION_KEYS = {_lua_list(RUN_KEYS)}, {_lua_list(EXECUTION_KEYS)}
 local function note_format() redis.call('SETNX', '{FORMAT_KEY}', {FORMAT}) end
-local SAVED = '{annotations_key(Annotation.SAVED)}'
+local SAVED, INPUT = '{annotations_key(Annotation.SAVED)}', '{annotations_key(Annotation.INPUT)}'
 """
 
 _COMMON: Final = r"""
@@ -118,7 +117,7 @@ local function is_complete(e)
   local f = fields(run, 'commit_count', 'attempt_count', 'identities')
   local function has(name, rows) return redis.call('HLEN', p .. name .. ':' .. e) == tonumber(rows or 0) end
   return has('steps', f.commit_count) and has('attempts', f.attempt_count)
-    and has('identities', f.identities) and redis.call('EXISTS', p .. 'inputs') == 1
+    and has('identities', f.identities) and redis.call('EXISTS', p .. INPUT) == 1
 end
 
 -- Returns the reason why a session may not write; nil if it may.

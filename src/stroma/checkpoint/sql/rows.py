@@ -101,16 +101,7 @@ class SqlRows(Rows):
 
     def add_execution(self, run: RunRow | None, opening: Opening, execution: int) -> Any:
         number = self._new_run(opening.run_id) if run is None else run.run
-        # Earlier executions stay in the history; their commits are no longer read.
-        self._run(
-            sql.NEW_INPUT,
-            run=number,
-            execution=execution,
-            contract=opening.contract,
-            input=opening.input,
-            sha256=opening.sha256,
-        )
-        if execution > 1:
+        if execution > 1:  # It stays in the history; its commits are no longer read.
             self._run(sql.DISCARD_EVENTS, run=number)
         return number
 
@@ -132,10 +123,6 @@ class SqlRows(Rows):
         if is_news:
             self._notify()
         return is_done
-
-    def input(self, run: Any, execution: int) -> tuple[str, bytes, bytes] | None:
-        row: tuple[str, bytes, bytes] | None = self._one(sql.INPUT, run=run, execution=execution)
-        return row
 
     def steps(self, run: Any, execution: int, lazily_loaded: Sequence[tuple[int, str]] = ()) -> list[StepRow]:
         statement, values = sql.STEPS, dict[str, Any](run=run, execution=execution)
@@ -228,17 +215,20 @@ class SqlRows(Rows):
         queued, due_ms, blocked, since_ms = row
         return QueueFigures(int(queued), due_ms, int(blocked), since_ms)
 
-    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, tuple[bytes, bytes]]:
-        rows = self._all(sql.INPUTS, runs=[one.run for one in candidates])
-        return {run: (data, sha256) for run, data, sha256, _ in rows}
+    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, StepRow]:
+        runs = [one.run for one in candidates]
+        rows = self._all(sql.ANNOTATIONS_OF_MANY, runs=runs, kinds=[int(Annotation.INPUT)])
+        return {run: step_row(row) for run, *row in rows}
 
     # ------------------------------------------------------------------ annotations
 
-    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
+    def key_of(self, run_id: str) -> Any:
         run = self.find(run_id, lock=True)
-        number = self._new_run(run_id) if run is None else run.run
+        return self._new_run(run_id) if run is None else run.run
+
+    def annotate(self, run: Any, position: int, branch: str, node_id: str, step: Step) -> None:
         attempt = {"execution": 0, "epoch": 0, "attempt": 0, "started_ns": 0, "node_id": node_id}
-        place = {"run": number, "position": position, "branch": branch, "branch_key": key(branch)}
+        place = {"run": run, "position": position, "branch": branch, "branch_key": key(branch)}
         self._run(sql.STEP, **place, **attempt, **step._asdict())
 
     def annotations(self, run: Any, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:

@@ -72,9 +72,6 @@ LOCK_MANY: Final = f"""SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = ANY(:r
 NEW_RUN: Final = """INSERT INTO runs (run_key, run_id, pipeline, execution, status, started_ms,
     updated_ms, tokens, cost_pico, latency_ns, lease_epoch) VALUES (:run_key, :run_id, '', 0,
     'RUNNING', now_ms(), now_ms(), 0, 0, 0, 0) ON CONFLICT DO NOTHING RETURNING run"""
-NEW_INPUT: Final = """INSERT INTO inputs (run, execution, contract, input, sha256)
-    VALUES (:run, :execution, :contract, :input, :sha256)"""
-INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = :run AND execution = :execution"
 DISCARD: Final = "DELETE FROM steps WHERE run = :run AND execution = :execution AND position >= :position"
 COUNT_DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - :discarded WHERE run = :run"
 ROW_COUNTS: Final = """SELECT (SELECT count(*) FROM attempts WHERE run = :run AND execution = :execution),
@@ -113,7 +110,7 @@ EXPIRED: Final = f"""SELECT run_id FROM runs WHERE updated_ms < :before_ms AND (
     AND status IN {ENDED})) ORDER BY updated_ms LIMIT :limit"""
 DISCARD_EVENTS: Final = "DELETE FROM events WHERE run = :run"
 DELETE_RUN: Final = tuple(
-    f"DELETE FROM {table} WHERE run = :run" for table in ("events", "steps", "inputs", "attempts", "runs")
+    f"DELETE FROM {table} WHERE run = :run" for table in ("events", "steps", "attempts", "runs")
 )
 
 # ---------------------------------------------------------------------- attempts and steps
@@ -187,8 +184,8 @@ NEWEST_OUTPUT: Final = f"""{_STEPS} JOIN runs r ON s.run = r.run AND (s.executio
     OR s.position = {Annotation.SAVED}) WHERE r.run_key = :run_key AND s.node_id = :node_id ORDER BY s.id
     DESC LIMIT 1"""
 BLOBS: Final = " UNION ALL ".join(
-    f"SELECT {column} FROM {table} WHERE substr({column}, 1, CAST(:length AS integer)) = :blob"
-    for table, column in (("steps", "output"), ("steps", "input_key"), ("inputs", "input"))
+    f"SELECT {column} FROM steps WHERE substr({column}, 1, CAST(:length AS integer)) = :blob"
+    for column in ("output", "input_key")
 )
 
 _IN_ORDER: Final = "ORDER BY epoch, position, started_ns, branch_key, attempt"
@@ -280,8 +277,6 @@ LIVE: Final = f"""{_LIVE} WHERE r.status = 'RUNNING' AND r.pipeline = :pipeline 
 CLAIM: Final = (
     "UPDATE runs SET claim = :token, claim_until_ms = clock_ms() + :claim_ms WHERE run = ANY(:runs)"
 )
-INPUTS: Final = """SELECT r.run, i.input, i.sha256, i.contract FROM runs r JOIN inputs i ON i.run = r.run
-    AND i.execution = r.execution WHERE r.run = ANY(:runs)"""
 # Each part is one scan of an index.
 _FIGURES: Final = (
     "SELECT count(*) AS queued, min(CASE WHEN r.wake_ms <= :now THEN r.wake_ms END) AS due_ms, 0 AS blocked"

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, get_type_hints
 from stroma.checkpoint.durable.rows import Step
 from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord
 
-SCHEMA_VERSION: Final = 12  # of the tables, in every SQL store
+SCHEMA_VERSION: Final = 13  # of the tables, in every SQL store
 
 # Any stands for an output: bytes in these stores.
 _TYPES: Final = {bytes: "bytea", int: "bigint", str: "text"}
@@ -63,12 +63,11 @@ def key(text: str) -> str:
 # ``run`` is never used again, so that a session of a deleted run cannot reach the rows of another one. An
 # index entry of PostgreSQL holds at most 2.7 kB, and ids have any length: run_key, branch_key and cell_key
 # hold key() of an id. attempt_count and commit_count: rows that the last execution must have, counted in the
-# transaction of each. Inputs are separate from runs: every commit writes the row of its run, and an input
-# can be large. Attempts: the start distinguishes attempts of one number; a resumed run, and a retried group,
-# count from 1. The order of the key is the order of the history. Steps: one committed output per position
-# and branch. Annotations of a run have positions below 0 and execution 0, see durable/rows.py. Ids grow with
-# each commit: the newest output of a node has the highest. Cells: shared by all runs. The lease columns:
-# every opening increments the epoch and writes its owner and the end of its lease.
+# transaction of each. Attempts: the start distinguishes attempts of one number; a resumed run, and a retried
+# group, count from 1. The order of the key is the order of the history. Steps: one committed output per
+# position and branch. Annotations of a run have positions below 0 and execution 0, see durable/rows.py. Ids
+# grow with each commit: the newest output of a node has the highest. Cells: shared by all runs. The lease
+# columns: every opening increments the epoch and writes its owner and the end of its lease.
 # wake_ms: from when on a worker continues a run that stopped or is queued; every opening deletes it.
 # claim: the worker that is about to open the run, until claim_until_ms by the clock of leases.
 # blocked and the three columns after it: the mark of a blocked run; every opening and every end deletes it.
@@ -102,11 +101,6 @@ def tables(types: Types) -> list[str]:
                 blocked {text}, blocked_since_ms {number}, blocked_until_ms {number}, blocked_codes
                 {text}, parent {text}, tags {text} NOT NULL DEFAULT ''""",
             types.rewritten,
-        ),
-        table(
-            "inputs",
-            f"""run {number}, execution {number}, contract {text} NOT NULL, input {data} NOT NULL,
-            sha256 {data} NOT NULL, PRIMARY KEY (run, execution)""",
         ),
         table(
             "steps",
