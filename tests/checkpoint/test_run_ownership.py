@@ -19,6 +19,7 @@ from tests.kit import NEVER, Num, cancel, environment, returning
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
+    FailureClass,
     Fenced,
     PipelineChanged,
     RunBusy,
@@ -333,7 +334,9 @@ async def test_attaching_to_a_failure_gives_the_failure(store: Any) -> None:
     result = await waiting
     assert (result.status, result.final_state) == (RunStatus.PARTIAL, Num(n=1))
     assert isinstance(result.failure.exception, RunFailed)
-    assert result.failure.message == "ValueError: b is broken"
+    failure = result.failure
+    assert (str(failure), failure.message) == ("ValueError: b is broken", "b is broken")
+    assert (failure.node_id, failure.attempt, failure.failure_class) == ("b", 1, FailureClass.AMBIGUOUS)
     assert calls == ["a", "b"]
 
 

@@ -679,7 +679,7 @@ async def test_redact_holds_for_the_last_message(one_store: Any, monkeypatch: py
     attaching = asyncio.create_task(collect(other.stream(work, state, run_id="run", if_running="attach")))
     ends = [(await one)[-1] for one in (streamed, attaching)] + (await collect(runner.follow("run")))[-1:]
     messages = [one.details["failure"]["message"] for one in ends]
-    assert messages == ["no mailbox [redacted]", "ValueError: no mailbox [redacted]", "no mailbox [redacted]"]
+    assert messages == ["no mailbox [redacted]"] * 3
 
     @runner.flow
     async def ask(flow: Flow, state: Num) -> Num:

@@ -99,7 +99,9 @@ class ReadingTests:
             if i % 3 == 0:
                 await fail(session, 0, "a", message="Too BUSY", failure=FailureClass.RECOVERABLE)
                 await fail(session, 0, f"n{i}", message="no", failure=FailureClass.TERMINAL)
-                await finish(session, "FAILED" if i else "PARTIAL", f"Error {i}")
+                await finish(
+                    session, "FAILED" if i else "PARTIAL", "ValueError: no" if i == 3 else f"Error {i}"
+                )
             elif i % 3 == 1:
                 await finish(session)
             await asyncio.sleep(0.002)
@@ -126,7 +128,7 @@ class ReadingTests:
             assert matches(limit, failure_class="TERMINAL", node="n3") == [3]
             assert matches(limit, failure_class="RECOVERABLE", node="n3") == []
             if not has_codec(store):  # Encrypted text cannot be searched.
-                assert matches(limit, text="ERROR 3") == [3]
+                assert matches(limit, text="ERROR 6") == [6]
             assert matches(limit, text="RUN-", statuses=("COMPLETED",)) == [7, 4, 1]
             assert matches(limit, pipeline="pipeline", tag="é 1", text="pipe") == list(range(8, -1, -1))
         assert (
@@ -205,7 +207,7 @@ class ReadingTests:
         await fail(session, 1, "child", branch="1.0", ms=20, failure=FailureClass.TERMINAL, message="why")
         for ended in (inner, outer):
             await settled(session.record(ended, None, None))
-        await finish(session, "FAILED", "why")
+        await finish(session, "FAILED", "ValueError: why")
         cause = store.get_run("run").cause
         assert (cause.node_id, cause.position, cause.branch) == ("child", 1, "1.0")
         assert (cause.error_type, cause.message, cause.text) == ("ValueError", "why", "ValueError: why")
@@ -217,9 +219,24 @@ class ReadingTests:
             await fail(session, 1, "item", branch=branch, attempt=attempt, ms=ms, message="why")
         await fail(session, 1, "map", ms=31, message="why")
         await fail(session, 1, "item", branch="1", attempt=2, ms=32, message="why")
-        await finish(session, "PARTIAL", "why")
+        await finish(session, "PARTIAL", "ValueError: why")
         cause = store.get_run("run").cause
         assert (cause.branch, cause.attempt) == ("0", 3)
+
+    @pytest.mark.parametrize(
+        "error", ["ValueError: why", "BudgetExceeded: x; the last failure: ValueError: why"]
+    )
+    async def test_the_cause_is_the_failure_that_stopped_the_run(self, store: Any, error: str) -> None:
+        """The cause has the error of the run: no sibling that failed later, and none that a flow caught."""
+        session = await begin(store)
+        await fail(session, 0, "first", branch="a#0", ms=20, message="why")
+        await fail(session, 0, "later", branch="b#1", ms=60, message="other")
+        await finish(session, "PARTIAL", error)
+        assert store.get_run("run").cause.node_id == "first"
+        session = await begin(store)
+        await fail(session, 0, "caught", branch="a#0", message="why")
+        await finish(session, "PARTIAL", "ValueError: raised by the body")
+        assert store.get_run("run").cause is None
 
     async def test_history_page_by_page(self, store: Any) -> None:
         """attempt_page returns the rows of attempts() in pages, without outputs; output_of returns one."""

@@ -59,7 +59,10 @@ def ascii_lower(text: str) -> str:
 
 
 class Cause(NamedTuple):
-    """The failed attempt that stopped a run, or its last failed attempt; for a group, that of its child."""
+    """The failed attempt that stopped a run, or the last one of a run that has not failed.
+
+    Of a group it is that of its child.
+    """
 
     node_id: str
     position: int

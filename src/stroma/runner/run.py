@@ -31,11 +31,12 @@ from stroma.engine.loop import execute_in_turn, note_end
 from stroma.engine.outcome import STOPPED, Halt, Place, Stopped, halt_of_ended_run, limit_that_stopped
 from stroma.engine.restore import check_place, check_unfinished_call, output_schema, redeliver, restore
 from stroma.engine.tasks import is_closed, raise_if
-from stroma.failures.classes import describe_class
-from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED, SharedBudgetExceeded
+from stroma.failures.classes import FailureClass, describe_class
+from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED, RunFailed, SharedBudgetExceeded
 from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError
+from stroma.runner.stored_runs import StoredRuns
 from stroma.trace.result import ExecutionResult, RunStatus
 
 #: Levels of the line about an end; of any other status INFO.
@@ -321,7 +322,13 @@ class RunExecution:
             elif not ctx.account.suspended:
                 ctx.account.note_suspended(finished.error or "waiting for an answer")
             return
-        self._failure = halt_of_ended_run(ctx, "run", finished).failure
+        cause = (await StoredRuns(ctx.registry, ctx.checkpoint_manager).get(ctx.run_id)).cause
+        if cause is None or cause.text != finished.error:  # No attempt stopped it.
+            self._failure = halt_of_ended_run(ctx, "run", finished).failure
+            return
+        kind, message = FailureClass(cause.failure_class), cause.message or ""
+        error = RunFailed.recorded(finished.error or message, cause.error_type)
+        self._failure = Failure(error, kind, cause.node_id, cause.attempt, message, cause.reason)
 
     def _note_setbacks(self) -> None:
         """Count the setbacks of the run in succession, and note when it is due after one."""

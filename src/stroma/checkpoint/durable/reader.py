@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from stroma._utils.text import typed
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.durable.annotations import RunRecords, find_rejected, name_of, read_notes, read_waiting
 from stroma.checkpoint.durable.control import read_control
@@ -29,6 +30,7 @@ from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.records import (
+    FAILED,
     PICO,
     AttemptPage,
     AttemptRecord,
@@ -42,6 +44,7 @@ from stroma.checkpoint.records import (
 )
 from stroma.contracts.contract import check_id
 from stroma.contracts.tagged_json import NotSerialisable
+from stroma.failures.errors import LAST_FAILURE
 from stroma.failures.tracebacks import FailureSite, read_failure_site
 
 if TYPE_CHECKING:
@@ -254,7 +257,7 @@ class ReadableStore(ABC):
             error = self._payloads.open_text(run.error, of_run.place("error"))
             blocked = self._payloads.open_text(run.blocked, of_run.place("blocked"))
             self._with_messages(of_run, attempts)
-            cause = cause_of(_possible_causes(rows, run, attempts))
+            cause = cause_of(_possible_causes(rows, run, error, attempts))
             records.append(_run_record(run._replace(error=error, blocked=blocked), cause, len(attempts)))
         return records
 
@@ -414,8 +417,17 @@ def _effect_calls(records: RunRecords) -> dict[tuple[int, str], Intent]:
     return calls
 
 
-def _possible_causes(rows: Rows, run: RunRow, failed: list[AttemptRecord]) -> list[AttemptRecord]:
-    """Return the failed attempts that may be the cause: in an unfinished run, without a later success."""
+def _possible_causes(
+    rows: Rows, run: RunRow, error: str | None, failed: list[AttemptRecord]
+) -> list[AttemptRecord]:
+    """Return the failed attempts that may be the cause: in an unfinished run, without a later success.
+
+    Of a failed run they have its error: siblings that failed later and failures that a flow caught have not.
+    """
+    if run.status in FAILED:
+        texts = [typed(one.error_type, one.message or "") for one in failed]
+        ended = LAST_FAILURE + (error or "")
+        return [one for one, text in zip(failed, texts, strict=True) if ended.endswith(LAST_FAILURE + text)]
     if run.status not in ("RUNNING", "SUSPENDED"):
         return failed
     last_fix: dict[tuple[int, str], int] = {}
