@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from tests.kit import Num, node, quick, quick_without_retries, sleep_forever
+from tests.kit import Num, failing_with, node, quick, quick_without_retries, sleep_forever
 
 from stroma import (
     BudgetExceeded,
@@ -12,6 +12,7 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     NodeHooks,
+    NodeTimeout,
     RunStatus,
     StromaRunner,
     current_node,
@@ -96,3 +97,28 @@ async def test_a_node_is_cut_off_when_the_latency_is_spent() -> None:
     assert (result.status, finished) == (RunStatus.PARTIAL, [])
     assert isinstance(result.failure.exception, BudgetExceeded)
     assert result.failure.exception.dimension == "latency"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"node_timeouts": {"slow": 30}},
+        {"node_timeouts": {"slow": NodeTimeout(idle_ms=30)}},
+        {"budget": ExecutionBudget(max_latency_ms=30)},
+    ],
+    ids=["own", "idle", "latency"],
+)
+async def test_a_node_is_cut_off_after_a_failed_task_group(config: dict[str, Any]) -> None:
+    """A time limit fails the node, also if the node has handled the failure of a task group before."""
+
+    async def slow(state: Num) -> Num:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(failing_with(KeyError, "x")(state))
+        except* KeyError:
+            pass
+        return await sleep_forever(state)
+
+    result = await quick_without_retries(**config).run([node("slow", slow)], Num())
+    assert (result.status, [event.outcome for event in result.trace]) == (RunStatus.PARTIAL, ["failure"])
+    assert result.failure.reason == ("budget" if "budget" in config else "timeout")

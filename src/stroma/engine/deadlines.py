@@ -88,7 +88,8 @@ async def call_in_time(run: RunningNode, node: Node | Group, call: Call, state: 
         if idle_ms is not None:
             async with scope:
                 run.idle_timer = IdleTimer(scope, idle_ms / 1000)
-                return await call(state)
+                awaitable = call(state)
+                return await (Started(awaitable) if type(awaitable) is CoroutineType else awaitable)
         awaitable = call(state)
         if type(awaitable) is CoroutineType:
             # A function that never waits needs no timer: 3 us less of the 20 of a node under a budget.
