@@ -361,20 +361,6 @@ async def test_probes_stand_around_a_call(probes: list[Interceptor]) -> None:
     assert result.failure.failure_class is FailureClass.TERMINAL
 
 
-async def test_probes_stand_around_groups_and_their_children(probes: list[Interceptor]) -> None:
-    """A group is called like a node, its children inside; its failure is its child's, diagnosed once."""
-    seen: list[str] = []
-    probes.append(Noting("1", seen))
-    await StromaRunner.quick(policy_map=NEVER).run([parallel(counted([], "a", ValueError("no")))], Num())
-    assert seen == [
-        "1 before parallel(a) parallel(a) n=0",
-        "1 before a a n=0",
-        "1 after",
-        "1 a AMBIGUOUS",
-        "1 after",
-    ]
-
-
 async def test_every_end_is_marked_as_delivered_once() -> None:
     """With delivery at least once, each end that has a hook is marked after it, however the attempt ended."""
     marked: list[str] = []

@@ -17,7 +17,6 @@ from tests.kit import (
     Two,
     bare,
     fail,
-    give_one,
     node,
     quick,
     quick_without_retries,
@@ -202,29 +201,6 @@ async def test_a_map_over_another_field_is_another_pipeline(store: Any) -> None:
     with pytest.raises(PipelineChanged, match=r"map_over\(left, up\).*map_over\(right, up\)"):
         await runner.run([map_over("right", item, into="right")], data, resume=True)
     assert "r1" not in calls
-
-
-@pytest.mark.parametrize("was", ["parallel", "node"])
-async def test_a_child_of_another_group_is_another_pipeline(was: str, store: Any) -> None:
-    """A committed child counts for the group that asked for it; elsewhere it is PipelineChanged."""
-    committed = asyncio.Event()
-
-    async def fails(state: Any) -> Any:
-        await committed.wait()
-        raise ValueError("no")
-
-    async def success(*_: Any) -> None:
-        committed.set()
-
-    a = node("a", give_one, output=One)
-    b, c = (node(name, fails, output=Two) for name in "bc")
-    after = node("after", fails, One, Two)
-    runner = quick_without_retries(store=store, run_id="r", hooks=NodeHooks(on_node_success=success))
-    first = await runner.run([parallel(a, b)] if was == "parallel" else [a, after], Num())
-    assert first.status is RunStatus.PARTIAL
-    changed = [parallel(a, c)] if was == "parallel" else [parallel(a), after]
-    with pytest.raises(PipelineChanged, match="parallel"):
-        await runner.run(changed, Num(), resume=True)
 
 
 async def test_what_no_store_can_write_resumes_in_memory() -> None:

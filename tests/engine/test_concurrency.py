@@ -558,22 +558,6 @@ async def test_run_sync_next_to_a_running_loop(store: Any) -> None:
     assert [result.final_state for result in results] == [Num(n=i + 2) for i in range(4)] * 2
 
 
-def test_run_sync_again_and_again(store: Any) -> None:
-    """Each run_sync has a loop of its own; one runner, store and pipeline serve them all."""
-    runner = StromaRunner.quick(store=store, hooks=NodeHooks(on_node_start=_pause))
-    nodes = [node("a", _count), parallel(node("b", _count), node("c", _count), max_concurrency=1)]
-    before = threading.active_count()
-    for i in range(20):
-        assert runner.run_sync(nodes, Num(n=i)).final_state.model_dump() == {"n": i + 2}
-    assert threading.active_count() <= before + 2 * isinstance(store, SQLiteStore)
-    with pytest.raises(RuntimeError):
-        asyncio.get_running_loop()
-
-
-async def _pause(*_: Any) -> None:
-    await asyncio.sleep(0)
-
-
 async def test_context_variables_of_runs_side_by_side() -> None:
     """A context variable that a node sets is seen by later nodes of its run, and by nobody else."""
     var: contextvars.ContextVar[int] = contextvars.ContextVar("var", default=0)

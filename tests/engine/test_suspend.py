@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num, SimpleStore, context_of, failing_with, node
+from tests.kit import NEVER, THRICE, Num, SimpleStore, failing_with, node
 from tests.kit import Many as Items
 from tests.shared_stores import IN_PROCESS
 
@@ -22,7 +22,6 @@ from stroma import (
     StromaRunner,
     Suspend,
     current_node,
-    execute_step,
     map_over,
     parallel,
 )
@@ -287,26 +286,6 @@ async def test_an_answer_belongs_to_its_execution(store: Any) -> None:
     await runner(store).signal("r", {"approved": True})
     result = await runner(store).run(desk.nodes, Num(), resume_from="ask")
     assert result.status is RunStatus.SUSPENDED
-
-
-async def test_steps_of_plain_code_wait(store: Any) -> None:
-    """A step of plain code waits and goes on like a node."""
-    desk = Desk()
-    config = runner(store, resume=True).config
-
-    async def plain() -> Any:
-        instance = runner(store, resume=True)
-        ctx = context_of(instance, config)
-        async with ctx:
-            first = await execute_step("a", desk.a, Num(), ctx)
-            return await execute_step("ask", desk.ask, first.final_state, ctx)
-
-    result = await plain()
-    assert result.status is RunStatus.SUSPENDED
-    assert store.get_run("r").status == "SUSPENDED"
-    await runner(store).signal("r", {"approved": True})
-    assert (await plain()).final_state == Num(n=11)
-    assert desk.calls == ["a", "ask", "ask"]
 
 
 async def test_attaching_to_a_run_that_waits(store: Any) -> None:

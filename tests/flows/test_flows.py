@@ -200,29 +200,6 @@ async def test_steps_at_once_share_the_clock() -> None:
     assert result.status is RunStatus.COMPLETED, result.failure
 
 
-async def test_a_flow_bounds_its_steps() -> None:
-    """``max_concurrency=`` of a flow bounds how many of its steps run at once."""
-    running = most = 0
-
-    async def work(state: Num) -> Num:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        await asyncio.sleep(0.001)
-        running -= 1
-        return state
-
-    working = node("work", work)
-
-    @stroma_flow("f", input=Num, output=Num, max_concurrency=3)
-    async def f(flow: Flow, state: Num) -> Num:
-        await asyncio.gather(*(flow.step(working, Num(n=n)) for n in range(10)))
-        return state
-
-    assert (await quick().run(f, Num())).status is RunStatus.COMPLETED
-    assert most == 3
-
-
 async def test_map_runs_a_node_on_each_item(store: Any) -> None:
     """The outputs are in the order of the items; after a crash only the items without a commit are run."""
     world = World()

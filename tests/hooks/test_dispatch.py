@@ -14,7 +14,6 @@ from tests.kit import forever, words
 
 import stroma.hooks.dispatch
 from stroma import NodeHooks
-from stroma.hooks import HookError, MapProgress
 from stroma.hooks.dispatch import _VIEW_AT, NO_HOOKS, Firing, HookNotAsync, Hooks, HookTimeout
 from stroma.hooks.sets import flatten
 from stroma.trace.result import HookFailure
@@ -118,54 +117,6 @@ def test_what_is_no_set_is_named(wrong: Any) -> None:
     with pytest.raises(TypeError) as caught:
         flatten([NodeHooks(), [wrong]])
     assert str(caught.value) == f"{wrong!r} is not a set of hooks; make one with NodeHooks(...)"
-
-
-@pytest.mark.parametrize("event", [*STARTS, *ENDS])
-def test_starts_go_first_to_last_and_ends_last_to_first(event: str) -> None:
-    """Only the sets that have a hook are called, each by its place among all."""
-
-    async def first(*_: Any) -> None: ...
-    async def last(*_: Any) -> None: ...
-
-    sets = (NodeHooks(**{event: first}), NodeHooks(), NodeHooks(**{event: last}))
-    instance = Hooks(sets, run_id="run", limit_seconds=None, failures=[])
-    calls = ((0, first), (2, last))
-    assert getattr(instance, event) == (calls if event in STARTS else calls[::-1])
-    others = {getattr(instance, name) for name in (*STARTS, *ENDS) if name != event}
-    assert others == {None}
-
-
-def test_all_ends_are_fired_if_asked_for() -> None:
-    """Then ends without a hook are there with nobody to tell; starts are not, and hooks stay."""
-
-    async def hook(*_: Any) -> Any: ...
-
-    sets = (NodeHooks(on_node_success=hook, on_node_start=hook),)
-    instance = Hooks(sets, run_id="run", limit_seconds=None, failures=[], delivers=True)
-    ends = {name: getattr(instance, name) for name in ENDS}
-    assert ends == {**dict.fromkeys(ENDS, ()), "on_node_success": ((0, hook),)}
-    starts = {name: getattr(instance, name) for name in STARTS}
-    assert starts == {**dict.fromkeys(STARTS), "on_node_start": ((0, hook),)}
-
-
-def test_nobody_watches_a_run_without_hooks() -> None:
-    """What stands for no hooks has none."""
-    assert {getattr(NO_HOOKS, name) for name in (*STARTS, *ENDS)} == {None}
-
-
-def test_how_far_a_map_is_has_every_figure() -> None:
-    """In the order in which they are documented."""
-    assert MapProgress(1, 2, 3, 4, 5.0, 6.0, 7.0, True) == MapProgress(
-        done=1, total=2, failed=3, restored=4, rate=5.0, seconds_left=6.0, elapsed_seconds=7.0, ended=True
-    )
-
-
-def test_a_hook_error_has_its_result() -> None:
-    """And its message."""
-    result: Any = object()
-    error = HookError("hooks raised", result)
-    assert (str(error), error.result) == ("hooks raised", result)
-    assert (HookNotAsync.result, HookNotAsync.set_index) == (None, 0)
 
 
 async def quick(*_: Any) -> None:

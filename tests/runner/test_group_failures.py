@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from tests.engine.event_log import Between, Journal, M, contract, counted
-from tests.kit import NEVER, ONCE, THRICE, TWICE, Many, Num, context_of, here, node, retry_policies
+from tests.kit import NEVER, ONCE, THRICE, TWICE, Num, context_of, here, node, retry_policies
 
 from stroma import (
     AsyncInMemoryStore,
@@ -17,7 +17,6 @@ from stroma import (
     StoreError,
     StromaRunner,
     execute_step,
-    map_over,
     parallel,
 )
 
@@ -87,25 +86,6 @@ async def test_groups_inside_a_group_that_is_tried_again() -> None:
     assert result.status is RunStatus.COMPLETED
     assert calls == ["a", "b", "c", "c", "c"]
     assert result.final_state.model_dump() == {"n": 4, "m": 2}
-
-
-async def test_items_of_a_map_that_is_tried_again() -> None:
-    """Items that are done stay done, each with its own output."""
-    calls: list[int] = []
-    left = [1]
-
-    async def each(state: Num) -> Any:
-        calls.append(state.n)
-        if state.n == 2 and left:
-            left.pop()
-            raise ConnectionError("down")
-        return {"m": 10 * state.n}
-
-    mapped = map_over("items", node("each", each, Num, M), into="made", max_concurrency=1)
-    runner = StromaRunner.quick(policy_map=NEVER, node_policies={mapped.node_id: ONCE})
-    result = await runner.run([mapped], Many(items=[Num(n=1), Num(n=2), Num(n=3)]))
-    assert [instance.m for instance in result.final_state.made] == [10, 20, 30]
-    assert calls == [1, 2, 2, 3]
 
 
 async def test_a_group_over_the_budget_is_not_tried_again() -> None:

@@ -382,18 +382,3 @@ async def test_a_childs_own_budget_error_cancels_its_siblings() -> None:
     result = await quick(policy_map=NEVER, hooks=record_node_hooks(seen)).run([group], Num())
     assert result.status is RunStatus.PARTIAL
     assert seen == ["start", "start", "start", "failure", "cancelled", "failure"]
-
-
-async def test_a_group_is_tried_again_after_a_childs_own_budget_error() -> None:
-    """A group that node_policies names is tried again after it, since no limit of this run is crossed."""
-    calls: list[int] = []
-
-    async def over(state: Num) -> Any:
-        calls.append(1)
-        if len(calls) == 1:
-            raise BudgetExceeded("tokens", 1, 2, "inside")
-        return {"n": 1}
-
-    group = parallel(node("a", over))
-    result = await quick(policy_map=NEVER, node_policies={group.node_id: TWICE}).run([group], Num())
-    assert (result.status, len(calls)) == (RunStatus.COMPLETED, 2)

@@ -11,7 +11,7 @@ from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
 from tests.kit import NEVER, Num, SimpleStore, cancel, node, passing
 from tests.runner.serving import Serving
-from tests.shared_stores import STORES, place, store_of
+from tests.shared_stores import STORES
 from tests.shared_stores import opened as open_kind
 from tests.store_suite.helpers import due_runs
 
@@ -92,62 +92,6 @@ async def test_a_worker_continues_an_answered_run(store: Any, clock: Clock) -> N
         clock.pass_by(days=7)
         await serving.until(2)
     assert serving.outcomes["late"][0].output == Text(text="late")
-
-
-async def test_a_worker_continues_interrupted_runs(store: Any) -> None:
-    """Runs that a shutdown ended are continued, lists too; runs of other pipelines and ended ones are not."""
-    world = World()
-    steps = [world.step("a"), world.step("b")]
-    one, other = Pipeline("one", steps), Pipeline("other", steps)
-    for pipeline in (one, other):
-        runner = _runner(store)
-        run = asyncio.ensure_future(runner.run(pipeline, Num(), run_id=pipeline.name))
-        world.dies_in = "b 1"
-        await world.dies.wait()
-        world.dies.clear()
-        await runner.shutdown(drain_seconds=0)
-        assert (await run).status is RunStatus.INTERRUPTED
-    world.dies_in = None
-    await _runner(store).run(one, Num(n=5), run_id="ended")
-    world.calls.clear()
-    async with Serving(_runner(store), one) as serving:
-        await serving.until(1)
-        await asyncio.sleep(0.1)
-    assert (list(serving.outcomes), serving.statuses("one")) == (["one"], ["RESUMED"])
-    assert world.calls == ["b 1"]
-
-
-@pytest.mark.parametrize("kind", STORES)
-async def test_workers_share_the_work(kind: str, clock: Clock) -> None:
-    """Each of many due runs is continued by one of three workers, and each step is called once."""
-    world = World()
-    sleepy = _sleepy(world)
-    if kind.endswith("memory"):
-        with store_of(kind) as store:
-            await _share(world, sleepy, clock, [store] * 3)
-        return
-    with place(kind) as where:
-        stores = [open_kind(kind, where) for _ in range(3)]
-        try:
-            await _share(world, sleepy, clock, stores)
-        finally:
-            for store in stores:
-                await asyncio.to_thread(store.close)
-
-
-async def _share(world: World, sleepy: Any, clock: Clock, stores: list[Any]) -> None:
-    count = 30
-    for number in range(count):
-        await _runner(stores[0]).run(sleepy, Num(n=100 * number), run_id=f"r{number}")
-    clock.pass_by(hours=1)
-    servings = [Serving(_runner(store), sleepy, max_concurrency=4) for store in stores]
-    while sum(len(one.outcomes) for one in servings) < count:
-        await asyncio.sleep(0.01)
-    for serving in servings:
-        await serving.__aexit__()
-    statuses = [status for one in servings for run_id in one.outcomes for status in one.statuses(run_id)]
-    assert statuses == ["RESUMED"] * count
-    assert sorted(world.calls) == sorted(f"add {100 * n + i}" for n in range(count) for i in (0, 1))
 
 
 async def test_concurrency_is_bounded(clock: Clock) -> None:
