@@ -196,10 +196,14 @@ def test_the_command_speaks_over_stdio(ask, stroma):
 
 
 def test_a_wrong_question_is_a_message(ask):
-    """An unknown run or node is an error that says what there is; the server goes on."""
+    """An unknown run or node is an error that says what there is; the server goes on.
+
+    So is a run in an argument of another name: it does not get the failure of the last run.
+    """
     unknown = ask("explain_failure", run="nope")
     assert unknown.is_error
     assert "nope" in unknown.content[0].text
+    assert ask("explain_failure", run_id="bad").is_error
     node = ask("read_attempt", run="good", node="nope")
     assert node.is_error
     assert "its nodes are: first, second, third" in node.content[0].text

@@ -60,7 +60,7 @@ class RunReader:
         records = self._history.runs(query, max(1, min(limit, _MAX_RUNS)))
         return {"runs": [run_data(record) for record in records]}
 
-    def explain_failure(self, run: str = "last") -> dict[str, Any]:
+    def explain_failure(self, run: str) -> dict[str, Any]:
         """Explain why a run failed or stopped: cause, failed attempts, outputs that broke their contract.
 
         run: a run id, the beginning of one, or "last".
