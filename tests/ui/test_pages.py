@@ -118,7 +118,7 @@ def test_a_failed_run(site: Site) -> None:
     text = site.get("/run", id="bad").text
     box = text[text.index('<section class="cause"') :].partition("</section>")[0]
     assert "TERMINAL (contract)" in box
-    assert "<b>total</b>" in box
+    (linked,) = re.findall(r'<b><a href="([^"]*)">total</a></b>', box)
     assert "<code>lines.0.price</code>" in box
     assert re.search(
         r"Spent</b> \d+ tok, \$0\.000\d+, including 40 tok, \$0\.000\d+ on attempts without output", box
@@ -127,6 +127,7 @@ def test_a_failed_run(site: Site) -> None:
     assert text.count('<rect class="b-') == text.count('<rect class="b-success') + 2 + 1
     (marked,) = re.findall(r'<a href="([^"]*)"><title>[^<]*</title><rect class="b-failure b-on"', text)
     assert "at=3" in marked
+    assert linked == marked
     # Children of groups are folded away.
     assert re.search(r'<details><summary class="row">.*?parallel\(left, right\)', text, re.DOTALL)
     assert len(rows(text)) == 7

@@ -28,8 +28,9 @@ PAGES = ("/", "/overview", "/run?id=bad", "/pipeline")
 
 
 def attempts_of(site: Site, run_id: str = "bad") -> list[str]:
-    """The addresses of a run's attempts."""
-    result = re.findall(r'href="(/attempt\?[^"]*)"', site.get("/run", id=run_id).text)
+    """The addresses of a run's attempts, in the order of the timeline."""
+    timeline = site.get("/run", id=run_id).text.partition('id="timeline"')[2]
+    result = re.findall(r'href="(/attempt\?[^"]*)"', timeline)
     return list(dict.fromkeys(address.replace("&amp;", "&") for address in result))
 
 

@@ -175,19 +175,24 @@ def head(story: Story) -> str:
     )
 
 
-def cause(story: Story) -> str:
-    """Return the box with the cause that stopped a run, its cost, and how to resume; "" if nothing did."""
+def cause(story: Story, address: str = "") -> str:
+    """Return the box with the cause that stopped a run, its cost, and how to resume; "" if nothing did.
+
+    ``address``: of the page of the attempt that failed.
+    """
     box = story.box
     if box is None:
         return ""
     tokens, cost = story.wasted
     fields = "".join(f"<code>{as_xml(path)}</code> " for path in box.fields[:20])
     named = f"<p><b>Field</b> {fields}</p>" if fields else ""
+    node = as_xml(clean(box.node_id, 200))
+    node = f'<a href="{as_xml(address)}">{node}</a>' if address else node
     verb = "After a fix, resume with" if box.failure_class == FailureClass.TERMINAL else "Resume with"
     resume = f"<p><b>{verb}</b> <code>{as_xml(box.resume_command)}</code></p>" if box.resume_command else ""
     return (
         f'<section class="cause" aria-label="cause"><p><b class="bad">{as_xml(box.why)}</b> at node <b>'
-        f"{as_xml(clean(box.node_id, 200))}</b> "
+        f"{node}</b> "
         f"(at {as_xml(shown_place(box.at))}, attempt {box.attempt})</p><pre>"
         f"{as_xml(visible(box.message[:_TEXT]))}</pre>{named}"
         f"<p><b>Spent</b> {format_usage(story.tokens, story.cost_usd)}, including "

@@ -100,6 +100,7 @@ class RunPages:
             record, attempts, questions, resume_command=command, is_whole=after is None
         )
         timeline = self._timeline(request, record, attempts, story, cause_attempt)
+        selected = "" if cause_attempt is None else attempt_address(record, cause_attempt)
         drawn = Markup(timeline.draw())  # It escapes all text.
         failed = sum(attempt.failure_class is not None for attempt in attempts)
         return self._renderer.page(
@@ -112,7 +113,7 @@ class RunPages:
             notes=self._notes(story, waiting),
             totals=totals(record, story, limits, failed),
             limits=limits,
-            cause=Markup(cause(story)),
+            cause=Markup(cause(story, selected)),
             timeline=drawn,
             legend=Markup(LEGEND),
             attempts=listed,
@@ -125,7 +126,7 @@ class RunPages:
             next=page.next,
             first=after is None,
             can_resume=can_resume(self._settings, record),
-            selected="" if cause_attempt is None else attempt_address(record, cause_attempt),
+            selected=selected,
             resume_key=self._renderer.keys.form("resume", run_id),
             delete_key=self._renderer.keys.form("delete", run_id),
             approve_key=self._renderer.keys.form("approve", run_id),
