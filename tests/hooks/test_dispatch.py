@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from tests.kit import forever, words
+from tests.kit import words
 
 import stroma.hooks.dispatch
 from stroma import NodeHooks
@@ -289,46 +289,6 @@ async def test_an_interrupt_goes_before_a_hook_that_is_not_async() -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 3600.0])
-@pytest.mark.parametrize("reaction", ["raise", "swallow", "replace"])
-@pytest.mark.parametrize("sets", [1, 2])
-async def test_a_cancellation_during_a_hook_comes_out_once_all_are_called(
-    limit: float | None, reaction: str, sets: int
-) -> None:
-    """It comes out as itself, whatever the hook makes of it; what the hook raises instead is reported."""
-    events: list[int] = []
-
-    async def hook(*_: Any) -> None:
-        events.append(1)
-        if len(events) > 1:
-            return
-        try:
-            asyncio.get_running_loop().call_soon(running.cancel, "from outside")
-            await asyncio.sleep(3600)
-        except asyncio.CancelledError:
-            if reaction == "raise":
-                raise
-            if reaction == "replace":
-                raise ValueError("instead") from None
-
-    fired = Fired(*[hook] * sets, limit=limit)
-    came_out: list[tuple[Any, ...]] = []
-
-    async def run() -> None:
-        try:
-            await fired.fire()
-        except asyncio.CancelledError as error:
-            came_out.append(error.args)
-        await asyncio.sleep(0)
-
-    running = asyncio.create_task(run())
-    await running
-    assert (came_out, events) == ([("from outside",)], [1] * sets)
-    assert [(event, node_id, str(error)) for event, node_id, error in fired.errors] == (
-        [("on_node_start", "node", "instead")] if reaction == "replace" else []
-    )
-
-
-@pytest.mark.parametrize("limit", [None, 3600.0])
 @pytest.mark.parametrize("reaction", ["raise", "swallow", "replace", "return"])
 @pytest.mark.parametrize("waits", ["never", "before", "after", "around"])
 async def test_a_hook_that_cancels_its_own_task_changes_nothing(
@@ -497,49 +457,6 @@ async def test_without_a_limit_nobody_is_warned(
     fired.calls = fired.hooks.on_node_start
     await fired.fire()
     assert lines(caplog) == []
-
-
-@pytest.mark.parametrize("kind", ["coroutine", "awaitable"])
-async def test_only_patient_sets_are_under_no_limit(kind: str) -> None:
-    """The set beside one that may wait is cut off; the one that may is not, however it waits."""
-    released = asyncio.Event()
-    ended: list[str] = []
-    failures: list[HookFailure] = []
-
-    class Patient(NodeHooks):
-        _has_time_limit = False
-
-    async def waits(*_: Any) -> None:
-        await released.wait()
-        ended.append("patient")
-
-    def waiting(*_: Any) -> Any:
-        return waits() if kind == "coroutine" else Wrapped(waits())
-
-    hanging = NodeHooks(on_node_wait=forever)
-    hooks = Hooks(
-        (hanging, Patient(on_node_wait=waiting), hanging),
-        run_id="run",
-        limit_seconds=0.01,
-        failures=failures,
-    )
-    calls: Any = hooks.on_node_wait
-
-    async def fire(index: int) -> None:
-        firing = Firing(hooks, "on_node_wait", calls[index : index + 1], "node", ())
-        if not firing.advance():
-            await firing.finish()
-
-    task = asyncio.create_task(fire(1))
-    # Longer than the limit: another hook under it has run out of time meanwhile.
-    await fire(0)
-    assert [type(failure.exception) for failure in failures] == [HookTimeout]
-    assert not task.done()
-    released.set()
-    await task
-    await fire(2)
-    assert ended == ["patient"]
-    assert [type(failure.exception) for failure in failures] == [HookTimeout] * 2
 
 
 @pytest.mark.parametrize("kind", ["coroutine", "awaitable", "swallows", "goes on", "will not be closed"])

@@ -180,42 +180,6 @@ def context(config: RunConfig) -> ReliabilityContext:
 store = store_fixture(*IN_PROCESS)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-async def test_a_child_cancelled_right_after_its_commit_is_not_called_again(depth: int, store: Any) -> None:
-    """A committed child is not called again by its group, though it was cancelled before its success hook."""
-    calls: collections.Counter[str] = collections.Counter()
-    committed = asyncio.Event()
-
-    async def success(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        if node_id == "a":
-            committed.set()
-            await forever()
-
-    async def a(state: Num) -> Any:
-        calls["a"] += 1
-        return {"a": 1}, 5
-
-    async def b(state: Num) -> Any:
-        calls["b"] += 1
-        await committed.wait()
-        if calls["b"] == 1:
-            raise ValueError("b")
-        return {"b": 1}
-
-    group = parallel(node("a", a, output=One), node("b", b, output=Two))
-    for _ in range(depth - 1):
-        group = parallel(group)
-    runner = quick_without_retries(
-        store=store, hooks=NodeHooks(on_node_success=success), node_policies={group.node_id: {A: TWICE[A]}}
-    )
-    result = await runner.run([group], Num())
-    assert result.status is RunStatus.COMPLETED, result.failure
-    assert calls == {"a": 1, "b": 2}
-    assert result.total_tokens == 5
-    assert result.final_state.model_dump() == {"a": 1, "b": 1}
-    assert [e.outcome for e in result.trace.walk() if e.node_id == "a"] == ["success"]
-
-
 @pytest.mark.parametrize("how", ["failure", "timeout"])
 async def test_a_child_interrupted_while_it_is_committed_is_not_called_again(how: str) -> None:
     """A child being committed when its group failed or timed out is kept, and is not called again."""
