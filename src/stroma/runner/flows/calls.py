@@ -42,32 +42,16 @@ from stroma.runner.pipeline import (
 )
 
 
-class _KnownStep:
-    """Facts about a node that all of its calls share. ``state_class``: that of the last input."""
-
-    def __init__(self, path: FlowPath, node: Any, state: Any) -> None:
-        self.node = node = _step_node_of(node, "flow.step")
-        check_state(f"the input of step {node.node_id!r}", state, node)
-        self.state_class = type(state)
-        self.label, self.name = f"flow.step({node.node_id})", quoted(node.node_id)
-
-
 def call_step(path: FlowPath, node: Any, state: Any, key: str | None) -> Coroutine[Any, Any, Any]:
     """Return the coroutine of a step."""
     path.begin_call("flow.step")
-    # Looking at a node and at the class of a state takes 2 us, and most steps are of the same ones.
-    try:
-        known = path.known.get(node)
-    except TypeError:  # It cannot be hashed.
-        known = None
-    if known is None or type(state) is not known.state_class:
-        known = _KnownStep(path, node, state)
-        with contextlib.suppress(TypeError):
-            path.known[node] = known
-    identity = path.identify(known.name, key)
-    call = path.prepare(FlowCall(path, identity, known.node, state))
+    record = _step_node_of(node, "flow.step")
+    check_state(f"the input of step {record.node_id!r}", state, record)
+    call = path.prepare(FlowCall(path, path.identify(quoted(record.node_id), key), record, state))
     coroutine: Any = path.driver.request(call)
-    coroutine.__qualname__ = known.label  # Python's warning of a coroutine that is never awaited shows it.
+    coroutine.__qualname__ = (
+        f"flow.step({record.node_id})"  # Python's warning of a coroutine that is never awaited shows it.
+    )
     return coroutine  # type: ignore[no-any-return]  # Type checkers know no such attribute of coroutines.
 
 

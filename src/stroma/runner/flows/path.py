@@ -6,7 +6,7 @@ import weakref
 from asyncio.events import _get_running_loop
 from contextvars import ContextVar
 from sys import exception
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from stroma.checkpoint.identity import quoted, with_outer
 from stroma.contracts.node import FlowNode
@@ -35,8 +35,6 @@ class FlowPath(FlowScope):
             driver.execution = self.execution
         self.count = self.random_count = self.sleep_count = 0
         self.keys: set[str] = set()
-        #: What is known of the nodes that were steps before.
-        self.known: dict[Any, Any] = {}
 
     def begin_call(self, what: str) -> None:
         """Check that a call may be made here."""
