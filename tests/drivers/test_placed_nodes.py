@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.drivers.conftest import Cluster, fleet_of, fresh_id
 from tests.drivers.worker_helper import placed_pipeline
-from tests.kit import NEVER, ONCE, Num, Text, here, node, noting, quick
+from tests.kit import NEVER, ONCE, Num, Text, here, node, noting, quick, same
 from tests.servers_temporal import TemporalServer
 
 from stroma import (
@@ -348,6 +348,14 @@ async def test_states_over_the_limit_of_the_server(cluster: Cluster) -> None:
         last = cluster.store.attempts(run_id)[-1]
         assert (result.status, last.failure_class, last.reason) == (RunStatus.FAILED, "TERMINAL", reason)
     assert calls == [0, 0]
+
+
+async def test_any_text_is_the_id_of_a_node_with_a_place(cluster: Cluster) -> None:
+    """A long id of any characters is no reason for the server to refuse a call."""
+    pipeline = Pipeline("p", [placed("\U0001f600\n" * 300, same, place_of(cluster))])
+    async with workers(cluster, pipeline):
+        result = await cluster.runner.run(pipeline, Num(n=1), run_id=fresh_id())
+    assert (result.status, result.output) == (RunStatus.COMPLETED, Num(n=1))
 
 
 async def test_a_worker_of_a_place_without_the_node(cluster: Cluster) -> None:
