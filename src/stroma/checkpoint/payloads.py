@@ -56,7 +56,10 @@ class Codec(Protocol):
 
 @runtime_checkable
 class BlobStore(Protocol):
-    """Stores large payloads. The name of a blob is the SHA-256 of its content in hexadecimal digits."""
+    """Stores large payloads. The name of a blob is the SHA-256 of its content in hexadecimal digits.
+
+    With a codec, an input is also read in a transaction of the store: set the timeouts of your client.
+    """
 
     def put(self, name: str, data: bytes) -> None:
         """Store a blob durably before returning. An existing blob gets the current time."""
