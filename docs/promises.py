@@ -122,16 +122,14 @@ EXAMPLES: dict[int, tuple[str, ...]] = {
     ),
     4: (
         "test_a_node_that_is_cancelled_after_its_last_await_keeps_its_output",
-        "test_an_over_budget_output_is_restored",
         "test_cancelled_anywhere_then_resumed",
-        "test_cancelled_in_the_success_hook_keeps_the_work",
         "test_a_child_that_refuses_to_be_cancelled_is_kept",
     ),
     5: (
         "test_killed_at_random",
         "test_resume_goes_on_where_the_run_stopped",
-        "test_a_refused_commit_is_tried_again_without_the_node",
-        "test_a_node_that_died_goes_on_behind_its_last_step",
+        "test_a_simple_store_is_tried_again",
+        "test_steps_in_parts_of_groups_are_found_again",
         "test_killed_programs_end_as_undisturbed_ones",
         "test_workers_finish_the_graphs_of_killed_ones",
     ),
@@ -139,7 +137,6 @@ EXAMPLES: dict[int, tuple[str, ...]] = {
         "test_tokens_of_failed_attempts_count",
         "test_usage_counts_across_resumes",
         "test_a_limit_that_cannot_be_counted_stops_the_run",
-        "test_group_usage_counts_once_on_resume",
         "test_the_budget_stops_the_program_to_the_token",
     ),
     7: (
@@ -149,15 +146,15 @@ EXAMPLES: dict[int, tuple[str, ...]] = {
     ),
     8: (
         "test_hooks_change_nothing",
-        "test_a_raising_hook_does_not_rerun_a_node",
+        "test_an_exception_in_a_hook_changes_nothing",
         "test_a_hanging_hook_is_abandoned",
         "test_a_hook_cannot_keep_a_run_from_being_cancelled",
     ),
     9: (
         "test_hooks_are_ordered_nested_and_paired",
-        "test_an_interrupt_in_a_hook_leaves_the_sets_paired",
-        "test_a_closed_run_tells_its_ends",
-        "test_run_end_of_a_stopped_process",
+        "test_every_start_has_one_end",
+        "test_every_start_of_a_run_that_is_broken_off_has_one_end",
+        "test_a_sync_end_leaves_the_other_sets_their_ends",
     ),
     10: (
         "test_a_run_has_one_owner",
