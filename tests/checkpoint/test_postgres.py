@@ -582,14 +582,14 @@ async def test_a_read_only_server(server: PostgresServer, store: PostgresStore, 
     """A replica can be read; writing ends with the advice to give the primary, once for all in a batch."""
     await finish(await begin(store))
     dsn = f"{server.dsn}&options=-cdefault_transaction_read_only%3Don"
-    with subclass_of(PostgresStore, _patience_seconds=0.5)(dsn, schema=schema) as replica:
+    with subclass_of(PostgresStore, _patience_seconds=1)(dsn, schema=schema) as replica:
         assert replica.get_run("run").status == "COMPLETED"
         with pytest.raises(StoreError, match="primary"):
             await begin(replica)
         began = time.monotonic()
         changes = (replica.change_cell(f"cell {i}", lambda _, now: (b"data", now)) for i in range(12))
         errors = await asyncio.gather(*changes, return_exceptions=True)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 8
     assert [isinstance(error, StoreError) and error.transient for error in errors] == [True] * 12
 
 
