@@ -180,3 +180,18 @@ async def test_an_exception_without_a_traceback_is_explained_by_nothing() -> Non
     failure, _ = await fail(on_none)
     for error in (TypeError("x"), KeyError("x"), KeyError()):
         assert explain_mistake(type(failure)(error, FailureClass.AMBIGUOUS, "a", 1, "x"), {}) == ""
+
+
+async def test_the_cause_of_a_failed_connection_is_named() -> None:
+    """If a client hides why a connection failed, the message has the innermost cause, such as the address."""
+
+    async def ask(state: Any) -> Any:
+        try:
+            raise ConnectionRefusedError(111, "Connect call failed ('127.0.0.1', 9)")
+        except OSError as error:
+            raise ConnectionError("Connection error.") from error
+
+    failure, _ = await fail(ask)
+    assert failure.message == (
+        "Connection error. (ConnectionRefusedError: [Errno 111] Connect call failed ('127.0.0.1', 9))"
+    )

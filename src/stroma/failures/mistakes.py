@@ -1,4 +1,4 @@
-"""Exceptions that probably come from a mistake in the code of a node."""
+"""Additions to the messages of failures: probable mistakes in a node, and why a connection failed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any, Final
 
 from stroma._utils.access import causes_of
-from stroma._utils.text import clean
+from stroma._utils.text import clean, typed
 from stroma.cost.fallback import FallbackView
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, message_of
+from stroma.failures.failure import Failure, kind_of, message_of
 from stroma.failures.tracebacks import is_library_file, is_stroma_file
 
 _MISTAKES: Final = frozenset({TypeError, AttributeError})
@@ -30,7 +30,7 @@ _PASS_CONTEXT: Final = "pass context= to run(), or set RunConfig(context=) on th
 
 
 def explain_mistake(failure: Failure, context: Any) -> str:
-    """Return what to add to the message of a failure that the user's own code raised; "" for nothing.
+    """Return what to add to the message of a failure; "" for nothing.
 
     ``context``: the object that the node gets as its second argument.
     """
@@ -39,8 +39,13 @@ def explain_mistake(failure: Failure, context: Any) -> str:
         return _explain_key(error, context)
     if type(error) is AttributeError and isinstance(context, dict) and _is_context(error.obj, context):
         return f"; the context is a dict, {_keys_of(context)}; {_PASS_CONTEXT}"
-    if any(type(one) is RuntimeError and _OTHER_LOOP.search(message_of(one)) for one in causes_of(error, 6)):
+    causes = list(causes_of(error, 6))
+    if any(type(one) is RuntimeError and _OTHER_LOOP.search(message_of(one)) for one in causes):
         return _OWN_LOOP
+    if failure.reason == "connection" and message_of(causes[-1]) not in failure.message:
+        return (
+            f" ({typed(kind_of(causes[-1]), clean(message_of(causes[-1])))})"  # Such as the refused address.
+        )
     if _may_be_mistake(failure) and _own_line(error) is not None:
         return "; this is probably a bug in the node"
     return ""
