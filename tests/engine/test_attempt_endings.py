@@ -29,7 +29,6 @@ from stroma import (
     ContractViolation,
     ExecutionBudget,
     FailureClass,
-    FallbackPolicy,
     NodeHooks,
     RunStatus,
     StromaRunner,
@@ -38,56 +37,6 @@ from stroma import (
     parallel,
 )
 from stroma.engine.context import INTERCEPTORS, Interceptor
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-async def test_a_cancellation_that_an_attempt_swallowed_is_not_the_next_ones(grouped: bool) -> None:
-    """A stray CancelledError of a later attempt is a failure, though the task was cancelled once before."""
-    calls: list[int] = []
-
-    async def func(state: Num) -> Any:
-        calls.append(here().attempt)
-        if len(calls) == 1:
-            await swallow()
-            raise ConnectionError("down")
-        if len(calls) == 2:
-            raise asyncio.CancelledError("stray")
-        return {"n": len(calls)}
-
-    one = node("a", func)
-
-    async def go() -> Any:
-        return await StromaRunner.quick(policy_map=THRICE).run([parallel(one) if grouped else one], Num())
-
-    result = await asyncio.create_task(go())
-    assert (result.status, calls) == (RunStatus.COMPLETED, [1, 2, 3])
-    assert result.final_state == Num(n=3) or result.final_state.model_dump() == {"n": 3}
-
-
-async def test_a_node_that_swallows_a_cancellation_and_raises_it_again_is_cancelled() -> None:
-    """A cancellation that comes during an attempt is the run's, in a second attempt as well."""
-    calls: list[int] = []
-    started = asyncio.Event()
-
-    async def func(state: Num) -> Any:
-        calls.append(here().attempt)
-        if len(calls) == 1:
-            raise ConnectionError("down")
-        started.set()
-        await asyncio.Event().wait()
-
-    seen: list[str] = []
-
-    async def cancelled(run_id: str, node_id: str) -> None:
-        seen.append(f"{node_id} {here().attempt}")
-
-    runner = StromaRunner.quick(policy_map=THRICE, hooks=NodeHooks(on_node_cancelled=cancelled))
-    task = asyncio.create_task(runner.run([node("a", func)], Num()))
-    await started.wait()
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert (calls, seen) == ([1, 2], ["a 2"])
 
 
 async def test_a_run_in_a_task_that_was_cancelled_before() -> None:
@@ -282,35 +231,6 @@ async def test_how_a_function_is_called(timed: bool) -> None:
         assert result.failure is None
         assert result.final_state.model_dump() == {"n": 5}
         assert mine["calls"] == ["one", "two", "three", "four", "one"]
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("timed", [False, True])
-async def test_the_signal_of_a_fallback_reaches_every_kind_of_node(timed: bool, grouped: bool) -> None:
-    """Once a fallback is due the context names it, for async and sync nodes; before, the key is absent."""
-    seen: list[Any] = []
-
-    async def spend(state: Num, context: dict[str, Any]) -> Any:
-        seen.append(context.get("_stroma_model"))
-        return state, 1000, 1000, "gpt-4o"
-
-    async def look(state: Num, context: dict[str, Any]) -> Any:
-        seen.append(context.get("_stroma_model"))
-        return state
-
-    def look_too(state: Num, context: dict[str, Any]) -> Any:
-        seen.append(context.get("_stroma_model"))
-        return state
-
-    nodes = [node("a", spend), node("b", look), node("c", look_too)]
-    more: dict[str, Any] = {"node_timeouts": {"a": 60_000}} if timed else {}
-    result = await StromaRunner.quick(
-        budget=ExecutionBudget(max_cost_usd=1.0),
-        model_fallbacks=[FallbackPolicy("gpt-4o", "small", 0.001)],
-        **more,
-    ).run([parallel(each) for each in nodes] if grouped else nodes, Num())
-    assert result.failure is None
-    assert seen == [None, "small", "small"]
 
 
 class Noting(Interceptor):

@@ -173,51 +173,6 @@ async def test_an_id_that_stands_twice(kind: type[BaseModel], returns: str) -> N
     assert [words(event.input_state) for event in list(result.trace)[1:]] == [[], ["b"], ["b", "c"]]
 
 
-class Start(BaseModel):
-    first: int = 1
-    second: str = "2"
-
-
-class Weighed(BaseModel):
-    more: str
-    words: list[Word]
-
-
-class Free(BaseModel):
-    more: str
-    words: dict[str, Any]
-
-
-class End(BaseModel):
-    more: str
-
-
-@pytest.mark.parametrize("watched", [False, True])
-@pytest.mark.parametrize(
-    ("kind", "words_of_it"), [(Weighed, [{"text": "w", "weight": 0.5}]), (Free, {"k": [1]})]
-)
-async def test_an_id_with_unlike_contracts(kind: type[BaseModel], words_of_it: Any, watched: bool) -> None:
-    """Each event is told with the fields of its own contract, whatever the id stood for before."""
-    pair = computing(lambda _: {"more": "m", "words": words_of_it})
-    end = computing(lambda state: {"more": state.more + "!"})
-
-    def node(func: Any, input_model: type[BaseModel], output_model: type[BaseModel]) -> Any:
-        return stroma_node("a", input=input_model, output=output_model)(func)
-
-    nodes = [node(pair, Start, kind), node(end, End, End), node(end, End, End)]
-    store = AsyncInMemoryStore()
-    runner = StromaRunner.quick(store=store, hooks=[hooks()] if watched else [])
-    result = await runner.run(nodes, Start(), run_id="r")
-    assert result.final_state == End(more="m!!")
-    outputs = {"more": "m", "words": words_of_it}
-    assert [(event.input_state, event.output_state) for event in result.trace] == [
-        ({"first": 1, "second": "2"}, outputs),
-        ({"more": "m"}, {"more": "m!"}),
-        ({"more": "m!"}, {"more": "m!!"}),
-    ]
-    assert [row.output for row in store.attempts("r")][1:] == [b'{"more":"m!"}', b'{"more":"m!!"}']
-
-
 @pytest.mark.parametrize("returns", ["itself", "a model", "a dict"])
 @pytest.mark.parametrize("kind", [Listed, Nested, Loose, Opaque])
 async def test_children_of_a_group_have_copies_of_their_own(kind: type[BaseModel], returns: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -328,31 +327,6 @@ async def test_a_hook_that_cancels_its_own_task_changes_nothing(
     assert await running == "went on"
     assert events == [1, 1]
     assert all(str(error) == "instead" or type(error) is asyncio.CancelledError for *_, error in fired.errors)
-
-
-async def test_a_hook_that_cancels_its_task_while_that_is_being_cancelled_is_no_second_cancellation() -> None:
-    """G8: in a task that is being cancelled, a hook that cancels it too leaves the first as it was."""
-
-    async def hook(*_: Any) -> None:
-        running.cancel("of the hook")
-        await asyncio.sleep(0)
-
-    fired = Fired(hook, event="on_node_cancelled")
-
-    async def run() -> None:
-        try:
-            await asyncio.sleep(3600)
-        except asyncio.CancelledError:
-            with contextlib.suppress(asyncio.CancelledError):
-                await fired.fire()
-            assert running.cancelling() == 1
-            raise
-
-    running = asyncio.create_task(run())
-    await asyncio.sleep(0)
-    running.cancel("from outside")
-    with pytest.raises(asyncio.CancelledError, match="from outside"):
-        await running
 
 
 async def test_a_cancellation_before_is_not_the_hooks() -> None:

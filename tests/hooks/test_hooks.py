@@ -1060,33 +1060,6 @@ async def test_current_node_in_hooks_and_function() -> None:
     }
 
 
-async def test_current_node_in_threads_and_subtasks() -> None:
-    """current_node() is set in a plain `def` node, and in the threads and subtasks of an async one."""
-    findings: dict[str, Any] = {}
-
-    def note(where: str) -> None:
-        here = current_node_or_none()
-        findings[where] = here and here.node_id
-
-    def plain(state: State) -> Any:
-        note("plain")
-        findings["thread"] = threading.current_thread() is not threading.main_thread()
-        return {}
-
-    async def subtask() -> None:
-        note("subtask")
-
-    @node("n")
-    async def n(state: State) -> Any:
-        await asyncio.to_thread(note, "to_thread")
-        await asyncio.create_task(subtask())
-        return {}
-
-    await quick(NodeHooks()).run([node("p")(plain), n], State())
-    assert findings == {"plain": "p", "thread": True, "to_thread": "n", "subtask": "n"}
-    assert current_node_or_none() is None
-
-
 async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """In an end hook current_node() has the attempt's whole usage, its model, and the remaining budget."""
     monkeypatch.setitem(KNOWN_MODELS, "house", (10.0, 20.0))
