@@ -115,7 +115,7 @@ class TestAgentFramework(EmitsDeltas, FrameworkContract):
         return [[message.role for message in messages] for messages in script.asked]
 
 
-@pytest.mark.skipif(not hasattr(ResponseStream, "close"), reason="this release closes no stream")
+@pytest.mark.skipif(not hasattr(ResponseStream, "__aexit__"), reason="this release closes no stream")
 def test_a_stream_that_is_closed_closes_that_of_the_client() -> None:
     """A reader that has enough ends the step of the model, and no request goes on unread."""
     closed: list[str] = []

@@ -161,14 +161,22 @@ def test_a_reader_that_has_enough_has_paid_for_what_it_read(provider: Provider) 
     assert [line.split()[:2] for line in lines_of(guard)] == [["model", "cancelled"]]
 
 
-async def test_a_reader_of_an_async_stream_that_has_enough(provider: Provider) -> None:
+async def test_a_reader_of_an_async_stream_that_has_enough(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An async stream that is closed ends its step, and closes litellm's: no request goes on unread."""
+    closed: list[Any] = []
+
+    async def close(stream: Any) -> None:
+        closed.append(stream.model)
+
+    monkeypatch.setattr(litellm.CustomStreamWrapper, "aclose", close)
     attach(litellm, guard := guard_of())
     async with guard.run():
         asked = litellm.acompletion(model="fake/fake-1", messages=MESSAGES, **STREAMED)
         async with await asked as stream:
             await anext(stream)
-    assert stream.completion_stream is None
+    assert closed == ["fake-1"]
     assert [line.split()[:2] for line in lines_of(guard)] == [["model", "cancelled"]]
 
 
