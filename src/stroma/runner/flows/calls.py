@@ -49,9 +49,8 @@ def call_step(path: FlowPath, node: Any, state: Any, key: str | None) -> Corouti
     check_state(f"the input of step {record.node_id!r}", state, record)
     call = path.prepare(FlowCall(path, path.identify(quoted(record.node_id), key), record, state))
     coroutine: Any = path.driver.request(call)
-    coroutine.__qualname__ = (
-        f"flow.step({record.node_id})"  # Python's warning of a coroutine that is never awaited shows it.
-    )
+    # Python's warning of a coroutine that is never awaited shows it.
+    coroutine.__qualname__ = f"flow.step({record.node_id})"
     return coroutine  # type: ignore[no-any-return]  # Type checkers know no such attribute of coroutines.
 
 
