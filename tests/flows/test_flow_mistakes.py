@@ -20,6 +20,7 @@ from stroma import (
     Question,
     RunStatus,
     StromaRunner,
+    current_run,
     execute_step,
     map_over,
     parallel,
@@ -253,6 +254,20 @@ def test_the_name_of_a_flow() -> None:
     for decorate in (stroma_flow, StromaRunner.quick().flow):
         assert decorate("f")(body).name == decorate(name="f")(body).name == "f"
         assert decorate(body).name == "body"
+
+
+async def test_execute_step_inside_of_a_body_names_the_step() -> None:
+    """A body that calls execute_step() is FAILED with the call that a resume does not repeat."""
+
+    async def body(flow: Flow, state: Num) -> Num:
+        return (await execute_step("add", add, state, current_run())).output
+
+    result = await quick().run(a_flow(body), Num())
+    assert (result.status, result.failure.message) == (
+        RunStatus.FAILED,
+        "the body of a flow called execute_step(), which each resume would call again; use await "
+        "flow.step(node, state)",
+    )
 
 
 @pytest.mark.parametrize("call", ["run", "run_sync", "submit"])

@@ -6,7 +6,6 @@ import asyncio
 import os
 import sys
 import warnings
-from asyncio.events import _get_running_loop
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -44,7 +43,7 @@ from stroma.engine.context import BY_HAND, Dispatch, ReliabilityContext
 from stroma.engine.tasks import has_running_loop
 from stroma.failures.failure import Classifier
 from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
-from stroma.runner.flows.body_loop import BodyLoop
+from stroma.runner.flows.body_loop import refuse_in_body
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import Batch, LiveRuns
 from stroma.runner.pipeline import (
@@ -369,7 +368,7 @@ class StromaRunner(Generic[DepsT]):
         watch: NodeHooks | None = None,
     ) -> ExecutionResult:
         """Implement :meth:`run`. ``dispatch``: how a dispatcher opens the run; ``watch``: further hooks."""
-        _refuse_in_body("runner.run()", _STEPS)
+        refuse_in_body("runner.run()", _STEPS)
         config = self._config_of(node_sequence)
         if options:
             config = override_config(config, options)
@@ -514,7 +513,7 @@ class StromaRunner(Generic[DepsT]):
         At its end the file of an SQLiteStore is whole without its ``-wal`` file, unless another process uses
         it.
         """
-        _refuse_in_body("runner.run_sync()", _STEPS)
+        refuse_in_body("runner.run_sync()", _STEPS)
         if has_running_loop():
             fix = "use `await runner.run(...)` in place of run_sync(...)"
             raise RuntimeError(f"an event loop is already running; {fix}")
@@ -711,7 +710,7 @@ class StromaRunner(Generic[DepsT]):
         Pipeline, one that starts with a group, and an unknown keyword, RunExists for a run of that id with
         another pipeline or input, ValueError for an invalid value, StoreError.
         """
-        _refuse_in_body("runner.submit()", "await flow.submit(flow_or_pipeline, state)")
+        refuse_in_body("runner.submit()", "await flow.submit(flow_or_pipeline, state)")
         served = self._stored.served([pipeline])[pipeline.name]
         check_state("the initial state", initial_state, next(iter(nodes_of(pipeline)), None))
         entry, given_id = queue_entry(options, now_ms()), options.get("run_id")
@@ -946,14 +945,6 @@ class StromaRunner(Generic[DepsT]):
         fields = {"resume_from": None, "if_exists": "restart", "if_running": "error", "shared_budgets": ()}
         config = self._config_of(target).model_copy(update=fields | changes)
         return StromaRunner(self.registry, CheckpointManager(store), config)
-
-
-def _refuse_in_body(call: str, instead: str) -> None:
-    """Raise NotImplementedError in the body of a flow, where each resume would make this call again."""
-    if type(_get_running_loop()) is BodyLoop:
-        raise NotImplementedError(
-            f"the body of a flow called {call}, which each resume would call again; use {instead}"
-        )
 
 
 def _listed(node_sequence: Nodes) -> Pipeline | list[Any]:

@@ -27,6 +27,7 @@ from stroma.engine.restore import redeliver
 from stroma.failures.errors import RunCancelled
 from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import HookNotAsync
+from stroma.runner.flows.body_loop import refuse_in_body
 from stroma.runner.map import branches_in, is_apart
 from stroma.runner.pipeline import check_state, require_runnable
 from stroma.trace.result import ExecutionResult, RunStatus
@@ -66,8 +67,9 @@ async def execute_step(
 
     Raises ValueError for a node whose id was later assigned to another function with another contract,
     PipelineChanged for another input, RuntimeError in a pipeline outside of its nodes, as in a task that its
-    node does not await.
+    node does not await, NotImplementedError in the body of a flow.
     """
+    refuse_in_body("execute_step()", "await flow.step(node, state)")
     check_state(f"the input of step {step_id!r}", input_state)
     node = _node_of(step_id, func, ctx, contract)
     parent = CURRENT.get()

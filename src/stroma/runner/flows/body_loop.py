@@ -36,6 +36,14 @@ def refuse(name: str) -> NoReturn:
     )
 
 
+def refuse_in_body(call: str, instead: str) -> None:
+    """Raise NotImplementedError in the body of a flow, where each resume would make this call again."""
+    if type(_get_running_loop()) is BodyLoop:
+        raise NotImplementedError(
+            f"the body of a flow called {call}, which each resume would call again; use {instead}"
+        )
+
+
 def _refusal(name: str) -> Any:
     def method(self: Any, *args: Any, **options: Any) -> NoReturn:
         refuse(name)
