@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 from stroma.checkpoint import CheckpointNotFound
-from stroma.checkpoint.records import FINISHED
+from stroma.checkpoint.records import COMPLETE
 from stroma.runner.events import StreamEvent
 
 __all__ = ["SSE_HEADERS", "VERCEL_HEADERS", "ag_ui", "sse", "vercel"]
@@ -322,7 +322,7 @@ class _AgUi(_Mapper):
             yield from self._finish_step(call, {})
         status, about = _status(event), {"stroma": _facts(event)}
         finished = {"type": "RUN_FINISHED", **self._ids(event), "metadata": about}
-        if status in FINISHED:
+        if status in COMPLETE:
             yield {**finished, "result": event.details.get("final_state"), "outcome": {"type": "success"}}
         elif status == "CANCELLED":
             yield {**finished, "outcome": {"type": "cancelled"}}
@@ -379,8 +379,8 @@ class _Vercel(_Mapper):
         if status == "CANCELLED":
             yield {"type": "abort", "reason": _reason(event)}
             return
-        if status not in (*FINISHED, "SUSPENDED"):
+        if status not in (*COMPLETE, "SUSPENDED"):
             yield {"type": "error", "errorText": _reason(event)}
-        reasons = {**dict.fromkeys(FINISHED, "stop"), "SUSPENDED": "other"}
+        reasons = {**dict.fromkeys(COMPLETE, "stop"), "SUSPENDED": "other"}
         about = {"stroma": _facts(event)}
         yield {"type": "finish", "finishReason": reasons.get(status, "error"), "messageMetadata": about}

@@ -82,19 +82,15 @@ async def test_fences_off_in_every_store(
         await _request_late_owner(store, other, monkeypatch, method)
 
 
+_CHANGED = (
+    "run 'r' was paused, or got another budget, while this process did not renew its lease; this execution "
+    "records nothing more, resume the run"
+)
 #: By request: the status of the run afterwards, and what the late owner gets to read.
 REFUSALS = {
     "cancel": ("CANCELLED", "run 'r' was cancelled by {place}; this execution records nothing more"),
-    "pause": (
-        "SUSPENDED",
-        "run 'r' was paused by {place} while this process did not renew its lease; this execution records "
-        "nothing more, resume or unpause the run",
-    ),
-    "set_budget": (
-        "RUNNING",
-        "the budget of run 'r' was changed while this process did not renew its lease; this execution "
-        "records nothing more, resume the run",
-    ),
+    "pause": ("SUSPENDED", _CHANGED),
+    "set_budget": ("RUNNING", _CHANGED),
 }
 
 

@@ -286,7 +286,8 @@ def test_a_file_that_cannot_be_opened(bench: Bench, tmp_path: Path) -> None:
     bench.waiting = [Job(put("b"), None)]
     jobs, poisoned = bench.apply(put("a"))
     errors = [str(job.error) for job in jobs]
-    assert errors == [f"there is no directory {tmp_path / 'none'}; create it, or use another path"] * 2
+    (text,) = set(errors)
+    assert text.startswith(f"cannot open {bench.path} to write (")
     assert len({id(job.error) for job in jobs}) == 2
     assert all(isinstance(job.error, StoreError) and not job.error.transient for job in jobs)
     assert poisoned is None

@@ -80,8 +80,7 @@ FOREIGN = "{} is an SQLite database of another program, not a stroma store; use 
             "{} is damaged (said); restore it from a backup, or recover it with the `.recover`",
             False,
         ),
-        ("READONLY READONLY_DIRECTORY PERM", "cannot write to {} (said); check its permissions ", False),
-        ("CANTOPEN", "cannot open {} (said); check its permissions and those of its directory", False),
+        ("READONLY READONLY_DIRECTORY PERM CANTOPEN", "cannot open {} to write (said); check its ", False),
         (
             "IOERR IOERR_FSYNC IOERR_READ",
             "the disk of {} failed (said): acknowledged commits are stored",
@@ -102,15 +101,15 @@ def test_each_error_says_what_to_do(tmp_path: Path, names: str, text: str, trans
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (PermissionError("said"), "cannot write to {} (said); check its permissions "),
-        (FileNotFoundError("said"), "there is no directory {folder}; create it, or use another path"),
+        (PermissionError("said"), "cannot open {} to write (said); check its directory"),
+        (FileNotFoundError("said"), "cannot open {} to write (said); check its directory"),
         (OSError("said"), "{}: said"),
     ],
 )
 def test_each_error_of_the_system_says_what_to_do(tmp_path: Path, error: Exception, text: str) -> None:
     """An error of the file system names the path and the fix."""
     path = tmp_path / "runs.db"
-    assert str(database(path).explain(error)).startswith(text.format(path, folder=tmp_path))
+    assert str(database(path).explain(error)).startswith(text.format(path))
 
 
 @pytest.mark.parametrize(
@@ -209,8 +208,8 @@ def test_a_reader_cannot_write(tmp_path: Path) -> None:
     file.open().close()
     text = fails(lambda: _write(file))
     assert str(text) == (
-        f"cannot write to {file.path} (attempt to write a readonly database); check its permissions and "
-        "those of its directory"
+        f"cannot open {file.path} to write (attempt to write a readonly database); check its directory, and "
+        "the permissions of both"
     )
 
 

@@ -7,10 +7,10 @@ from typing import Final
 from stroma.checkpoint.entries import RunRequest, Waiting
 from stroma.checkpoint.errors import RequestRefused, RunExists
 from stroma.checkpoint.queue import QUEUED
+from stroma.checkpoint.records import COMPLETE
 
-#: Statuses of completed executions, of those that cancel() cannot change any more, and of those after which a
-#: new execution may follow unasked.
-COMPLETE: Final = ("COMPLETED", "RESUMED")
+#: Statuses of executions that cancel() cannot change any more, and of those after which a new execution may
+#: follow unasked.
 ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
 GIVEN_UP: Final = (*ENDED, "PARTIAL")
 #: Statuses of executions without an owner and an end, which may have a time from which they are due.

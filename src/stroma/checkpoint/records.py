@@ -14,7 +14,7 @@ from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED
 
 #: Statuses of runs that failed, and of runs that completed.
 FAILED: Final = ("FAILED", "PARTIAL")
-FINISHED: Final = ("COMPLETED", "RESUMED")
+COMPLETE: Final = ("COMPLETED", "RESUMED")
 #: Smaller due times stand for what made a run due at once; see ``MESSAGE_SENT`` in decisions.py.
 _FIRST_MS: Final = 1000
 PICO: Final = 10**12  # Costs are stored in whole pico-dollars: sums are exact in any order.

@@ -18,7 +18,7 @@ from stroma.checkpoint.history.bars import bar_of, place_of
 from stroma.checkpoint.history.comparison import changes
 from stroma.checkpoint.history.facts import is_interrupted
 from stroma.checkpoint.history.redaction import Payload
-from stroma.checkpoint.records import FAILED, FINISHED, AttemptRecord, RunQuery, RunRecord
+from stroma.checkpoint.records import COMPLETE, FAILED, AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import describe_class
 from stroma.trace.html import tree
 from stroma.trace.outline import duration
@@ -72,7 +72,7 @@ def cause_text(record: RunRecord) -> str:
     """Return the cause of a failed run, or the need of a suspended one, as text."""
     if is_interrupted(record):
         return "owner lost"
-    if record.status in FINISHED or record.status == "RUNNING":
+    if record.status in COMPLETE or record.status == "RUNNING":
         return ""  # A failed attempt of a run that goes on is tried again.
     return record.stop_text or ""
 

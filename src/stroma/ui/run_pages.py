@@ -16,7 +16,7 @@ from stroma.checkpoint.history.bars import find_progress, in_order, place_of
 from stroma.checkpoint.history.facts import is_at_work, is_interrupted, status_of
 from stroma.checkpoint.history.redaction import Payload
 from stroma.checkpoint.queue import QUEUED, ServedCode
-from stroma.checkpoint.records import FAILED, FINISHED, AttemptPage, AttemptRecord, RunRecord
+from stroma.checkpoint.records import COMPLETE, FAILED, AttemptPage, AttemptRecord, RunRecord
 from stroma.trace.html import cause, document, rejected_output
 from stroma.trace.outline import shown_place
 from stroma.trace.story import Story, awaited_topics, fields_named
@@ -133,7 +133,7 @@ class RunPages:
             control_keys={action: self._renderer.keys.form(action, run_id) for action in controls_of(record)},
             working=is_at_work(record),
             command=command,
-            started=request.query_params.get("started") and record.status not in ("RUNNING", *FINISHED),
+            started=request.query_params.get("started") and record.status not in ("RUNNING", *COMPLETE),
             folded=timeline.fold_idle,
             idle=idle_ms(story.bars) > 0,
             at=after,
@@ -218,7 +218,7 @@ class RunPages:
 
     def _resume_command(self, record: RunRecord, attempts: list[AttemptRecord]) -> str:
         """Return how to resume a run: a command, or of plain code the keywords for its program."""
-        if record.status in (*FINISHED, QUEUED):
+        if record.status in (*COMPLETE, QUEUED):
             return ""
         if any(one.identity for one in attempts):
             return f"run_id={record.run_id!r}, resume=True"

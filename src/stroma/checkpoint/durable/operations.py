@@ -133,13 +133,8 @@ def fenced_error(run: RunRow, run_id: str, fence: Fence) -> Fenced:
             "result of the other one"
         )
     # No process has taken it over: a request has replaced the owner.
-    if run.status == "SUSPENDED":
-        return Fenced(
-            f"run {run_id!r} was paused by {place} while this process did not renew its lease; this "
-            "execution records nothing more, resume or unpause the run"
-        )
     return Fenced(
-        f"the budget of run {run_id!r} was changed while this process did not renew its lease; this "
+        f"run {run_id!r} was paused, or got another budget, while this process did not renew its lease; this "
         "execution records nothing more, resume the run"
     )
 

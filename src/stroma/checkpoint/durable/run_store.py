@@ -14,13 +14,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.decisions import (
-    COMPLETE,
-    ENDED,
-    UNFINISHED,
-    check_resubmission,
-    not_waiting,
-)
+from stroma.checkpoint.decisions import ENDED, UNFINISHED, check_resubmission, not_waiting
 from stroma.checkpoint.decoding import storable_text
 from stroma.checkpoint.durable.annotations import RunRecords, annotate, find_waiting, record_waiting
 from stroma.checkpoint.durable.control import (
@@ -59,6 +53,7 @@ from stroma.checkpoint.queue import (
     block,
     choose,
 )
+from stroma.checkpoint.records import COMPLETE
 from stroma.contracts.codec import is_same_data
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema

@@ -15,7 +15,6 @@ from pydantic import BaseModel
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.decisions import COMPLETE
 from stroma.checkpoint.decoding import storable_text
 from stroma.checkpoint.durable.annotations import (
     Notes,
@@ -47,7 +46,7 @@ from stroma.checkpoint.entries import (
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, PayloadPlace, Payloads, Stored
-from stroma.checkpoint.records import AttemptRecord
+from stroma.checkpoint.records import COMPLETE, AttemptRecord
 from stroma.checkpoint.sessions import Charge, Session
 from stroma.contracts.copying import PickledSnapshot, Snapshot, StoredSnapshot
 from stroma.contracts.schema import Schema

@@ -10,15 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from stroma._utils.text import pluralize
-from stroma.checkpoint.decisions import (
-    COMPLETE,
-    ENDED,
-    GIVEN_UP,
-    MESSAGE_SENT,
-    UNFINISHED,
-    expired_error,
-    has_expired,
-)
+from stroma.checkpoint.decisions import ENDED, GIVEN_UP, MESSAGE_SENT, UNFINISHED, expired_error, has_expired
 from stroma.checkpoint.decoding import decode_number
 from stroma.checkpoint.durable.annotations import (
     RunRecords,
@@ -64,7 +56,7 @@ from stroma.checkpoint.entries import (
 from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.checkpoint.payloads import PayloadPlace, Payloads, Stored, UnencodedState
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import PICO, AttemptRecord
+from stroma.checkpoint.records import COMPLETE, PICO, AttemptRecord
 from stroma.contracts.codec import is_extended, is_same_data
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.failures.errors import PAUSED

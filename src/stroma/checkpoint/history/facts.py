@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from stroma._utils.text import clean, format_utc, pluralize
 from stroma.checkpoint.entries import Intent, RunFacts, Waiting
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import FAILED, FINISHED, RunRecord
+from stroma.checkpoint.records import COMPLETE, FAILED, RunRecord
 from stroma.trace.events import place_text
 from stroma.trace.outline import shown_place
 
@@ -34,7 +34,7 @@ def status_of(record: RunRecord) -> str:
 
 def is_resumable(record: RunRecord) -> bool:
     """Return True for a started, unfinished run without an owner."""
-    return record.status not in (*FINISHED, QUEUED) and record.holder is None
+    return record.status not in (*COMPLETE, QUEUED) and record.holder is None
 
 
 def count_causes(records: Iterable[RunRecord]) -> list[tuple[tuple[str, str, str | None], int]]:
@@ -92,7 +92,7 @@ def facts_of(
         due = format_utc(record.due_ms)
         if due not in (record.error or ""):  # "sleeping until ..."
             yield "due", f"{due} at the latest, even if nothing arrives" if is_waiting else due
-    is_open = record.status not in FINISHED
+    is_open = record.status not in COMPLETE
     for one in waiting:
         if one.is_answered:
             yield "answered", f"{describe_answer(one)}, {format_utc(one.answered_ms)}"

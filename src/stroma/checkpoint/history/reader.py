@@ -33,14 +33,7 @@ from stroma.checkpoint.history.redaction import (
 )
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called, place_before
-from stroma.checkpoint.records import (
-    FAILED,
-    FINISHED,
-    AttemptRecord,
-    RunPage,
-    RunQuery,
-    RunRecord,
-)
+from stroma.checkpoint.records import COMPLETE, FAILED, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.contracts.schema import has_secrets
 from stroma.failures.tracebacks import FailureSite
 from stroma.trace.events import place_text
@@ -59,7 +52,7 @@ _MAP: Final = re.compile(r"map_over\((.+?), ")
 
 def _now_ms(record: RunRecord) -> int:
     """Return until when a run is drawn: now, or its last record if it has ended."""
-    return record.updated_ms if record.status in (*FINISHED, *FAILED) else time.time_ns() // 1_000_000
+    return record.updated_ms if record.status in (*COMPLETE, *FAILED) else time.time_ns() // 1_000_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,11 @@ import psycopg
 from psycopg import conninfo, pq, sql
 from psycopg.types.numeric import Int8BinaryDumper, Int8Dumper
 
-from stroma._utils.logs import get_logger
 from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sql.tables import SCHEMA_VERSION, Types, tables
 
 T = TypeVar("T")
-
-logger = get_logger()
 
 # Every call ends in time. Parameters in the connection string take precedence.
 _CONNECTING: Final = {
@@ -57,7 +54,6 @@ _REFUSED: Final = re.compile(
     r"unsupported|SCRAM|root crt",
     re.IGNORECASE,
 )
-_warned: set[str] = set()
 
 
 def is_lost(db: psycopg.Connection[Any]) -> bool:
@@ -190,25 +186,12 @@ class PostgresEndpoint:
         return db
 
     def _configure(self, db: psycopg.Connection[Any]) -> None:
-        risks: Any = db.execute(
-            "SELECT current_setting('fsync'), current_setting('full_page_writes'), "
-            "current_setting('synchronous_commit')"
-        ).fetchone()
         settings = {**_SESSION, "search_path": f'"{self.schema}"'}
-        if risks[2] == "off":
+        ((durability,),) = db.execute("SELECT current_setting('synchronous_commit')").fetchall()
+        if durability == "off":
             settings["synchronous_commit"] = "on"  # Acknowledged data must be durable.
         query = b"SELECT " + b", ".join([b"set_config(%s, %s, false)"] * len(settings))
         db.execute(query, [part for setting in settings.items() for part in setting])
-        off = " and ".join(
-            name for name, value in zip(("fsync", "full_page_writes"), risks, strict=False) if value == "off"
-        )
-        if off and self.name not in _warned:
-            _warned.add(self.name)
-            logger.warning(
-                "%s runs with %s off: a crash of its machine may lose committed data; turn that on",
-                self.name,
-                off,
-            )
 
     def explain(self, error: Exception) -> StoreError:
         """Return an error of the server or of the connection as a StoreError that says how to fix it."""

@@ -29,9 +29,9 @@ class PostgresStore(AsyncStates):
     ``key=value`` pairs; PGHOST and similar variables apply. The schema and its tables are created by the
     first write; reading creates nothing.
 
-    Acknowledged data is on the server's disk: ``synchronous_commit=off`` is overruled, and a server with
-    ``fsync=off`` is logged once as a warning, on the logger ``stroma``. If a connection breaks, the store
-    connects again and repeats the operations in progress that were not executed, for 15 s; then the call ends
+    Acknowledged data is on the server's disk: ``synchronous_commit=off`` is overruled, and ``stroma doctor``
+    warns of a server with ``fsync=off``. If a connection breaks, the store connects again and repeats the
+    operations in progress that were not executed, for 15 s; then the call ends
     with a transient StoreError.
 
     Every call ends: connecting takes at most 5 s for each host, waiting for a lock 5 s, a query 30 s; an

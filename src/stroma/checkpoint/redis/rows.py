@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from stroma.checkpoint.decisions import COMPLETE, ENDED
+from stroma.checkpoint.decisions import ENDED
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.rows import Annotation, Delay, EventRow, Fence, Opening, RunRow, Step, StepRow
@@ -22,7 +22,7 @@ from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.queue import Candidate
-from stroma.checkpoint.records import AttemptRecord
+from stroma.checkpoint.records import COMPLETE, AttemptRecord
 from stroma.checkpoint.redis.format import (
     DAMAGED,
     RedisRun,

@@ -262,17 +262,10 @@ class DatabaseFile:
                 f"{path} is damaged ({error}); restore it from a backup, or recover it with "
                 "the `.recover` command of the sqlite3 shell"
             )
-        if kind in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM) or isinstance(error, PermissionError):
+        refused = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_CANTOPEN)
+        if kind in refused or isinstance(error, (PermissionError, FileNotFoundError)):
             return permanent_error(
-                f"cannot write to {path} ({error}); check its permissions and those of its directory"
-            )
-        if isinstance(error, FileNotFoundError):
-            return permanent_error(
-                f"there is no directory {os.path.dirname(path)}; create it, or use another path"
-            )
-        if kind == sqlite3.SQLITE_CANTOPEN:
-            return permanent_error(
-                f"cannot open {path} ({error}); check its permissions and those of its directory"
+                f"cannot open {path} to write ({error}); check its directory, and the permissions of both"
             )
         if is_fatal(error):
             return permanent_error(

@@ -17,7 +17,7 @@ from stroma.checkpoint.errors import RequestRefused
 from stroma.checkpoint.history.facts import answer_type, node_text, unanswered
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.manager import CheckpointManager
-from stroma.checkpoint.records import FAILED, FINISHED, RunRecord
+from stroma.checkpoint.records import COMPLETE, FAILED, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.run import ResumedRun, compare_names, resume_run
 from stroma.cli.errors import Code, Problem
@@ -232,7 +232,7 @@ def _report(
             resume=None if target is None else database.command("resume", id_word(run_id), target),
         )
         return
-    if record.status in FINISHED:
+    if record.status in COMPLETE:
         hint = f"the run is {record.status}"
     elif target is None:
         hint = _framework_hint(run_id)
@@ -251,7 +251,7 @@ def _open_questions(
     database: Database, record: RunRecord, every: list[Waiting], target: str
 ) -> Iterator[str]:
     """Yield a line for each open question, and for each command that answers one."""
-    waiting = [] if record.status in FINISHED else unanswered(every)
+    waiting = [] if record.status in COMPLETE else unanswered(every)
     for one in waiting[:20]:
         yield f"{node_text(one)}: {clean(one.text, 500)}, asks for {answer_type(one)}"
     for line in approve_hint(database, record.run_id, target, waiting):
@@ -260,7 +260,7 @@ def _open_questions(
 
 def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], request: _Approval) -> Waiting:
     """Return the question to answer. Raises Problem if there is none, or several."""
-    waiting = [] if record.status in FINISHED else unanswered(every)
+    waiting = [] if record.status in COMPLETE else unanswered(every)
     # An answered question may be named, or be the only one: the same answer again is fine.
     known = every if request.question is not None or not waiting else waiting
     matching = [one for one in known if request.question in (None, one.id, unquote(one.id))]

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from stroma.checkpoint.history.reader import History
-from stroma.checkpoint.records import FINISHED, AttemptRecord, RunRecord
+from stroma.checkpoint.records import COMPLETE, AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data, facts_data, question_data
@@ -54,7 +54,7 @@ def export(run_: str, form: str, path: str | None, states: bool, redact: str | N
 def _text(history: History, database: Database, record: RunRecord, form: str, states: bool) -> str:
     if form == "html":
         hint = ""
-        if record.status not in FINISHED:
+        if record.status not in COMPLETE:
             hint = database.command("resume", id_word(record.run_id), database.target_of(record))
         return document(history.story(record, max_attempts=_DRAWN, states=states, resume_command=hint))
     attempts, _ = history.attempts(record.run_id, _ALL)

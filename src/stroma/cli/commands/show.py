@@ -18,7 +18,7 @@ from stroma.checkpoint.history.facts import effect_state, is_at_work, unanswered
 from stroma.checkpoint.history.reader import History, Inputs
 from stroma.checkpoint.history.redaction import Payload
 from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import FAILED, FINISHED, AttemptRecord, RunRecord
+from stroma.checkpoint.records import COMPLETE, FAILED, AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import done_text, run_data
 from stroma.cli.errors import Code, Problem, frame_lines
@@ -99,7 +99,7 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
         if one.damaged:
             output = f"the output of node {clean(one.node_id, 100)!r} at {shown_place(place_of(one))}"
             err.line(("stroma: ", "bold red"), f"{output} is damaged; resume from there to recompute it")
-    if record.status not in FINISHED:
+    if record.status not in COMPLETE:
         is_plain_code = any(one.identity for one in attempts)
         _print_next_steps(database, record, unanswered(waiting), is_plain_code=is_plain_code)
     return code
