@@ -323,7 +323,7 @@ def define_flow(
         raise TypeError(
             f"flow {flow_id!r}: {name} is an async generator; return the output in place of yielding it"
         )
-    if not inspect.iscoroutinefunction(body) and not isinstance(body, classmethod):
+    if not inspect.iscoroutinefunction(getattr(body, "__func__", body)):
         raise TypeError(f"flow {flow_id!r}: {name} must be an `async def` function of (flow, state)")
     check_bound(limits.get("max_concurrency"))
     parameters = list(inspect.signature(inspect.unwrap(body)).parameters)
