@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import sentry_sdk
+from sentry_sdk.integrations.dedupe import DedupeIntegration
 from sentry_sdk.integrations.logging import LoggingIntegration
+from sentry_sdk.utils import event_from_exception
 from tests.kit import Item as Out
 from tests.kit import context_of, returning
 from tests.receivers.sentry import RecordedSentry
@@ -53,6 +55,30 @@ async def test_an_exception_that_is_raised_again_and_again(sentry: RecordedSentr
         await runner.run([node(runner, "another", ValueError)], State())
     assert [event["fingerprint"][2] for event in sentry.transport.events] == ["bad", "another"] * 2
     assert vars(error).keys() == {"_stroma_notes"}
+
+
+@pytest.mark.parametrize("is_retried", [True, False])
+async def test_an_exception_that_an_integration_captures_in_a_node(is_retried: bool) -> None:
+    """The SDK captures the errors of openai and its like by itself: the issue is that of the final failure."""
+    sentry = RecordedSentry(integrations=[DedupeIntegration()])
+    runner, errors = (
+        quick(sentry, retries=1),
+        [ValueError("first"), None if is_retried else ValueError("last")],
+    )
+
+    @runner.node("ask", input=State, output=State)
+    async def ask(state: State) -> State:
+        error = errors.pop(0)
+        if error is not None:
+            how = {"type": "openai", "handled": False}
+            sentry_sdk.capture_event(*event_from_exception(error, mechanism=how))
+            raise error
+        return state
+
+    result = await runner.run([ask], State())
+    issues = [event["fingerprint"][:3] for event in sentry.transport.events]
+    assert issues == ([] if is_retried else [["stroma", "pipeline", "ask"]])
+    assert result.status is (RunStatus.COMPLETED if is_retried else RunStatus.PARTIAL)
 
 
 @pytest.mark.core

@@ -42,10 +42,9 @@ def explain_mistake(failure: Failure, context: Any) -> str:
     causes = list(causes_of(error, 6))
     if any(type(one) is RuntimeError and _OTHER_LOOP.search(message_of(one)) for one in causes):
         return _OWN_LOOP
-    if failure.reason == "connection" and message_of(causes[-1]) not in failure.message:
-        return (
-            f" ({typed(kind_of(causes[-1]), clean(message_of(causes[-1])))})"  # Such as the refused address.
-        )
+    cause = causes[-1]
+    if failure.reason == "connection" and cause is not error and message_of(cause) not in failure.message:
+        return f" ({typed(kind_of(cause), clean(message_of(cause)))})"  # Such as the refused address.
     if _may_be_mistake(failure) and _own_line(error) is not None:
         return "; this is probably a bug in the node"
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
 from sentry_sdk import get_client
@@ -138,6 +138,23 @@ def innermost_node(result: ExecutionResult) -> str:
         ]
         node_id = rows[-1].node_id if rows else node_id
     return node_id
+
+
+#: Mechanisms of exceptions that end no call of a node.
+_ELSEWHERE: Final = frozenset({"asyncio", "threading", "unraisablehook"})
+
+
+def drop_raised(event: Any, _hint: Any) -> Any:
+    """Return None for an exception that the SDK captures as it leaves a call that a node makes.
+
+    Integrations of clients of models do so, and are on by default. What becomes of it, the node decides: it may
+    handle the exception or be retried, and its final failure is captured.
+    """
+    for value in (event.get("exception") or {}).get("values") or ():
+        mechanism = value.get("mechanism") or {}
+        if mechanism.get("handled") is False and mechanism.get("type") not in _ELSEWHERE:
+            return None
+    return event
 
 
 def redact_event(event: Any, hint: Any) -> Any:

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final
 
 import sentry_sdk
+import sentry_sdk.integrations.dedupe
 import sentry_sdk.integrations.logging
 import sentry_sdk.scope
 import sentry_sdk.tracing_utils
@@ -33,6 +34,7 @@ from stroma.telemetry.sentry.events import (
     RunScope,
     drop_captured,
     drop_log_lines,
+    drop_raised,
     event_of,
     innermost_node,
     notes_of,
@@ -192,6 +194,7 @@ class Sentry(Observer):
         scopes.callback(lambda: self.leave(token))
         if of_run.isolation is None:
             of_run.isolation = isolation
+            isolation.add_event_processor(drop_raised)
             isolation.add_event_processor(redact_event)
         else:
             # Breadcrumbs are those of the run: what failed later has those of earlier nodes.
@@ -409,6 +412,8 @@ class Sentry(Observer):
             if failed.isolation is not None:  # With what the node has tagged.
                 entered.enter_context(scopes.use_isolation_scope(failed.isolation))
             entered.enter_context(scopes.use_scope(scope))
+            # The SDK drops an exception that it has seen, as one that it has captured in the node.
+            self._sdk.integrations.dedupe.DedupeIntegration.reset_last_seen()
             scope.capture_event(event, hint)
         notes.captured_by.add(client)
 
