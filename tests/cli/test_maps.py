@@ -47,7 +47,7 @@ def test_many_items_are_one_line(stroma):
     assert len(failures) == 20
     assert "\r" not in done.err + done.out
     assert (
-        "30 items failed, the others succeeded; run them again: stroma resume m many.py:pipeline "
+        "30 items failed, the run continued without them; run them again: stroma resume m many.py:pipeline "
         "--retry-failed" in done.err
     )
     assert len((stroma.home / "out.jsonl").read_text().splitlines()) == 270

@@ -59,7 +59,7 @@ async def test_an_exception_that_is_raised_again_and_again(sentry: RecordedSentr
 
 @pytest.mark.parametrize("is_retried", [True, False])
 async def test_an_exception_that_an_integration_captures_in_a_node(is_retried: bool) -> None:
-    """The SDK captures the errors of openai and its like by itself: the issue is that of the final failure."""
+    """The SDK captures errors of openai and its like by itself: the issue is that of the final failure."""
     sentry = RecordedSentry(integrations=[DedupeIntegration()])
     runner, errors = (
         quick(sentry, retries=1),

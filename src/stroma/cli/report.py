@@ -219,7 +219,7 @@ class RunReport:
         if result.failed_items:
             err.line(
                 note,
-                f"{pluralize(result.failed_items, 'item')} failed, the others succeeded",
+                f"{pluralize(result.failed_items, 'item')} failed, the run continued without them",
                 *self._rerun_hint(),
             )
         if result.hook_errors:

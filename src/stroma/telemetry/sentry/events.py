@@ -147,8 +147,8 @@ _ELSEWHERE: Final = frozenset({"asyncio", "threading", "unraisablehook"})
 def drop_raised(event: Any, _hint: Any) -> Any:
     """Return None for an exception that the SDK captures as it leaves a call that a node makes.
 
-    Integrations of clients of models do so, and are on by default. What becomes of it, the node decides: it may
-    handle the exception or be retried, and its final failure is captured.
+    Integrations of clients of models do so, and are on by default. The node may handle the exception or be
+    retried, and its final failure is captured.
     """
     for value in (event.get("exception") or {}).get("values") or ():
         mechanism = value.get("mechanism") or {}
