@@ -429,6 +429,9 @@ def index_page() -> str:
         "Every public name, with the module to import it from. [The command line](../cli.md),",
         "[its options](commands.md), [errors](../errors.md) and [providers](../providers.md) have separate pages.",
         "[Defaults](defaults.md) states what each default loses.",
+        "",
+        "In a clone, run `./dev docs` to build the pages with signatures and docstrings into `build/site`, or call",
+        "`help(NAME)` in Python.",
     ]
     for topic, (title, words, modules) in TOPICS.items():
         lines += ["", f"## [{title}]({topic}.md)", "", words, "", "| name | from | |", "| --- | --- | --- |"]
