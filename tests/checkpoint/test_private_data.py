@@ -100,7 +100,7 @@ async def test_a_restart_has_nothing_of_the_execution_before(at: tuple[str, str]
         await finish(await write_every_kind(store, "r", MARK), "INTERRUPTED")
         session = await begin(store, "r", if_exists="restart")
         assert_has_nothing(session)
-        assert set(kinds_of(store, "r")) == set(Annotation) - set(OF_EXECUTION)
+        assert set(kinds_of(store, "r")) == {*Annotation} - {*OF_EXECUTION} | {Annotation.INPUT}
         await finish(session)
 
 
@@ -120,7 +120,7 @@ async def test_a_new_run_has_nothing_of_the_old_one(at: tuple[str, str], way: st
         _ = session.append_events(9, MARK.encode())
         session = await begin(store, "r")
         assert_has_nothing(session)
-        assert kinds_of(store, "r") == []
+        assert kinds_of(store, "r") == [Annotation.INPUT]
         assert "events" not in {name.partition(".")[0] for name in contents(kind, where, tmp_path)}
         await finish(session)
 
@@ -134,7 +134,7 @@ async def test_a_fork_has_only_what_it_copies(at: tuple[str, str], tmp_path: Pat
         await commit(session, 0, State(text="public"))
         await finish(session)
         await store.fork("r", "f", 1)
-        assert sorted(kinds_of(store, "f")) == sorted({*FORKED, Annotation.EFFECT})
+        assert sorted(kinds_of(store, "f")) == sorted({*FORKED, Annotation.EFFECT, Annotation.INPUT})
         session = await begin(store, "f", State(text=MARK), if_exists="resume")
         assert (session.notes, session.waiting, session.undelivered) == ({}, {}, [])
         assert session.attribution["session"] == "r"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.drivers.conftest import Cluster, fleet_of, fresh_id
 from tests.drivers.worker_helper import placed_pipeline
-from tests.kit import NEVER, ONCE, Num, Text, here, node, noting, quick, same
+from tests.kit import NEVER, ONCE, Num, Text, here, node, noting, quick
 from tests.servers_temporal import TemporalServer
 
 from stroma import (
@@ -352,7 +352,7 @@ async def test_states_over_the_limit_of_the_server(cluster: Cluster) -> None:
 
 async def test_any_text_is_the_id_of_a_node_with_a_place(cluster: Cluster) -> None:
     """A long id of any characters is no reason for the server to refuse a call."""
-    pipeline = Pipeline("p", [placed("\U0001f600\n" * 300, same, place_of(cluster))])
+    pipeline = Pipeline("p", [placed("\U0001f600\n" * 300, pass_on, place_of(cluster))])
     async with workers(cluster, pipeline):
         result = await cluster.runner.run(pipeline, Num(n=1), run_id=fresh_id())
     assert (result.status, result.output) == (RunStatus.COMPLETED, Num(n=1))

@@ -63,7 +63,7 @@ def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.C
     assert [row[6] for row in rows(page)] == ["", "", "10", ""]
     assert page.count('<details open><summary class="row">') == 1
     text = html.unescape(site.get("/run", id=failed).text)
-    assert "<b>weather</b>" in text
+    assert ">weather</a></b>" in text
     assert f"<b>Resume with</b> <code>run_id='{failed}', resume=True</code>" in text
     assert {site.ask("GET", address).status for address in attempts_of(site, failed)} == {200}
 

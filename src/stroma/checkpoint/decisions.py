@@ -6,8 +6,7 @@ from typing import Final
 
 from stroma.checkpoint.entries import RunRequest, Waiting
 from stroma.checkpoint.errors import RequestRefused, RunExists
-from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import COMPLETE
+from stroma.checkpoint.queue import COMPLETE, QUEUED
 
 #: Statuses of executions that cancel() cannot change any more, and of those after which a new execution may
 #: follow unasked.

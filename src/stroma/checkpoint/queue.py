@@ -7,6 +7,8 @@ from typing import Any, Final, NamedTuple
 
 #: The status of a submitted run that has not started yet.
 QUEUED: Final = "QUEUED"
+#: Statuses of runs that completed.
+COMPLETE: Final = ("COMPLETED", "RESUMED")
 #: Token of a claim that keeps a run from all workers for a while, and holds no place.
 POSTPONED: Final = ""
 #: For how long a run is kept from code that could not continue it, in ms: at least, and at most.

@@ -9,12 +9,12 @@ from typing import Any, Final, Literal, NamedTuple, get_type_hints
 
 from stroma._utils.text import typed
 from stroma.checkpoint.identity import idempotency_key
+from stroma.checkpoint.queue import COMPLETE as COMPLETE
 from stroma.checkpoint.queue import BlockedMark
 from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED
 
-#: Statuses of runs that failed, and of runs that completed.
+#: Statuses of runs that failed.
 FAILED: Final = ("FAILED", "PARTIAL")
-COMPLETE: Final = ("COMPLETED", "RESUMED")
 #: Smaller due times stand for what made a run due at once; see ``MESSAGE_SENT`` in decisions.py.
 _FIRST_MS: Final = 1000
 PICO: Final = 10**12  # Costs are stored in whole pico-dollars: sums are exact in any order.

@@ -13,7 +13,7 @@ from stroma._utils.access import causes_of
 from stroma._utils.text import clean, typed
 from stroma.cost.fallback import FallbackView
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, kind_of, message_of
+from stroma.failures.failure import Failure, isinstance_by_type, kind_of, message_of
 from stroma.failures.tracebacks import is_library_file, is_stroma_file
 
 _MISTAKES: Final = frozenset({TypeError, AttributeError})
@@ -43,8 +43,9 @@ def explain_mistake(failure: Failure, context: Any) -> str:
     if any(type(one) is RuntimeError and _OTHER_LOOP.search(message_of(one)) for one in causes):
         return _OWN_LOOP
     cause = causes[-1]
-    if failure.reason == "connection" and cause is not error and message_of(cause) not in failure.message:
-        return f" ({typed(kind_of(cause), clean(message_of(cause)))})"  # Such as the refused address.
+    if cause is not error and failure.reason == "connection" and isinstance_by_type(cause, OSError):
+        text = typed(kind_of(cause), clean(message_of(cause)))  # Such as the refused address.
+        return "" if message_of(cause) in failure.message else f" ({text})"
     if _may_be_mistake(failure) and _own_line(error) is not None:
         return "; this is probably a bug in the node"
     return ""

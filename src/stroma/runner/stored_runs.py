@@ -25,8 +25,7 @@ from stroma.checkpoint.decisions import UNFINISHED, not_waiting
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.entries import ALL_FAILED_ITEMS, NOT_DONE, SentMessage
 from stroma.checkpoint.events import EventPage, EventPlace
-from stroma.checkpoint.queue import RunLimits, ServedCode
-from stroma.checkpoint.records import COMPLETE
+from stroma.checkpoint.queue import COMPLETE, RunLimits, ServedCode
 from stroma.contracts.contract import ContractRegistry, NotDone, Unknown, check_id
 from stroma.contracts.node import Group, Node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of

@@ -52,6 +52,8 @@ def prometheus_hooks(*, registry: CollectorRegistry | None = None) -> ExporterHo
     collectors = _known.get(target)
     if collectors is None:  # A second one of the same names would be refused.
         collectors = _known[target] = _Collectors(target)
+    else:
+        collectors.ensure_registered(target)
     return _Prometheus(collectors, target).hooks()
 
 
@@ -63,8 +65,21 @@ class _Collectors:
         self._by_name: dict[str, Any] = {}
         #: What adds to a child: looking one up takes microseconds.
         self._children: dict[tuple[str, tuple[str, ...]], Callable[..., None]] = {}
+        self._make(registry)
+
+    def ensure_registered(self, registry: CollectorRegistry) -> None:
+        """Make the metrics again if they were taken out of their registry, as test suites do."""
+        present = getattr(registry, "_collector_to_names", None)
+        if present is not None and not all(one in present for one in self._by_name.values()):
+            for collector in self._by_name.values():
+                if collector in present:
+                    registry.unregister(collector)
+            self._make(registry)
+
+    def _make(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter, Gauge, Histogram
 
+        self._children.clear()
         for metric in (*METRICS, *QUEUE_GAUGES):
             name = metric.prometheus
             assert name is not None
