@@ -91,8 +91,8 @@ def table(rows: SqliteRows, name: str, order: str = "1, 2, 3") -> list[tuple[Any
     shown = [at for at, (column, *_) in enumerate(cursor.description) if column not in keys]
     found = [tuple(row[at] for at in shown) for row in cursor]
     if name == "runs":
-        assert {row[-12:-2] for row in found} <= {(0, None, None, None, None, "", None, None, None, None)}
-        return [row[:-12] for row in found]
+        assert {row[-13:-3] for row in found} <= {(0, None, None, None, None, "", None, None, None, None)}
+        return [row[:-13] for row in found]
     return found
 
 

@@ -55,8 +55,8 @@ class GatedJournal:
                 session.record(row, schema, output, None)
 
             def end(
-                self, status: str, error: str | None, wake_ms: int | None = None
+                self, status: str, error: str | None, wake_ms: int | None = None, cause: str | None = None
             ) -> Awaitable[None] | None:
-                return session.end(status, error, wake_ms)
+                return session.end(status, error, wake_ms, cause)
 
         return Held()

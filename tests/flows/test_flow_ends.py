@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from tests.flows.steps import World, run_of, runner_on
-from tests.kit import Num, node, open_question
+from tests.kit import Num, failing_with, node, open_question
 from tests.shared_stores import STORES, store_of
 
 from stroma import Flow, NodeHooks, Pipeline, RunStatus, StepFailed, current_run, parallel, stroma_flow
@@ -40,6 +40,25 @@ async def test_a_cleanup_leaves_cancelled_siblings_to_the_resume() -> None:
     result = await runner_on(store).run(f, Num())
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=1))
     assert world.calls == ["slow 0", "bad 0", "clean 0", "slow 0", "bad 0"]
+
+
+async def test_the_cause_is_the_failure_that_the_body_raised() -> None:
+    """The cause of a failed flow is the step whose failure it raised, not one that it caught."""
+    store, call = InMemoryStore(), failing_with(ValueError, "down")
+    first, fallback = node("first", call), node("fallback", call)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            return await flow.step(first, state)
+        except StepFailed as error:
+            try:
+                return await flow.step(fallback, state)
+            except StepFailed:
+                raise error from None
+
+    assert (await runner_on(store).run(f, Num(), run_id="r")).status is RunStatus.PARTIAL
+    assert store.get_run("r").cause.node_id == "first"
 
 
 @pytest.mark.parametrize("way", ["map", "gather"])

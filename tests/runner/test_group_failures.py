@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from tests.engine.event_log import Between, Journal, M, contract, counted
 from tests.kit import NEVER, ONCE, THRICE, TWICE, Num, context_of, here, node, retry_policies
 
@@ -17,6 +18,7 @@ from stroma import (
     StoreError,
     StromaRunner,
     execute_step,
+    map_over,
     parallel,
 )
 
@@ -39,6 +41,38 @@ async def test_a_group_fails_as_its_child_did() -> None:
     assert (failure.failure_class, failure.message) == (FailureClass.RECOVERABLE, "slow down")
     assert failure.reason == "rate_limit"
     assert (failure.retry_after_seconds, failure.node_id, failure.attempt) == (500, "parallel(a)", 1)
+
+
+class Many(BaseModel):
+    nums: list[Num]
+
+
+@pytest.mark.parametrize("way", ["parallel", "map"])
+async def test_the_cause_is_the_child_that_stopped_the_group(way: str) -> None:
+    """The cause of a failed run is the child that stopped it, not a one with its text and more tries."""
+    retried, store = asyncio.Event(), AsyncInMemoryStore()
+
+    async def call(state: Num) -> Num:
+        if state.n:
+            await retried.wait()
+            raise Busy(500)  # Beyond ``max_retry_after_seconds``: no further attempt.
+        if here().attempt == 3:
+            retried.set()
+            await asyncio.Future()
+        raise Busy(0)
+
+    async def last(state: Num) -> Num:
+        return await call(Num(n=1))
+
+    first: BaseModel
+    if way == "parallel":
+        nodes, first = [parallel(node("a", call), node("b", last))], Num(n=0)
+    else:
+        nodes, first = [map_over("nums", node("b", call), into="nums")], Many(nums=[Num(n=0), Num(n=1)])
+    runner = StromaRunner.quick(store=store, policy_map=THRICE)
+    await runner.run(nodes, first, run_id="r")
+    cause = store.get_run("r").cause
+    assert (cause.node_id, cause.branch, cause.attempt) == ("b", "1", 1)
 
 
 @pytest.mark.parametrize("retries", [0, 2])

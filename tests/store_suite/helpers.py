@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import RunRequest, Waiting
 from stroma.checkpoint.queue import ClaimRequest, RunLimits
+from stroma.checkpoint.records import mark_of
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
@@ -113,14 +114,20 @@ async def commit(session: Any, position: int, state: BaseModel, node: str = "nod
     await settled(session.record(attempt, schema, state))
 
 
-async def fail(session: Any, position: int, node: str = "node", **facts: Any) -> None:
-    """Record an attempt that failed."""
+async def fail(session: Any, position: int, node: str = "node", **facts: Any) -> AttemptRow:
+    """Record an attempt that failed, and return it."""
     facts.setdefault("failure", FailureClass.RECOVERABLE)
-    await settled(session.record(row(position, node, **facts), None, None))
+    attempt = row(position, node, **facts)
+    await settled(session.record(attempt, None, None))
+    return attempt
 
 
-async def finish(session: Any, status: str = "COMPLETED", error: str | None = None) -> None:
-    await settled(session.end(status, error))
+async def finish(
+    session: Any, status: str = "COMPLETED", error: str | None = None, cause: AttemptRow | None = None
+) -> None:
+    """End a run. ``cause``: the attempt that stopped it."""
+    mark = cause and mark_of(session.epoch, cause.position, cause.started_ns, cause.attempt, cause.branch)
+    await settled(session.end(status, error, cause=mark))
 
 
 def restored(session: Any, model: type[BaseModel] = State) -> dict[tuple[int, str], BaseModel]:

@@ -98,10 +98,8 @@ class ReadingTests:
             session = await begin(store, f"run-{i}", tags=("all", "é 1", *(["odd"] if i % 2 else [])))
             if i % 3 == 0:
                 await fail(session, 0, "a", message="Too BUSY", failure=FailureClass.RECOVERABLE)
-                await fail(session, 0, f"n{i}", message="no", failure=FailureClass.TERMINAL)
-                await finish(
-                    session, "FAILED" if i else "PARTIAL", "ValueError: no" if i == 3 else f"Error {i}"
-                )
+                cause = await fail(session, 0, f"n{i}", message="no", failure=FailureClass.TERMINAL)
+                await finish(session, "FAILED" if i else "PARTIAL", f"Error {i}", cause)
             elif i % 3 == 1:
                 await finish(session)
             await asyncio.sleep(0.002)
@@ -143,7 +141,7 @@ class ReadingTests:
         assert matches(since_ms=third.started_ms, statuses=("FAILED",), failure_class="TERMINAL") == [6, 3]
         assert third.tags == ("all", "odd", "é 1")
         assert (third.failures, store.get_run("run-1").failures) == (2, 0)
-        assert third.cause[:5] == ("n3", 0, "", 1, "TERMINAL")
+        assert third.cause.node_id == "n3"
         assert store.get_run("run-1").cause is None
         for wrong in ("", "x", "1", "1.", ".1", "-1.1", "1e3.x", "9" * 99 + ".1", "²."):
             with pytest.raises(ValueError, match="must be the `next` of a page"):
@@ -196,46 +194,40 @@ class ReadingTests:
         await finish(await begin(store))
         assert store.get_run("run").tags == ()
 
-    async def test_the_cause_of_a_group_is_its_child(self, store: Any) -> None:
-        """The cause of a group's failure is the child whose failure it became, at any depth; no sibling."""
+    async def test_the_cause_is_the_recorded_attempt(self, store: Any) -> None:
+        """The cause of a failed run is the attempt that stopped it, not another one with its text."""
         session = await begin(store)
-        outer, inner = (
-            row(1, "outer", ms=90, failure=FailureClass.TERMINAL, message="why"),
-            row(1, "inner", branch="1", ms=50, failure=FailureClass.TERMINAL, message="why"),
-        )
-        await fail(session, 1, "sibling", branch="0", ms=20, message="other")
-        await fail(session, 1, "child", branch="1.0", ms=20, failure=FailureClass.TERMINAL, message="why")
-        for ended in (inner, outer):
-            await settled(session.record(ended, None, None))
-        await finish(session, "FAILED", "ValueError: why")
-        cause = store.get_run("run").cause
-        assert (cause.node_id, cause.position, cause.branch) == ("child", 1, "1.0")
+        stopped = await fail(session, 1, "item", branch="1.1", ms=20, message="why")
+        for attempt in range(1, 4):
+            await fail(session, 1, "item", branch="0.1", attempt=attempt, ms=20, message="why")
+        await fail(session, 1, "item", branch="1.1", attempt=1, ms=20, message="why")
+        await fail(session, 1, "map", ms=90, message="why")
+        await finish(session, "PARTIAL", "BudgetExceeded: x; the last failure: ValueError: why", stopped)
+        record = store.get_run("run")
+        cause = record.cause
+        assert (cause.node_id, cause.position, cause.branch, cause.attempt) == ("item", 1, "1.1", 1)
         assert (cause.error_type, cause.message, cause.text) == ("ValueError", "why", "ValueError: why")
+        (listed,) = store.run_page(RunQuery()).runs
+        assert (listed.cause, record.failures) == (cause, 6)
 
-    async def test_the_cause_of_a_map_is_its_item_without_a_retry_left(self, store: Any) -> None:
-        """Of items of a map that fail alike, the cause is that with the most attempts, not the last end."""
+    async def test_the_cause_may_be_an_early_failure(self, store: Any) -> None:
+        """The cause is found however many other attempts failed after it."""
         session = await begin(store)
-        for branch, attempt, ms in (("0", 1, 10), ("1", 1, 11), ("0", 2, 20), ("1", 2, 21), ("0", 3, 30)):
-            await fail(session, 1, "item", branch=branch, attempt=attempt, ms=ms, message="why")
-        await fail(session, 1, "map", ms=31, message="why")
-        await fail(session, 1, "item", branch="1", attempt=2, ms=32, message="why")
-        await finish(session, "PARTIAL", "ValueError: why")
-        cause = store.get_run("run").cause
-        assert (cause.branch, cause.attempt) == ("0", 3)
+        stopped = await fail(session, 0, "first", branch="a:#0", message="first")
+        for i in range(30):
+            await fail(session, 0, "later", branch=f"b#{i}", message="later")
+        await finish(session, "FAILED", "ValueError: first", stopped)
+        assert store.get_run("run").cause.branch == "a:#0"
 
-    @pytest.mark.parametrize(
-        "error", ["ValueError: why", "BudgetExceeded: x; the last failure: ValueError: why"]
-    )
-    async def test_the_cause_is_the_failure_that_stopped_the_run(self, store: Any, error: str) -> None:
-        """The cause has the error of the run: no sibling that failed later, and none that a flow caught."""
+    async def test_the_cause_ends_with_its_execution(self, store: Any) -> None:
+        """A resumed or restarted run has the cause of its own end, or none; a claim given back keeps it."""
         session = await begin(store)
-        await fail(session, 0, "first", branch="a#0", ms=20, message="why")
-        await fail(session, 0, "later", branch="b#1", ms=60, message="other")
-        await finish(session, "PARTIAL", error)
+        await finish(session, "FAILED", "x", await fail(session, 0, "first", message="why"))
+        await settled((await begin(store, if_exists="resume")).give_back())
         assert store.get_run("run").cause.node_id == "first"
-        session = await begin(store)
-        await fail(session, 0, "caught", branch="a#0", message="why")
-        await finish(session, "PARTIAL", "ValueError: raised by the body")
+        await finish(await begin(store, if_exists="resume"), "FAILED", "ValueError: raised by the body")
+        assert store.get_run("run").cause is None
+        await finish(await begin(store, if_exists="restart"), "PARTIAL", "ValueError: why")
         assert store.get_run("run").cause is None
 
     async def test_history_page_by_page(self, store: Any) -> None:

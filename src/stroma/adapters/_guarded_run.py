@@ -276,6 +276,7 @@ class GuardedRun:
             return
         if self.guard.runner is not None and ctx.config.names_ids:
             warn_of_unknown_ids(ctx, (), self.result, self.guard.runner.warned)
+        ctx.journal.cause = failure and failure.mark
         cancelled = await end_run(ctx, status, reason or None)
         self.guard.forget_old(self)
         await call_end_hooks(ctx, self.result)

@@ -40,7 +40,7 @@ from stroma.checkpoint.sessions import Session
 if TYPE_CHECKING:
     from stroma.checkpoint.memory.store import AsyncInMemoryStore, InMemoryStore
     from stroma.checkpoint.postgres.store import PostgresStore
-    from stroma.checkpoint.records import AttemptPage, AttemptRecord, Cause, RunPage, RunQuery, RunRecord
+    from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
     from stroma.checkpoint.redis.store import RedisStore, SyncRedisStore
     from stroma.checkpoint.sqlite.store import SQLiteStore
     from stroma.checkpoint.urls import open_store
@@ -50,7 +50,6 @@ __all__ = [
     "AsyncInMemoryStore",
     "AttemptPage",
     "AttemptRecord",
-    "Cause",
     "CellStore",
     "CheckpointKey",
     "CheckpointLost",
@@ -93,7 +92,7 @@ __all__ = [
 _HOMES = {
     "memory.store": ("AsyncInMemoryStore", "InMemoryStore"),
     "postgres.store": ("PostgresStore",),
-    "records": ("AttemptPage", "AttemptRecord", "Cause", "RunPage", "RunQuery", "RunRecord"),
+    "records": ("AttemptPage", "AttemptRecord", "RunPage", "RunQuery", "RunRecord"),
     "redis.store": ("RedisStore", "SyncRedisStore"),
     "sqlite.store": ("SQLiteStore",),
     "urls": ("open_store",),

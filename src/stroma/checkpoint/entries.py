@@ -512,6 +512,7 @@ class Tried(NamedTuple):
         attempts: their number.
         repairs: how many of them were followed by a repair of their output (``contract_retries``).
         node_id: of the last one, as all that follows.
+        mark: see AttemptRecord.
         broken_ns: when the newest attempt began whose output broke its contract; None without one.
         rejected: that output, if it is stored.
     """
@@ -523,6 +524,7 @@ class Tried(NamedTuple):
     message: str
     reason: str | None
     error_type: str | None
+    mark: str
     broken_ns: int | None = None
     rejected: RejectedOutput | None = None
 

@@ -19,6 +19,7 @@ class FailureNote(NamedTuple):
     Attributes:
         event: the number of the event.
         input_key: the input in stored form.
+        mark: see Failure.
     """
 
     event: int
@@ -30,6 +31,7 @@ class FailureNote(NamedTuple):
     type: str | None
     retry_after: float | None
     input_key: str | None
+    mark: str | None
 
 
 class MessageNote(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any, Final, Literal, NamedTuple, get_type_hints
@@ -58,27 +58,6 @@ def ascii_lower(text: str) -> str:
     return "".join(ch.lower() if ch.isascii() else ch for ch in text)
 
 
-class Cause(NamedTuple):
-    """The failed attempt that stopped a run, or the last one of a run that has not failed.
-
-    Of a group it is that of its child.
-    """
-
-    node_id: str
-    position: int
-    branch: str
-    attempt: int
-    failure_class: str
-    reason: str | None
-    message: str | None
-    error_type: str | None = None
-
-    @property
-    def text(self) -> str | None:
-        """The failure as text: ``Type: message``."""
-        return None if self.message is None else typed(self.error_type, self.message)
-
-
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """A run as a store lists it.
@@ -93,7 +72,8 @@ class RunRecord:
         commits: number of all commits: a flow in progress has none of its own, but those of its calls.
         latency_ms: time for which functions of its attempts ran; concurrent children of a group count once.
         tags: sorted.
-        cause: None if no attempt of the last execution failed. Not set by list_runs().
+        cause: the failed attempt that stopped the run, of a group that of its child; of a run that has not
+            failed, the last one to begin. None without one. Not set by list_runs().
         failures: number of failed attempts, at most 20. Not set by list_runs().
         epoch: incremented by each process that opens the run.
         due_ms: when a run without an owner is due, in ms since the epoch, 0: at once; None: never by itself.
@@ -116,7 +96,7 @@ class RunRecord:
     parent: str | None = None
     latency_ms: float = field(default=0.0, compare=False)
     tags: tuple[str, ...] = field(default=(), compare=False)
-    cause: Cause | None = field(default=None, compare=False)
+    cause: AttemptRecord | None = field(default=None, compare=False)
     failures: int = field(default=0, compare=False)
     epoch: int = field(default=0, compare=False)
     due_ms: int | None = field(default=None, compare=False)
@@ -360,34 +340,6 @@ def digits_seconds(digits: int) -> float:
     """Return the seconds of a duration from its :func:`duration_digits`."""
     length, first = divmod(digits, 100)
     return float(first * 10 ** min(max(0, length - 2), 20)) / 1e9
-
-
-def cause_of(failed: Sequence[AttemptRecord]) -> Cause | None:
-    """Return the cause among failed attempts, the latest end first.
-
-    A failed group ends after the child that failed it, with the child's message: the cause is the child. Of
-    items of a map with the same failure it is the one with the most attempts, which had no retry left.
-    """
-    if not failed:
-        return None
-    last = (failed[0].position, failed[0].failure_class, failed[0].message)
-    same_failure = [a for a in failed if (a.position, a.failure_class, a.message) == last]
-    deepest = max(same_failure, key=lambda a: a.branch.count(".") + 1 if a.branch else 0)
-    group, _, index = deepest.branch.rpartition(".")
-    if index.isdecimal():
-        siblings = (a for a in same_failure if a.branch.rpartition(".")[0] == group)
-        alike = (a for a in siblings if (a.node_id, a.epoch) == (deepest.node_id, deepest.epoch))
-        deepest = max(alike, key=lambda a: a.attempt)
-    return Cause(
-        deepest.node_id,
-        deepest.position,
-        deepest.branch,
-        deepest.attempt,
-        deepest.failure_class or "",
-        deepest.reason,
-        deepest.message,
-        deepest.error_type,
-    )
 
 
 def mark_of(*place: int | str) -> str:

@@ -197,11 +197,14 @@ class Session:
             "SQLiteStore"
         )
 
-    def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
+    def end(
+        self, status: str, error: str | None, wake_ms: int | None = None, cause: str | None = None
+    ) -> Awaitable[None] | None:
         """Record that the run stopped with a status (see RunStatus) and, unless it completed, an error text.
 
         ``wake_ms``: when a suspended run is due without an answer, in ms since the epoch. An answer makes it
         due at once, also one that was stored since the run was opened. An interrupted run is due at once.
+        ``cause``: the mark of the attempt that stopped it, see AttemptRecord.
         """
 
     def give_back(self) -> Awaitable[None] | None:

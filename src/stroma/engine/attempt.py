@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns
 from typing import Any, Final, final
@@ -17,6 +18,7 @@ from pydantic import BaseModel
 
 from stroma._utils.text import one_line
 from stroma.checkpoint import Fenced, PipelineChanged, StoreError, Waiting
+from stroma.checkpoint.records import mark_of
 from stroma.contracts.contract import NodeContract, NotDone, Unknown, as_violation, output_violation
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import Group, Node
@@ -380,7 +382,8 @@ class NodeAttempt:
         """
         ctx, run = self.ctx, self.run
         if self.usage_error is not None or ctx.account.limits:
-            self.failure, interrupt = judge(ctx, run, self.usage_error, self.snapshot)
+            failure, interrupt = judge(ctx, run, self.usage_error, self.snapshot)
+            self.failure = failure and self._mark(failure)
             if interrupt is not None:
                 self.interrupt = interrupt
         if run.effect is not None:
@@ -458,6 +461,13 @@ class NodeAttempt:
         )
         return _row_of(fields)  # Named arguments take 0.7 us of the 9 of a node.
 
+    def _mark(self, failure: Failure) -> Failure:
+        """Return a failure with the mark of this attempt, unless it has that of a child."""
+        run, journal = self.run, self.ctx.journal
+        started_ns = self.begin + journal.epoch_ns
+        mark = mark_of(journal.session.epoch, run.position, started_ns, run.attempt, run.branch)
+        return replace(failure, mark=failure.mark or mark)
+
     def _end(self, row: AttemptRow) -> None:
         """Append the row of the end."""
         self.row = self.run.ended = row
@@ -522,6 +532,8 @@ class NodeAttempt:
         """End as failed: classify, record, and call the failure hooks."""
         ctx, run = self.ctx, self.run
         failure, halt = diagnose_attempt(ctx, run, error, self.snapshot, is_of_store=is_of_store)
+        failure = self._mark(failure)
+        halt = halt and halt._replace(failure=failure)
         row = ctx.session.with_references(self._make_row("failure", self.duration, failure))
         self._end(row)
         self._set_failure_hooks(failure)

@@ -363,7 +363,7 @@ class RunJournal:
         versions: the versions of runs that the pipeline can continue, its own first; None for plain code,
             which has none.
         caller: calls nodes with a place, see stroma.engine.placed_calls; None where they cannot be called.
-        wake_ms: when the suspended or interrupted run is due; see Session.end().
+        wake_ms, cause: of the end of the run; see Session.end().
         number_event: returns the number of the event that the output at a branch is to the body of a flow;
             None outside of flows.
         noticed: number of the last event that this body has noticed.
@@ -394,6 +394,7 @@ class RunJournal:
     caller: Any = None
     effects: Any = None
     wake_ms: int | None = None
+    cause: str | None = None
     number_event: Callable[[str], int] | None = None
     noticed: int = 0
     traceparent: str | None = None

@@ -47,6 +47,7 @@ def diagnose_attempt(
             inner.reason,
             inner.retry_after_seconds,
             inner.inner or inner,
+            mark=inner.mark,
         )
         if error.halt.spent or error.halt.partial:
             return failure, Halt(failure, partial=error.halt.partial, spent=error.halt.spent)

@@ -191,7 +191,7 @@ async def end_run(
             session.note(ALL_FAILED_ITEMS, str(failed_items).encode())
         for receiver in ctx.fire.receivers:
             receiver.flush()
-        pending = session.end(status.value, error, journal.wake_ms)
+        pending = session.end(status.value, error, journal.wake_ms, journal.cause)
         if pending is not None and (problem := await shield.finish(pending)) is not None:
             raise problem
     except (RunBusy, RunExists):

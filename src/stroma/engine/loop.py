@@ -254,6 +254,7 @@ def _count_earlier_attempts(
         tried.message,
         tried.reason,
         earlier=broken,
+        mark=tried.mark,
     )
     run.last_failure = failure
     decision = _decide(ctx, run, node, failure, count)

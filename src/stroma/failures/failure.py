@@ -52,6 +52,8 @@ class Failure:
         retry_after_seconds: the wait that a server asked for.
         inner: the failure of the node inside that stopped a group; None for a node.
         earlier: the newest output of an earlier attempt that broke its contract, for ``as_prompt()``.
+        mark: :attr:`stroma.checkpoint.records.AttemptRecord.mark` of its attempt, of the child's for a group;
+            None if no attempt was made.
     """
 
     exception: BaseException
@@ -63,6 +65,7 @@ class Failure:
     retry_after_seconds: float | None = None
     inner: Failure | None = field(default=None, repr=False, compare=False)
     earlier: ContractViolation | None = field(default=None, repr=False, compare=False)
+    mark: str | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         """Return the failure as people read it: ``Type: message``."""

@@ -313,7 +313,7 @@ def describe_result(result: ExecutionResult) -> dict[str, Any]:
     return details
 
 
-def describe_failure(failure_class: str, message: str | None, reason: str | None) -> dict[str, Any]:
+def describe_failure(failure_class: str | None, message: str | None, reason: str | None) -> dict[str, Any]:
     """Return a failure as JSON data."""
     return {"class": str(failure_class), "message": message, "reason": reason}
 

@@ -16,7 +16,7 @@ from stroma.checkpoint import CheckpointNotFound, Session
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.entries import Finished
 from stroma.checkpoint.events import EventPage, EventPlace
-from stroma.checkpoint.records import FAILED, Cause, RunRecord
+from stroma.checkpoint.records import FAILED, RunRecord
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.engine.config import RunConfig
 from stroma.engine.execution import RunningNode, current_run
@@ -213,8 +213,9 @@ async def _describe_end(stored: StoredRuns, record: RunRecord, redact: Redact | 
         reason = Finished(record.status, record.error).reason
         cause = record.cause
         if reason is not None or cause is None:
-            cause = Cause("", 0, "", 0, "TERMINAL", reason, record.error)
-        details["failure"] = describe_failure(cause.failure_class, cause.message, cause.reason)
+            details["failure"] = describe_failure("TERMINAL", record.error, reason)
+        else:
+            details["failure"] = describe_failure(cause.failure_class, cause.message, cause.reason)
     return details
 
 

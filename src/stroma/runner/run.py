@@ -323,10 +323,10 @@ class RunExecution:
                 ctx.account.note_suspended(finished.error or "waiting for an answer")
             return
         cause = (await StoredRuns(ctx.registry, ctx.checkpoint_manager).get(ctx.run_id)).cause
-        if cause is None or cause.text != finished.error:  # No attempt stopped it.
+        if cause is None:  # No attempt stopped it.
             self._failure = halt_of_ended_run(ctx, "run", finished).failure
             return
-        kind, message = FailureClass(cause.failure_class), cause.message or ""
+        kind, message = FailureClass(str(cause.failure_class)), cause.message or ""
         error = RunFailed.recorded(finished.error or message, cause.error_type)
         self._failure = Failure(error, kind, cause.node_id, cause.attempt, message, cause.reason)
 
@@ -357,6 +357,7 @@ class RunExecution:
         if self._has_setback or ctx.journal.session.notes:
             self._note_setbacks()
         if failure is not None:
+            ctx.journal.cause = failure.mark
             exceeded = limit_that_stopped(ctx, result)
             if exceeded is not None and failure.exception is not exceeded:
                 error = f"{type(exceeded).__name__}: {exceeded}{LAST_FAILURE}{error}"

@@ -228,7 +228,7 @@ class _MortalSession:
         reach_commit()
         return None
 
-    def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
+    def end(self, *end: Any) -> Awaitable[None] | None:
         if self._is_dead or self._deaths.reach(self._ctx, Boundary("before_end")):
             return None
 
@@ -236,7 +236,7 @@ class _MortalSession:
             await pending
             self._deaths.reach(self._ctx, Boundary("after_end"))
 
-        pending = self._session.end(status, error, wake_ms)
+        pending = self._session.end(*end)
         if pending is not None:
             return later(pending)
         self._deaths.reach(self._ctx, Boundary("after_end"))

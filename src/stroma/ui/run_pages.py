@@ -180,13 +180,12 @@ class RunPages:
         return AttemptPage(listed, listed[-1].mark), drawn
 
     def _cause_attempt(self, record: RunRecord) -> AttemptRecord | None:
-        """Return the attempt that stopped a run, or None."""
+        """Return the attempt that stopped a run, with the size of its output, or None."""
         why = record.cause
         if why is None or record.status not in FAILED:
             return None
         there = self._store.attempts_at(record.run_id, why.position, why.branch)
-        failed = [one for one in there if one.attempt == why.attempt and one.failure_class]
-        return max(failed, key=lambda one: one.started_ns, default=None)
+        return next((one for one in there if one.mark == why.mark), None)
 
     def _timeline(
         self,

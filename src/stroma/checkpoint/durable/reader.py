@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from stroma._utils.text import typed
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.durable.annotations import RunRecords, find_rejected, name_of, read_notes, read_waiting
 from stroma.checkpoint.durable.control import read_control
@@ -34,17 +33,15 @@ from stroma.checkpoint.records import (
     PICO,
     AttemptPage,
     AttemptRecord,
-    Cause,
     RunPage,
     RunQuery,
     RunRecord,
     StoreFacts,
     Tally,
-    cause_of,
+    parse_mark,
 )
 from stroma.contracts.contract import check_id
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.failures.errors import LAST_FAILURE
 from stroma.failures.tracebacks import FailureSite, read_failure_site
 
 if TYPE_CHECKING:
@@ -53,7 +50,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_FILTERED: Final = 20_000  # runs that one page filters one by one
-_MAX_FAILED: Final = 20  # failed attempts among which the cause is searched
+_MAX_FAILED: Final = 20  # failed attempts that are counted
 #: Outcomes after which an earlier failure at the same place no longer counts as the cause.
 _FIXES: Final = ("success", "suspended")
 _ALL_RUNS: Final = RunQuery()
@@ -256,8 +253,7 @@ class ReadableStore(ABC):
             of_run = RunRecords.of(rows, run, self._payloads)
             error = self._payloads.open_text(run.error, of_run.place("error"))
             blocked = self._payloads.open_text(run.blocked, of_run.place("blocked"))
-            self._with_messages(of_run, attempts)
-            cause = cause_of(_possible_causes(rows, run, error, attempts))
+            cause = _find_cause(of_run, run, attempts)
             records.append(_run_record(run._replace(error=error, blocked=blocked), cause, len(attempts)))
         return records
 
@@ -417,29 +413,32 @@ def _effect_calls(records: RunRecords) -> dict[tuple[int, str], Intent]:
     return calls
 
 
-def _possible_causes(
-    rows: Rows, run: RunRow, error: str | None, failed: list[AttemptRecord]
-) -> list[AttemptRecord]:
-    """Return the failed attempts that may be the cause: in an unfinished run, without a later success.
-
-    Of a failed run they have its error: siblings that failed later and failures that a flow caught have not.
-    """
+def _find_cause(records: RunRecords, run: RunRow, failed: list[AttemptRecord]) -> AttemptRecord | None:
+    """Return the cause of a run, see RunRecord. ``failed``: its last failed attempts."""
+    possible = failed
     if run.status in FAILED:
-        texts = [typed(one.error_type, one.message or "") for one in failed]
-        ended = LAST_FAILURE + (error or "")
-        return [one for one, text in zip(failed, texts, strict=True) if ended.endswith(LAST_FAILURE + text)]
-    if run.status not in ("RUNNING", "SUSPENDED"):
-        return failed
-    last_fix: dict[tuple[int, str], int] = {}
-    for one in failed:
-        at = one.position, one.branch
-        if at not in last_fix:
-            attempts = rows.attempts_at(run.run, run.execution, *at)
-            last_fix[at] = max((a.started_ns for a in attempts if a.outcome in _FIXES), default=0)
-    return [one for one in failed if one.started_ns > last_fix[one.position, one.branch]]
+        possible = [one for one in failed if one.mark == run.cause]
+        if run.cause is not None and not possible:  # Many others failed after it.
+            _, position, _, _, branch = parse_mark(run.cause, 4, has_text=True)
+            attempts = records.rows.attempts_at(run.run, run.execution, position, branch)
+            possible = [one for one in attempts if one.mark == run.cause]
+    elif run.status in ("RUNNING", "SUSPENDED"):
+        last = {(one.position, one.branch): one for one in reversed(failed)}
+        possible = [one for one in last.values() if not _is_fixed(records.rows, run, one)]
+    if not possible:
+        return None
+    one = max(possible, key=lambda one: (one.started_ns, one.branch))  # A group begins before its children.
+    open_message(records.payloads, records.run_id, records.execution, one)
+    return one
 
 
-def _run_record(row: RunRow, cause: Cause | None, failures: int) -> RunRecord:
+def _is_fixed(rows: Rows, run: RunRow, failed: AttemptRecord) -> bool:
+    """Return True if the same place had a success later, or asks a question."""
+    attempts = rows.attempts_at(run.run, run.execution, failed.position, failed.branch)
+    return any(one.started_ns >= failed.started_ns and one.outcome in _FIXES for one in attempts)
+
+
+def _run_record(row: RunRow, cause: AttemptRecord | None, failures: int) -> RunRecord:
     holder = row.holder
     return RunRecord(
         run_id=row.run_id,

@@ -130,6 +130,7 @@ class RunRow(NamedTuple):
         claim: token of the worker that has claimed the run; None if there is no claim, or it has expired.
         parent: the run that it was forked from.
         tags: those of the last execution, as :func:`pack_tags` returns them.
+        cause: see RunEnd.
     """
 
     run: Any
@@ -161,6 +162,7 @@ class RunRow(NamedTuple):
     claim: str | None = None
     parent: str | None = None
     tags: str = ""
+    cause: str | None = None
 
     @property
     def tag_list(self) -> list[str]:
@@ -233,12 +235,14 @@ class RunEnd(NamedTuple):
         error: why, if it did not complete; in stored form for :meth:`Rows.finish`.
         wake_ms: from when on a worker may continue a run that stays unfinished; None: never by itself.
         updated_ms: when it stopped; None: now.
+        cause: mark of the attempt that stopped it; None if no failed attempt did.
     """
 
     status: str
     error: str | None = None
     wake_ms: int | None = None
     updated_ms: int | None = None
+    cause: str | None = None
 
 
 class EventRow(NamedTuple):
@@ -270,7 +274,7 @@ _UNMARKED: Final[dict[str, Any]] = dict.fromkeys((*_MARK, "claim", "claim_until_
 #: Fields of every run that is opened, of one whose execution begins, and of one that stops.
 _OPENED: Final[dict[str, Any]] = {
     **_UNMARKED,
-    **dict.fromkeys(("error", "wake_ms")),
+    **dict.fromkeys(("error", "wake_ms", "cause")),
     "status": "RUNNING",
     "updated_ms": NOW,
 }
@@ -392,7 +396,7 @@ class Rows(Protocol):
         Deletes its mark.
         """
         updated_ms = NOW if end.updated_ms is None else end.updated_ms
-        fields = {"status": end.status, "error": end.error, "wake_ms": end.wake_ms, "updated_ms": updated_ms}
+        fields = {**end._asdict(), "updated_ms": updated_ms}
         return self.update(fence.run, {**_STOPPED, **fields}, fence=fence)
 
     def wake(self, run: RunRow, wake_ms: int | None = 0) -> None:

@@ -454,9 +454,11 @@ class DurableSession(Session):
         if hasattr(self, "fence"):
             LIVE_SESSIONS.pop(self.fence.owner.rpartition("|")[2], None)
 
-    def end(self, status: str, error: str | None, wake_ms: int | None = None) -> Awaitable[None] | None:
+    def end(
+        self, status: str, error: str | None, wake_ms: int | None = None, cause: str | None = None
+    ) -> Awaitable[None] | None:
         """Record how the run stopped. Awaited: raises Fenced, or another StoreError."""
-        end = self._to_record(status, error, wake_ms)
+        end = self._to_record(RunEnd(str(status), error, wake_ms, cause=cause))
         if end is None:
             return None
         self.ended = True
@@ -465,13 +467,13 @@ class DurableSession(Session):
         pending.add_done_callback(lambda _: self.abandon())
         return pending
 
-    def _to_record(self, status: str, error: str | None, wake_ms: int | None) -> RunEnd | None:
+    def _to_record(self, end: RunEnd) -> RunEnd | None:
         """Return the end to record; None for a run that is returned unchanged."""
         if self.finished is not None:
             if not self.fence.owner:
                 return None
-            status, error = self.finished.status, self.finished.error
-        return RunEnd(str(status), storable_text(error), wake_ms)
+            end = RunEnd(self.finished.status, self.finished.error, end.wake_ms)
+        return end._replace(error=storable_text(end.error))
 
     def _finish(self, end: RunEnd, rows: Rows) -> None:
         before, records = self.completed, self._records(rows)

@@ -446,7 +446,7 @@ def release_run(records: RunRecords, session: Any) -> None:
     elif before is None or before.status == "RUNNING" or session.discards:
         record_end(records, fence, RunEnd("INTERRUPTED"))
     else:
-        end = RunEnd(before.status, before.error, before.wake_ms, before.updated_ms)
+        end = RunEnd(before.status, before.error, before.wake_ms, before.updated_ms, before.cause)
         now = rows.find(records.run_id, lock=True)
         record_end(records, fence, end, None if now is None else now.wake_ms)
         if session.held.pause:
@@ -517,6 +517,7 @@ def _count_failed(
                 attempt.message or "",
                 attempt.reason,
                 attempt.error_type,
+                attempt.mark,
                 None if before is None else before.broken_ns,
             )
             if last.is_repaired:

@@ -37,7 +37,7 @@ def is_resumable(record: RunRecord) -> bool:
     return record.status not in (*COMPLETE, QUEUED) and record.holder is None
 
 
-def count_causes(records: Iterable[RunRecord]) -> list[tuple[tuple[str, str, str | None], int]]:
+def count_causes(records: Iterable[RunRecord]) -> list[tuple[tuple[str, str | None, str | None], int]]:
     """Count failed runs by (node, class, reason) of what stopped them, the most frequent cause first."""
     causes = [one.cause for one in records if one.cause is not None and one.status in FAILED]
     return Counter((one.node_id, one.failure_class, one.reason) for one in causes).most_common()

@@ -327,7 +327,7 @@ def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:
     at = place_text(cause.position, cause.branch)
     message = cause.text or record.error or ""
     return StopCause(
-        cause.node_id, at, cause.attempt, cause.failure_class, message, cause.reason, resume_command
+        cause.node_id, at, cause.attempt, str(cause.failure_class), message, cause.reason, resume_command
     )
 
 

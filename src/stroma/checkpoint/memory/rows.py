@@ -88,6 +88,7 @@ class MemoryRun:
     blocked_codes: str | None = None
     parent: str | None = None
     tags: str = ""
+    cause: str | None = None
     mark: Any = RunRow.mark  # Made of these fields.
     tag_list: Any = RunRow.tag_list
 

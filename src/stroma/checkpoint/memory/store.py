@@ -15,7 +15,7 @@ from stroma.checkpoint.durable.annotations import record_notes, record_rejected
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import memory_owner
-from stroma.checkpoint.durable.rows import Opening, Rows
+from stroma.checkpoint.durable.rows import Opening, Rows, RunEnd
 from stroma.checkpoint.durable.run_store import RunStore, changing
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.states import AsyncCalls, SyncCalls
@@ -137,8 +137,10 @@ class MemorySession(DurableSession):
     def delivered(self, row: AttemptRow) -> None:
         return
 
-    def end(self, status: str, error: str | None, wake_ms: int | None = None) -> None:
-        end = self._to_record(status, error, wake_ms)
+    def end(
+        self, status: str, error: str | None, wake_ms: int | None = None, cause: str | None = None
+    ) -> None:
+        end = self._to_record(RunEnd(str(status), error, wake_ms, cause=cause))
         if end is not None:
             try:
                 with _lock:

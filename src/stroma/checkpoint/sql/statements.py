@@ -63,7 +63,7 @@ RUN_COLUMNS: Final = f"""r.run, r.run_id, r.pipeline, r.execution, r.status, r.e
     (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
     AND s.branch_key = ''), r.attempt_count, r.commit_count, r.wake_ms, r.expires_ms, r.priority, r.queue_key,
     r.version, r.blocked, r.blocked_since_ms, r.blocked_until_ms, r.blocked_codes,
-    CASE WHEN NOT {_FREE} THEN r.claim END, r.parent, r.tags"""
+    CASE WHEN NOT {_FREE} THEN r.claim END, r.parent, r.tags, r.cause"""
 FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = :run_key"
 LOCK: Final = f"{FIND} FOR UPDATE OF r"
 LOCK_MANY: Final = f"""SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = ANY(:run_keys)

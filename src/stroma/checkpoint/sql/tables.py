@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, get_type_hints
 from stroma.checkpoint.durable.rows import Step
 from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord
 
-SCHEMA_VERSION: Final = 13  # of the tables, in every SQL store
+SCHEMA_VERSION: Final = 14  # of the tables, in every SQL store
 
 # Any stands for an output: bytes in these stores.
 _TYPES: Final = {bytes: "bytea", int: "bigint", str: "text"}
@@ -99,7 +99,7 @@ def tables(types: Types) -> list[str]:
                 wake_ms {number}, priority {number} NOT NULL DEFAULT 0, queue_key {text}, expires_ms
                 {number}, claim {text}, claim_until_ms {number}, version {text} NOT NULL DEFAULT '',
                 blocked {text}, blocked_since_ms {number}, blocked_until_ms {number}, blocked_codes
-                {text}, parent {text}, tags {text} NOT NULL DEFAULT ''""",
+                {text}, parent {text}, tags {text} NOT NULL DEFAULT '', cause {text}""",
             types.rewritten,
         ),
         table(

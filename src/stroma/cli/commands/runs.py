@@ -17,7 +17,7 @@ from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
 from stroma.checkpoint.history.facts import count_causes, is_interrupted, status_of
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.queue import QUEUED, BlockedMark
-from stroma.checkpoint.records import FAILED, Cause, RunQuery, RunRecord
+from stroma.checkpoint.records import FAILED, AttemptRecord, RunQuery, RunRecord
 from stroma.cli.formatting import SPAN, format_age, format_local_time, localize, style_status, to_iso
 from stroma.cli.output import Part, emit_fields, err, out, table
 from stroma.cli.stores import Database, db_option
@@ -82,7 +82,7 @@ def _due_ms(record: RunRecord) -> int | None:
     )  # At once since its last record.
 
 
-def cause_data(cause: Cause) -> dict[str, Any]:
+def cause_data(cause: AttemptRecord) -> dict[str, Any]:
     """Return the failed attempt that stopped a run, in the form of the JSON schemas."""
     return {
         "node_id": cause.node_id,

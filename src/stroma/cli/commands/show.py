@@ -89,7 +89,7 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
         return _print_states(selected, states, code)
     story = history.outline(record, attempts, waiting)
     _print_head(record, story)
-    _print_site(history, record, attempts)
+    _print_site(history, record)
     for text in _describe_progress(database.reader, record, story, attempts):
         _print_fact("in flight", text)
     if selected or (story.waits and view.as_tree):
@@ -323,17 +323,14 @@ def _print_head(record: RunRecord, story: Story) -> None:
         _print_fact(label, (localize(text), _FACT_STYLES.get(label, "")))
 
 
-def _print_site(history: History, record: RunRecord, attempts: list[AttemptRecord]) -> None:
+def _print_site(history: History, record: RunRecord) -> None:
     """Print the line of the user's code where the attempt that stopped the run failed."""
     cause = record.cause
     if cause is None or record.status not in FAILED:
         return
-    for one in reversed(attempts):
-        if (one.position, one.branch, one.attempt) == (cause.position, cause.branch, cause.attempt):
-            site = history.failure_site_of(record.run_id, one)
-            for line in frame_lines(*site.own[-1]) if site is not None and site.own else ():
-                out.fitted(" " * 10, line, indent=10)
-            return
+    site = history.failure_site_of(record.run_id, cause)
+    for line in frame_lines(*site.own[-1]) if site is not None and site.own else ():
+        out.fitted(" " * 10, line, indent=10)
 
 
 def _print_next_steps(

@@ -270,6 +270,7 @@ class FlowJournal:
             attempt=failure.attempt,
             type=kind_of(failure.exception),
             retry_after=failure.retry_after_seconds,
+            mark=failure.mark,
             input_key=None if input_key is None else input_key.decode(),
         )
         self._note(position, "f", branch, fields, number)
@@ -358,6 +359,7 @@ def read_failure(fields: FailureNote) -> Failure:
         fields.message,
         fields.reason,
         fields.retry_after,
+        mark=fields.mark,
     )
 
 
