@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 from stroma.checkpoint import CheckpointNotFound
-from stroma.checkpoint.records import COMPLETE
+from stroma.checkpoint.queue import COMPLETE
 from stroma.runner.events import StreamEvent
 
 __all__ = ["SSE_HEADERS", "VERCEL_HEADERS", "ag_ui", "sse", "vercel"]

@@ -14,7 +14,7 @@ from stroma import RunStatus, SQLiteStore, StromaRunner, stroma_node
 from stroma.checkpoint import RunQuery, RunRequest, open_store
 from stroma.checkpoint.durable.integrity import input_step, seal
 from stroma.checkpoint.durable.rows import Annotation, Step
-from stroma.checkpoint.records import mark_of
+from stroma.checkpoint.identity import mark_of
 from stroma.contracts.schema import schema_of
 
 SCHEMA = schema_of(Num)

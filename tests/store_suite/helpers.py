@@ -6,8 +6,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.checkpoint import RunRequest, Waiting
+from stroma.checkpoint.identity import mark_of
 from stroma.checkpoint.queue import ClaimRequest, RunLimits
-from stroma.checkpoint.records import mark_of
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass

@@ -175,3 +175,17 @@ def with_outer(branch: str) -> Iterator[str]:
 def child_indexes(branch: str) -> list[int]:
     """Return the index of each child on the way to a branch, up to the first step that code calls."""
     return [int(part) for part in itertools.takewhile(str.isdecimal, branch.split("."))]
+
+
+def mark_of(*place: int | str) -> str:
+    """Return a place in a list, numbers and perhaps a text after them, as the ``next`` of a page."""
+    return ":".join(map(str, place))
+
+
+def parse_mark(mark: str, numbers: int, *, has_text: bool = False) -> tuple[Any, ...]:
+    """Return the place in the ``next`` of a page. Raises ValueError for any other text."""
+    place = mark.split(":", numbers)
+    for one in place[:numbers]:
+        if len(place) != numbers + has_text or not (one.isdecimal() and one.isascii() and len(one) < 20):
+            raise ValueError(f"after must be the `next` of a page, got {mark[:100]!r}")
+    return (*map(int, place[:numbers]), *place[numbers:])

@@ -8,8 +8,7 @@ from operator import attrgetter
 from typing import Any, Final, Literal, NamedTuple, get_type_hints
 
 from stroma._utils.text import typed
-from stroma.checkpoint.identity import idempotency_key
-from stroma.checkpoint.queue import COMPLETE as COMPLETE
+from stroma.checkpoint.identity import idempotency_key, mark_of
 from stroma.checkpoint.queue import BlockedMark
 from stroma.failures.errors import BUDGET, LAST_FAILURE, PAUSED
 
@@ -340,17 +339,3 @@ def digits_seconds(digits: int) -> float:
     """Return the seconds of a duration from its :func:`duration_digits`."""
     length, first = divmod(digits, 100)
     return float(first * 10 ** min(max(0, length - 2), 20)) / 1e9
-
-
-def mark_of(*place: int | str) -> str:
-    """Return a place in a list, numbers and perhaps a text after them, as the ``next`` of a page."""
-    return ":".join(map(str, place))
-
-
-def parse_mark(mark: str, numbers: int, *, has_text: bool = False) -> tuple[Any, ...]:
-    """Return the place in the ``next`` of a page. Raises ValueError for any other text."""
-    place = mark.split(":", numbers)
-    for one in place[:numbers]:
-        if len(place) != numbers + has_text or not (one.isdecimal() and one.isascii() and len(one) < 20):
-            raise ValueError(f"after must be the `next` of a page, got {mark[:100]!r}")
-    return (*map(int, place[:numbers]), *place[numbers:])

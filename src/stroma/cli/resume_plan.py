@@ -13,7 +13,8 @@ from stroma.checkpoint.history.bars import place_of
 from stroma.checkpoint.history.facts import status_of
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.identity import child_indexes, is_called, with_outer
-from stroma.checkpoint.records import COMPLETE, FAILED, AttemptRecord, RunRecord
+from stroma.checkpoint.queue import COMPLETE
+from stroma.checkpoint.records import FAILED, AttemptRecord, RunRecord
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import stored_input

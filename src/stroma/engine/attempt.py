@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from stroma._utils.text import one_line
 from stroma.checkpoint import Fenced, PipelineChanged, StoreError, Waiting
-from stroma.checkpoint.records import mark_of
+from stroma.checkpoint.identity import mark_of
 from stroma.contracts.contract import NodeContract, NotDone, Unknown, as_violation, output_violation
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import Group, Node

@@ -18,7 +18,8 @@ from stroma.checkpoint.history.bars import bar_of, place_of
 from stroma.checkpoint.history.comparison import changes
 from stroma.checkpoint.history.facts import is_interrupted
 from stroma.checkpoint.history.redaction import Payload
-from stroma.checkpoint.records import COMPLETE, FAILED, AttemptRecord, RunQuery, RunRecord
+from stroma.checkpoint.queue import COMPLETE
+from stroma.checkpoint.records import FAILED, AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import describe_class
 from stroma.trace.html import tree
 from stroma.trace.outline import duration

@@ -15,8 +15,8 @@ from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history.bars import find_progress, in_order, place_of
 from stroma.checkpoint.history.facts import is_at_work, is_interrupted, status_of
 from stroma.checkpoint.history.redaction import Payload
-from stroma.checkpoint.queue import QUEUED, ServedCode
-from stroma.checkpoint.records import COMPLETE, FAILED, AttemptPage, AttemptRecord, RunRecord
+from stroma.checkpoint.queue import COMPLETE, QUEUED, ServedCode
+from stroma.checkpoint.records import FAILED, AttemptPage, AttemptRecord, RunRecord
 from stroma.trace.html import cause, document, rejected_output
 from stroma.trace.outline import shown_place
 from stroma.trace.story import Story, awaited_topics, fields_named

@@ -27,6 +27,7 @@ from stroma.checkpoint.entries import (
 )
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.events import EventPage, EventPlace
+from stroma.checkpoint.identity import parse_mark
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.records import (
     FAILED,
@@ -38,7 +39,6 @@ from stroma.checkpoint.records import (
     RunRecord,
     StoreFacts,
     Tally,
-    parse_mark,
 )
 from stroma.contracts.contract import check_id
 from stroma.contracts.tagged_json import NotSerialisable

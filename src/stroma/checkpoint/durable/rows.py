@@ -17,6 +17,7 @@ from urllib.parse import quote, unquote
 
 from stroma.checkpoint.durable.owner import Owner, is_gone
 from stroma.checkpoint.events import EventPlace
+from stroma.checkpoint.identity import parse_mark
 from stroma.checkpoint.queue import (
     QUEUED,
     BlockedMark,
@@ -25,15 +26,7 @@ from stroma.checkpoint.queue import (
     QueueEntry,
     QueueFigures,
 )
-from stroma.checkpoint.records import (
-    AttemptRecord,
-    RunQuery,
-    StoreFacts,
-    Tally,
-    ascii_lower,
-    parse_mark,
-    sum_attempts,
-)
+from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally, ascii_lower, sum_attempts
 
 
 class Annotation(IntEnum):

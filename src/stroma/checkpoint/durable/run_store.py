@@ -42,6 +42,7 @@ from stroma.checkpoint.entries import Committed, RunRequest, SentMessage, Waitin
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, BlobStore, PayloadPlace, Payloads, Stored, collect
 from stroma.checkpoint.queue import (
+    COMPLETE,
     MAX_CLAIM_SECONDS,
     POSTPONED,
     QUEUED,
@@ -53,7 +54,6 @@ from stroma.checkpoint.queue import (
     block,
     choose,
 )
-from stroma.checkpoint.records import COMPLETE
 from stroma.contracts.codec import is_same_data
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema

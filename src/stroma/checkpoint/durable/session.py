@@ -46,7 +46,8 @@ from stroma.checkpoint.entries import (
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, PayloadPlace, Payloads, Stored
-from stroma.checkpoint.records import COMPLETE, AttemptRecord
+from stroma.checkpoint.queue import COMPLETE
+from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.sessions import Charge, Session
 from stroma.contracts.copying import PickledSnapshot, Snapshot, StoredSnapshot
 from stroma.contracts.schema import Schema

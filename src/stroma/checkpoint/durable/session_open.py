@@ -55,8 +55,8 @@ from stroma.checkpoint.entries import (
 )
 from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.checkpoint.payloads import PayloadPlace, Payloads, Stored, UnencodedState
-from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import COMPLETE, PICO, AttemptRecord
+from stroma.checkpoint.queue import COMPLETE, QUEUED
+from stroma.checkpoint.records import PICO, AttemptRecord
 from stroma.contracts.codec import is_extended, is_same_data
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.failures.errors import PAUSED

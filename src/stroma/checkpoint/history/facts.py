@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from stroma._utils.text import clean, format_utc, pluralize
 from stroma.checkpoint.entries import Intent, RunFacts, Waiting
-from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import COMPLETE, FAILED, RunRecord
+from stroma.checkpoint.queue import COMPLETE, QUEUED
+from stroma.checkpoint.records import FAILED, RunRecord
 from stroma.trace.events import place_text
 from stroma.trace.outline import shown_place
 

@@ -33,7 +33,8 @@ from stroma.checkpoint.history.redaction import (
 )
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called, place_before
-from stroma.checkpoint.records import COMPLETE, FAILED, AttemptRecord, RunPage, RunQuery, RunRecord
+from stroma.checkpoint.queue import COMPLETE
+from stroma.checkpoint.records import FAILED, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.contracts.schema import has_secrets
 from stroma.failures.tracebacks import FailureSite
 from stroma.trace.events import place_text

@@ -28,7 +28,7 @@ from stroma.checkpoint.durable.rows import (
 )
 from stroma.checkpoint.entries import OF_FLOW, StepCall
 from stroma.checkpoint.events import MAX_BATCHES, EventPlace
-from stroma.checkpoint.identity import is_called
+from stroma.checkpoint.identity import is_called, mark_of, parse_mark
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import UnencodedState
 from stroma.checkpoint.queue import (
@@ -38,7 +38,7 @@ from stroma.checkpoint.queue import (
     ClaimRequest,
     QueueFigures,
 )
-from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, mark_of, parse_mark
+from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.schema import Schema
 from stroma.contracts.tagged_json import NotSerialisable

@@ -13,8 +13,9 @@ from stroma.checkpoint.decisions import MESSAGE_SENT
 from stroma.checkpoint.durable.rows import EventRow, RunRow, ScannedRows, Step, matches
 from stroma.checkpoint.errors import CheckpointLost
 from stroma.checkpoint.events import EventPlace
+from stroma.checkpoint.identity import mark_of, parse_mark
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
-from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally, mark_of, parse_mark
+from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally
 from stroma.checkpoint.redis.format import (
     FORMAT,
     RedisRun,

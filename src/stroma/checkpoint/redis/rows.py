@@ -21,8 +21,8 @@ from stroma.checkpoint.durable.rows import Annotation, Delay, EventRow, Fence, O
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.queue import Candidate
-from stroma.checkpoint.records import COMPLETE, AttemptRecord
+from stroma.checkpoint.queue import COMPLETE, Candidate
+from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.redis.format import (
     DAMAGED,
     RedisRun,

@@ -21,6 +21,7 @@ from stroma.checkpoint.durable.rows import (
     pack_tags,
 )
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES, EventPlace
+from stroma.checkpoint.identity import mark_of, parse_mark
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures
 from stroma.checkpoint.records import (
@@ -29,8 +30,6 @@ from stroma.checkpoint.records import (
     RunQuery,
     Tally,
     ascii_lower,
-    mark_of,
-    parse_mark,
     stored_values,
     to_record,
 )

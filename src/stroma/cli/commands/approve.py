@@ -17,7 +17,8 @@ from stroma.checkpoint.errors import RequestRefused
 from stroma.checkpoint.history.facts import answer_type, node_text, unanswered
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.manager import CheckpointManager
-from stroma.checkpoint.records import COMPLETE, FAILED, RunRecord
+from stroma.checkpoint.queue import COMPLETE
+from stroma.checkpoint.records import FAILED, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.run import ResumedRun, compare_names, resume_run
 from stroma.cli.errors import Code, Problem

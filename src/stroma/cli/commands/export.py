@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from stroma.checkpoint.history.reader import History
-from stroma.checkpoint.records import COMPLETE, AttemptRecord, RunRecord
+from stroma.checkpoint.queue import COMPLETE
+from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data, facts_data, question_data

@@ -17,8 +17,8 @@ from stroma.checkpoint.history.bars import find_progress, in_order, place_of, su
 from stroma.checkpoint.history.facts import effect_state, is_at_work, unanswered
 from stroma.checkpoint.history.reader import History, Inputs
 from stroma.checkpoint.history.redaction import Payload
-from stroma.checkpoint.queue import QUEUED
-from stroma.checkpoint.records import COMPLETE, FAILED, AttemptRecord, RunRecord
+from stroma.checkpoint.queue import COMPLETE, QUEUED
+from stroma.checkpoint.records import FAILED, AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import done_text, run_data
 from stroma.cli.errors import Code, Problem, frame_lines
