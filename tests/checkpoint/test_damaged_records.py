@@ -495,6 +495,22 @@ async def test_a_damaged_budget_stops_the_run(tmp_path: Path) -> None:
     assert len(calls) == 1
 
 
+async def test_a_damaged_cause(tmp_path: Path) -> None:
+    """A failed run whose cause is damaged is CorruptCheckpoint with its id."""
+    path = tmp_path / "runs.db"
+    runner = StromaRunner.quick(store=SQLiteStore(path), policy_map={"AMBIGUOUS": {"max_retries": 0}})
+
+    @runner.node("a", input=Num, output=Num)
+    async def fail(state: Num) -> Num:
+        raise PermissionError("first")
+
+    await runner.run([fail], Num(), run_id="r")
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("UPDATE runs SET cause = '1:x'")
+    with pytest.raises(CorruptCheckpoint, match="the field 'cause' of run 'r' is damaged"):
+        SQLiteStore(path).get_run("r")
+
+
 async def test_a_damaged_request_pauses_the_owner(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A damaged request about a run that is in progress pauses it, since it may be a smaller budget."""
     async with SQLiteStore(tmp_path / "runs.db") as store:

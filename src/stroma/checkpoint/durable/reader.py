@@ -419,7 +419,10 @@ def _find_cause(records: RunRecords, run: RunRow, failed: list[AttemptRecord]) -
     if run.status in FAILED:
         possible = [one for one in failed if one.mark == run.cause]
         if run.cause is not None and not possible:  # Many others failed after it.
-            _, position, _, _, branch = parse_mark(run.cause, 4, has_text=True)
+            try:
+                _, position, _, _, branch = parse_mark(run.cause, 4, has_text=True)
+            except ValueError:
+                raise RecordName(run.run_id, "field", "cause").damaged() from None
             attempts = records.rows.attempts_at(run.run, run.execution, position, branch)
             possible = [one for one in attempts if one.mark == run.cause]
     elif run.status in ("RUNNING", "SUSPENDED"):
