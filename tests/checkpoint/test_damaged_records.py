@@ -60,6 +60,7 @@ NOTES: dict[str, bytes] = {
             "type": "ValueError",
             "retry_after": None,
             "input_key": "{}",
+            "mark": None,
         }
     ).encode(),
     "0:s:!sleep#0": b"[1700000000000, 1.5]",
@@ -498,7 +499,8 @@ async def test_a_damaged_budget_stops_the_run(tmp_path: Path) -> None:
 async def test_a_damaged_cause(tmp_path: Path) -> None:
     """A failed run whose cause is damaged is CorruptCheckpoint with its id."""
     path = tmp_path / "runs.db"
-    runner = StromaRunner.quick(store=SQLiteStore(path), policy_map={"AMBIGUOUS": {"max_retries": 0}})
+    often = {"AMBIGUOUS": {"max_retries": 24, "backoff_seconds": 0}}
+    runner = StromaRunner.quick(store=SQLiteStore(path), policy_map=often)
 
     @runner.node("a", input=Num, output=Num)
     async def fail(state: Num) -> Num:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_FILTERED: Final = 20_000  # runs that one page filters one by one
-_MAX_FAILED: Final = 20  # failed attempts that are counted
+_MAX_FAILED: Final = 20  # failed attempts of a run that are read; its cause may be an earlier one
 #: Outcomes after which an earlier failure at the same place no longer counts as the cause.
 _FIXES: Final = ("success", "suspended")
 _ALL_RUNS: Final = RunQuery()
@@ -418,7 +418,7 @@ def _find_cause(records: RunRecords, run: RunRow, failed: list[AttemptRecord]) -
     possible = failed
     if run.status in FAILED:
         possible = [one for one in failed if one.mark == run.cause]
-        if run.cause is not None and not possible:  # Many others failed after it.
+        if run.cause is not None and not possible and len(failed) == _MAX_FAILED:
             try:
                 _, position, _, _, branch = parse_mark(run.cause, 4, has_text=True)
             except ValueError:
