@@ -153,14 +153,14 @@ async def work(job: Job, seed: str, point: str | None, nth: int) -> None:
         await serving
 
 
-def _hasten() -> None:
+def _hasten(job: Job) -> None:
     """Shorten, in this process, the times after which a run of a dead process is looked for."""
     from stroma.checkpoint import entries
     from stroma.runner import worker as serving
 
     serving._CLAIM_SECONDS = 1.0
     entries._SETBACK_SECONDS = (0.1, 300.0)
-    with contextlib.suppress(ImportError):
+    if job.address is not None:
         from stroma.drivers.temporal import worker as plugin
         from stroma.drivers.temporal import workflow
 
@@ -200,7 +200,7 @@ class Client:
                 for run_id, status in self.last.items():
                     with _patience():
                         await self._treat(run_id, status)
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
         self.data["charges"] = await effects.ask(self.job.port, "GET", "all")
 
     async def _treat(self, run_id: str, status: str) -> None:
@@ -295,7 +295,7 @@ class Fleet:
             logging.basicConfig(
                 filename=self.job.errors, format="%(process)d %(asctime)s %(message)s", level="INFO"
             )
-            _hasten()
+            _hasten(self.job)
             if slot == WORKERS:
                 asyncio.run(attend(self.job, self.report, self.seconds - 5))
             else:
