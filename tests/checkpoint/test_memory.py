@@ -71,10 +71,9 @@ async def test_an_attempt_whose_place_is_committed_again_stays(store: str, tmp_p
         ("0", "success"),
         ("1", "failure"),
         ("1", "failure"),
-        ("1", "collected"),
         ("1", "success"),
     ]
-    assert [has for *_, has in events] == [False, True, True, False, False, False, True]
+    assert [has for *_, has in events] == [False, True, True, False, False, True]
 
 
 @pytest.mark.parametrize("store", ["default", "async", "sync", "sqlite"])

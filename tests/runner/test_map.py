@@ -754,6 +754,25 @@ async def test_retries_come_before_collecting(store: Any, doubler: Doubler) -> N
     assert (failed.index, failed.attempts, doubler.calls[1]) == (1, 3, 3)
 
 
+@pytest.mark.core
+async def test_the_store_lists_the_attempts_of_the_trace(
+    store: Any, tmp_path: Path, doubler: Doubler
+) -> None:
+    """A collected failure is no further attempt: the store and the trace have each failed attempt once."""
+    doubler.failing = {1}
+    source = write(tmp_path / "in", [0, 1, 2])
+    source.write_text(source.read_text() + "no JSON\n")
+    work = map_over(JsonLines(source), doubler.node, into="made", on_item_failure="collect")
+    result = await quick(store, policy_map=TWICE).run([work], State())
+    assert (result.status, result.failed_items) == (RunStatus.COMPLETED, 2), result.failure
+    traced = sorted((one.branch, one.attempt, one.outcome) for one in result.trace.walk())
+    assert [one for one in traced if one[2] == "failure"] == [
+        *(("1", attempt, "failure") for attempt in (1, 2, 3)),
+        ("3", 1, "failure"),
+    ]
+    assert sorted((one.branch, one.attempt, one.outcome) for one in store.attempts("run")) == traced
+
+
 async def test_collected_exceptions_are_released(doubler: Doubler) -> None:
     """A map holds no exception of an item that failed before, nor what its traceback references."""
     alive, counts = weakref.WeakSet[Exception](), list[int]()

@@ -22,9 +22,11 @@ from tests.store_suite.helpers import (
     settled,
 )
 
-from stroma.checkpoint import CheckpointNotFound, CorruptCheckpoint, RunQuery
+from stroma.checkpoint import CheckpointNotFound, CorruptCheckpoint, RunQuery, StepCall
 from stroma.contracts.schema import schema_of
 from stroma.failures.classes import FailureClass
+from stroma.failures.errors import ItemFailure
+from stroma.trace.events import COLLECTED
 from stroma.trace.rejected import Complaint, RejectedOutput
 
 
@@ -291,6 +293,26 @@ class ReadingTests:
         assert [t.digits for t in tallies] == [790, 770]  # 9 and 7 ms: seven digits, the first two of them.
         assert sum(t.attempts for t in store.tally(0, 10**15, runs=1)) == 2
         assert store.tally(store.get_run("two").started_ms + 1, 1000) == []
+
+    async def test_a_collected_failure_is_not_an_attempt(self, store: Any) -> None:
+        """The commit of an item that failed is not listed, counted or summed up beside its failed attempt."""
+        session = await begin(store)
+        await fail(session, 0, "n", branch="1", failure=FailureClass.TERMINAL)
+        collected = row(0, "n", branch="1")._replace(outcome=COLLECTED)
+        item = ItemFailure(index=1, node_id="n", failure_class=FailureClass.TERMINAL, message="no")
+        await settled(session.record(collected, schema_of(ItemFailure), item, StepCall(0, b"item")))
+        await finish(session)
+        for attempts in (
+            store.attempts("run"),
+            store.attempt_page("run").attempts,
+            store.attempts_at("run", 0, "1"),
+        ):
+            assert [(one.branch, one.outcome) for one in attempts] == [("1", "failure")]
+        assert [(one.failure_class, one.attempts) for one in store.tally(0, 10**15)] == [("TERMINAL", 1)]
+        assert (store.get_run("run").failures, store.get_run("run").commits) == (1, 1)
+        again = await begin(store, if_exists="resume")
+        assert again.restored[0, "1"].is_failed_item
+        await finish(again)
 
     async def test_where_attempts_failed(self, store: Any) -> None:
         """failure_site_of returns the site of the last failure at a place, until the execution is removed."""

@@ -28,7 +28,16 @@ from tests.ui.conftest import BAD, GOOD, Site, State, make_runs, node
 from tests.ui.scenes import lineage, make_map
 from tests.ui.test_security import attempts_of
 
-from stroma import FailurePolicy, Pipeline, SQLiteStore, StromaRunner, Usage, current_node, stroma_node
+from stroma import (
+    FailurePolicy,
+    Pipeline,
+    SQLiteStore,
+    StromaRunner,
+    Usage,
+    current_node,
+    map_over,
+    stroma_node,
+)
 from stroma.checkpoint import open_store
 from stroma.checkpoint.history.run_graph import StepNode
 from stroma.telemetry import otel_hooks
@@ -191,6 +200,29 @@ def test_a_cost_without_tokens(store: SQLiteStore, serve: Any) -> None:
     assert 'data-name="Cost">$0.040000<' in row[0]
     address = re.search(r'data-open href="([^"]*)"', row[0])
     assert "Spent without output: 0 tok, $0.040000" in site.ask("GET", html.unescape(address[1])).text
+
+
+def test_failed_items_are_named(store: SQLiteStore, serve: Any) -> None:
+    """The page of a run names its failed items and --retry-failed, and counts each failed call once."""
+
+    class Part(BaseModel):
+        text: str
+
+    class Parts(BaseModel):
+        parts: list[str] = ["a", "b"]
+
+    async def fail(part: Part) -> Part:
+        raise PermissionError("no")
+
+    work = map_over("parts", stroma_node("fail")(fail), into="out", on_item_failure="collect")
+    runner = StromaRunner.quick(store=store, run_id="map")
+    result = asyncio.run(runner.run(Pipeline("maps", [work]), Parts()))
+    assert (result.status, result.failed_items) == ("COMPLETED", 2)
+    site = serve(store)
+    page = re.sub(r"<[^>]*>", " ", site.get("/run", id="map").text)
+    assert "Failed  2 items, the run continued without them; resume it with --retry-failed" in page
+    assert re.search(r"Attempts\s+5\s+4 failed", page)
+    assert sum(one.attempts for one in site.store.tally(0, 1000)) == 5
 
 
 def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:

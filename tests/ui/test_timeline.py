@@ -86,7 +86,7 @@ def test_many_children_are_cells() -> None:
                 2,
                 item + 2,
                 1,
-                "collected" if item == 4 else "failure" if item == 7 else "success",
+                "failure" if item in (4, 7) else "success",
             )
         )
     text = draw(bars, attempt_prefix="/attempt?id=r")
@@ -102,7 +102,7 @@ def test_items_with_nodes_inside_are_cells() -> None:
     """An item of several nodes is one cell: retried if a node in it was; its map has the cost of all."""
     bars = [Bar("map_over(pages, [read, rate])", "0", 1, 0, 500, "success")]
     for item in range(20):
-        outcome = "collected" if item == 7 else "success"
+        outcome = "failure" if item == 7 else "success"
         bars.append(Bar("[read, rate]", f"0.{item}", 1, item, 4, outcome))
         if item == 3:
             bars.append(Bar("read", f"0.{item}.0", 1, item, 1, "failure", "RECOVERABLE"))

@@ -429,6 +429,7 @@ class RunFacts(NamedTuple):
         lease_until_ms: when the owner's lease ends unless it is renewed, since the epoch; None without one.
         deaths: how often a process died under the run, a lost owner included.
         effects: the last calls of its effects, by position and branch; without damaged ones.
+        failed_items: how many items of its maps failed while the others continued, when it ended last.
     """
 
     owner: str | None = None
@@ -436,6 +437,7 @@ class RunFacts(NamedTuple):
     lease_until_ms: int | None = None
     deaths: int = 0
     effects: Mapping[tuple[int, str], Intent] = {}
+    failed_items: int = 0
 
 
 def effect_note(position: int, branch: str) -> str:

@@ -32,7 +32,7 @@ from stroma.failures.errors import ItemFailure
 from stroma.failures.failure import Failure
 from stroma.hooks.sets import MapProgress
 from stroma.runner.items import Item, LinesFile, Source
-from stroma.trace.events import AttemptRow, BoundedRows, Outcome
+from stroma.trace.events import COLLECTED, AttemptRow, BoundedRows, Outcome
 
 #: Items that run at once where their number has no bound and no limit is set.
 DEFAULT_CONCURRENCY: Final = 64
@@ -282,15 +282,17 @@ class MapRun:
             reason=failure.reason,
             attempts=failed.attempt,
         )
+        # An item that failed without an attempt, as one that a limit refused, is listed as a failed one.
+        is_new = failure.mark is None
         row = AttemptRow(
             self._child.node_id,
-            failure.attempt + 1,
+            max(failure.attempt, 1),
             perf_counter_ns() + ctx.journal.epoch_ns,
             0,
             {},
             None,
-            cast("Outcome", "collected"),
-            failed_of(failure),
+            "failure" if is_new else cast("Outcome", COLLECTED),
+            failed_of(failure) if is_new else None,
             None,
             execution.position,
             self._branch(item.index),
@@ -309,6 +311,8 @@ class MapRun:
                 self._ends.note(Halt(stored, partial=True))
                 return
             raise_if(cancelled)
+        if is_new and execution.children is not None:
+            execution.children.append(row)
         if ctx.fire.delivers:
             ctx.session.delivered(row)
         ctx.run_logger.info(

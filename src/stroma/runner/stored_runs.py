@@ -22,8 +22,7 @@ from stroma.checkpoint import (
     resolve_schema,
 )
 from stroma.checkpoint.decisions import UNFINISHED, not_waiting
-from stroma.checkpoint.decoding import RecordName, decode_number
-from stroma.checkpoint.entries import ALL_FAILED_ITEMS, NOT_DONE, SentMessage
+from stroma.checkpoint.entries import NOT_DONE, RunFacts, SentMessage
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.queue import COMPLETE, RunLimits, ServedCode
 from stroma.contracts.contract import ContractRegistry, NotDone, Unknown, check_id
@@ -286,8 +285,8 @@ class StoredRuns:
 
     async def count_failed_items(self, run_id: str) -> int:
         """Return how many items of the maps of a run that has ended failed."""
-        notes = await self._read("flow_notes", run_id)
-        return decode_number(notes.get(ALL_FAILED_ITEMS, b"0"), RecordName(run_id, "note", ALL_FAILED_ITEMS))
+        facts: RunFacts = await self._read("facts_of", run_id)
+        return facts.failed_items
 
     def served(self, pipelines: Sequence[Any]) -> dict[str, ServedPipeline]:
         """Return these flows and pipelines by name. Raises ValueError for two of one name, TypeError."""

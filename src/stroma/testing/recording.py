@@ -249,5 +249,5 @@ def _events(run_id: str, notes: Mapping[str, bytes], steps: Iterable[StepRow]) -
 
 
 def is_failed_item(one: RecordedAttempt) -> bool:
-    """Return True if this is the record of a failed item of a map instead of an attempt."""
-    return one.outcome == "collected" or one.contract == FAILED_ITEM
+    """Return True if this is an item of a map that failed without a call."""
+    return one.contract == FAILED_ITEM

@@ -14,6 +14,8 @@ from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
 
 Outcome = Literal["success", "failure", "cancelled", "suspended"]
+#: Outcome of the row that commits the failure of an item of a map. It is not an attempt: no store lists it.
+COLLECTED: Final = "collected"
 
 
 class Failed(NamedTuple):

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from stroma._utils.text import clean, format_duration, format_usd
 from stroma.failures.classes import describe_class
 from stroma.trace.events import RECEIVES, SLEEPS
-from stroma.trace.story import FAILED, Bar
+from stroma.trace.story import Bar
 
 EntryKind = Literal["node", "map", "sleep", "question", "message", "fold"]
 #: Kinds of the entries of waits.
@@ -43,7 +43,6 @@ _TONES: Final[dict[str, Tone]] = {
     "FAILED": "bad",
     "PARTIAL": "bad",
     "failure": "bad",
-    "collected": "bad",
     "TERMINAL": "bad",
     "RUNNING": "run",
     "running": "run",
@@ -168,22 +167,21 @@ class OutlineEntry:
 
     @property
     def has_failed(self) -> bool:
-        """True if its last attempt failed or its failure was collected; see :attr:`last_failure`."""
+        """True if its last attempt failed; see :attr:`last_failure`."""
         return self.last_failure is not None
 
     @property
     def last_failure(self) -> Bar | None:
         """The attempt that failed it in the end; of a Pipeline in a flow, that of its last node."""
         if self.bars:
-            return self.bars[-1] if self.bars[-1].outcome in FAILED else None
+            return self.bars[-1] if self.bars[-1].outcome == "failure" else None
         calls = [one for one in self.entries if one.kind not in WAITS]
         return max(calls, key=lambda one: one.ended_ms).last_failure if calls else None
 
     @property
     def was_retried(self) -> bool:
-        """True if it, or anything inside it, took more than one attempt. A collected failure is none."""
-        attempts = sum(bar.outcome != "collected" for bar in self.bars)
-        retried = self.kind != "fold" and attempts > 1
+        """True if it, or anything inside it, took more than one attempt."""
+        retried = self.kind != "fold" and len(self.bars) > 1
         return retried or any(entry.was_retried for entry in self.entries)
 
     @property

@@ -12,9 +12,6 @@ from stroma._utils.text import clean
 from stroma.failures.classes import describe_class
 from stroma.trace.rejected import RejectedOutput
 
-#: Outcomes of attempts that failed: an item of a map that failed for good is collected.
-FAILED: Final = ("failure", "collected")
-
 
 @dataclass(slots=True)  # Not frozen: 0.6 us instead of 5 to make one, and a page of a large map makes 10,000.
 class Bar:

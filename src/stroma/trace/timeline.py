@@ -30,7 +30,7 @@ from stroma.trace.outline import (
     outline,
     parse_call,
 )
-from stroma.trace.story import FAILED, Bar, InProgress, Story, waits
+from stroma.trace.story import Bar, InProgress, Story, waits
 
 #: Patterns of waits, which a page must have once.
 HATCHES: Final = (
@@ -370,7 +370,7 @@ class Timeline:
             box = self.span_of(bar.began_ms, bar.began_ms + bar.took_ms)
             if box is None:
                 continue
-            value = 2 if bar.outcome in FAILED else 1
+            value = 2 if bar.outcome == "failure" else 1
             for column in range(int(box[0] * 2.5), min(249, int((box[0] + box[1]) * 2.5)) + 1):
                 columns[column] = max(columns[column], value)
         parts, start = [], 0

@@ -54,6 +54,7 @@ _MAX_ANSWERED: Final = 20  # answered questions
 #: Facts beside the name of a run, and icons of those that are notes below it.
 _FACTS: Final = ("due", "owner", "deaths", "version", "execution")
 _NOTES: Final = {
+    "failed": "alert",
     "blocked": "alert",
     "answered": "check",
     "closed": "ban",

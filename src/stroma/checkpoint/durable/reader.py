@@ -17,6 +17,7 @@ from stroma.checkpoint.durable.integrity import is_intact, lost_error, verify_st
 from stroma.checkpoint.durable.owner import Owner
 from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.entries import (
+    ALL_FAILED_ITEMS,
     NO_CONTROL,
     OF_FLOW,
     Intent,
@@ -329,6 +330,7 @@ class ReadableStore(ABC):
                 None if owner is None else owner.place,
                 deaths=deaths,
                 effects=_effect_calls(records) if has_effects else {},
+                failed_items=int(_intact_notes(records, ALL_FAILED_ITEMS).get(ALL_FAILED_ITEMS, 0)),
             )
             if run.status != "RUNNING" or owner is None or math.isinf(run.left_seconds):
                 return facts  # In memory, there are no leases.
@@ -391,10 +393,10 @@ class ReadableStore(ABC):
         )
 
 
-def _intact_notes(records: RunRecords) -> dict[str, bytes]:
-    """Return the notes of an execution by key, without damaged ones."""
+def _intact_notes(records: RunRecords, key: str | None = None) -> dict[str, bytes]:
+    """Return the notes of an execution by key, without damaged ones; or the one with this key."""
     notes: dict[str, bytes] = {}
-    for row in filter(is_intact, records.rows.annotations(records.run, Annotation.NOTE)):
+    for row in filter(is_intact, records.rows.annotations(records.run, Annotation.NOTE, branch=key)):
         with contextlib.suppress(CorruptCheckpoint):
             notes.update(read_notes(records, [row], None))
     return notes

@@ -83,6 +83,12 @@ def facts_of(
         )
     if facts.deaths:
         yield "deaths", f"its process died {pluralize(facts.deaths, 'time')}"
+    if facts.failed_items and record.status != "RUNNING":
+        yield (
+            "failed",
+            f"{pluralize(facts.failed_items, 'item')}, the run continued without them; resume it with "
+            "--retry-failed to run them again",
+        )
     if record.blocked is not None:
         mark = record.blocked
         code = f"code {clean(mark.codes[-1], 120)} could not continue it: " if mark.codes else ""

@@ -42,7 +42,7 @@ from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.schema import Schema
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.trace.events import AttemptRow, contract_of
+from stroma.trace.events import COLLECTED, AttemptRow, contract_of
 
 _NUMBERS: Final = itertools.count(1)
 
@@ -517,6 +517,8 @@ def _records(run: MemoryRun, execution: int) -> list[AttemptRecord]:
     positions = {position: identity for identity, position in list(run.identities.items())}
     records: list[AttemptRecord] = []
     for key, row in run.all_attempts().items():
+        if row.outcome == COLLECTED:
+            continue
         entry = run.steps.get(_key_of((row.position, row.branch)))
         if isinstance(row, AttemptRecord):
             record = replace(row)

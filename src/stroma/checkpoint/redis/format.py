@@ -13,6 +13,7 @@ from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.durable.rows import Annotation, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.records import ATTEMPT_SHAPE, AttemptRecord, stored_values, to_record
+from stroma.trace.events import COLLECTED
 
 
 def annotations_key(kind: int) -> str:
@@ -137,7 +138,8 @@ def read_attempts(
 ) -> list[tuple[int, AttemptRecord]]:
     """Decode attempts by their keys, in the order of the history, each with the number of its commit.
 
-    That is 0, and there is no size, if its output is not at one of these places, or was replaced there.
+    Without the commits of failed items, which are not attempts. The number is 0, and there is no size, if the
+    output is not at one of these places, or was replaced there.
     Raises CorruptCheckpoint.
     """
     attempts: list[tuple[int, AttemptRecord]] = []
@@ -154,7 +156,7 @@ def read_attempts(
     for index, (number, one) in enumerate(attempts):
         if not number or newest[place_of(one)] != number:
             one.output_bytes, attempts[index] = None, (0, one)
-    return attempts
+    return [pair for pair in attempts if pair[1].outcome != COLLECTED]
 
 
 def place_of(attempt: AttemptRecord) -> str:

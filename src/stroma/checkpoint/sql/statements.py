@@ -17,6 +17,7 @@ from stroma.checkpoint.durable.rows import LEASE_TIMES, Annotation, Step
 from stroma.checkpoint.queue import MAX_CLAIM_SECONDS
 from stroma.checkpoint.records import ATTEMPT_COLUMNS
 from stroma.checkpoint.sql.tables import ATTEMPT_TYPES, STEP_TYPES
+from stroma.trace.events import COLLECTED
 
 _SERVER_CLOCK: Final = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 _FOR_SQLITE: Final = (
@@ -189,8 +190,9 @@ BLOBS: Final = " UNION ALL ".join(
 )
 
 _IN_ORDER: Final = "ORDER BY epoch, position, started_ns, branch_key, attempt"
+_LISTED: Final = f"outcome <> '{COLLECTED}'"
 ATTEMPTS: Final = f"""SELECT {_ATTEMPT}, epoch FROM attempts WHERE run = :run AND execution = :execution
-    {_IN_ORDER}"""
+    AND {_LISTED} {_IN_ORDER}"""
 # Joined with the attempts in Python: a server without statistics of a new table would compare all attempts of
 # a run with all of its outputs.
 OUTPUTS: Final = f"""SELECT epoch, position, started_ns, branch, attempt, {", ".join(Step._fields)} FROM steps
@@ -198,7 +200,7 @@ OUTPUTS: Final = f"""SELECT epoch, position, started_ns, branch, attempt, {", ".
 _WITH_SIZE: Final = f"""SELECT {_ATTEMPT}, epoch, (SELECT length(s.output) FROM steps s
     WHERE (s.run, s.execution, s.position, s.branch_key) = (a.run, a.execution, a.position, a.branch_key)
     AND (s.epoch, s.attempt, s.started_ns) = (a.epoch, a.attempt, a.started_ns))
-    FROM attempts a WHERE run = :run AND execution = :execution"""
+    FROM attempts a WHERE run = :run AND execution = :execution AND {_LISTED}"""
 # A page begins after the end of the previous one.
 ATTEMPT_PAGE: Final = f"""{_WITH_SIZE} AND (epoch, position, started_ns, branch_key, attempt)
     > (:epoch, :position, :started_ns, :branch_key, :attempt) {_IN_ORDER} LIMIT :limit"""
@@ -211,7 +213,7 @@ IDENTITIES: Final = """SELECT DISTINCT identity, position FROM attempts
     WHERE run = :run AND execution = :execution AND identity IS NOT NULL"""
 
 # The sums are floats, since SQLite fails if a sum of integers overflows.
-TALLY: Final = """SELECT bucket, pipeline, node_id, model, failure_class, count(*), sum(tokens *
+TALLY: Final = f"""SELECT bucket, pipeline, node_id, model, failure_class, count(*), sum(tokens *
     1.0), sum(cost_pico * 1.0), sum(wasted * 1.0), sum(duration_ns * 1.0), max(duration_ns * 1.0),
     digits FROM ( SELECT r.started_ms / :bucket_ms AS bucket, r.pipeline, a.node_id, a.model,
     a.failure_class, a.tokens, a.cost_pico, a.duration_ns, length(CAST(a.duration_ns AS text)) * 100 +
@@ -220,8 +222,8 @@ TALLY: Final = """SELECT bucket, pipeline, node_id, model, failure_class, count(
     (a.run, a.execution, a.position, a.branch_key) AND (s.epoch, s.attempt, s.started_ns) = (a.epoch,
     a.attempt, a.started_ns)) THEN 0 ELSE a.cost_pico END AS wasted FROM (SELECT run, execution,
     pipeline, started_ms FROM runs WHERE execution > 0 AND started_ms >= :since_ms ORDER BY started_ms
-    DESC, run DESC LIMIT :runs) r JOIN attempts a ON a.run = r.run AND a.execution = r.execution LIMIT
-    :attempts) t GROUP BY bucket, pipeline, node_id, model, failure_class, digits"""
+    DESC, run DESC LIMIT :runs) r JOIN attempts a ON a.run = r.run AND a.execution = r.execution AND
+    a.{_LISTED} LIMIT :attempts) t GROUP BY bucket, pipeline, node_id, model, failure_class, digits"""
 
 # ---------------------------------------------------------------------- queue
 

@@ -159,6 +159,7 @@ def facts_data(store: AsyncStates, record: RunRecord) -> dict[str, Any]:
     return {
         "owner": {"place": facts.owner, "is_gone": facts.is_lost, "lease_until": lease_until},
         "deaths": facts.deaths,
+        "failed_items": facts.failed_items,
         "effects": [
             {
                 "position": position,
@@ -300,7 +301,7 @@ def _started_nodes(store: AsyncStates, record: RunRecord) -> dict[str, str]:
 
 
 #: Styles of facts by their label.
-_FACT_STYLES: Final = {"blocked": "yellow", "error": "red", "unknown": "yellow"}
+_FACT_STYLES: Final = {"failed": "yellow", "blocked": "yellow", "error": "red", "unknown": "yellow"}
 
 
 def _print_head(record: RunRecord, story: Story) -> None:
