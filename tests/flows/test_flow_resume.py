@@ -42,7 +42,7 @@ from stroma import (
     stroma_node,
 )
 from stroma.engine import attempt
-from stroma.testing import assert_resumable
+from stroma.testing import assert_resumable, crash_at
 
 store = store_fixture(*STORES)
 
@@ -200,25 +200,29 @@ async def test_an_error_of_the_body_is_fixed_and_resumed(store: Any) -> None:
     assert (result.status, world.calls) == (RunStatus.RESUMED, ["add 0", "add 1"])
 
 
-async def test_values_are_the_same_on_replay(store: Any) -> None:
-    """flow.now(), flow.random() and flow.uuid() return what they returned before; each call another value."""
+@pytest.mark.parametrize("dies_in", ["one", "two"])
+async def test_values_are_the_same_on_replay(dies_in: str, store: Any) -> None:
+    """flow.now(), random() and uuid() return the same on resume, also if the death cut off the next call."""
     world = World()
-    add, seen = world.step("add"), []
+    steps = {node_id: world.step(node_id) for node_id in ("one", "two")}
+    seen: dict[str, list[Any]] = {"one": [], "two": []}
 
     @stroma_flow("f", input=Num, output=Num)
     async def f(flow: Flow, state: Num) -> Num:
-        seen.append((flow.now(), flow.random(), flow.uuid(), flow.random(), flow.uuid()))
-        state = await flow.step(add, state)
-        return await flow.step(add, state)
+        for node_id, step in steps.items():
+            seen[node_id].append((flow.now(), flow.random(), flow.uuid(), flow.random(), flow.uuid()))
+            state = await flow.step(step, state)
+        return state
 
     run = run_of(f, store)
-    await world.live(run, "add 1")
+    with crash_at("after_node", dies_in):
+        await run()
     await asyncio.sleep(0.01)
     await world.live(run)
-    assert seen[0] == seen[1]
-    assert len(set(seen[0])) == 5
-    assert 0 <= seen[0][1] < 1
-    assert seen[0][2].version == 4
+    assert seen[dies_in][0] == seen[dies_in][1]
+    assert all(len(set(values[0])) == 5 for values in seen.values())
+    assert 0 <= seen["one"][0][1] < 1
+    assert seen["one"][0][2].version == 4
 
 
 async def test_a_restart_has_other_random_values(store: Any) -> None:

@@ -211,7 +211,7 @@ class FlowDriver(FlowWaits):
     def _is_alone(self, call: FlowCall) -> bool:
         """Return True if nothing else of the flow can happen before the end of a call."""
         is_other_at_work = self._running or self.numbers or self.loop.next_time is not None
-        if is_other_at_work or call.question is not None or self.is_recorded:
+        if is_other_at_work or call.question is not None or self.is_recorded or self.journal.has_new_values:
             return False
         try:
             return call.context == self.context
@@ -500,8 +500,8 @@ class FlowDriver(FlowWaits):
         while self.stopping is None:
             if self.is_finished and not self.closing:
                 self._close()  # Before the next event, as on replay.
-            elif self.unstored:
-                await self.store_events()
+            elif self.unstored or self.journal.has_new_values:
+                await self.store_events()  # Before a call gets a value that a resume must return again.
             elif self._requested and not self.is_finished:
                 if (alone := self._begin_requested()) is not None:
                     await alone

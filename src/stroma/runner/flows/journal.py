@@ -149,6 +149,8 @@ class FlowJournal:
         #: Function time of earlier processes that no committed row has, in ns, by the position of the flow.
         self._busy: dict[int, int] = {}
         self.inbox = Inbox()
+        #: The body has received a time or a random value that is not stored yet.
+        self.has_new_values = False
         session = ctx.session
         if not (session.continued or session.notes):
             return
@@ -302,6 +304,7 @@ class FlowJournal:
 
     def note_time(self, position: int, number: int, time_ms: int) -> None:
         """Record the time that a body observed after an event."""
+        self.has_new_values = True
         self._note(position, "v", number, time_ms, number)
 
     def note_wait(self, position: int, branch: str, wake_ms: int, began_ms: float) -> None:
@@ -344,6 +347,7 @@ class FlowJournal:
         """Return the seed of the random values of this execution of the run."""
         records = self.records(position)
         if records.seed is None:
+            self.has_new_values = True
             records.seed = os.urandom(16)
             self._ctx.session.note(f"{position}:seed:", records.seed)
         return records.seed

@@ -128,7 +128,7 @@ class FlowWaits:
         return number
 
     async def store_events(self) -> None:
-        events, self.unstored = self.unstored, {}
+        events, self.unstored, self.journal.has_new_values = self.unstored, {}, False
         await self.flush()
         self.stored |= events
 
