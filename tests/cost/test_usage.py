@@ -1,6 +1,7 @@
 """What a provider's response says it used: from real SDKs' responses of a real server and from plain data."""
 
 import asyncio
+import contextlib
 import re
 import types
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from genai_prices import extract_usage
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from tests.kit import Note
 from tests.providers.clients import _openai, ask_openai
 from tests.providers.replies import _CHAT, _CHAT_CHUNKS, _CONTENT, _MESSAGE_EVENTS, REPLIES, Reply, sse
@@ -20,6 +22,7 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    Flow,
     NodeHooks,
     RunStatus,
     SQLiteStore,
@@ -27,6 +30,8 @@ from stroma import (
     Usage,
     UsageError,
     current_node,
+    map_over,
+    parallel,
     usage_from,
 )
 
@@ -480,6 +485,45 @@ async def test_a_limit_that_cannot_be_counted_stops_the_run(how: Any, config: di
     result = await runner.run([ask, ask], Note())
     assert (result.status, result.failure.reason, len(result.trace)) == (RunStatus.FAILED, "usage", 1)
     assert next(iter(result.trace)).output_state == {"text": "kept"}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("shape", ["classifier", "group", "map", "flow"])
+async def test_no_call_follows_one_without_a_price(shape: str, fails: bool) -> None:
+    """G6: Under a cost limit no call follows one without a price, whoever collects or catches its failure."""
+    patient = {kind: FailurePolicy(max_retries=3, backoff_seconds=0) for kind in FailureClass}
+    runner = StromaRunner.quick(
+        budget=ExecutionBudget(max_cost_usd=5.0),
+        policy_map=patient,
+        node_policies={"parallel(ask)": patient},
+        classifiers=[lambda error, context: FailureClass.RECOVERABLE] if shape == "classifier" else [],
+    )
+    calls: list[str] = []
+
+    @runner.node
+    async def ask(state: Note) -> Note:
+        calls.append(state.text)
+        current_node().report_usage(input_tokens=5, model="unheard-of")
+        if fails:
+            raise ValueError("no answer")
+        return state
+
+    @runner.flow
+    async def catching(flow: Flow, state: Note) -> Note:
+        for _ in range(3):
+            with contextlib.suppress(Exception):
+                await flow.step(ask, state)
+        return state
+
+    class Notes(BaseModel):
+        notes: list[Note] = [Note()] * 3
+
+    collecting = map_over("notes", ask, into="notes", on_item_failure="collect", max_concurrency=1)
+    nodes: Any = {"group": [parallel(ask), ask], "map": [collecting], "flow": catching}.get(shape, [ask, ask])
+    result = await runner.run(nodes, Notes() if shape == "map" else Note())
+    status = RunStatus.PARTIAL if shape == "classifier" else RunStatus.FAILED
+    assert (result.status, result.failure.reason, len(calls)) == (status, "usage", 1)
 
 
 @pytest.mark.core

@@ -515,7 +515,7 @@ class NodeAttempt:
         self._raise_interrupt()
         if self.failure is None:
             return self.model
-        return Halt(self.failure, output=self.model, spent=self.usage_error is None)
+        return Halt(self.failure, output=self.model, spent=True)
 
     def _raise_interrupt(self) -> None:
         """Raise the pending interrupt, now that the attempt has its end."""
@@ -533,6 +533,8 @@ class NodeAttempt:
         ctx, run = self.ctx, self.run
         failure, halt = diagnose_attempt(ctx, run, error, self.snapshot, is_of_store=is_of_store)
         failure = self._mark(failure)
+        if error is self.usage_error:
+            halt = Halt(failure, spent=True)
         halt = halt and halt._replace(failure=failure)
         row = ctx.session.with_references(self._make_row("failure", self.duration, failure))
         self._end(row)

@@ -40,7 +40,8 @@ class Halt(NamedTuple):
         failure: the last failure.
         output: the output that was committed by an attempt that took the run over its budget.
         partial: trying again later may help, whatever the failure class is.
-        spent: a limit of this run is crossed, and not only one of a run inside the node.
+        spent: a limit of this run is crossed, and not only one of a run inside the node; or the usage of an
+            attempt cannot be counted. No further call is made, whatever the code around it does.
         suspended: a node waits for a person. ``failure`` holds the reason then.
     """
 
