@@ -19,7 +19,7 @@ from tests.ui.page_tools import missing
 
 from stroma import FailurePolicy, Pipeline, SQLiteStore, StromaRunner, current_node, parallel, stroma_node
 from stroma.ui import Settings, make_app
-from stroma.ui.app import make_config
+from stroma.ui.app import make_server
 from stroma.ui.settings import Served
 
 #: What a page must never take for its own.
@@ -113,10 +113,9 @@ def serve() -> Iterator[Callable[..., Site]]:
             "poll_seconds": 0.05,
         } | settings
         site.app = app or make_app(Settings(store=store, name="runs.db", **value))
-        config = make_config(site.app)
-        config.log_level = "critical"
-        config.configure_logging()
-        server = uvicorn.Server(config)
+        server = make_server(site.app)
+        server.config.log_level = "critical"
+        server.config.configure_logging()
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         servers.append((server, thread, listening))

@@ -171,6 +171,9 @@ def test_live(site: Site, browser: Browser) -> None:
     assert browser.eval("document.getElementById('live') !== window.before")
     assert browser.eval("document.querySelector('.gantt details').open")
 
+    asyncio.run(site.store.delete("good"))
+    browser.until("document.body.textContent.includes('This store has no such run')")
+
 
 def test_without_scripts(site: Site, browser: Browser) -> None:
     """All but the live updates works without JavaScript: searching, opening, folding, comparing, deleting."""

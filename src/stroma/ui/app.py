@@ -95,21 +95,28 @@ def make_app(settings: Settings) -> ASGIApp:
     return SecurityMiddleware(app, keys, hosts, settings.private_host)
 
 
-def make_config(app: Any) -> uvicorn.Config:
-    """Return the configuration of the server."""
-    return uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        server_header=False,
-        date_header=False,
-        timeout_graceful_shutdown=1,
-        limit_concurrency=_MAX_REQUESTS,
+def make_server(app: Any) -> uvicorn.Server:
+    """Return the server of an application. Requests have it in their state: streams end with it."""
+
+    async def with_server(scope: Any, receive: Any, send: Any) -> None:
+        await app({**scope, "state": {"server": server}}, receive, send)
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            with_server,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            date_header=False,
+            timeout_graceful_shutdown=3,
+            limit_concurrency=_MAX_REQUESTS,
+        )
     )
+    return server
 
 
 def serve(app: Any, listening: socket.socket) -> None:
     """Serve an application on a listening socket until SIGINT or SIGTERM."""
-    uvicorn.Server(make_config(app)).run(sockets=[listening])
+    make_server(app).run(sockets=[listening])

@@ -154,20 +154,25 @@ class Events:
     async def changes(
         self, request: Request, run_id: str | None, watched: _WatchedState
     ) -> AsyncIterator[str]:
-        """Yield an event for each change, until the page is closed."""
-        previous, unchanged = await self._read_state(run_id, watched), 0
-        live = LiveText(self._settings.redact)
+        """Yield an event for each change, until the page is closed or the server ends.
+
+        The id of an event is the state that it names. A browser that connects again sends the last one, so
+        that it learns of a change in between.
+        """
+        state, unchanged = await self._read_state(run_id, watched), 0
+        previous = request.headers.get("last-event-id", state)
+        live, server = LiveText(self._settings.redact), getattr(request.state, "server", None)
         following = None if run_id is None else asyncio.ensure_future(live.follow(self._stored, run_id))
-        yield "retry: 2000\n\n"
+        yield f"retry: 2000\nid: {previous}\n\n"
         try:
-            while not await request.is_disconnected():
+            while not (getattr(server, "should_exit", False) or await request.is_disconnected()):
                 if await live.wait(self._settings.poll_seconds):
                     yield f"event: text\ndata: {json.dumps(live.shown())}\n\n"
                     await asyncio.sleep(_TEXT_SECONDS)
                 state = await self._read_state(run_id, watched)
                 if state != previous:
                     previous, unchanged = state, 0
-                    yield f"event: changed\ndata: {json.dumps({'state': state})}\n\n"
+                    yield f"event: changed\nid: {state}\ndata: {json.dumps({'state': state})}\n\n"
                 else:
                     unchanged += 1
                     if unchanged % _KEEPALIVE_POLLS == 0:
@@ -189,7 +194,7 @@ class Events:
         store = self._settings.store
         try:
             if not store.exists():
-                return ""
+                return "missing"
             if run_id is not None:
                 record = store.get_run(run_id)
                 records = [] if record is None else [record]

@@ -319,6 +319,7 @@
     asking = true;
     try {
       const answer = await fetch(location.href.split("#")[0], { headers: { accept: "text/html", ...(named && { "x-stroma-state": named }) }, credentials: "same-origin" });
+      if (answer.status === 404) location.reload(); // The run was deleted.
       if (!answer.ok) return;
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       for (const old of $$("[data-live]")) {
