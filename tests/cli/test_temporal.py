@@ -135,8 +135,8 @@ def test_what_is_refused(inside: Any, fails: Any, there: tuple[str, ...]) -> Non
     """Options of one process are refused with --temporal; a server that does not answer is one message."""
     words = ("submit", "sums.py:pipeline", GOOD)
     fails(inside("worker", "sums.py:pipeline", *there, "--poll", "5"), 2, "do not go with --temporal")
-    fails(inside(*words, "--temporal", "localhost:1"), 3, "no Temporal server answers")
+    fails(inside(*words, "--temporal", "localhost:1"), 3, "does not serve this")
     fails(inside(*words, "--temporal", "nowhere"), 2, "HOST:PORT")
     fails(inside(*words, "--task-queue", "q"), 2, "needs --temporal")
     wrong = ("worker", "sums.py:pipeline", *there, "--namespace", "nope")
-    fails(inside(*wrong), 3, "answers NOT_FOUND")
+    fails(inside(*wrong), 3, "does not serve this: Namespace nope")

@@ -14,9 +14,22 @@ import pytest
 from tests.cli.test_signals import wait_for
 from tests.kit import Num, failing_with
 
-from stroma import AsyncInMemoryStore, Flow, StromaRunner
+from stroma import Flow, StromaRunner
 from stroma.cli.stores import Database
 from stroma.cli.workers import LocalWorker, serve_health
+
+
+def local_worker() -> LocalWorker:
+    return LocalWorker(
+        pipelines=[],
+        database=Database.from_option("memory://"),
+        max_concurrency=1,
+        drain_seconds=1.0,
+        quiet=False,
+        poll_seconds=1.0,
+        health_address=None,
+    )
+
 
 FLOW = """
     import asyncio, pathlib
@@ -150,7 +163,7 @@ async def test_the_line_of_a_suspended_run_has_the_reason(capsys: Any) -> None:
     async def ask(flow: Flow, state: Num) -> Num:
         return await flow.wait_for(Num, reason="Go on?")
 
-    worker = LocalWorker([], Database.from_option("memory://"), 1, 1.0, 1.0, None, quiet=False)
+    worker = local_worker()
     for nodes in (nap, ask, [charge]):
         worker._report("r", await runner.run(nodes, Num()))
     sleeping, asking, paying = capsys.readouterr().err.splitlines()
@@ -188,7 +201,7 @@ async def new(flow: Flow, state: Num) -> Num:
 )
 def test_the_status_line_has_the_queue(queued: int | None, seconds: float | None, text: str) -> None:
     """The status line of each minute counts results by status, and queued runs with the oldest."""
-    worker = LocalWorker([], Database("memory://", (), False, AsyncInMemoryStore()), 1, 1.0, 1.0, None, False)
+    worker = local_worker()
     worker._health.queued, worker._health.oldest_due_seconds = queued, seconds
     worker._outcomes.update({"SUSPENDED": 2, "COMPLETED": 1} if seconds else {})
     assert re.fullmatch(rf"in \S+ m?s: {text}", worker._progress(time.monotonic()))

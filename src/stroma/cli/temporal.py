@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 from stroma._utils.text import clean
 from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import HostPort
-from stroma.cli.stores import Database
 
 if TYPE_CHECKING:
     from temporalio.client import Client
-    from temporalio.service import RPCError
-
-    from stroma.drivers.temporal.runner import TemporalRunner
-    from stroma.engine.config import RunConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -54,90 +48,61 @@ def temporal_options(func: F) -> F:
 
 @dataclass(frozen=True, slots=True)
 class TemporalCluster:
-    """Temporal server and task queue of a command, and the options that select them again: ``words``."""
+    """Temporal server and task queue of a command."""
 
     address: str
     task_queue: str
     namespace: str | None
     tls: bool
-    words: tuple[str, ...]
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> TemporalCluster | None:
         """Remove the Temporal options from ``options`` and return them; None without --temporal."""
-        settings = {name: options.pop(name) for name in ("address", "task_queue", "namespace", "tls")}
-        if settings["address"] is None:
-            unused = [name for name in ("task_queue", "namespace", "tls") if settings[name]]
-            if unused:
-                raise click.UsageError(f"--{unused[0].replace('_', '-')} needs --temporal HOST:PORT")
-            return None
-        words = ["--temporal", settings["address"]]
-        for name in ("task_queue", "namespace"):
-            if settings[name] is not None:
-                words += [f"--{name.replace('_', '-')}", settings[name]]
-        if settings["tls"]:
-            words.append("--tls")
-        return cls(**{**settings, "task_queue": settings["task_queue"] or TASK_QUEUE}, words=tuple(words))
+        names = ("address", "task_queue", "namespace", "tls")
+        address, task_queue, namespace, tls = map(options.pop, names)
+        if address is not None:
+            return cls(address, task_queue or TASK_QUEUE, namespace, tls)
+        if task_queue or namespace or tls:
+            raise click.UsageError("--task-queue, --namespace or --tls needs --temporal HOST:PORT")
+        return None
 
     @property
-    def name(self) -> str:
-        return f"task queue {clean(self.task_queue, 100)!r} of {self.address}"
+    def words(self) -> list[str]:
+        """Options that select the same server and task queue."""
+        words = ["--temporal", self.address, "--task-queue", self.task_queue]
+        words += [] if self.namespace is None else ["--namespace", self.namespace]
+        return [*words, "--tls"] if self.tls else words
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine that talks to the server. Raises Problem."""
         try:
             return asyncio.run(work)
         except Exception as error:
-            rpc_error = getattr(sys.modules.get("temporalio.service"), "RPCError", ())
-            if not isinstance(error, rpc_error):
+            if type(error) is not RuntimeError and type(error).__name__ != "RPCError":
                 raise
-            raise self._problem(cast("RPCError", error)) from error
+            # temporalio raises RuntimeError while it connects, and when a worker cannot go on.
+            raise Problem(
+                f"the Temporal server at {self.address} does not serve this: {clean(str(error), 300)}",
+                "check the address, --namespace, --tls, TEMPORAL_API_KEY and TEMPORAL_TLS_...; a server for "
+                "tests: temporal server start-dev",
+                code=Code.ENVIRONMENT,
+            ) from error
 
     async def connect(self) -> Client:
         """Return a connected client. Raises Problem."""
         try:
-            from temporalio.client import Client
-            from temporalio.envconfig import ClientConfigProfile
-
             import stroma.drivers.temporal  # noqa: F401
         except ImportError as error:
-            raise Problem(
-                "--temporal needs the package temporalio",
-                "install it with: pip install 'stroma-runner[temporal]'",
-                code=Code.ENVIRONMENT,
-            ) from error
-        profile = ClientConfigProfile.load()
-        settings: dict[str, Any] = {**profile.to_client_connect_config(), "target_host": self.address}
+            raise Problem(str(error), code=Code.ENVIRONMENT) from error
+        from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
+        from temporalio.client import Client
+        from temporalio.envconfig import ClientConfig
+
+        settings: dict[str, Any] = {**ClientConfig.load_client_connect_config(), "target_host": self.address}
         if self.namespace is not None:
             settings["namespace"] = self.namespace
-        if self.tls and not settings.get("tls"):
-            settings["tls"] = True
-        try:
-            return await Client.connect(**settings)
-        except (RuntimeError, ValueError) as error:
-            raise Problem(
-                f"no Temporal server answers at {self.address}: {clean(str(error), 300)}",
-                "check the address, --tls and the API key; a server for tests: temporal server start-dev",
-                code=Code.ENVIRONMENT,
-            ) from error
-
-    async def runner(self, database: Database, config: RunConfig | None = None) -> TemporalRunner:
-        """Connect, and return a runner for the runs of a store. Raises Problem."""
-        client = await self.connect()
-        from stroma.drivers.temporal.runner import TemporalRunner
-
-        return TemporalRunner(client, self.task_queue, database.store, config)
-
-    def _problem(self, error: RPCError) -> Problem:
-        return Problem(
-            f"{self.address} answers {error.status.name}: {clean(error.message, 300)}",
-            "check --namespace, and TEMPORAL_API_KEY or TEMPORAL_TLS_CLIENT_CERT_PATH and ..._KEY_PATH; or "
-            "repeat the command when the server is available",
-            code=Code.ENVIRONMENT,
-        )
-
-    async def check_access(self, client: Client) -> None:
-        """Fail for a wrong namespace or key, which a worker would retry for ever."""
-        from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
-
+        settings["tls"] = settings.get("tls") or self.tls
+        client = await Client.connect(**settings)
+        # A worker would retry a wrong namespace for ever.
         await client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=client.namespace))
+        return client

@@ -85,32 +85,54 @@ async def serve_health(
 _STATUS_SECONDS: Final = 60.0
 
 
-@dataclass(slots=True)
-class LocalWorker:
+@dataclass(slots=True, kw_only=True)
+class PipelineWorker:
+    """A worker of some pipelines."""
+
+    pipelines: Sequence[Pipeline]
+    database: Database
+    max_concurrency: int
+    drain_seconds: float
+    quiet: bool
+
+    def execute(self) -> int:
+        """Serve until a signal, and return the exit code. Raises Problem."""
+        try:
+            with user_code():
+                return self._run()
+        except (TypeError, ValueError) as error:
+            raise Problem(f"the worker cannot start: {describe_error(error)}", *last_frame(error)) from error
+
+    def _run(self) -> int:
+        return asyncio.run(self._serve())
+
+    async def _serve(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(repr(clean(one.name, 60)) for one in self.pipelines)
+
+    def _print(self, what: str, more: str) -> None:
+        if not self.quiet:
+            timed_line("worker ", (what, "green"), f": {more}")
+
+
+@dataclass(slots=True, kw_only=True)
+class LocalWorker(PipelineWorker):
     """One worker of a store.
 
     Attributes:
         health_address: (host, port) of the server for probes; None: without one.
     """
 
-    pipelines: Sequence[Pipeline]
-    database: Database
-    max_concurrency: int
     poll_seconds: float
-    drain_seconds: float
     health_address: tuple[str, int] | None
-    quiet: bool
     _health: WorkerHealth = field(init=False)
     _outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def __post_init__(self) -> None:
         self._health = WorkerHealth(reads_queue=self.health_address is not None or not self.quiet)
-
-    def execute(self) -> int:
-        """Serve until a signal, and return the exit code. Raises Problem."""
-        self.database.prepare()
-        with user_code():
-            return asyncio.run(self._serve())
 
     async def _serve(self) -> int:
         # Without a config of its own, the runner uses that of each pipeline.
@@ -138,12 +160,10 @@ class LocalWorker:
                     signal = await serve_until_signal(serving, drain, self.drain_seconds, quiet=self.quiet)
                 finally:
                     status.cancel()
-        except (TypeError, ValueError) as error:
-            raise Problem(f"the worker cannot start: {describe_error(error)}", *last_frame(error)) from error
         finally:
             await runner.aclose(timeout_seconds=FLUSH_SECONDS)
             await self.database.close()
-        _print(self.quiet, "drained", f"after {signal}; {self._progress(started)}")
+        self._print("drained", f"after {signal}; {self._progress(started)}")
         return Code.OK
 
     def _read_health(self) -> tuple[bool, dict[str, Any]]:
@@ -171,24 +191,20 @@ class LocalWorker:
 
     async def _report_status(self, ready: str, started: float) -> None:
         await self._health.started.wait()
-        _print(self.quiet, "ready", ready)
+        self._print("ready", ready)
         for name, counts in self._health.unserved.items():
             for version, count in counts.items():
                 verb = "waits" if count == 1 else "wait"
                 served = f"{clean(name, 60)} version {clean(version, 60)}, which is not served here"
-                _print(self.quiet, "note", f"{pluralize(count, 'run')} {verb} for {served}")
+                self._print("note", f"{pluralize(count, 'run')} {verb} for {served}")
         while True:
             await asyncio.sleep(_STATUS_SECONDS)
-            _print(
-                self.quiet, "well" if self._health.is_ok else "waiting for the store", self._progress(started)
-            )
+            condition = "well" if self._health.is_ok else "waiting for the store"
+            self._print(condition, self._progress(started))
 
     def _describe(self) -> str:
         runs = pluralize(self.max_concurrency, "run")
-        return (
-            f"{_names(self.pipelines)} in {self.database.name}, {runs} at once, polling every "
-            f"{self.poll_seconds:g} s"
-        )
+        return f"{self._names} in {self.database.name}, {runs} at once, polling every {self.poll_seconds:g} s"
 
     def _progress(self, started: float) -> str:
         counts = ", ".join(f"{number} {status}" for status, number in sorted(self._outcomes.items()))
@@ -203,66 +219,46 @@ class LocalWorker:
         return f"{text}, the oldest due for {format_duration(seconds)}" if seconds else text
 
 
-@dataclass(frozen=True, slots=True)
-class TemporalWorker:
+@dataclass(slots=True, kw_only=True)
+class TemporalWorker(PipelineWorker):
     """One worker of a Temporal server. ``place``: it calls the nodes with this place, and drives no runs."""
 
     cluster: TemporalCluster
-    pipelines: Sequence[Pipeline]
-    database: Database
-    max_concurrency: int
-    drain_seconds: float
-    quiet: bool
-    place: str | None = None
+    place: str | None
 
-    def execute(self) -> int:
-        """Serve until a signal, and return the exit code. Raises Problem."""
-        if self.place is None:
-            self.database.prepare()
-        with user_code():
-            return self.cluster.run(self._serve())
+    def _run(self) -> int:
+        return self.cluster.run(self._serve())
 
     async def _serve(self) -> int:
         client = await self.cluster.connect()
         from stroma.drivers.temporal.worker import stroma_worker
 
-        await self.cluster.check_access(client)
-        try:
-            worker = stroma_worker(
-                client,
-                self.cluster.task_queue,
-                self.pipelines,
-                store=self.database.store if self.place is None else None,
-                place=self.place,
-                max_concurrency=self.max_concurrency,
-                drain_seconds=self.drain_seconds,
-            )
-        except (TypeError, ValueError) as error:
-            raise Problem(f"the worker cannot start: {describe_error(error)}", *last_frame(error)) from error
+        worker = stroma_worker(
+            client,
+            self.cluster.task_queue,
+            self.pipelines,
+            store=self.database.store if self.place is None else None,
+            place=self.place,
+            max_concurrency=self.max_concurrency,
+            drain_seconds=self.drain_seconds,
+        )
         running = asyncio.ensure_future(worker.run())
         started = time.monotonic()
-        _print(self.quiet, "ready", self._describe())
+        self._print("ready", self._describe())
         try:
             signal = await serve_until_signal(running, worker.shutdown, self.drain_seconds, quiet=self.quiet)
-        except Exception as error:
-            raise Problem(
-                f"the worker of {self.cluster.name} ended: {describe_error(error)}",
-                *last_frame(error),
-                "fix that, then restart it; its runs are waiting",
-                code=Code.ENVIRONMENT,
-            ) from error
         finally:
             await self.database.close()
-        _print(self.quiet, "drained", f"after {signal}, {format_duration(time.monotonic() - started)}")
+        self._print("drained", f"after {signal}, {format_duration(time.monotonic() - started)}")
         return Code.OK
 
     def _describe(self) -> str:
-        names = _names(self.pipelines)
+        address, limit = self.cluster.address, self.max_concurrency
         if self.place is not None:
-            calls = pluralize(self.max_concurrency, "call")
-            return f"{names} at place {clean(self.place, 100)!r} of {self.cluster.address}, {calls} at once"
-        runs = pluralize(self.max_concurrency, "run")
-        return f"{names} on {self.cluster.name}, in {self.database.name}, {runs} at once"
+            place = f"place {clean(self.place, 100)!r} of {address}"
+            return f"{self._names} at {place}, {pluralize(limit, 'call')} at once"
+        queue = f"task queue {clean(self.cluster.task_queue, 100)!r} of {address}"
+        return f"{self._names} on {queue}, in {self.database.name}, {pluralize(limit, 'run')} at once"
 
 
 def _describe_stop(result: ExecutionResult) -> str:
@@ -279,12 +275,3 @@ def _describe_stop(result: ExecutionResult) -> str:
         for one in result.questions
     ]
     return "".join(f", {localize(clean(one, 300))}" for one in reasons)
-
-
-def _names(pipelines: Sequence[Pipeline]) -> str:
-    return ", ".join(repr(clean(one.name, 60)) for one in pipelines)
-
-
-def _print(quiet: bool, what: str, more: str) -> None:
-    if not quiet:
-        timed_line("worker ", (what, "green"), f": {more}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -27,6 +27,9 @@ from stroma.engine.config import RunConfig, new_run_id
 from stroma.runner.drive import Blocked, Busy, DriveOutcome, Ended, Suspended
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
+
+if TYPE_CHECKING:
+    from stroma.drivers.temporal.runner import TemporalRunner
 
 _FAILED: Final = ("FAILED", "PARTIAL", "CANCELLED")
 _DRAIN_SECONDS: Final = 30.0
@@ -75,7 +78,12 @@ def submit(
 
     async def store() -> str:
         try:
-            runner = local if cluster is None else await cluster.runner(database, config)
+            runner: StromaRunner | TemporalRunner = local
+            if cluster is not None:
+                client = await cluster.connect()
+                from stroma.drivers.temporal import runner as temporal
+
+                runner = temporal.TemporalRunner(client, cluster.task_queue, database.store, config)
             handle = await runner.submit(
                 pipeline,
                 state,

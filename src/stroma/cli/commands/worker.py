@@ -12,7 +12,7 @@ from stroma.cli.loading import load_pipeline, load_served, note_target, refuse_s
 from stroma.cli.progress import show_warnings
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, temporal_options
-from stroma.cli.workers import LocalWorker, TemporalWorker
+from stroma.cli.workers import LocalWorker, PipelineWorker, TemporalWorker
 from stroma.engine.config import RunConfig
 from stroma.hooks.sets import flatten
 from stroma.runner.pipeline import Pipeline
@@ -23,8 +23,10 @@ from stroma.runner.pipeline import Pipeline
 @click.option(
     "--concurrency",
     type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
     metavar="N",
-    help="Maximum number of concurrent runs.  [default: 10]",
+    help="Maximum number of concurrent runs.",
 )
 @click.option(
     "--poll",
@@ -53,7 +55,7 @@ from stroma.runner.pipeline import Pipeline
 @temporal_options
 def worker(
     targets: tuple[str, ...],
-    concurrency: int | None,
+    concurrency: int,
     poll: float | None,
     drain: float,
     place: str | None,
@@ -97,11 +99,20 @@ def worker(
         _with_hooks(pipeline, [*hooks, note_target(target)])
         for pipeline, target in zip(pipelines, targets, strict=True)
     ]
-    serving: LocalWorker | TemporalWorker
+    if place is None:
+        database.prepare()
+    settings: dict[str, Any] = {
+        "pipelines": pipelines,
+        "database": database,
+        "max_concurrency": concurrency,
+        "drain_seconds": drain,
+        "quiet": quiet,
+    }
+    serving: PipelineWorker
     if cluster is None:
-        serving = LocalWorker(pipelines, database, concurrency or 10, poll or 1.0, drain, health, quiet)
+        serving = LocalWorker(**settings, poll_seconds=poll or 1.0, health_address=health)
     else:
-        serving = TemporalWorker(cluster, pipelines, database, concurrency or 10, drain, quiet, place)
+        serving = TemporalWorker(**settings, cluster=cluster, place=place)
     try:
         return serving.execute()
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import threading
 from collections import deque
@@ -17,7 +18,7 @@ from pydantic import BaseModel
 from temporalio import activity
 from temporalio.client import ActivityFailureError, ActivityHandle, Client
 from temporalio.common import ActivityIDReusePolicy, RetryPolicy
-from temporalio.exceptions import ActivityAlreadyStartedError
+from temporalio.exceptions import ActivityAlreadyStartedError, ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
 from stroma._utils.logs import get_logger
@@ -29,8 +30,7 @@ from stroma.contracts.node import Node, held_by, marked_nodes, output_class
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import ExecutionBudget
 from stroma.cost.usage import Report, UsageError
-from stroma.drivers.temporal.activity import Pulse
-from stroma.drivers.temporal.workflow import UNREACHABLE, workflow_id
+from stroma.drivers.temporal.workflow import START_TO_CLOSE, UNREACHABLE
 from stroma.engine.commit import encode_rejected, violation_of
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
@@ -50,7 +50,6 @@ from stroma.runner.pipeline import Pipeline, leaves_in, nodes_of
 from stroma.runner.runner import StromaRunner
 from stroma.trace.rejected import read_rejected
 
-#: Name of the activity.
 CALL: Final = "stroma.call"
 
 
@@ -80,9 +79,7 @@ class PlaceRequest(BaseModel):
     idempotency_key: str
     state: str  # The input in stored form.
     model: str | None  # The fallback that is due.
-    remaining: tuple[
-        int | None, float | None, int | None
-    ]  # Of the limits of the run: tokens, US dollars, ms.
+    budget: ExecutionBudget  # Remaining of that of the run.
     last_failure: SentFailure | None  # Of the attempt before.
     takes_events: bool = False  # Emitted events have receivers.
 
@@ -90,7 +87,11 @@ class PlaceRequest(BaseModel):
     def of(cls, run: RunningNode, call: OpenCall) -> PlaceRequest:
         """Return the request for a call."""
         rest, last = run.remaining_budget, run.last_failure
-        latency_ms = None if rest.latency_ms is None else int(rest.latency_ms)
+        budget = ExecutionBudget(
+            max_tokens_total=rest.tokens,
+            max_cost_usd=rest.cost_usd,
+            max_latency_ms=None if rest.latency_ms is None else int(rest.latency_ms),
+        )
         return cls(
             run_id=run.run_id,
             pipeline=run.pipeline,
@@ -102,7 +103,7 @@ class PlaceRequest(BaseModel):
             idempotency_key=run.idempotency_key,
             state=call.state.decode(),
             model=run.ctx.fallback_model(),
-            remaining=(rest.tokens, rest.cost_usd, latency_ms),
+            budget=budget,
             last_failure=None if last is None else _sent(run, last),
             takes_events=bool(run.ctx.fire.receivers),
         )
@@ -141,10 +142,14 @@ class PlaceAnswer(BaseModel):
 
 T = TypeVar("T")
 logger = get_logger()
-#: A call may take as long as it likes; a lost worker is noticed by its heartbeats.
-_START_TO_CLOSE: Final = timedelta(days=365)
-#: Type of the failure that temporalio makes of an output over the limit of the server.
-_TOO_LARGE: Final = "PayloadsTooLarge"
+#: Type of the failure of a call that a worker without the node refuses.
+_REFUSED: Final = "stroma.failures.errors.WorkerLost"
+#: Verdicts of failures of the activity by their type; temporalio makes the first one of an output over the
+#: limit of the server.
+_VERDICTS: Final = {
+    "PayloadsTooLarge": RecordedVerdict(FailureClass.TERMINAL, "too_large"),
+    _REFUSED: RecordedVerdict(FailureClass.RECOVERABLE, "worker_lost", is_refusal=True),
+}
 
 
 class TemporalCaller:
@@ -163,7 +168,7 @@ class TemporalCaller:
 
         Raises RunFailed for what the function raises, WorkerLost, PlaceError.
         """
-        handle: ActivityHandle[Any] = self._client.get_activity_handle(workflow_id(call.id))
+        handle: ActivityHandle[Any] = self._client.get_activity_handle(call.id)
         if not (call.is_sent and contract.effect):  # The server may have forgotten the call of an effect.
             await self._send(run, contract, call)
         try:
@@ -174,9 +179,9 @@ class TemporalCaller:
                 f"the worker of place {contract.place!r} did not answer call {call.id!r} of node "
                 f"{run.node_id!r}: {one_line(str(cause))}"
             )
-            if getattr(cause, "type", None) == _TOO_LARGE:
-                verdict = RecordedVerdict(FailureClass.TERMINAL, "too_large")
-                raise RunFailed.recorded(text, _TOO_LARGE, verdict) from None
+            kind = getattr(cause, "type", None)
+            if kind in _VERDICTS:
+                raise RunFailed.recorded(text, kind, _VERDICTS[kind]) from None
             raise WorkerLost(text) from error
         answer = PlaceAnswer.model_validate(data)
         if answer.reports or answer.usage_error is not None:
@@ -192,7 +197,7 @@ class TemporalCaller:
 
     async def cancel(self, call: OpenCall) -> None:
         """End a call whose result nobody needs. Never raises."""
-        handle: ActivityHandle[Any] = self._client.get_activity_handle(workflow_id(call.id))
+        handle: ActivityHandle[Any] = self._client.get_activity_handle(call.id)
         try:
             await handle.cancel(rpc_timeout=timedelta(seconds=5))
         except RPCError as error:
@@ -203,14 +208,13 @@ class TemporalCaller:
         """Send a call, unless it was sent before. Raises PlaceError if the server refuses it."""
         assert contract.place is not None
         place, request = contract.place, PlaceRequest.of(run, call).model_dump(mode="json")
-
         start = partial(
             self._client.start_activity,
             CALL,
             request,
-            id=workflow_id(call.id),
+            id=call.id,
             task_queue=place,
-            start_to_close_timeout=_START_TO_CLOSE,
+            start_to_close_timeout=START_TO_CLOSE,
             heartbeat_timeout=timedelta(seconds=run.ctx.config.lease_seconds),
             retry_policy=RetryPolicy(maximum_attempts=1),  # The policies of the run decide.
             id_reuse_policy=ActivityIDReusePolicy.REJECT_DUPLICATE,
@@ -239,11 +243,10 @@ async def _until_reached(ask: Callable[[], Awaitable[T]]) -> T:
         await asyncio.sleep(1)
 
 
-_BEAT_SECONDS: Final = 1.0
-#: Emitted events of one call that come back with its answer, of which the server takes 2 MB.
+#: Emitted events of one call that come back with its answer.
 _MAX_EVENTS: Final = 1000
-_MAX_EVENT_CHARACTERS: Final = 250_000
-_MAX_OUTPUT_CHARACTERS: Final = 1_000_000
+#: Output and events of an answer as JSON; the server takes 2 MB.
+_MAX_ANSWER_BYTES: Final = 500_000
 
 
 class _PlacedRun(ReliabilityContext):
@@ -273,28 +276,20 @@ class _PlacedNode(RunningNode):
 
 
 class _Emitted(NodeHooks):
-    """The newest events that a call has emitted."""
+    """The newest events that a call has emitted: names and data."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._events: deque[tuple[str, Any]] = deque(maxlen=_MAX_EVENTS)
+        self.events: deque[tuple[str, Any]] = deque(maxlen=_MAX_EVENTS)
 
     def _event_receiver(self) -> _Emitted:
         return self
 
     def emit(self, node: RunningNode, attempt_id: str, name: str, data: Any) -> None:
-        self._events.append((name, data))
+        self.events.append((name, data))
 
     def flush(self) -> None:
         """Do nothing: the answer takes what is pending."""
-
-    def that_fit(self, output: str | None) -> tuple[tuple[str, Any], ...]:
-        """Return the newest events that an answer with this output has room for."""
-        room = _MAX_EVENT_CHARACTERS if len(output or "") < _MAX_OUTPUT_CHARACTERS else 0
-        events = list(self._events)  # A thread that was given up may still emit.
-        sizes = accumulate(len(json.dumps(event)) for event in reversed(events))
-        count = sum(size <= room for size in sizes)
-        return tuple(events[len(events) - count :])
 
 
 class CallActivity:
@@ -318,13 +313,9 @@ class CallActivity:
                 f"a worker of place {self._place!r} cannot call node {request.node_id!r} of "
                 f"{request.pipeline!r}: {describe_error(error)[0]}; start it with the code of the run"
             )
-            logger.warning("%s", message)
-            verdict = RecordedVerdict(FailureClass.RECOVERABLE, "worker_lost", is_refusal=True)
-            kind = "stroma.failures.errors.WorkerLost"
-            answer = PlaceAnswer(failure=SentFailure(message=message, type_name=kind, verdict=verdict))
-        else:
-            with _heartbeats():
-                answer = await _answer(request, node, state, config)
+            raise ApplicationError(message, type=_REFUSED) from None
+        with _beating():
+            answer = await _answer(request, node, state, config)
         return answer.model_dump(mode="json")
 
     def _find(self, request: PlaceRequest) -> tuple[Node, RunConfig]:
@@ -339,9 +330,7 @@ class CallActivity:
 
 async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: RunConfig) -> PlaceAnswer:
     """Call a function, and return its end."""
-    tokens, cost_usd, latency_ms = request.remaining
-    rest = ExecutionBudget(max_tokens_total=tokens, max_cost_usd=cost_usd, max_latency_ms=latency_ms)
-    config = config.with_run_id(request.run_id).model_copy(update={"budget": rest})
+    config = config.with_run_id(request.run_id).model_copy(update={"budget": request.budget})
     ctx = _PlacedRun.for_run(config, ContractRegistry(), _NoJournal(InMemoryStore()))
     ctx.pipeline, ctx.model = request.pipeline, request.model
     run = _PlacedNode(ctx, request.node_id, request.kind, request.position, request.branch)
@@ -375,7 +364,10 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     answer.reports = tuple(run.reported or ())
     usage_error = run.misreported or usage_error
     answer.usage_error = None if usage_error is None else str(usage_error)
-    answer.events = emitted.that_fit(answer.output)
+    events = list(emitted.events)  # A thread that was given up may still emit.
+    sizes = accumulate(len(json.dumps(one)) for one in (answer.output, *reversed(events)))
+    count = sum(size <= _MAX_ANSWER_BYTES for size in sizes) - 1  # Without the output.
+    answer.events = tuple(events[len(events) - max(count, 0) :])
     return answer
 
 
@@ -415,22 +407,49 @@ def _judge(run: RunningNode, state: BaseModel, error: BaseException) -> SentFail
 
 
 @contextmanager
-def _heartbeats() -> Iterator[None]:
-    """Send heartbeats from a thread, so that a function that blocks the event loop stops none."""
-    pulse, is_over = Pulse(), threading.Event()
-    timeout = activity.info().heartbeat_timeout
-    seconds = _BEAT_SECONDS if timeout is None else min(_BEAT_SECONDS, timeout.total_seconds() / 3)
+def _beating() -> Iterator[None]:
+    """Send heartbeats from a thread."""
+    is_over = threading.Event()
+    timeout = activity.info().heartbeat_timeout or timedelta(seconds=3)
+    seconds = min(1.0, timeout.total_seconds() / 3)
 
-    def beat() -> None:
+    def run(beat: Callable[[dict[str, Any]], None]) -> None:
         while not is_over.wait(seconds):
-            try:
-                pulse.beat({})
-            except Exception:
-                logger.exception("a heartbeat of a call could not be sent")
+            beat({})
 
-    threading.Thread(target=beat, name="stroma-heartbeats", daemon=True).start()
+    with heartbeats() as beat:
+        threading.Thread(target=run, args=[beat], name="stroma-heartbeats", daemon=True).start()
+        try:
+            yield
+        finally:
+            is_over.set()
+
+
+@contextmanager
+def heartbeats() -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Yield a function that sends a heartbeat of this activity with details. It never raises.
+
+    It is for another thread, so that a node that blocks the event loop stops no heartbeat. The context ends
+    once a heartbeat under way was sent.
+    """
+    context, lock, is_open = contextvars.copy_context(), threading.Lock(), True
+
+    def beat(details: dict[str, Any]) -> None:
+        with lock:
+            if is_open:
+                try:
+                    context.run(asyncio.run, _send(details))
+                except Exception:  # The thread must survive: it may renew the leases of this process.
+                    logger.exception("a heartbeat could not be sent")
+
     try:
-        yield
+        yield beat
     finally:
-        is_over.set()
-        pulse.end()
+        with lock:
+            is_open = False
+
+
+async def _send(details: dict[str, Any]) -> None:
+    # The SDK encodes the details in a task of the running loop, then hands them to its core, in any thread.
+    activity.heartbeat(details)
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}))

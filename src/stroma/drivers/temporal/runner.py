@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 from temporalio.client import Client
 
-from stroma.checkpoint.decisions import ENDED
+from stroma.checkpoint.decisions import GIVEN_UP
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.contracts.contract import ContractRegistry
 from stroma.drivers.temporal.worker import shared_store
-from stroma.drivers.temporal.workflow import Dispatcher
+from stroma.drivers.temporal.workflow import WAKE, Dispatcher
 from stroma.engine.config import RunConfig
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stroma.runner.pipeline import SubmitOptions
     from stroma.runner.submission import RunHandle
 
-_FINAL: Final = (*ENDED, "PARTIAL")
+T = TypeVar("T")
 
 
 class TemporalRunner:
@@ -58,8 +58,8 @@ class TemporalRunner:
         """
         run_id = (await self._local.submit(pipeline, initial_state, **options)).run_id
         record = await self._local._stored.get(run_id)
-        if record.status not in _FINAL:
-            await self._dispatcher.start(record)
+        if record.status not in GIVEN_UP:
+            await self._dispatcher.wake(record)
         return self.handle(run_id, pipeline)
 
     async def run(
@@ -86,45 +86,36 @@ class TemporalRunner:
         """
         is_due: bool = await self.store.reopen(run_id)
         if is_due:
-            await self._dispatcher.restart(await self._local._stored.get(run_id))
+            await self._dispatcher.start(await self._local._stored.get(run_id), start_signal=WAKE)
         return is_due
 
     async def signal(self, run_id: str, answer: Any, **options: Any) -> None:
         """Answer a question, and continue the run; see :meth:`StromaRunner.signal`."""
-        await self._local.signal(run_id, answer, **options)
-        await self._start(run_id)
+        await self._wake_after(self._local.signal(run_id, answer, **options), run_id)
 
     async def send(self, run_id: str, message: Any, **options: Any) -> None:
         """Store a message to a run, and continue the run; see :meth:`StromaRunner.send`."""
-        await self._local.send(run_id, message, **options)
-        await self._start(run_id)
+        await self._wake_after(self._local.send(run_id, message, **options), run_id)
 
     async def cancel(self, run_id: str) -> bool:
         """End a run as CANCELLED; see :meth:`StromaRunner.cancel`."""
-        is_done = await self._local.cancel(run_id)
-        await self._dispatcher.wake(run_id)
-        return is_done
+        return await self._wake_after(self._local.cancel(run_id), run_id)
 
     async def pause(self, run_id: str) -> bool:
         """Suspend a run; see :meth:`StromaRunner.pause`."""
-        is_done = await self._local.pause(run_id)
-        await self._dispatcher.wake(run_id)
-        return is_done
+        return await self._wake_after(self._local.pause(run_id), run_id)
 
     async def unpause(self, run_id: str) -> bool:
         """Take a pause back, and continue the run; see :meth:`StromaRunner.unpause`."""
-        is_done = await self._local.unpause(run_id)
-        if is_done:
-            await self._start(run_id)
-        return is_done
+        return await self._wake_after(self._local.unpause(run_id), run_id)
 
     async def set_budget(self, run_id: str, **limits: Any) -> bool:
         """Change limits of a run; see :meth:`StromaRunner.set_budget`."""
-        is_done = await self._local.set_budget(run_id, **limits)
-        await self._dispatcher.wake(run_id)
-        return is_done
+        return await self._wake_after(self._local.set_budget(run_id, **limits), run_id)
 
-    async def _start(self, run_id: str) -> None:
-        record = await asyncio.to_thread(self.store.get_run, run_id)
-        if record is not None:
-            await self._dispatcher.start(record)
+    async def _wake_after(self, change: Awaitable[T], run_id: str) -> T:
+        """Await a change of a run in the store, and wake its workflow, unless the store had none to make."""
+        result = await change
+        if result is not False:
+            await self._dispatcher.wake(await self._local._stored.get(run_id))
+        return result

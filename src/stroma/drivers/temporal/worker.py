@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from typing import Any, Final
 
+from temporalio import activity
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest
 from temporalio.client import Client
@@ -18,31 +20,38 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Worker, WorkerConfig
 
 from stroma._utils.logs import get_logger
-from stroma.checkpoint import StoreError, open_store
+from stroma.checkpoint import CheckpointNotFound, StoreError, open_store
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import MAX_CLAIM_SECONDS, ClaimRequest, RunLimits
 from stroma.contracts.contract import ContractRegistry
-from stroma.drivers.temporal.activity import DriveActivity
-from stroma.drivers.temporal.place import CallActivity, TemporalCaller
-from stroma.drivers.temporal.workflow import PIPELINE_KEY, STATUS_KEY, Dispatcher, LeaseSettings, StromaRun
+from stroma.drivers.temporal.place import CallActivity, TemporalCaller, heartbeats
+from stroma.drivers.temporal.workflow import (
+    DRIVE,
+    LEASES,
+    PIPELINE_KEY,
+    STATUS_KEY,
+    Answer,
+    Dispatcher,
+    StromaRun,
+)
 from stroma.engine.config import RunConfig
 from stroma.failures.errors import PlaceError
+from stroma.runner.drive import Blocked, DriveOutcome, Ended
 from stroma.runner.pipeline import Pipeline, nodes_of, require_runnable
 from stroma.runner.runner import StromaRunner
 from stroma.runner.worker import readers_of, watch_queues
 
 logger = get_logger()
 
+#: Statuses of runs that have not ended, by the outcome of ``drive``.
+_STATUS: Final = {"suspended": "SUSPENDED", "busy": "RUNNING", "blocked": "BLOCKED", "yielded": "INTERRUPTED"}
 #: Between looks for due runs that may have no workflow, and for how long a run must have been due.
 REPAIR_SECONDS: float = 30.0
 MIN_AGE_SECONDS: float = 5.0
 _PAGE: Final = 1000  # runs of one claim
 #: The answer to a heartbeat tells of a cancellation.
-_HEARTBEATS: Final[WorkerConfig] = {
-    "max_heartbeat_throttle_interval": timedelta(seconds=1),
-    "default_heartbeat_throttle_interval": timedelta(seconds=1),
-}
+_HEARTBEATS: Final[WorkerConfig] = {"max_heartbeat_throttle_interval": timedelta(seconds=1)}
 
 
 def shared_store(store: Any) -> AsyncStates:
@@ -58,15 +67,8 @@ def shared_store(store: Any) -> AsyncStates:
 class StromaPlugin(SimplePlugin):
     """Lets a worker drive runs of Stroma beside its other work. For one task queue and one worker.
 
-    Args:
-        client, task_queue: those of the worker.
-        pipelines: flows and Pipelines whose runs it drives.
-        store: the store of the runs, or its URL.
-        config: configuration of all runs; by default each pipeline's own.
-        max_seconds: after this time a run goes to the next free worker, at a step boundary.
-
-    Raises ValueError for two pipelines of one name, TypeError for anything but flows and Pipelines,
-    StoreError.
+    ``client`` and ``task_queue`` are those of the worker. The other arguments, and what is raised, are those
+    of :func:`stroma_worker`.
     """
 
     def __init__(
@@ -91,24 +93,84 @@ class StromaPlugin(SimplePlugin):
         for name in (name for name, one in self._served.items() if any(one.limits)):
             fix = "do not apply on Temporal; use its task queues"
             logger.warning("max_runs and max_runs_per_key of pipeline %r %s", name, fix)
-        self._activity = DriveActivity(self._runner, list(pipelines), max_seconds)
-        drive = self._activity.drive
-        super().__init__("stroma", activities=[drive], workflows=[StromaRun], run_context=self._serve)
+        LEASES.update({(task_queue, name): one.lease_seconds for name, one in self._configs.items()})
+        self._pipelines, self._max_seconds = list(pipelines), max_seconds
+        super().__init__("stroma", activities=[self.drive], workflows=[StromaRun], run_context=self._serve)
 
     def configure_worker(self, config: WorkerConfig) -> WorkerConfig:
         """Add what a worker needs, with frequent heartbeats."""
-        config = super().configure_worker(config)
-        config["interceptors"] = [*(config.get("interceptors") or ()), LeaseSettings(self._lease_of)]
-        config.update(_HEARTBEATS)
-        return config
+        return {**super().configure_worker(config), **_HEARTBEATS}
 
-    def _lease_of(self, pipeline: str) -> float:
-        """Return the lease of the runs of a pipeline in seconds; runs of others are blocked at once."""
-        return self._configs[pipeline].lease_seconds if pipeline in self._configs else 30.0
+    @activity.defn(name=DRIVE)
+    async def drive(self, run_id: str, pipeline: str, cancels: bool = False) -> Answer:
+        """Continue a run as far as possible, or cancel it first. Every outcome of ``drive`` is an answer."""
+        try:
+            if cancels:
+                await self._runner.cancel(run_id)
+            with self._beating(run_id):
+                outcome = await self._drive(run_id)
+        except CheckpointNotFound as error:
+            logger.warning("the workflow of a run that was deleted ends: %s", error)
+            return {"outcome": "ended", "status": "DELETED"}
+        if isinstance(outcome, Blocked):
+            logger.warning("run %r of %r is blocked: %s", run_id, pipeline, outcome.reason)
+        return _to_answer(outcome)
+
+    async def _drive(self, run_id: str) -> DriveOutcome:
+        driving = asyncio.ensure_future(
+            self._runner.drive(run_id, pipelines=self._pipelines, max_seconds=self._max_seconds)
+        )
+        reactions = [asyncio.ensure_future(self._leave(run_id))]
+        try:
+            while not driving.done():
+                try:
+                    await asyncio.wait([driving])
+                except asyncio.CancelledError:
+                    reactions.append(asyncio.ensure_future(self._react(run_id)))
+            details = activity.cancellation_details()
+            if details is not None and (details.paused or details.reset) and driving.exception() is None:
+                raise asyncio.CancelledError  # The server starts another attempt in its time.
+            return driving.result()
+        finally:
+            for reaction in reactions:
+                reaction.cancel()
+
+    async def _leave(self, run_id: str) -> None:
+        await activity.wait_for_worker_shutdown()
+        logger.info("run %r ends at its next step boundary: its worker is shut down", run_id)
+        await self._runner.shutdown(drain_seconds=math.inf)
+
+    async def _react(self, run_id: str) -> None:
+        """React to a cancellation of the activity. ``drive`` then returns."""
+        details = activity.cancellation_details()
+        if details is not None and details.cancel_requested:
+            await self._runner.cancel(run_id)
+        elif details is not None and details.worker_shutdown:
+            await self._runner.shutdown(drain_seconds=0.0)  # The graceful time is over.
+        else:
+            # Paid steps in flight are committed.
+            why = "its workflow was terminated or reset, or it was late"
+            logger.warning("run %r ends at its next step boundary: %s", run_id, why)
+            self._runner._live.drain(run_id)
+
+    @contextmanager
+    def _beating(self, run_id: str) -> Iterator[None]:
+        """Send a heartbeat after each renewal of the lease of a run, in the thread that renews leases."""
+        listeners = self._runner._stored.store.lease_listeners
+        with heartbeats() as beat:
+
+            def on_renewal(renewed: str) -> None:
+                if renewed == run_id:
+                    beat({"status": "RUNNING", **self._runner._live.progress(run_id)})
+
+            listeners.append(on_renewal)
+            try:
+                yield
+            finally:
+                listeners.remove(on_renewal)
 
     @asynccontextmanager
     async def _serve(self) -> AsyncIterator[None]:
-        self._store.lease_listeners.append(self._activity.beat)
         readers = {name: readers_of(config.hooks) for name, config in self._configs.items()}
         tasks = [
             asyncio.ensure_future(self._repair()),
@@ -120,7 +182,6 @@ class StromaPlugin(SimplePlugin):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
-            self._store.lease_listeners.remove(self._activity.beat)
             await self._runner.aclose()
             if self._owns_store:
                 await self._store.aclose()
@@ -139,10 +200,19 @@ class StromaPlugin(SimplePlugin):
                 request = ClaimRequest(token, MAX_CLAIM_SECONDS, _PAGE, now_ms, pipelines, code=code)
                 while due := await store.claim(request):
                     for run in due:
-                        await self._dispatcher.start_unless_running(run)
+                        await self._dispatcher.start(run)
             except Exception as error:  # A later look may succeed.
                 logger.warning("runs without a workflow could not be started: %s; trying again", error)
             await asyncio.sleep(REPAIR_SECONDS)
+
+
+def _to_answer(outcome: DriveOutcome) -> Answer:
+    name: Any = type(outcome).__name__.lower()
+    if isinstance(outcome, Ended):
+        return {"outcome": name, "status": str(outcome.status)}
+    until = getattr(outcome, "until", None)
+    until_ms = None if until is None else int(until.timestamp() * 1000)
+    return {"outcome": name, "status": _STATUS[name], "until_ms": until_ms}
 
 
 def stroma_worker(

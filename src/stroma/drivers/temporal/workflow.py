@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import Any, Final, Literal, NotRequired, TypedDict, cast
+from typing import Any, Final, Literal, NotRequired, TypedDict
 
 from temporalio import workflow
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
@@ -26,7 +25,6 @@ from temporalio.common import (
 )
 from temporalio.exceptions import ActivityError
 from temporalio.service import RPCError, RPCStatusCode
-from temporalio.worker import Interceptor, WorkflowInterceptorClassInput
 
 from stroma._utils.logs import get_logger
 from stroma.checkpoint import RunRecord
@@ -43,14 +41,13 @@ STATUS_KEY: Final = SearchAttributeKey.for_keyword("StromaStatus")
 RECHECK_SECONDS: float = 60.0
 #: The clocks of the server and the store may differ: a run that is due is not driven again at once.
 _MIN_WAIT_SECONDS: Final = 0.2
-_RETRIES: Final = RetryPolicy(
-    initial_interval=timedelta(seconds=1), backoff_coefficient=2.0, maximum_interval=timedelta(seconds=30)
-)
+_RETRIES: Final = RetryPolicy(maximum_interval=timedelta(seconds=30))
 #: An activity returns after its slice; a step inside may take longer. A lost worker is noticed by its
 #: heartbeats.
-_START_TO_CLOSE: Final = timedelta(days=365)
-#: Name of the function outside of the workflow that returns the lease of the runs of a pipeline.
-_LEASE_OF: Final = "stroma.lease_seconds"
+START_TO_CLOSE: Final = timedelta(days=365)
+#: Leases of the runs of this process in seconds, by task queue and pipeline: the pulse of heartbeats. Runs of
+#: other pipelines are blocked at once.
+LEASES: Final[dict[tuple[str, str], float]] = {}
 
 
 class Answer(TypedDict):
@@ -100,13 +97,13 @@ class StromaRun:
         raise asyncio.CancelledError
 
     async def _drive(self, run_id: str, pipeline: str, *, cancels: bool = False) -> Answer:
-        lease_of = cast("Callable[[str], float]", workflow.extern_functions()[_LEASE_OF])
+        lease_seconds = LEASES.get((workflow.info().task_queue, pipeline), 30.0)
         answer: Answer = await workflow.execute_activity(
             DRIVE,
             args=[run_id, pipeline, cancels],
             result_type=dict,
-            start_to_close_timeout=_START_TO_CLOSE,
-            heartbeat_timeout=timedelta(seconds=lease_of(pipeline)),
+            start_to_close_timeout=START_TO_CLOSE,
+            heartbeat_timeout=timedelta(seconds=lease_seconds),
             retry_policy=_RETRIES,
             cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
         )
@@ -138,16 +135,6 @@ def _is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-class LeaseSettings(Interceptor):
-    """Gives the workflows of a worker the leases of its pipelines, which are the pulse of heartbeats."""
-
-    def __init__(self, lease_of: Callable[[str], float]) -> None:
-        self._lease_of = lease_of
-
-    def workflow_interceptor_class(self, input: WorkflowInterceptorClassInput) -> None:
-        input.unsafe_extern_functions[_LEASE_OF] = self._lease_of
-
-
 logger = get_logger()
 
 _MAX_ID_BYTES: Final = 900  # A server accepts 1,000.
@@ -167,14 +154,6 @@ def workflow_id(run_id: str) -> str:
     return f"stroma-{hashlib.sha256(run_id.encode()).hexdigest()}"
 
 
-def _priority_of(record: RunRecord | Candidate) -> Priority:
-    """Return the priority of a submitted run and its key, as Temporal has them: 1 to 5, and 64 bytes."""
-    key = record.key
-    if key is not None and len(key.encode()) > 64:
-        key = hashlib.sha256(key.encode()).hexdigest()
-    return Priority(priority_key=min(max(3 + record.priority, 1), 5), fairness_key=key)
-
-
 class Dispatcher:
     """The workflows of runs on one task queue.
 
@@ -187,51 +166,34 @@ class Dispatcher:
         self._task_queue = task_queue
         self._has_search_attributes: bool | None = None
 
-    async def start(self, record: RunRecord) -> None:
-        """Start the workflow of a run, unless it is running; one that is running is woken."""
-        await self._if_reachable(record.run_id, self.restart(record))
-
-    async def restart(self, record: RunRecord) -> None:
-        """As :meth:`start`, for a run that had ended. Raises RPCError."""
-        await self._start(record, start_signal=WAKE)
-
-    async def start_unless_running(self, run: Candidate) -> None:
-        """Start the workflow of a due run, unless it is running. Raises RPCError."""
-        await self._start(run)
-
-    async def wake(self, run_id: str) -> None:
-        """Let the workflow of a run look at the store; no-op without one."""
-        handle = self._client.get_workflow_handle(workflow_id(run_id))
+    async def wake(self, record: RunRecord) -> None:
+        """Start the workflow of a run, or let it look at the store; a server out of reach is a warning."""
         try:
-            await self._if_reachable(run_id, handle.signal(WAKE))
+            await self.start(record, start_signal=WAKE)
         except RPCError as error:
-            if error.status != RPCStatusCode.NOT_FOUND:
+            if error.status not in UNREACHABLE:
                 raise
+            fix = "is stored, and continues once it can be"
+            logger.warning("the Temporal server cannot be reached (%s); run %r %s", error, record.run_id, fix)
 
-    async def _start(self, record: RunRecord | Candidate, **options: Any) -> None:
+    async def start(self, record: RunRecord | Candidate, **options: Any) -> None:
+        """Start the workflow of a run, unless it is running. Raises RPCError."""
         run_id, pipeline = record.run_id, record.pipeline
         pairs: list[SearchAttributePair[str]] = []
         if await self._can_search():
             pairs = [SearchAttributePair(PIPELINE_KEY, pipeline), SearchAttributePair(STATUS_KEY, "QUEUED")]
+        # Temporal has priorities from 1 to 5, and keys of 64 bytes.
+        key = None if record.key is None else record.key.encode()[:64].decode(errors="ignore")
         settings = {
             "id_reuse_policy": WorkflowIDReusePolicy.ALLOW_DUPLICATE,
             "id_conflict_policy": WorkflowIDConflictPolicy.USE_EXISTING,
             "search_attributes": TypedSearchAttributes(pairs),
-            "priority": _priority_of(record),
+            "priority": Priority(priority_key=min(max(3 + record.priority, 1), 5), fairness_key=key),
             **options,
         }
         await self._client.start_workflow(
             WORKFLOW, args=[run_id, pipeline], id=workflow_id(run_id), task_queue=self._task_queue, **settings
         )
-
-    async def _if_reachable(self, run_id: str, call: Awaitable[None]) -> None:
-        try:
-            await call
-        except RPCError as error:
-            if error.status not in UNREACHABLE:
-                raise
-            fix = "is stored, and continues once it can be"
-            logger.warning("the Temporal server cannot be reached (%s); run %r %s", error, run_id, fix)
 
     async def _can_search(self) -> bool:
         """Return True if the server has the search attributes of runs; asked once."""
