@@ -95,6 +95,24 @@ async def test_a_retried_failure_is_a_breadcrumb(sentry: RecordedSentry) -> None
     ]
 
 
+async def test_two_clients_get_the_same_issue(sentry: RecordedSentry) -> None:
+    """Of a run with hooks for two clients both have the issue, with each retry once and the node.s tags."""
+    with RecordedSentry() as another:
+        runner = quick(sentry, extra=[sentry_hooks(client=another.client)])
+
+        @runner.node("bad", input=State, output=State)
+        async def bad(state: State) -> State:
+            sentry_sdk.set_tag("language", "en")
+            raise ValueError
+
+        await runner.run([node(runner, "flaky", ConnectionError, failures=1), parallel(bad)], State())
+        for one in (sentry, another):
+            (event,) = one.transport.events
+            crumbs = [crumb["message"] for crumb in event["breadcrumbs"]["values"]]
+            assert crumbs == [f"node {name} failed and is tried again" for name in ("flaky", "bad")]
+            assert (event["tags"]["language"], event["tags"]["stroma.node"]) == ("en", "bad")
+
+
 @pytest.mark.core
 async def test_siblings_stand_side_by_side(sentry: RecordedSentry) -> None:
     """Children of a group are under the group, not each other; the child that failed has the issue."""

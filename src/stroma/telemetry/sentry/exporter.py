@@ -53,6 +53,9 @@ _STATUS: Final = {
     RunStatus.CANCELLED: "cancelled",
     RunStatus.INTERRUPTED: "aborted",
 }
+#: Keys in the notes of a run, or of a node: its isolation scope, and the exporter that adds its breadcrumbs.
+_ISOLATION: Final = "sentry isolation"
+_BREADCRUMBS: Final = "sentry breadcrumbs"
 
 
 class Sentry(Observer):
@@ -122,7 +125,7 @@ class Sentry(Observer):
         around = sdk.get_isolation_scope()
         if drop_log_lines not in getattr(around, "_event_processors", ()):
             around.add_event_processor(drop_log_lines)
-        isolation = self._isolate(of_run, of_run, of_run.scopes)
+        isolation = self._isolate(of_run, of_run, of_run.scopes, run.notes)
         scope = sdk.get_current_scope()
         _name_run(isolation, scope, run)
         lost = self.lost_root(run)
@@ -187,9 +190,18 @@ class Sentry(Observer):
             scope.set_client(self._client)
         return scope
 
-    def _isolate(self, of_run: RunScope, record: RunScope | NodeScope, scopes: ExitStack) -> Scope:
-        """Until ``scopes`` are closed, what is tagged is seen by this run, or node, alone."""
-        isolation: Scope = scopes.enter_context(self._sdk.isolation_scope())
+    def _isolate(
+        self, of_run: RunScope, record: RunScope | NodeScope, scopes: ExitStack, notes: dict[Any, Any]
+    ) -> Scope:
+        """Until ``scopes`` are closed, what is tagged is seen by this run, or node, alone.
+
+        ``notes``: those of the run or node. Exporters to several clients share its isolation scope.
+        """
+        isolation: Scope = self._sdk.get_isolation_scope()
+        if notes.get(_ISOLATION) is isolation:
+            scopes.enter_context(self._sdk.new_scope())
+        else:
+            notes[_ISOLATION] = isolation = scopes.enter_context(self._sdk.isolation_scope())
         token = self.enter(record)
         scopes.callback(lambda: self.leave(token))
         if of_run.isolation is None:
@@ -216,17 +228,18 @@ class Sentry(Observer):
         return of_step
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
-        self._breadcrumb(f"80 % of the budget's {dimension} are used", {"used": used, "limit": limit})
+        self._breadcrumb(run, f"80 % of the budget's {dimension} are used", {"used": used, "limit": limit})
 
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
-        self._breadcrumb(f"limit {limit} is closed, since its provider asked to wait", {"seconds": seconds})
+        message = f"limit {limit} is closed, since its provider asked to wait"
+        self._breadcrumb(run, message, {"seconds": seconds})
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
-        self._breadcrumb(f"the circuit of {key} is {state}", {})
+        self._breadcrumb(run, f"the circuit of {key} is {state}", {})
 
     def waiting(self, node: RunningNode, reason: str, seconds: float) -> None:
         waits_since(node, self)
-        self._breadcrumb(f"node {node.node_id} waits: {reason}", {}, level="info")
+        self._breadcrumb(node.ctx, f"node {node.node_id} waits: {reason}", {}, level="info")
 
     def skipped(self, node: RunningNode) -> None:
         if is_returned(node.ctx):  # There is no scope of a run to write it to.
@@ -236,7 +249,7 @@ class Sentry(Observer):
             of_run.restored += 1
             if self._spans.is_streamed:
                 self.begin_lost_parts(node)
-        self._breadcrumb(f"node {node.node_id} was restored from the journal", {}, level="info")
+        self._breadcrumb(node.ctx, f"node {node.node_id} was restored from the journal", {}, level="info")
 
     # ------------------------------------------------------------------ nodes
 
@@ -253,7 +266,7 @@ class Sentry(Observer):
     def _enter_node(self, node: RunningNode) -> NodeScope:
         above, entered, of_run = self._span_around(), ExitStack(), self._of_run(node)
         of_node = NodeScope(None, self._sdk.get_current_scope(), of_run)
-        isolation = self._isolate(of_run, of_node, entered)
+        isolation = self._isolate(of_run, of_node, entered, node.notes)
         of_node.scope, of_node.entered = self._sdk.get_current_scope(), entered
         of_node.isolation = isolation
         self._begin(node, of_node, above)
@@ -369,7 +382,7 @@ class Sentry(Observer):
             # It was not final.
             notes_of(ended.error).failed.pop(of_node.of_run, None)
             of_node.ended = CUT_SHORT
-        self._breadcrumb(f"node {node.node_id} failed and is tried again", about)
+        self._breadcrumb(node.ctx, f"node {node.node_id} failed and is tried again", about)
 
     def node_ended(self, node: RunningNode) -> None:
         of_node: NodeScope | None = node.notes.pop(self, None)
@@ -417,10 +430,13 @@ class Sentry(Observer):
             scope.capture_event(event, hint)
         notes.captured_by.add(client)
 
-    def _breadcrumb(self, message: str, data: dict[str, Any], level: str = "warning") -> None:
-        self._sdk.add_breadcrumb(
-            category="stroma.run", type="default", level=level, message=message, data=data
-        )
+    def _breadcrumb(
+        self, run: ReliabilityContext, message: str, data: dict[str, Any], level: str = "warning"
+    ) -> None:
+        if run.notes.setdefault(_BREADCRUMBS, self) is self:  # Of several exporters one adds it.
+            self._sdk.add_breadcrumb(
+                category="stroma.run", type="default", level=level, message=message, data=data
+            )
 
     def flush(self, timeout_seconds: float) -> bool:
         client = self._the_client()
