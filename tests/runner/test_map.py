@@ -33,6 +33,7 @@ from stroma import (
     JsonLines,
     MapProgress,
     NodeHooks,
+    NotDone,
     PipelineChanged,
     ReliabilityContext,
     RunConfig,
@@ -715,6 +716,37 @@ async def test_failed_items_are_run_again(store: Any, tmp_path: Path, doubler: D
         assert (state["made"], state["made_failures"]) == (doubled(range(10)), [])
     none_left = await runner.run(work, State(), resume=True, retry_failed_items=True)
     assert (none_left.status, doubler.calls.total(), len(after)) == (RunStatus.RESUMED, 13, 3)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("into", ["field", "journal"])
+@pytest.mark.parametrize("statement", [{"n": 30}, NotDone()], ids=["done", "not done"])
+async def test_a_resume_continues_a_retry_of_failed_items(store: Any, into: str, statement: Any) -> None:
+    """A later resume continues a retry of failed items: it uses a statement, not the old failure."""
+    declined = ConnectionRefusedError("no connection was made")
+    outcomes: list[Exception | Num] = [declined, TimeoutError("unknown"), Num(n=31)]
+    runner = quick(store)
+    calls = Counter[int]()
+
+    @runner.node(effect=True)
+    async def pay(item: Num) -> Num:
+        calls[item.n] += 1
+        if item.n != 3:
+            return item
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    target: Any = "made" if into == "field" else Journal()
+    work = [map_over(lambda _: [Num(n=n) for n in range(1, 5)], pay, into=target, on_item_failure="collect")]
+    assert (await runner.run(work, State(), run_id="run")).failed_items == 1
+    asked = await runner.run(work, State(), run_id="run", resume=True, retry_failed_items=True)
+    assert (asked.status, asked.suspended) == (RunStatus.SUSPENDED, ["effect"])
+    await runner.signal("run", statement, question=asked.questions[0].id, schema=Num)
+    again = await runner.resume(work, "run", input_schema=State)
+    assert (again.status, again.failed_items) == (RunStatus.RESUMED, 0)
+    assert calls == {1: 1, 2: 1, 3: 2 + isinstance(statement, NotDone), 4: 1}
 
 
 @pytest.mark.core

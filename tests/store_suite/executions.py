@@ -196,7 +196,7 @@ class ExecutionTests:
         assert await read_texts(anew, 1, ["0", "1"]) == {}
 
     async def test_failed_items_and_what_follows_them_are_forgotten_if_asked(self, store: Any) -> None:
-        """retry_failed discards a map whose items failed and everything after it."""
+        """retry_failed discards failed items, their map and everything after it, also for later processes."""
         session = await begin(store)
         failed = ItemFailure(index=1, node_id="node", failure_class=FailureClass.TERMINAL, message="no")
         await commit(session, 0, State(n=1))
@@ -216,7 +216,22 @@ class ExecutionTests:
         assert again.restored.keys() == {(0, ""), (1, "0")}
         await finish(again, "PARTIAL")
         last = await begin(store, if_exists="resume")
-        assert last.restored.keys() == {(0, ""), (1, "0"), (1, "1"), (1, "")}
+        assert last.restored.keys() == {(0, ""), (1, "0")}
+
+    async def test_failed_items_that_are_not_loaded_are_forgotten(self, store: Any) -> None:
+        """retry_failed discards failed items of lazily loaded maps, but no failed item inside a flow."""
+        session, schema = await begin(store), schema_of(ItemFailure)
+        failed = ItemFailure(index=1, node_id="node", failure_class=FailureClass.TERMINAL, message="no")
+        for position, branch in ((0, "1"), (0, "10"), (1, "map#0.1")):
+            await settled(
+                session.record(row(position, branch=branch), schema, failed, StepCall(0, b"item x"))
+            )
+        await commit(session, 0, State(n=1, text="failed item"), branch="0")
+        await finish(session, "PARTIAL")
+        again = await begin(store, if_exists="resume", retry_failed=True, lazily_loaded=((0, ""),))
+        await finish(again, "PARTIAL")
+        last = await begin(store, if_exists="resume")
+        assert last.restored.keys() == {(0, "0"), (1, "map#0.1")}
 
     async def test_the_items_of_a_map_are_read(self, store: Any) -> None:
         """map_items() returns the committed items of a map, in order, once the map is committed."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.errors import CheckpointNotFound
-from stroma.checkpoint.identity import place_before, with_outer
+from stroma.checkpoint.identity import is_called, place_before, with_outer
 from stroma.contracts.codec import is_same_data
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.schema import Schema
@@ -47,7 +47,8 @@ class RunRequest(NamedTuple):
             request.
         lazily_loaded: (position, prefix of branches) of commits that are not restored at the start, since
             there may be very many; committed() returns them in portions.
-        retry_failed: discard the failed items of maps and what was computed from them, see ItemFailure.
+        retry_failed: discard the failed items of maps and what was computed from them, see ItemFailure. A
+            later request that continues the execution finds them discarded.
         max_recoveries: end a run as FAILED once its process died so often; None: never.
         force: continue it in spite of that, and count deaths from 0.
         due_ms: raise RunExists for a run that is not due at this time, see
@@ -95,6 +96,21 @@ class RunRequest(NamedTuple):
         failed = [at for (at, _), commit in commits.items() if commit.failed_items]
         return self._replace(discard_from=min(failed) + 1) if failed else self
 
+    def discard_of(
+        self, commits: Mapping[tuple[int, str], Committed], restored: Container[tuple[int, str]]
+    ) -> Discard:
+        """Return the commits to discard: the ones not restored, and failed items that are not loaded."""
+        first = self.discard_from
+        if not self.retry_failed:
+            return Discard(first)
+        gone = [at for at in commits if at not in restored and (first is None or at[0] < first)]
+        failed = {at[0] for at in gone if commits[at].is_failed_item}
+        return Discard(
+            first,
+            tuple(at for at in gone if not commits[at].is_failed_item),
+            tuple(failed.union(position for position, _ in self.lazily_loaded)),
+        )
+
     def accept_commits(
         self, commits: Mapping[tuple[int, str], Committed]
     ) -> Mapping[tuple[int, str], Committed]:
@@ -116,7 +132,7 @@ def _without_failed(commits: Mapping[tuple[int, str], Committed]) -> dict[tuple[
 
     def is_valid(position: int, branch: str, commit: Committed) -> bool:
         if commit.is_failed_item:
-            return False
+            return is_called(branch)  # Those in flows are recorded events.
         inside = f"{branch}." if branch else ""
         if any(at == position and (of == branch or of.startswith(inside)) for at, of in retried):
             return False
@@ -139,6 +155,20 @@ def _later_in_sequences(
         while place in followers:
             place = followers[place]
             yield place
+
+
+class Discard(NamedTuple):
+    """Commits of an execution to discard.
+
+    Attributes:
+        first: those from this position on; None: none of these.
+        places: those at these places.
+        failed_at: those of failed items at these positions.
+    """
+
+    first: int | None = None
+    places: tuple[tuple[int, str], ...] = ()
+    failed_at: tuple[int, ...] = ()
 
 
 class StepCall(NamedTuple):
@@ -198,7 +228,7 @@ class Committed(NamedTuple):
     @property
     def is_failed_item(self) -> bool:
         """True for an item that failed permanently: there is no output."""
-        return self.contract.partition(":")[0] == FAILED_ITEM
+        return is_failed_item(self.contract)
 
     @property
     def failed_items(self) -> int:
@@ -207,6 +237,11 @@ class Committed(NamedTuple):
         if step is None or step.input_key is None or not step.input_key.startswith(OF_MAP):
             return 0
         return step.number
+
+
+def is_failed_item(contract: str) -> bool:
+    """Return True if the contract of a commit says that it is a failed item of a map."""
+    return contract.partition(":")[0] == FAILED_ITEM
 
 
 #: Prefix of a checksum in ``StepCall.input_key`` of a node inside a group that is a step.

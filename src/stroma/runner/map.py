@@ -378,11 +378,8 @@ class MapRun:
         return {branches[branch]: committed for branch, committed in by_branch.items()}
 
     def _must_run(self, committed: Committed | None) -> bool:
-        """Return True if an item is to be run: it has no output, or has failed and is to be tried again."""
-        if committed is None:
-            return True
-        retries = not self._collects_failures or self._ctx.config.retry_failed_items
-        return committed.is_failed_item and retries
+        """Return True if an item is to be run: it has no output, or has failed and no longer may."""
+        return committed is None or (committed.is_failed_item and not self._collects_failures)
 
     async def _load_inside(self, branches: Iterable[str]) -> None:
         """Restore the committed outputs of the nodes inside items."""

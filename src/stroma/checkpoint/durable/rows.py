@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from urllib.parse import quote, unquote
 
 from stroma.checkpoint.durable.owner import Owner, is_gone
+from stroma.checkpoint.entries import Discard
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.identity import parse_mark
 from stroma.checkpoint.queue import (
@@ -207,7 +208,6 @@ class Opening(NamedTuple):
 
     Attributes:
         input: of the execution that begins, sealed; None: that of the origin of a fork.
-        discard_from: see RunRequest.
         version: that of the pipeline; "" without one.
     """
 
@@ -216,7 +216,7 @@ class Opening(NamedTuple):
     owner: str
     lease_seconds: float
     input: Step | None
-    discard_from: int | None = None
+    discard: Discard = Discard()
     tags: tuple[str, ...] = ()
     version: str = ""
 
@@ -301,8 +301,8 @@ class Rows(Protocol):
         """
         ...
 
-    def continue_execution(self, run: RunRow, discard_from: int | None) -> Any:
-        """Discard the commits of the last execution from a position on; None: none. Return its key."""
+    def continue_execution(self, run: RunRow, discard: Discard) -> Any:
+        """Discard commits of the last execution. Return its key."""
         ...
 
     def update(
@@ -333,12 +333,11 @@ class Rows(Protocol):
         return fence
 
     def take_over(self, run: RunRow, opening: Opening) -> Fence:
-        """Take over the last execution, without its commits from ``discard_from`` on. Increments the epoch.
+        """Take over the last execution, without the commits to discard. Increments the epoch.
 
         Adds the tags. Deletes its mark.
         """
-        first = None if opening.discard_from is None else max(opening.discard_from, 0)
-        key = self.continue_execution(run, first)
+        key = self.continue_execution(run, opening.discard)
         fields = {**_OPENED}
         if opening.tags:
             fields["tags"] = pack_tags((*run.tag_list, *opening.tags))

@@ -38,7 +38,15 @@ from stroma.checkpoint.durable.reader import ReadableStore
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session_open import finish_execution, has_same_input
 from stroma.checkpoint.durable.worker import Operation
-from stroma.checkpoint.entries import Committed, RunRequest, SentMessage, Waiting, count_items, map_not_found
+from stroma.checkpoint.entries import (
+    Committed,
+    Discard,
+    RunRequest,
+    SentMessage,
+    Waiting,
+    count_items,
+    map_not_found,
+)
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, BlobStore, PayloadPlace, Payloads, Stored, collect
 from stroma.checkpoint.queue import (
@@ -111,7 +119,7 @@ class RunStore(ReadableStore):
             owner=str(owner),
             lease_seconds=request.lease_seconds,
             input=input_step(request.schema.fingerprint, sealed),
-            discard_from=request.discard_from,
+            discard=Discard(request.discard_from),
             tags=tuple(dict.fromkeys(request.tags)),
             version=request.version,
         )

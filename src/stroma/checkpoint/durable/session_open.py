@@ -47,6 +47,7 @@ from stroma.checkpoint.durable.rows import (
 from stroma.checkpoint.entries import (
     NO_CONTROL,
     Committed,
+    Discard,
     Finished,
     PriorUsage,
     RunControl,
@@ -286,9 +287,10 @@ class RunOpener:
         }
         if request.retry_failed:
             self._request = request.resolve_discard(commits)
-            self._opening = self._opening._replace(discard_from=self._request.discard_from)
         opened.discards = self._request.discard_from is not None
         opened.restored = self._request.accept_commits(commits)
+        discard = self._request.discard_of(commits, opened.restored)
+        self._opening = self._opening._replace(discard=discard)
 
     def _recover(self, records: RunRecords, run: RunRow) -> None:
         """Continue the execution, or end it if its process died too often.
@@ -346,7 +348,7 @@ class RunOpener:
         The claim fences off an owner that is only slow.
         """
         opened = self._opened
-        opened.fence = records.rows.take_over(run, self._opening._replace(discard_from=None))
+        opened.fence = records.rows.take_over(run, self._opening._replace(discard=Discard()))
         opened.finished = finished
         if not self._request.ends:
             end = RunEnd(finished.status, finished.error)

@@ -26,7 +26,7 @@ from stroma.checkpoint.durable.rows import (
     StepRow,
     matches,
 )
-from stroma.checkpoint.entries import OF_FLOW, StepCall
+from stroma.checkpoint.entries import OF_FLOW, Discard, StepCall, is_failed_item
 from stroma.checkpoint.events import MAX_BATCHES, EventPlace
 from stroma.checkpoint.identity import is_called, mark_of, parse_mark
 from stroma.checkpoint.manager import schema_ref
@@ -199,9 +199,16 @@ class MemoryRun:
         step = Step(str(started_ns), "", encode_frames(), b"", attempt)
         return [StepRow(Annotation.FAILURE_SITE, key, "", seal(Annotation.FAILURE_SITE, key, "", step))]
 
-    def discard(self, first: int) -> None:
-        """Discard the outputs from a position on."""
-        for key in [_key_of(place) for place in self.committed() if place[0] >= first]:
+    def discard(self, discard: Discard) -> None:
+        """Discard outputs of the execution."""
+        failed = (place for place in self.committed() if place[0] in discard.failed_at)
+        gone = {
+            *discard.places,
+            *(row[:2] for row in self.steps_at(failed) if is_failed_item(row.step.contract)),
+        }
+        if discard.first is not None:
+            gone.update(place for place in self.committed() if place[0] >= discard.first)
+        for key in map(_key_of, gone):
             del self.steps[key]
             self.calls.pop(key, None)
 
@@ -246,17 +253,17 @@ class MemoryRows(ScannedRows):
         if run is None:
             self._runs[opening.run_id] = one
         else:
-            one.discard(0)
+            one.discard(Discard(0))
             one.empty()
             one.events = None
         one.number = next(_NUMBERS)
         return one
 
-    def continue_execution(self, run: RunRow, discard_from: int | None) -> MemoryRun:
+    def continue_execution(self, run: RunRow, discard: Discard) -> MemoryRun:
         one: MemoryRun = run.run
         one.end_epoch()
-        if discard_from is not None:
-            one.discard(discard_from)
+        if discard != Discard():
+            one.discard(discard)
         return one
 
     def update(

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.durable.rows import Annotation, RunRow, Step, StepRow
+from stroma.checkpoint.entries import Discard
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.records import ATTEMPT_SHAPE, AttemptRecord, stored_values, to_record
 from stroma.trace.events import COLLECTED
@@ -97,6 +98,12 @@ def pack_step(node_id: str, step: Step) -> bytes:
     contract, schema_ref, output, sha256, number, key = step
     head = [node_id, contract, schema_ref, sha256.hex(), number, None if key is None else len(key)]
     return b"".join((_compact(head).encode(), b"\n", output, key or b""))
+
+
+def pack_discard(discard: Discard) -> str:
+    """Encode the commits to discard for the script: first or -1, positions of failed items, places."""
+    places = [f"{position}:{branch}" for position, branch in discard.places]
+    return _compact([-1 if discard.first is None else max(discard.first, 0), discard.failed_at, places])
 
 
 def read_step(value: bytes) -> tuple[str, Step]:

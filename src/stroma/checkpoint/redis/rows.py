@@ -18,6 +18,7 @@ from stroma.checkpoint.decisions import ENDED
 from stroma.checkpoint.decoding import RecordName, decode_number
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.rows import Annotation, Delay, EventRow, Fence, Opening, RunRow, Step, StepRow
+from stroma.checkpoint.entries import Discard
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES
 from stroma.checkpoint.payloads import BLOB
@@ -31,6 +32,7 @@ from stroma.checkpoint.redis.format import (
     as_text,
     cell_prefix,
     pack_attempt,
+    pack_discard,
     pack_step,
     payloads_of,
     place_of,
@@ -104,9 +106,9 @@ class RedisRows(RedisReader):
         token = os.urandom(8).hex() if run is None else run.run.token
         return self._opened(run, opening.run_id, token, "begin", execution, token)
 
-    def continue_execution(self, run: RunRow, discard_from: int | None) -> RedisRun:
-        discard = "" if discard_from is None else discard_from
-        return self._opened(run, run.run_id, run.run.token, "take_over", run.execution, discard)
+    def continue_execution(self, run: RunRow, discard: Discard) -> RedisRun:
+        values = "" if discard == Discard() else pack_discard(discard)
+        return self._opened(run, run.run_id, run.run.token, "take_over", run.execution, values)
 
     def _opened(self, run: RunRow | None, run_id: str, token: str, operation: str, *values: Any) -> RedisRun:
         """Collect an opening, and return the key of the run after it."""

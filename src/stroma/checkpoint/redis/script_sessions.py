@@ -40,20 +40,35 @@ function ops.begin(id, execution, token)
   return redis.call('HINCRBY', run, 'writes', 1)
 end
 
+-- Returns true if a commit is a failed item of a map.
+local function is_failed_item(steps, field)
+  local is_json, head = pcall(cjson.decode, string.match(redis.call('HGET', steps, field), '^[^\n]*'))
+  return is_json and type(head) == 'table' and string.find(tostring(head[2]), '^failed item') ~= nil
+end
+
+-- Discards commits of an execution, see pack_discard().
+local function discard_commits(execution, discard)
+  local first, positions, places = unpack(cjson.decode(discard))
+  local failed_at, gone = {}, {}
+  for _, position in ipairs(positions) do failed_at[position] = true end
+  for _, place in ipairs(places) do gone[place] = true end
+  local steps, commits, top = p .. 'steps:' .. execution, 0, 0
+  for _, field in ipairs(redis.call('HKEYS', steps)) do
+    local position = tonumber(string.match(field, '^%d+'))
+    if gone[field] or first >= 0 and position >= first
+      or failed_at[position] and is_failed_item(steps, field) then redis.call('HDEL', steps, field)
+    else
+      commits = commits + 1
+      if string.match(field, '^%d+:$') then top = top + 1 end
+    end
+  end
+  redis.call('HSET', run, 'commit_count', commits, 'nodes', top)
+end
+
 function ops.take_over(id, execution, discard)
   if not is_complete(execution) then return 'lost' end
   redis.call('ZADD', RUNS, 'NX', now_us(), id)
-  if discard ~= '' then
-    local steps, commits, top = p .. 'steps:' .. execution, 0, 0
-    for _, field in ipairs(redis.call('HKEYS', steps)) do
-      if tonumber(string.match(field, '^%d+')) >= tonumber(discard) then redis.call('HDEL', steps, field)
-      else
-        commits = commits + 1
-        if string.match(field, '^%d+:$') then top = top + 1 end
-      end
-    end
-    redis.call('HSET', run, 'commit_count', commits, 'nodes', top)
-  end
+  if discard ~= '' then discard_commits(execution, discard) end
   keep(id, execution)
   return redis.call('HINCRBY', run, 'writes', 1)
 end

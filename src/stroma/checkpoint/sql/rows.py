@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from stroma.checkpoint.durable.rows import (
@@ -20,6 +21,7 @@ from stroma.checkpoint.durable.rows import (
     is_free,
     pack_tags,
 )
+from stroma.checkpoint.entries import Discard
 from stroma.checkpoint.events import EXPIRY_MS, MAX_BATCHES, EventPlace
 from stroma.checkpoint.identity import mark_of, parse_mark
 from stroma.checkpoint.payloads import BLOB
@@ -104,10 +106,15 @@ class SqlRows(Rows):
             self._run(sql.DISCARD_EVENTS, run=number)
         return number
 
-    def continue_execution(self, run: RunRow, discard_from: int | None) -> Any:
-        if discard_from is not None:
-            place = {"run": run.run, "execution": run.execution, "position": discard_from}
-            self._run(sql.COUNT_DISCARDED, run=run.run, discarded=self._run(sql.DISCARD, **place))
+    def continue_execution(self, run: RunRow, discard: Discard) -> Any:
+        execute = partial(self._run, run=run.run, execution=run.execution)
+        discarded = 0 if discard.first is None else execute(sql.DISCARD_FROM, position=max(discard.first, 0))
+        for position, branch in discard.places:
+            discarded += execute(sql.DISCARD_AT, position=position, branch_key=key(branch))
+        if discard.failed_at:
+            discarded += execute(sql.DISCARD_FAILED, positions=list(discard.failed_at))
+        if discarded:
+            self._run(sql.COUNT_DISCARDED, run=run.run, discarded=discarded)
         return run.run
 
     def update(

@@ -17,7 +17,7 @@ from stroma.checkpoint.durable.rows import LEASE_TIMES, Annotation, Step
 from stroma.checkpoint.queue import MAX_CLAIM_SECONDS
 from stroma.checkpoint.records import ATTEMPT_COLUMNS
 from stroma.checkpoint.sql.tables import ATTEMPT_TYPES, STEP_TYPES
-from stroma.trace.events import COLLECTED
+from stroma.trace.events import COLLECTED, FAILED_ITEM
 
 _SERVER_CLOCK: Final = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 _FOR_SQLITE: Final = (
@@ -73,7 +73,11 @@ LOCK_MANY: Final = f"""SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = ANY(:r
 NEW_RUN: Final = """INSERT INTO runs (run_key, run_id, pipeline, execution, status, started_ms,
     updated_ms, tokens, cost_pico, latency_ns, lease_epoch) VALUES (:run_key, :run_id, '', 0,
     'RUNNING', now_ms(), now_ms(), 0, 0, 0, 0) ON CONFLICT DO NOTHING RETURNING run"""
-DISCARD: Final = "DELETE FROM steps WHERE run = :run AND execution = :execution AND position >= :position"
+_DISCARD: Final = "DELETE FROM steps WHERE run = :run AND execution = :execution"
+DISCARD_FROM: Final = f"{_DISCARD} AND position >= :position"
+DISCARD_AT: Final = f"{_DISCARD} AND position = :position AND branch_key = :branch_key"
+DISCARD_FAILED: Final = f"""{_DISCARD} AND position = ANY(:positions)
+    AND substr(contract, 1, {len(FAILED_ITEM)}) = '{FAILED_ITEM}'"""
 COUNT_DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - :discarded WHERE run = :run"
 ROW_COUNTS: Final = """SELECT (SELECT count(*) FROM attempts WHERE run = :run AND execution = :execution),
     (SELECT count(*) FROM steps WHERE run = :run AND execution = :execution AND position >= 0)"""
