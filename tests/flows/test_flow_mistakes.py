@@ -169,6 +169,8 @@ async def test_wrong_arguments() -> None:
             lambda: flow.sleep(1, until=datetime.now()),
             lambda: flow.sleep(until=datetime.now()),
             lambda: flow.sleep(days=10_000_000),
+            lambda: flow.sleep(float("nan")),
+            lambda: asyncio.get_running_loop().call_later(float("nan"), print),
             lambda: flow.receive(Num, timeout=float("nan")),
             lambda: flow.step(add, state, key=5),  # type: ignore[arg-type]
         ]
@@ -196,7 +198,9 @@ async def test_wrong_arguments() -> None:
         "the reason of flow.wait_for must be a string, got None",
         "pass a duration or until=, not both",
         "until must have a time zone",
-        "a wait must be from 0 to 100,000,000,000 seconds, got 864000000000.0",
+        "a wait must be from 0 to 100,000,000,000 seconds, got 864000000000",
+        "a wait must be from 0 to 100,000,000,000 seconds, got nan",
+        "a timer must have a time, got nan",
         "a wait must be from 0 to 100,000,000,000 seconds, got nan",
         "key must be a string, got 5",
     ]

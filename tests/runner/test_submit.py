@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,15 @@ async def test_wrong_submissions() -> None:
     assert store.list_runs() == []
     with pytest.raises(CheckpointNotFound):
         await runner.handle("r").result(timeout=1)
+
+
+async def test_a_priority_may_be_a_member_of_an_enum(store: Any) -> None:
+    """A priority may be a member of an IntEnum, in every store."""
+    runner, order = _runner(store), IntEnum("order", {"URGENT": -5})
+    pipeline = Pipeline("p", [node("a", same, input=Num, output=Num)])
+    handle = await runner.submit(pipeline, Num(), priority=order.URGENT)
+    record = await asyncio.to_thread(store.get_run, handle.run_id)
+    assert record.priority == -5
 
 
 async def test_limits_hold_over_workers(store: Any) -> None:

@@ -471,4 +471,5 @@ def queue_entry(options: SubmitOptions, now_ms: int) -> QueueEntry:
     expires_ms = None if expires is None else to_ms(expires, now_ms, "expires")
     if expires_ms is not None and delay is not None and expires_ms < due_ms:
         raise ValueError(f"expires must not be before delay, or the run can never start, got {expires!r}")
-    return QueueEntry(due_ms, priority, None if key is None else check_label(key, "key"), expires_ms)
+    # A member of an IntEnum is stored as its number.
+    return QueueEntry(due_ms, int(priority), None if key is None else check_label(key, "key"), expires_ms)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 import sys
 import weakref
 from asyncio.events import _get_running_loop, _set_running_loop
@@ -218,6 +219,8 @@ class BodyLoop(_Refusing):  # type: ignore[misc]  # mypy does not know a class t
     def call_at(
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
+        if math.isnan(when):
+            raise ValueError("a timer must have a time, got nan")
         when = min(LAST_MS / 1000, when)  # No store and no datetime has a later time.
         handle = asyncio.TimerHandle(when, callback, args, self, context)
         self._timer_count += 1

@@ -157,7 +157,7 @@ class Flow:
 
         ``until``: an aware datetime, in place of a duration. See ``RunConfig(inline_wait_seconds=...)``.
         """
-        duration = timedelta(seconds=seconds, minutes=minutes, hours=hours, days=days)
+        duration = seconds + 60 * (minutes + 60 * (hours + 24 * days))
         self._path.begin_call("flow.sleep")
         wake_ms = wake_ms_of(self._path, duration, until)
         assert wake_ms is not None  # There is a duration.
