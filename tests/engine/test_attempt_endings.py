@@ -383,7 +383,7 @@ async def test_a_failure_beyond_the_budget_names_the_limit(grouped: bool) -> Non
         result.raise_for_status()
     (note,) = caught.value.__notes__
     assert note.startswith(
-        "It was not tried again, since the budget of the run is spent: budget exceeded: max_tokens_total"
+        "No further call is made, since the budget of the run is spent: budget exceeded: max_tokens_total"
     )
     result = await StromaRunner.quick(policy_map=NEVER).run(nodes, Num())
     assert not hasattr(result.failure.exception, "__notes__")

@@ -22,6 +22,7 @@ from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     AsyncInMemoryStore,
+    Breaker,
     BudgetExceeded,
     CheckpointNotFound,
     ContractViolation,
@@ -31,6 +32,7 @@ from stroma import (
     ItemFailure,
     Journal,
     JsonLines,
+    Limit,
     MapProgress,
     NodeHooks,
     NotDone,
@@ -853,6 +855,21 @@ async def test_a_store_that_fails_is_not_collected(tmp_path: Path, doubler: Doub
     assert (result.status, result.failure.message) == (RunStatus.PARTIAL, "it is full")
 
 
+@pytest.mark.parametrize("by", ["limit", "breaker"])
+async def test_an_item_that_is_not_called_is_not_collected(store: Any, doubler: Doubler, by: str) -> None:
+    """An item that no limit or breaker lets through stops a collecting map as PARTIAL; a resume calls it."""
+    doubler.failing, doubler.error = {2} if by == "breaker" else set(), lambda: ConnectionError("down")
+    limit = Limit(requests_per_minute=3 if by == "limit" else 600, max_wait_seconds=0)
+    breaker = Breaker(failure_rate=0.1, min_calls=3, max_wait_seconds=0) if by == "breaker" else None
+    work = map_over("nums", doubler.node, into="made", on_item_failure="collect", max_concurrency=1)
+    state = State(nums=list(range(6)))
+    result = await quick(store, limits={"double": limit}, breaker=breaker).run([work], state)
+    reason = "limit" if by == "limit" else "circuit_open"
+    assert (result.status, result.failure.reason, result.failed_items) == (RunStatus.PARTIAL, reason, 0)
+    resumed = await quick(store).run([work], state, resume=True)
+    assert (resumed.status, set(doubler.calls)) == (RunStatus.RESUMED, set(range(6)))
+
+
 # ---------------------------------------------------------------------- bad input
 
 
@@ -870,7 +887,7 @@ async def test_a_store_that_fails_is_not_collected(tmp_path: Path, doubler: Doub
 async def test_a_bad_line(
     store: Any, tmp_path: Path, doubler: Doubler, line: bytes, why: str, collect: bool
 ) -> None:
-    """A line that is no JSON, or no input of the node, is named; it ends a run as FAILED, or is collected."""
+    """A line that is not a valid input has an event and a failure hook; it ends the map, or is collected."""
     source, out = tmp_path / "in", tmp_path / "out"
     source.write_bytes(b'{"n": 0}\n{"n": 1}\n' + line + b'\n{"n": 3}\n')
     work = map_over(
@@ -880,8 +897,16 @@ async def test_a_bad_line(
         on_item_failure="collect" if collect else "stop",
         max_concurrency=1,
     )
-    runner = quick(store)
+    hooks: list[str] = []
+
+    async def failed_hook(run_id: str, node_id: str, error: Exception, kind: FailureClass) -> None:
+        hooks.extend([str(error)] if node_id == "double" else [])
+
+    runner = quick(store, hooks=NodeHooks(on_node_failure=failed_hook))
     result = await runner.run([work], State())
+    (event,) = [one for one in result.trace.walk() if (one.node_id, one.outcome) == ("double", "failure")]
+    assert hooks == [event.failure_message]
+    assert re.search(why, hooks[0])
     if collect:
         assert (result.status, result.failed_items) == (RunStatus.COMPLETED, 1)
         (failed,) = read(tmp_path / "out.failures.jsonl")

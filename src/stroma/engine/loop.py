@@ -124,7 +124,7 @@ async def execute_in_turn(
         try:
             run.schemas = _schemas_of(ctx, node, value, contract)
         except Exception as error:
-            return await _reject(ctx, run, node, value, error)
+            return await reject(ctx, run, node, value, error)
         if step is not None:
             run.step = step
         if is_special:
@@ -214,10 +214,10 @@ def _schemas_of(
     return known
 
 
-async def _reject(
+async def reject(
     ctx: ReliabilityContext, run: RunningNode, node: Node | Group, value: BaseModel, error: Exception
 ) -> Halt:
-    """Return the end of a node whose contract cannot be read, as with an incomplete class."""
+    """Return the end of a node whose input, or contract, cannot be read: it is recorded, and not called."""
     CURRENT.set(run)
     try:
         run.attempt = 1
@@ -295,7 +295,8 @@ def _stop(ctx: ReliabilityContext, failure: Failure, decision: Stop) -> Halt:
     if exceeded is not None and not isinstance_by_type(failure.exception, BudgetExceeded):
         with contextlib.suppress(Exception):  # Its class may refuse attributes.
             BaseException.add_note(
-                failure.exception, f"It was not tried again, since the budget of the run is spent: {exceeded}"
+                failure.exception,
+                f"No further call is made, since the budget of the run is spent: {exceeded}",
             )
     return Halt(failure, spent=decision is _SPENT)
 

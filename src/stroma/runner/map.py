@@ -16,20 +16,20 @@ from stroma._utils.models import LazyModel
 from stroma._utils.text import one_line
 from stroma.checkpoint import Committed, PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.entries import OF_MAP, failed_items_note
-from stroma.contracts.contract import ContractRegistry, ContractViolation
+from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node, first_in
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.commit import failed_of, settle
 from stroma.engine.context import ReliabilityContext, Stopping
 from stroma.engine.execution import RunningNode
-from stroma.engine.loop import execute
+from stroma.engine.loop import execute, reject
 from stroma.engine.outcome import GroupStopped, Halt, Place, paused
 from stroma.engine.restore import check_committed, output_schema, read_output, value_of
 from stroma.engine.tasks import TaskPool, raise_if
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import ItemFailure
-from stroma.failures.failure import Failure
+from stroma.failures.errors import CircuitOpen, ItemFailure, WaitedTooLong
+from stroma.failures.failure import Failure, isinstance_by_type
 from stroma.hooks.sets import MapProgress
 from stroma.runner.items import Item, LinesFile, Source
 from stroma.trace.events import COLLECTED, AttemptRow, BoundedRows, Outcome
@@ -219,21 +219,18 @@ class MapRun:
             raise self._pipeline_changed(f"there are only {self.count} items where there were more")
 
     async def _start(self, item: Item) -> None:
-        why = item.error
-        if why is None:
-            try:
-                value = item_state(self._ctx.registry, self._child, item.value)
-            except Exception as error:  # Code of the contract's class may raise anything.
-                why = f"{type(error).__name__}: {error}"
-            else:
-                self._pool.start(self._run_item(item, value))
-                return
-        # It is not a valid input, and fails without a call.
-        raw = {"item": item.index, "value": item.value}
-        problem = {"type": "item", "loc": (), "msg": why, "input": item.value}
-        violation = ContractViolation(self._child.node_id, "input", raw, [problem])
-        failure = Failure(violation, FailureClass.TERMINAL, self._child.node_id, 0, str(violation))
-        await self._handle_halt(item, Halt(self._ctx.redactor.mask_failure(failure, ())))
+        try:
+            if item.error is not None:
+                raise ValueError(item.error)
+            value = item_state(self._ctx.registry, self._child, item.value)
+        except Exception as error:  # Code of the contract's class may raise anything.
+            execution, branch = self._execution, self._branch(item.index)
+            run = RunningNode(self._ctx, self._child.node_id, "item", execution.position, branch, execution)
+            halt = await reject(self._ctx, run, self._child, UntypedState(item.value), error)
+        else:
+            self._pool.start(self._run_item(item, value))
+            return
+        await self._handle_halt(item, halt)
 
     # ------------------------------------------------------------------ items
 
@@ -262,8 +259,10 @@ class MapRun:
         await self._progress.count_item(restored=restored)
 
     async def _handle_halt(self, item: Item, halt: Halt) -> None:
-        is_lasting = halt.suspended or halt.spent or halt.partial or self._ctx.stopping.is_cancelled
-        if self._collects_failures and not is_lasting:
+        refusals = (WaitedTooLong, CircuitOpen)  # The node was not called.
+        was_refused = any(isinstance_by_type(halt.failure.exception, kind) for kind in refusals)
+        is_lasting = halt.suspended or halt.spent or halt.partial or was_refused
+        if self._collects_failures and not (is_lasting or self._ctx.stopping.is_cancelled):
             await self._record_failure(item, halt.failure)
         else:
             self._ends.note(halt)
