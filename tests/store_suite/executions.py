@@ -233,6 +233,17 @@ class ExecutionTests:
         last = await begin(store, if_exists="resume")
         assert last.restored.keys() == {(0, "0"), (1, "map#0.1")}
 
+    @pytest.mark.parametrize(
+        "request_of", [{"if_exists": "resume", "due_ms": 1 << 60}, {"if_exists": "read"}]
+    )
+    async def test_a_run_that_was_deleted_is_not_begun(self, store: Any, request_of: Any) -> None:
+        """A run that is deleted after a dispatcher or a reader has found it does not begin again."""
+        await finish(await begin(store), "PARTIAL")
+        await settled(store.delete("run"))
+        with pytest.raises(CheckpointNotFound, match="run 'run' was deleted"):
+            await begin(store, **request_of)
+        assert store.list_runs() == []
+
     async def test_the_items_of_a_map_are_read(self, store: Any) -> None:
         """map_items() returns the committed items of a map, in order, once the map is committed."""
         session = await begin(store)

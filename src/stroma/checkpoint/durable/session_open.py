@@ -54,7 +54,7 @@ from stroma.checkpoint.entries import (
     RunRequest,
     Tried,
 )
-from stroma.checkpoint.errors import PipelineChanged, RunBusy, RunExists, StoreError
+from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.checkpoint.payloads import PayloadPlace, Payloads, Stored, UnencodedState
 from stroma.checkpoint.queue import COMPLETE, QUEUED
 from stroma.checkpoint.records import PICO, AttemptRecord
@@ -202,13 +202,18 @@ class RunOpener:
         self._run_id = request.run_id
 
     def open(self, rows: Rows) -> None:
-        """Open the run. Raises RunBusy, RunExists, PipelineChanged, CheckpointLost, CorruptCheckpoint."""
+        """Open the run. Raises RunBusy, RunExists, PipelineChanged, CheckpointLost, CorruptCheckpoint.
+
+        Raises CheckpointNotFound for a run that was deleted since a dispatcher or a reader has found it.
+        """
         opened, request, control = self._opened, self._request, NO_CONTROL
         # An earlier try may have been rolled back.
         opened.finished, opened.completed, opened.lost_start_ms, opened.waiting = None, None, None, {}
         run = rows.find(self._run_id, lock=True)
         annotations: dict[int, list[StepRow]] = {}
         if run is None or not run.execution:
+            if request.due_ms is not None or request.if_exists == "read":
+                raise CheckpointNotFound(f"run {self._run_id!r} was deleted; check the id and the store")
             action = "begin"
         else:
             annotations = self._read_annotations(rows, run)
