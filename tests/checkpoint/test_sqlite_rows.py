@@ -22,8 +22,8 @@ from stroma.checkpoint.sqlite.connection import SqliteRows
 from stroma.checkpoint.sqlite.file import DatabaseFile, connect
 
 INPUT, OTHER = b'{"n":1}', b'{"n":2}'
-OURS = str(new_owner(None, ends=False))
-THEIRS = str(new_owner(None, ends=False)._replace(boot="another start of the machine"))
+OURS = str(new_owner(None))
+THEIRS = str(new_owner(None)._replace(boot="another start of the machine"))
 
 
 class Clock:

@@ -68,14 +68,14 @@ class Owner(NamedTuple):
             return None
 
 
-def new_owner(session: object, *, ends: bool = True) -> Owner:
+def new_owner(session: object | None) -> Owner:
     """Return a new owner for a session of this process, alive until the session is garbage-collected.
 
-    ``ends``: the session records its end. Otherwise it is never considered alive in its own process.
+    ``session``: None if it does not record its end. Then it is never considered alive in its own process.
     """
     token = os.urandom(8).hex()
-    owner = _process(os.getpid())._replace(token=token if ends else f"{_ENDLESS}{token}")
-    if ends:
+    owner = _process(os.getpid())._replace(token=f"{_ENDLESS}{token}" if session is None else token)
+    if session is not None:
         LIVE_SESSIONS[owner.token] = session
     return owner
 

@@ -135,7 +135,7 @@ class RunStore(ReadableStore):
         check_id(request.run_id, "run id")
         data = self._encode_input(request)
         sealed = await self._seal_input(request, data)
-        opening = self._opening(request, sealed, new_owner(self, ends=False))
+        opening = self._opening(request, sealed, new_owner(None))
 
         def submit(rows: Rows) -> bool:
             return submit_run(rows, self._payloads, request, opening, data, entry)
@@ -228,7 +228,7 @@ class RunStore(ReadableStore):
 
         Returns False if the run had ended. Raises CheckpointNotFound, StoreError.
         """
-        new = str(new_owner(self, ends=False))
+        new = str(new_owner(None))
 
         def do(records: RunRecords, run: RunRow) -> bool:
             if run.holder is not None:
@@ -249,7 +249,7 @@ class RunStore(ReadableStore):
         It stays so until it is resumed. Returns False if the run had ended. Raises CheckpointNotFound,
         StoreError.
         """
-        new = str(new_owner(self, ends=False))
+        new = str(new_owner(None))
 
         def do(records: RunRecords, run: RunRow) -> bool:
             if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
@@ -268,7 +268,7 @@ class RunStore(ReadableStore):
         A run that had not started is queued again, as it was. Returns False if it was not paused, or has
         ended. Raises CheckpointNotFound, StoreError.
         """
-        new = str(new_owner(self, ends=False))
+        new = str(new_owner(None))
 
         def do(records: RunRecords, run: RunRow) -> bool:
             if not read_control(records).pause:
@@ -287,7 +287,7 @@ class RunStore(ReadableStore):
 
         Returns False if it is complete, or has an owner. Raises CheckpointNotFound, StoreError.
         """
-        new = str(new_owner(self, ends=False))
+        new = str(new_owner(None))
 
         def do(records: RunRecords, run: RunRow) -> bool:
             if run.holder is not None or run.status in COMPLETE:
@@ -414,7 +414,7 @@ class RunStore(ReadableStore):
             place = PayloadPlace(new_run_id, 1, "input")
             sealed = await self._payloads.seal(self._encode(*state), place)
             initial = input_step(state[0].fingerprint, sealed)
-        opening = Opening(new_run_id, "", str(new_owner(self, ends=False)), 0.0, initial)
+        opening = Opening(new_run_id, "", str(new_owner(None)), 0.0, initial)
 
         def fork(rows: Rows) -> None:
             fork_run(rows, self._payloads, run_id, opening, before, step, call)

@@ -200,7 +200,7 @@ class DurableStore(RunStore):
     async def _open(self, request: RunRequest, data: Stored) -> DurableSession:
         session = DurableSession(request.run_id, self._submit, self._payloads, self.address)
         sealed = await self._seal_input(request, data)
-        opening = self._opening(request, sealed, new_owner(session, ends=request.ends))
+        opening = self._opening(request, sealed, new_owner(session if request.ends else None))
         open_session = partial(session.open, request, opening, data)
         asked_at = lease_clock()
         continues = request.claim is not None
