@@ -487,6 +487,12 @@ def test_run_sync_gives_the_same_result() -> None:
     assert {result.status for result in results} == {RunStatus.COMPLETED}
 
 
+async def test_run_sync_in_a_running_loop_names_the_call_to_use() -> None:
+    """run_sync() inside of a coroutine is refused, with the call that works there."""
+    with pytest.raises(RuntimeError, match=r"use `await runner\.run\("):
+        quick().run_sync([node("a")], Num())
+
+
 def test_an_exception_of_run_sync_has_no_other_one_before_it() -> None:
     """What run_sync() raises is the exception of run(), without one of its own as the context."""
     with pytest.raises(TypeError, match="is not a stroma node") as raised:
