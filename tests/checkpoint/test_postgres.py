@@ -701,6 +701,7 @@ def test_stores_from_urls(server: PostgresServer, monkeypatch: pytest.MonkeyPatc
         monkeypatch.delenv(key, raising=False)
     store = open_store("postgres://me:secret@db.example/runs")
     assert repr(store) == "PostgresStore('postgresql://me@db.example:5432/runs', schema='stroma')"
+    assert "@a,b:1,2/runs'" in repr(open_store("postgresql://me@a:1,b:2/runs"))
     monkeypatch.setenv("PGHOST", "elsewhere")
     assert "@elsewhere:5433/me'" in repr(open_store("PostgreSQL://me@:5433"))
     assert server.socket.rpartition("/")[0] in repr(PostgresStore(server.dsn))

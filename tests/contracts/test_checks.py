@@ -346,6 +346,9 @@ def test_narrowed_constraints_are_warnings() -> None:
     maybe("constraint", list[int], Annotated[list[int], Field(min_length=1)], [1], [])
     maybe("constraint", int, Annotated[int, Field(multiple_of=2)], 2, 3)
     maybe("constraint", float, Annotated[float, Field(allow_inf_nan=False)], 1.0, float("nan"))
+    maybe("constraint", Annotated[float, Field(gt=0)], Annotated[float, Field(ge=1)], 1.0, 0.5)
+    finding = one(node("a", output_model=model_of(int)), node("b", model_of(Annotated[int, Field(le=3)])))
+    assert "it may be outside of le=3" in finding.message
 
 
 def test_constraints_that_are_promised_are_no_finding() -> None:
@@ -825,6 +828,8 @@ def test_map_over_needs_a_list() -> None:
         (f.severity, f.kind) for f in check(node("a", output_model=model_of(list[str] | None)), work)
     ] == [("warning", "optional")]
     assert check(node("a", output_model=model_of(tuple[str, ...])), work) == []
+    finding = one(node("a", output_model=Anything), work)
+    assert (finding.severity, finding.kind) == ("warning", "missing")
     assert [(f.severity, f.kind) for f in check(node("a", output_model=model_of(Any)), work)] == [
         ("warning", "unknown")
     ]

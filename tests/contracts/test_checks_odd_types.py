@@ -307,6 +307,7 @@ GROUPED: list[tuple[list[Any], set[str], bool]] = [
         False,
     ),
     ([node("a", output_model=RootModel[list[str]], returned=["a"]), WORK], {"error"}, False),
+    ([node("a", output_model=RootModel[tuple[str, ...]], returned=["a"]), WORK], {"error"}, False),
     (
         [
             node("a", output_model=RootModel[list[str]], returned=["a"]),

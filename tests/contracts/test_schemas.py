@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime as dt
+import enum
 import json
 import math
 import re
@@ -758,6 +759,7 @@ def test_what_would_change_its_type_is_refused() -> None:
     for value in (
         Colour.RED,
         Level.LOW,
+        enum.Enum("Corner", {"TOP": Point(1.0)})["TOP"],
         Leaf(when=dt.datetime(2026, 1, 1)),
         Point(1.0),
         Path("a"),

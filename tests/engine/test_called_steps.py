@@ -556,6 +556,7 @@ async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) ->
     assert one.status is (RunStatus.PARTIAL if fails else RunStatus.COMPLETED)
     assert two.status is RunStatus.CANCELLED
     assert isinstance(two.failure.exception, RunCancelled)
+    assert "step 'second' is not called" in two.failure.message
     assert calls == ["first"]
     assert store.get_run("r").status == "CANCELLED"
 

@@ -181,7 +181,7 @@ class FsspecBlobs:
 
     def names(self) -> Iterator[tuple[str, float]]:
         try:
-            paths = self._fs.find(self._root, detail=True)
+            paths = self._fs.find(self._root)
         except FileNotFoundError:
             return
         for path in paths:

@@ -125,8 +125,8 @@ class PostgresEndpoint:
         try:
             parameters = {k: str(v) for k, v in conninfo.conninfo_to_dict(dsn).items() if v is not None}
             at = {**_defaults(), **parameters}
-            odd = at.get("host", "")[1:] + at.get("port", "").replace(",", "")
-            if "@" in odd or not at.get("port", "0").replace(",", "").isdecimal() or "\0" in dsn:
+            ports = at.get("port", "0").replace(",", "")
+            if "@" in at.get("host", "")[1:] or not ports.isdecimal() or "\0" in dsn:
                 raise ValueError
         except (psycopg.Error, ValueError):
             raise ValueError(
