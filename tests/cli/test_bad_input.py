@@ -187,7 +187,11 @@ def test_first_nodes_without_one_contract(files, inside, fails):
         (["run"], "missing argument"),
         (["runs", "--limit", "0"], "--limit"),
         (["runs", "--nope"], "no such option"),
-        (["run", "sums.py:pipeline", GOOD, "--budget-usd", "nan"], "must be at least 0 US dollars, got nan"),
+        (["run", "sums.py:pipeline", GOOD, "--budget-usd", "nan"], "must be a finite number, got nan"),
+        (["run", "sums.py:pipeline", GOOD, "--drain", "-1"], "-1.0 is not in the range"),
+        (["worker", "sums.py:pipeline", "--drain", "inf"], "must be a finite number, got inf"),
+        (["drive", "x", "sums.py:pipeline", "--max-seconds", "nan"], "must be a finite number, got nan"),
+        (["record", "x", "sums.py:pipeline", "--as-test", ""], "--as-test needs the name of a file"),
         (["run", "sums.py:pipeline", GOOD, "--budget-tokens", "-1"], "--budget-tokens"),
         (["run", "sums.py:pipeline", GOOD, "--run-id", ""], "must not be empty"),
         (["run", "sums.py:pipeline", GOOD, "--resume"], "--resume needs --run-id"),
@@ -384,6 +388,14 @@ def test_a_mistake_is_named_in_plain_words(stroma, inside, words, code, report):
     done = inside(*words)
     assert (done.code, report in done.err) == (code, True), done
     assert not (stroma.home / "nope.db").exists()
+
+
+def test_values_that_a_store_cannot_take(inside, ran, fails):
+    """A filter that is not UTF-8 is wrong use, and no number of runs is too large."""
+    ran("x")
+    done = inside("runs", "--search", "a\udcff")
+    fails(done, 2, "argument 'a\\udcff' is not UTF-8 text; pass it in UTF-8")
+    assert "COMPLETED" in inside("runs", "--limit", str(10**23)).out
 
 
 def test_a_budget_that_is_not_a_number(inside, ran):

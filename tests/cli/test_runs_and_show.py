@@ -205,6 +205,14 @@ def test_a_missing_extra(stroma, missing, command, words):
     assert words in done.err
 
 
+@pytest.mark.slow
+def test_an_interrupt_while_the_command_is_imported(stroma):
+    """Ctrl-C ends a command without a traceback from its first import on."""
+    stroma.file("click.py", "raise KeyboardInterrupt")
+    done = stroma.python(f"import sys; {MAIN}sys.exit(main(['runs']))")
+    assert (done.code, done.out, done.err) == (130, "", "stroma: stopped\n")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

@@ -96,7 +96,7 @@ async def test_a_retried_failure_is_a_breadcrumb(sentry: RecordedSentry) -> None
 
 
 async def test_two_clients_get_the_same_issue(sentry: RecordedSentry) -> None:
-    """Of a run with hooks for two clients both have the issue, with each retry once and the node.s tags."""
+    """Of a run with hooks for two clients both have the issue, with each retry once and the node's tags."""
     with RecordedSentry() as another:
         runner = quick(sentry, extra=[sentry_hooks(client=another.client)])
 

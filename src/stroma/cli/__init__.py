@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None, *, program: str = "stroma") -> int:
             "'stroma-runner[cli]'\n"
         )
         return 3
+    except KeyboardInterrupt:
+        sys.stderr.write("stroma: stopped\n")
+        return 130
     if argv is None:
         program = os.environ.get("STROMA_PROGRAM") or program
     code = start(sys.argv[1:] if argv is None else list(argv), program)

@@ -6,8 +6,7 @@ import importlib
 import io
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import click
 
@@ -125,7 +124,7 @@ def start(argv: list[str], program: str) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # A terminal may not encode every text.
     try:
-        code = _guarded(lambda: app.main(argv, prog_name=program, standalone_mode=False))
+        code = _guarded(argv, program)
     except click.UsageError as error:
         _show_usage_error(error)
         code = Code.USAGE
@@ -137,9 +136,9 @@ def start(argv: list[str], program: str) -> int:
     return code
 
 
-def _guarded(call: Callable[[], Any]) -> int:
+def _guarded(argv: list[str], program: str) -> int:
     try:
-        code = call()
+        code = app.main(argv, prog_name=program, standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
         err.line("stroma: stopped")
         return Code.INTERRUPTED
@@ -159,6 +158,10 @@ def _guarded(call: Callable[[], Any]) -> int:
             from stroma.cli.stores import store_problem
 
             raise store_problem(error) from error
+        if isinstance(error, UnicodeEncodeError):
+            for word in argv:
+                if error.object[error.start] in word:  # Bytes of the terminal, as Python represents them.
+                    raise Problem(f"argument {word!r} is not UTF-8 text; pass it in UTF-8") from error
         if is_debugging():
             raise
         raise Problem(

@@ -46,16 +46,14 @@ class RunOptions:
         return cls(**options, if_running="take_over" if take_over else if_running, exporters=exporters)
 
 
-def _dollars(_ctx: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not (math.isfinite(value) and value >= 0):
-        raise click.BadParameter(f"must be at least 0 US dollars, got {value}")
-    return value
+class FiniteRange(click.FloatRange):
+    """Range of finite numbers: FloatRange takes NaN, and infinity where it has no maximum."""
 
-
-def _seconds(_ctx: click.Context, _parameter: click.Parameter, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise click.BadParameter(f"must be at least 0 seconds, got {value}")
-    return value
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"must be a finite number, got {number}", param, ctx)
+        return number
 
 
 def run_id_option(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -78,15 +76,13 @@ def run_options(func: F) -> F:
         ),
         click.option(
             "--budget-usd",
-            type=float,
-            callback=_dollars,
+            type=FiniteRange(min=0),
             metavar="USD",
             help="Cost limit that stops the run, in US dollars.",
         ),
         click.option(
             "--drain",
-            type=float,
-            callback=_seconds,
+            type=FiniteRange(min=0),
             default=10.0,
             show_default=True,
             metavar="SECONDS",

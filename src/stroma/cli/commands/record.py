@@ -65,6 +65,8 @@ def record(
     The test replays the run without calling a node (see `stroma replay`), and fails if the code behaves
     differently. Values that the config of the pipeline redacts are not written.
     """
+    if path is not None and not path.name:
+        raise click.UsageError("--as-test needs the name of a file")
     if path is not None and target is None:
         raise click.UsageError("--as-test needs FILE_OR_MODULE:NAME: the test has to find the pipeline")
     database = Database.from_option(db)

@@ -158,7 +158,7 @@ def runs(query: RunQuery, limit: int, as_json: bool, db: str | None) -> None:
     """
     database = Database.from_option(db)
     store = database.reader
-    most = max(limit, _MAX_COUNTED)
+    most = min(max(limit, _MAX_COUNTED), 2**31)  # Stores cannot take every integer.
     records = [] if database.is_empty else History(store).runs(query, most + 1)
     if records or as_json:
         print_runs(database, records[:most], limit, as_json=as_json, has_more=len(records) > most)

@@ -17,7 +17,7 @@ from stroma.cli.exporters import FLUSH_SECONDS
 from stroma.cli.formatting import SPAN, format_local_time, id_word, to_iso
 from stroma.cli.inputs import parse_input
 from stroma.cli.loading import load_served
-from stroma.cli.options import run_id_option
+from stroma.cli.options import FiniteRange, run_id_option
 from stroma.cli.output import emit_fields, err, out, user_code
 from stroma.cli.signals import serve_until_signal
 from stroma.cli.stores import Database, db_option
@@ -120,7 +120,7 @@ def submit(
 @click.argument("targets", metavar="FILE_OR_MODULE:NAME...", nargs=-1, required=True)
 @click.option(
     "--max-seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     metavar="SECONDS",
     help="End at the first step boundary after this time.",
 )

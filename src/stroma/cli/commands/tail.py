@@ -23,6 +23,7 @@ from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data, facts_data
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word, localize, style_status
+from stroma.cli.options import FiniteRange
 from stroma.cli.output import Part, err, out
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
@@ -54,7 +55,7 @@ _MAX_CHARACTERS = 2000  # of what a node emitted, in a line
 )
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.05),
+    type=FiniteRange(min=0.05),
     default=0.5,
     show_default=True,
     metavar="SECONDS",

@@ -9,6 +9,7 @@ import click
 
 from stroma.cli.exporters import Exporters, ListenAddress, exporter_options
 from stroma.cli.loading import load_pipeline, load_served, note_target, refuse_same_names
+from stroma.cli.options import FiniteRange
 from stroma.cli.progress import show_warnings
 from stroma.cli.stores import Database, db_option
 from stroma.cli.temporal import TemporalCluster, temporal_options
@@ -30,13 +31,13 @@ from stroma.runner.pipeline import Pipeline
 )
 @click.option(
     "--poll",
-    type=click.FloatRange(min=0.01),
+    type=FiniteRange(min=0.01),
     metavar="SECONDS",
     help="Mean time between two looks for due runs.  [default: 1]",
 )
 @click.option(
     "--drain",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=30.0,
     show_default=True,
     metavar="SECONDS",
