@@ -533,7 +533,7 @@ class Secrets:
         """Return the stand-in of an exception, and add it to ``shown`` after the members of a group."""
         if id(error) not in shown:
             inner = [self._stand_in(one, shown) for one in members_of(error)]
-            text = _group_message(error) if inner else _message(error) or "<exception str() failed>"
+            text = str(_message_of_group(error)) if inner else _message(error) or "<exception str() failed>"
             stand_in = shown[id(error)] = stand_in_of(error, one_line(self.mask(text)), inner)
             for note in _notes(error):
                 stand_in.add_note(one_line(self.mask(note)))
@@ -543,10 +543,6 @@ class Secrets:
 # As the base class has them: an exception's own attributes may raise anything.
 _args_of: Final = cast("Any", BaseException).args.__get__
 _message_of_group: Final[Callable[[Any], str]] = cast("Any", BaseExceptionGroup).message.__get__
-
-
-def _group_message(error: BaseException) -> str:
-    return str(_message_of_group(error))
 
 
 def _members(error: BaseException) -> dict[int, BaseException] | None:

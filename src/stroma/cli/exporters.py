@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import urlsplit
 
 import click
@@ -14,12 +14,12 @@ import click
 from stroma._utils.text import clean
 from stroma.cli.errors import Code, Problem
 from stroma.cli.output import err
+from stroma.cli.stores import add_options
 from stroma.hooks.sets import NodeHooks
 
 if TYPE_CHECKING:
     from stroma.telemetry.observer import ExporterHooks, Observer
 
-F = TypeVar("F", bound=Callable[..., Any])
 FLUSH_SECONDS: Final = 5.0
 #: Environment variables that enable an exporter without an option.
 _VARIABLES: Final = {
@@ -82,28 +82,25 @@ class ListenAddress(click.ParamType[tuple[str, int]]):
         return host.strip("[]") or "127.0.0.1", int(port)
 
 
-def exporter_options(func: F) -> F:
-    """Add the options for telemetry to a command."""
-    for option in (
-        click.option(
-            "--datadog",
-            type=HostPort("localhost:8126"),
-            metavar="HOST:PORT",
-            help="Datadog agent for spans; metrics go to its port 8125.",
-        ),
-        click.option("--sentry", metavar="DSN", help="Sentry DSN that captures the final failure."),
-        click.option(
-            "--prometheus",
-            type=ListenAddress(),
-            metavar="[HOST:]PORT",
-            help="Address that serves metrics, by default on 127.0.0.1.",
-        ),
-        click.option(
-            "--otel", callback=_endpoint, metavar="ENDPOINT", help="OTLP/HTTP endpoint for spans and metrics."
-        ),
-    ):
-        func = option(func)
-    return func
+#: Adds the options for telemetry to a command.
+exporter_options = add_options(
+    click.option(
+        "--datadog",
+        type=HostPort("localhost:8126"),
+        metavar="HOST:PORT",
+        help="Datadog agent for spans; metrics go to its port 8125.",
+    ),
+    click.option("--sentry", metavar="DSN", help="Sentry DSN that captures the final failure."),
+    click.option(
+        "--prometheus",
+        type=ListenAddress(),
+        metavar="[HOST:]PORT",
+        help="Address that serves metrics, by default on 127.0.0.1.",
+    ),
+    click.option(
+        "--otel", callback=_endpoint, metavar="ENDPOINT", help="OTLP/HTTP endpoint for spans and metrics."
+    ),
+)
 
 
 @dataclass

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import click
 
 from stroma.cli.exporters import Exporters, exporter_options
-from stroma.cli.stores import db_option
+from stroma.cli.stores import add_options, db_option
 from stroma.contracts.contract import check_id
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,36 +63,33 @@ def run_id_option(_ctx: click.Context, _parameter: click.Parameter, value: str |
     return value
 
 
-def run_options(func: F) -> F:
-    """Add the options of commands that run a pipeline."""
-    for option in (
-        click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr."),
-        click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.run/1".'),
-        click.option(
-            "--budget-tokens", type=click.IntRange(min=0), metavar="N", help="Token limit that stops the run."
-        ),
-        click.option(
-            "--budget-usd",
-            type=FiniteRange(min=0),
-            metavar="USD",
-            help="Cost limit that stops the run, in US dollars.",
-        ),
-        click.option(
-            "--drain",
-            type=FiniteRange(min=0),
-            default=10.0,
-            show_default=True,
-            metavar="SECONDS",
-            help="Seconds for the node in flight after a SIGTERM.",
-        ),
-        click.option(
-            "--take-over",
-            is_flag=True,
-            help="Take over the run from its owner; only safe if that process is dead.",
-        ),
-        click.option("--attach", is_flag=True, help="If another process runs it, wait for its result."),
-        exporter_options,
-        db_option,
-    ):
-        func = option(func)
-    return func
+#: Adds the options of commands that run a pipeline.
+run_options = add_options(
+    click.option("-q", "--quiet", is_flag=True, help="Print only errors on stderr."),
+    click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.run/1".'),
+    click.option(
+        "--budget-tokens", type=click.IntRange(min=0), metavar="N", help="Token limit that stops the run."
+    ),
+    click.option(
+        "--budget-usd",
+        type=FiniteRange(min=0),
+        metavar="USD",
+        help="Cost limit that stops the run, in US dollars.",
+    ),
+    click.option(
+        "--drain",
+        type=FiniteRange(min=0),
+        default=10.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="Seconds for the node in flight after a SIGTERM.",
+    ),
+    click.option(
+        "--take-over",
+        is_flag=True,
+        help="Take over the run from its owner; only safe if that process is dead.",
+    ),
+    click.option("--attach", is_flag=True, help="If another process runs it, wait for its result."),
+    exporter_options,
+    db_option,
+)

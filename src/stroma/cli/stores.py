@@ -45,6 +45,17 @@ _SECRET: Final = re.compile("passw(or)?d|pwd|passphrase|token|secret|api_?key", 
 _PAIR: Final = re.compile(r"([^\s=&?]*)(\s*=\s*)('(?:\\.|[^'\\])*(?:'|$)|[^\s&]*)", re.DOTALL)
 
 
+def add_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a decorator that adds options to a command, the last one as the first of its help."""
+
+    def add(func: Any) -> Any:
+        for option in options:
+            func = option(func)
+        return func
+
+    return add
+
+
 def db_option(func: F) -> F:
     """Add --db to a command."""
     return click.option(

@@ -116,12 +116,10 @@ def waiting_hints(db: Database, record: RunRecord, target: str, waiting: Sequenc
     return hints
 
 
-def approve_hint(
-    db: Database, run_id: str, target: str, waiting: Sequence[Waiting], *, limit: int = 5
-) -> list[str]:
-    """Return one command per question that answers it."""
+def approve_hint(db: Database, run_id: str, target: str, waiting: Sequence[Waiting]) -> list[str]:
+    """Return one command per question that answers it, for the first five."""
     lines = []
-    for one in waiting[:limit]:
+    for one in waiting[:5]:
         answer = example_text(one.answer_schema()) or "ANSWER"
         options = ("--question", one.id)
         if one.effect is None:

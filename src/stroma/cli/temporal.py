@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -12,38 +12,35 @@ import click
 from stroma._utils.text import clean
 from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import HostPort
+from stroma.cli.stores import add_options
 
 if TYPE_CHECKING:
     from temporalio.client import Client
 
-F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 #: Default task queue of runs and workers.
 TASK_QUEUE: Final = "stroma"
 
 
-def temporal_options(func: F) -> F:
-    """Add --temporal and its options to a command; the runs are in the store of --db."""
-    for option in (
-        click.option("--tls", is_flag=True, help="Use TLS, with TEMPORAL_TLS_... and TEMPORAL_API_KEY."),
-        click.option(
-            "--namespace",
-            metavar="NAME",
-            help="Namespace on the server.  [env: TEMPORAL_NAMESPACE; default: default]",
-        ),
-        click.option(
-            "--task-queue", metavar="QUEUE", help=f"Task queue of the workers.  [default: {TASK_QUEUE}]"
-        ),
-        click.option(
-            "--temporal",
-            "address",
-            type=HostPort("localhost:7233"),
-            metavar="HOST:PORT",
-            help="Temporal server that chooses the worker of each run.",
-        ),
-    ):
-        func = option(func)
-    return func
+#: Adds --temporal and its options to a command; the runs are in the store of --db.
+temporal_options = add_options(
+    click.option("--tls", is_flag=True, help="Use TLS, with TEMPORAL_TLS_... and TEMPORAL_API_KEY."),
+    click.option(
+        "--namespace",
+        metavar="NAME",
+        help="Namespace on the server.  [env: TEMPORAL_NAMESPACE; default: default]",
+    ),
+    click.option(
+        "--task-queue", metavar="QUEUE", help=f"Task queue of the workers.  [default: {TASK_QUEUE}]"
+    ),
+    click.option(
+        "--temporal",
+        "address",
+        type=HostPort("localhost:7233"),
+        metavar="HOST:PORT",
+        help="Temporal server that chooses the worker of each run.",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from stroma._utils.logs import get_logger
 from stroma._utils.text import one_line, pluralize
@@ -24,9 +24,6 @@ from stroma.runner.live_runs import Batch, LiveRuns
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.stored_runs import ServedPipeline, StoredRuns
 from stroma.trace.result import ExecutionResult
-
-if TYPE_CHECKING:
-    from stroma.runner.stored_runs import ServedPipeline, StoredRuns
 
 logger = get_logger()
 

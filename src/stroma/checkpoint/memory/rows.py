@@ -156,11 +156,6 @@ class MemoryRun:
             attempts.setdefault((self.epoch, row.position, row.started_ns, row.branch, row.attempt), row)
         return attempts
 
-    def end_epoch(self) -> None:
-        """Record the attempts of the present epoch as its attempts."""
-        self.attempts = self.all_attempts()
-        self.log = []
-
     def committed(self) -> list[Place]:
         """Return the places with an output of the execution."""
         places = map(_place_of, list(self.steps))
@@ -261,7 +256,7 @@ class MemoryRows(ScannedRows):
 
     def continue_execution(self, run: RunRow, discard: Discard) -> MemoryRun:
         one: MemoryRun = run.run
-        one.end_epoch()
+        one.attempts, one.log = one.all_attempts(), []
         if discard != Discard():
             one.discard(discard)
         return one

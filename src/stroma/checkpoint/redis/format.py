@@ -187,9 +187,8 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
         value = f.get(name)
         if value is None:
             return {int: 0, str: ""}.get(kind)
-        return (
-            as_text(value) if kind in (str, str | None) else decode_json(value, kind, _field_of(run_id, name))
-        )
+        is_text = kind in (str, str | None)
+        return as_text(value) if is_text else decode_json(value, kind, RecordName(run_id, "field", name))
 
     values = {name: read(name, kind) for name, kind in _RUN_TYPES.items()}
     until, claim_until = read("until_ms", int | None), read("claim_until_ms", int)
@@ -198,10 +197,6 @@ def read_run_row(reply: Any, run_id: str) -> RunRow:
         values["claim"] = None
     run = RedisRun(run_id, read("token", str), values["epoch"], read("writes", int), read("changes", str))
     return RunRow(**{**values, "run": run, "run_id": run_id})
-
-
-def _field_of(run_id: str, name: str) -> RecordName:
-    return RecordName(run_id, "field", name)
 
 
 # ---------------------------------------------------------------------- replies

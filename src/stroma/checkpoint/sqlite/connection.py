@@ -35,7 +35,8 @@ class SqliteRows(SqlRows):
 
     def _execute(self, statement: str, values: dict[str, Any]) -> sqlite3.Cursor:
         lists = {name: json.dumps(value) for name, value in values.items() if type(value) is list}
-        return self.db.execute(sql.for_sqlite(statement), {**values, **lists, **_clocks()})
+        clocks = {"now_ms": _now_ms(), "clock_ms": _clock_ms()}
+        return self.db.execute(sql.for_sqlite(statement), {**values, **lists, **clocks})
 
     def _execute_each(self, statement: str, values: Sequence[dict[str, Any]]) -> list[list[Any]]:
         return [self._execute(statement, one).fetchall() for one in values]
@@ -77,10 +78,6 @@ def _is_of_this_start(owner: str | None) -> bool:
     """Return True if the lease of an owner goes by the present clock of the machine."""
     holder = Owner.read(owner)
     return holder is not None and holder.boot == _BOOT
-
-
-def _clocks() -> dict[str, int]:
-    return {"now_ms": _now_ms(), "clock_ms": _clock_ms()}
 
 
 def _now_ms() -> int:

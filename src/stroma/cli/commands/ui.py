@@ -105,7 +105,7 @@ def ui(
     pipelines: dict[str, Served] = {}
     target_of: dict[str, str] = {}
     for target, (pipeline, _) in zip(targets, loaded, strict=True):
-        resume, submission = _resumer(database, target, db), _submission(store, pipeline, target)
+        resume, submission = _resumer(target, db), _submission(store, pipeline, target)
         pipelines[pipeline.name] = Served(resume, submission, _lineage(pipeline), _limits_of(pipeline))
         target_of[pipeline.name] = target
     listening = _listen(host, port)
@@ -198,7 +198,7 @@ def _hint(database: Database, target_of: dict[str, str]) -> Callable[[str, RunRe
     return command
 
 
-def _resumer(database: Database, target: str, db: str | None) -> Callable[[str], None]:
+def _resumer(target: str, db: str | None) -> Callable[[str], None]:
     """Return a function that resumes a run in a process of its own, which outlives the interface."""
 
     def resume(run_id: str) -> None:
