@@ -10,6 +10,7 @@ from tests.kit import ONCE, Num, cancel_after, context_of, failing_with, noting,
 from stroma import (
     FailureClass,
     FailurePolicy,
+    Limit,
     NodeHooks,
     Pipeline,
     ReliabilityContext,
@@ -56,9 +57,11 @@ async def test_the_ended_attempt_is_told_by_current_node() -> None:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("ending", ["success", "failure", "suspended", "cancelled", "backoff", "closed"])
+@pytest.mark.parametrize(
+    "ending", ["success", "failure", "suspended", "cancelled", "backoff", "refused", "closed"]
+)
 async def test_at_end_is_called_once_whichever_way_an_execution_ends(ending: str) -> None:
-    """at_end() is called when no attempt follows, also when a wait or the coroutine is cut off."""
+    """at_end() is called when no attempt follows, also after a wait; `attempt` is then the last one made."""
     calls: list[str] = []
     waiting = asyncio.Event()
 
@@ -75,7 +78,8 @@ async def test_at_end_is_called_once_whichever_way_an_execution_ends(ending: str
             waiting.set()
 
     policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=9, jitter=False) for kind in FailureClass}
-    runner = quick(hooks=NodeHooks(on_node_start=start, on_node_retry=retry))
+    limits = {"node": Limit(requests_per_minute=1, max_wait_seconds=0)} if ending == "refused" else {}
+    runner = quick(hooks=NodeHooks(on_node_start=start, on_node_retry=retry), limits=limits)
 
     @runner.node("node", input=Num, output=Num)
     async def node(state: Num) -> Num:

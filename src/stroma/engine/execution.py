@@ -518,6 +518,8 @@ class RunningNode(NodeExecution):
     def close(self) -> None:
         """Call the callbacks of :meth:`at_end`. Never raises."""
         callbacks, self._at_end = self._at_end or [], None
+        if self.ended is None and self.last_failure is not None:
+            self.attempt = self.last_failure.attempt  # The next one was not made.
         for callback in reversed(callbacks):
             try:
                 callback()
