@@ -950,7 +950,7 @@ def test_a_stream_is_retried_until_its_first_chunk_and_never_after(kind: str) ->
 
 
 def test_a_generator_is_driven_like_the_bare_one() -> None:
-    """close() and the return value reach it."""
+    """close(), the return value and sent values reach it."""
 
     def talk() -> Any:
         try:
@@ -972,6 +972,24 @@ def test_a_generator_is_driven_like_the_bare_one() -> None:
         next(stream)
         stream.close()
         assert closed == [True, True]
+
+
+@pytest.mark.parametrize("is_guarded", [False, True])
+async def test_a_generator_gets_what_is_sent_to_it(is_guarded: bool) -> None:
+    """A guarded generator answers send() and asend() as the bare one does."""
+
+    def talk() -> Any:
+        yield (yield (yield 0))
+
+    async def atalk() -> Any:
+        yield (yield (yield 0))
+
+    guard = guard_of()
+    stream, astream = (guard.wrap("it", one)() if is_guarded else one() for one in (talk, atalk))
+    assert [stream.send(value) for value in (None, "a", None)] == [0, "a", None]
+    assert [await astream.asend(value) for value in (None, "a", None)] == [0, "a", None]
+    stream.close()
+    await astream.aclose()
 
 
 @pytest.mark.parametrize("kind", ["stream", "astream"])

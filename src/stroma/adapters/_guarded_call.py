@@ -139,12 +139,13 @@ class Call:
         with self._in_background() as inbox:
             while isinstance(turn := inbox.get(), Turn):
                 source: Any = None
+                sent: Any = None
                 while True:
                     try:
                         with turn.calling():
                             if source is None:
                                 source = iter(self.func(*self.args, **self.kwargs))
-                            chunk = next(source)
+                            chunk = next(source) if sent is None else source.send(sent)
                     except StopIteration as end:
                         turn.settle(end.value, None)
                         break
@@ -157,7 +158,7 @@ class Call:
                         break
                     self._count_chunk(chunk)
                     try:
-                        yield chunk
+                        sent = yield chunk
                     except BaseException:
                         with turn.here():
                             close_stream(source)
@@ -196,7 +197,7 @@ class Call:
                         break
                     self._count_chunk(chunk)
                     try:
-                        yield chunk
+                        sent = yield chunk
                     except GeneratorExit:
                         with turn.here():
                             await aclose_stream(source)
@@ -206,7 +207,7 @@ class Call:
                             raise
                         advance = functools.partial(source.athrow, thrown)
                     else:
-                        advance = None
+                        advance = None if sent is None else functools.partial(source.asend, sent)
         except BaseException:
             engine.cancel()
             await asyncio.wait([engine])
