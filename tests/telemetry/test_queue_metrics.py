@@ -5,15 +5,18 @@ import time
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 from tests.fixtures import store_fixture
 from tests.kit import Num, node, same
 from tests.shared_stores import STORES
 from tests.telemetry.test_labels import Systems
 
 from stroma import Pipeline, RunConfig, StromaRunner
+from stroma.checkpoint.queue import QueueReading
 from stroma.runner import worker
 from stroma.runner.pipeline import code_of
 from stroma.runner.worker import WorkerHealth
+from stroma.telemetry import prometheus_hooks
 
 store = store_fixture(*STORES)
 
@@ -100,6 +103,18 @@ async def test_a_worker_shows_blocked_runs(store: Any) -> None:
     assert all(100 <= one["p",] < 200 for one in figures(3))
     await runner.shutdown()
     await served
+
+
+def test_processes_that_share_their_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the client of Prometheus cannot remove a gauge, a worker that ends leaves 0."""
+    registry = CollectorRegistry()
+    read = prometheus_hooks(registry=registry).queue_reader
+    assert read is not None
+    read("letters", QueueReading(5, 9.0, 1, 2.0))
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "any")
+    read("letters", None)
+    shown = [registry.get_sample_value(name, {"pipeline": "letters"}) for _, name, _ in NAMES]
+    assert shown == [0, 0, 0, 0]
 
 
 async def test_nobody_reads_without_a_reader(monkeypatch: pytest.MonkeyPatch) -> None:

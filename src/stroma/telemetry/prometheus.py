@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -106,12 +107,16 @@ class _Collectors:
         return add
 
     def show(self, name: str, pipeline: str, value: float | None) -> None:
-        """Set a gauge, or remove the gauge of a pipeline."""
-        if value is not None:
-            self._by_name[name].labels(pipeline).set(value)
-        else:
+        """Set the gauge of a pipeline; None removes it.
+
+        The client cannot remove it where processes share metrics. There it is 0: the largest one counts.
+        """
+        gauge = self._by_name[name]
+        if value is None and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             with contextlib.suppress(KeyError):  # Of older releases, where there is none.
-                self._by_name[name].remove(pipeline)
+                gauge.remove(pipeline)
+        else:
+            gauge.labels(pipeline).set(value or 0)
 
 
 _known: weakref.WeakKeyDictionary[CollectorRegistry, _Collectors] = weakref.WeakKeyDictionary()
