@@ -35,6 +35,7 @@ from stroma import (
     SQLiteStore,
     StromaRunner,
     Usage,
+    UsageError,
     current_node,
     current_node_or_none,
     execute_step,
@@ -880,6 +881,18 @@ def test_a_budget_that_everybody_swallows_is_told_all_the_same() -> None:
             model()
     assert run.result.status is RunStatus.PARTIAL
     assert isinstance(run.stopped and run.stopped.exception, BudgetExceeded)
+
+
+@pytest.mark.core
+def test_no_guarded_call_follows_one_without_a_price() -> None:
+    """G6: Under a cost limit no guarded call follows one without a price, also if a framework swallows it."""
+    guard, calls = guard_of(budget=ExecutionBudget(max_cost_usd=5.0)), []
+    model = guard.wrap("model", lambda: calls.append(1), usage=lambda _: Usage(8, 2, model="unheard-of"))
+    with guard.run() as run:
+        for _ in range(3):
+            with pytest.raises(UsageError):
+                model()
+    assert (run.result.status, run.result.failure.reason, len(calls)) == (RunStatus.FAILED, "usage", 1)
 
 
 @pytest.mark.core

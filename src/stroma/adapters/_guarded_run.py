@@ -23,7 +23,7 @@ from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.prices import cost_of
-from stroma.cost.usage import Usage, as_report
+from stroma.cost.usage import Usage, UsageError, as_report
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.lifecycle import (
@@ -171,9 +171,13 @@ class GuardedRun:
         self.ctx.stopping.is_cancelled = True
 
     def refusal(self, step_id: str) -> Halt | None:
-        """Return the stop of a step that would start now, if the run is to end, or is another process's."""
+        """Return the stop of a step that would start now, if the run is to end, or is another process's.
+
+        Also after usage that cannot be counted.
+        """
         stopping = self._stopping
-        if stopping is not None and isinstance(stopping.failure.exception, Fenced | CheckpointLost):
+        lasting = Fenced | CheckpointLost | UsageError  # A budget that is spent may be raised.
+        if stopping is not None and stopping.spent and isinstance(stopping.failure.exception, lasting):
             return stopping
         if not self.ctx.stopping.is_cancelled:
             return None
@@ -297,7 +301,7 @@ class GuardedRun:
             return RunStatus.CANCELLED, Failure(error, FailureClass.TERMINAL, "run", 1, str(error))
         if error is None:
             if spent and self._stopping is not None:  # The code inside has caught the exception.
-                return RunStatus.PARTIAL, self._stopping.failure
+                return self._stopping.status, self._stopping.failure
             if self.ctx.account.suspended:
                 return RunStatus.SUSPENDED, None
             return RunStatus.RESUMED if self.ctx.session.continued else RunStatus.COMPLETED, None
