@@ -58,6 +58,13 @@ async def test_what_each_node_used_is_told_by_the_tracker() -> None:
     }
 
 
+async def test_a_step_of_plain_code_that_crosses_a_limit_returns_its_output() -> None:
+    """The output that took the run over its budget is the state of the result of execute_step."""
+    spend = computing(lambda _: (Num(n=8), 3, 4))
+    result = await execute_step("a", spend, Num(), context(budget=ExecutionBudget(max_tokens_total=5)))
+    assert (result.status, result.final_state) == (RunStatus.FAILED, Num(n=8))
+
+
 async def test_prices_are_read_once_and_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The price data is imported off the event loop, and asked once for each model."""
     requests: list[tuple[str, bool]] = []

@@ -331,7 +331,9 @@ async def test_a_changed_list_blocks_its_run(store: Any, way: str) -> None:
     assert (await runner.drive("r", pipelines=[old])).status == "RESUMED"
 
 
-async def test_a_death_is_counted_once_however_often_code_does_not_fit(store: Any, clock: Clock) -> None:
+async def test_a_death_is_counted_once_however_often_code_does_not_fit(
+    store: Any, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     """A run that is given back counts as no death of its owner: max_recoveries is not used up."""
     world = World()
     old, new = _flow(world, "a"), _flow(world, "b")
@@ -339,6 +341,7 @@ async def test_a_death_is_counted_once_however_often_code_does_not_fit(store: An
     clock.pass_by(hours=2)
     for _ in range(5):
         assert isinstance(await _runner(store, max_recoveries=2).drive("r", pipelines=[new]), Blocked)
+    assert "could not be given back" not in caplog.text
     assert (await _runner(store, max_recoveries=2).drive("r", pipelines=[old])).status == "RESUMED"
 
 

@@ -22,7 +22,7 @@ from stroma.engine.outcome import Place
 from stroma.engine.restore import restore
 from stroma.engine.tasks import give_up
 from stroma.runner.flows.endings import StepFailed
-from stroma.runner.flows.journal import FlowRecords
+from stroma.runner.flows.journal import FlowRecords, step_of
 
 _WITHOUT_INPUT: Final = StepCall(OF_FLOW, None)
 
@@ -113,7 +113,7 @@ class FlowCall:
 
         It is found by its input, by any call; by this one alone if the input cannot be compared.
         """
-        return output.step is not None and comparable(output.step.input_key) is not None
+        return comparable(step_of(output).input_key) is not None
 
     def take_output(self, records: FlowRecords) -> str:
         """Return the branch of a loose output that the call takes, in place of its work; "" without one."""

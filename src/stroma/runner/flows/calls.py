@@ -28,7 +28,7 @@ from stroma.engine.restore import read_output
 from stroma.runner.flows.body import commit_output
 from stroma.runner.flows.call import FlowCall
 from stroma.runner.flows.endings import StepFailed
-from stroma.runner.flows.journal import FlowRecords
+from stroma.runner.flows.journal import FlowRecords, step_of
 from stroma.runner.flows.path import INNERMOST, FlowPath
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.pipeline import (
@@ -160,7 +160,7 @@ class _FlowEnd(FlowCall):
 
     def is_other_than(self, output: Committed) -> bool:
         # The calls of its body are found again at their places.
-        before = None if output.step is None else comparable(output.step.input_key)
+        before = comparable(step_of(output).input_key)
         return before is not None and self.input_key is not None and before != self.input_key
 
     def take_output(self, records: FlowRecords) -> str:

@@ -75,7 +75,7 @@ class FlowRecords:
 
     def free_outputs(self, taken: set[str]) -> None:
         """Free the loose outputs that no recorded event has, in the order in which they were committed."""
-        self.loose = dict(sorted(self.loose.items(), key=lambda item: -_step_of(item[1]).number))
+        self.loose = dict(sorted(self.loose.items(), key=lambda item: -step_of(item[1]).number))
         for branch in self.loose:
             if branch not in taken:
                 self._untaken.setdefault(self._key_of(branch), []).append(branch)
@@ -96,7 +96,7 @@ class FlowRecords:
             return
         self._renewed.add((node_id, schema))
         for branch, output in self.loose.items():
-            step = _step_of(output)
+            step = step_of(output)
             if output.node_id != node_id or (key := schema.renew_key(step.input_key)) == step.input_key:
                 continue
             free = self._untaken.get(self._key_of(branch), [])
@@ -111,7 +111,7 @@ class FlowRecords:
 
     def _key_of(self, branch: str) -> tuple[str, bytes | None]:
         output = self.loose[branch]
-        input_key = comparable(_step_of(output).input_key)
+        input_key = comparable(step_of(output).input_key)
         return (output.node_id, input_key) if input_key is not None else (branch, None)
 
     def has_noticed(self, number: int) -> bool:
@@ -127,7 +127,8 @@ class FlowRecords:
                 self.calls[flow, number] = identity
 
 
-def _step_of(output: Committed) -> StepCall:
+def step_of(output: Committed) -> StepCall:
+    """Return the call that an output of a flow was committed with."""
     assert output.step is not None  # A flow has it.
     return output.step
 
@@ -206,7 +207,7 @@ class FlowJournal:
             self._remember(position, event.number, key)
 
     def _add_output(self, position: int, branch: str, committed: Committed) -> None:
-        records, number = self.records(position), OF_FLOW - _step_of(committed).number
+        records, number = self.records(position), OF_FLOW - step_of(committed).number
         records.last = max(records.last, number)
         if records.has_noticed(number):
             self._add(position, Event(number, branch), None)
