@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import json
 import threading
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -45,7 +44,7 @@ from stroma.failures.mistakes import explain_mistake
 from stroma.failures.providers import requested_waits
 from stroma.failures.refusals import is_refusal
 from stroma.hooks.dispatch import Hooks
-from stroma.hooks.sets import NodeHooks
+from stroma.runner.events import EventHooks, EventHub
 from stroma.runner.pipeline import Pipeline, leaves_in, nodes_of
 from stroma.runner.runner import StromaRunner
 from stroma.trace.rejected import read_rejected
@@ -243,8 +242,6 @@ async def _until_reached(ask: Callable[[], Awaitable[T]]) -> T:
         await asyncio.sleep(1)
 
 
-#: Emitted events of one call that come back with its answer.
-_MAX_EVENTS: Final = 1000
 #: Output and events of an answer as JSON; the server takes 2 MB.
 _MAX_ANSWER_BYTES: Final = 500_000
 
@@ -273,23 +270,6 @@ class _PlacedNode(RunningNode):
     @property
     def idempotency_key(self) -> str:
         return self.key
-
-
-class _Emitted(NodeHooks):
-    """The newest events that a call has emitted: names and data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: deque[tuple[str, Any]] = deque(maxlen=_MAX_EVENTS)
-
-    def _event_receiver(self) -> _Emitted:
-        return self
-
-    def emit(self, node: RunningNode, attempt_id: str, name: str, data: Any) -> None:
-        self.events.append((name, data))
-
-    def flush(self) -> None:
-        """Do nothing: the answer takes what is pending."""
 
 
 class CallActivity:
@@ -338,10 +318,11 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     assert contract is not None
     run.attempt, run.key = request.attempt, request.idempotency_key
     run.last_failure = request.failure_before(contract.output_schema)
-    emitted = _Emitted()
+    hub = EventHub()
+    reader = hub.add_reader()
     if request.takes_events:
-        ctx.fire = Hooks((emitted,), run_id=ctx.run_id, limit_seconds=None, failures=[])
-        run.identify_attempt()
+        ctx.fire = Hooks((EventHooks(hub=hub),), run_id=ctx.run_id, limit_seconds=None, failures=[])
+        hub.publish("node_start", ctx.run_id, request.node_id, attempt_id=run.identify_attempt())
     answer, usage_error = PlaceAnswer(), None
     token = CURRENT.set(run)
     try:
@@ -364,7 +345,7 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     answer.reports = tuple(run.reported or ())
     usage_error = run.misreported or usage_error
     answer.usage_error = None if usage_error is None else str(usage_error)
-    events = list(emitted.events)  # A thread that was given up may still emit.
+    events = [(one.name or "", one.data) for one in iter(reader.take, None) if one.kind == "node_event"]
     sizes = accumulate(len(json.dumps(one)) for one in (answer.output, *reversed(events)))
     count = sum(size <= _MAX_ANSWER_BYTES for size in sizes) - 1  # Without the output.
     answer.events = tuple(events[len(events) - max(count, 0) :])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 from temporalio.client import Client
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from stroma.runner.pipeline import SubmitOptions
     from stroma.runner.submission import RunHandle
-
-T = TypeVar("T")
 
 
 class TemporalRunner:
@@ -113,9 +111,9 @@ class TemporalRunner:
         """Change limits of a run; see :meth:`StromaRunner.set_budget`."""
         return await self._wake_after(self._local.set_budget(run_id, **limits), run_id)
 
-    async def _wake_after(self, change: Awaitable[T], run_id: str) -> T:
-        """Await a change of a run in the store, and wake its workflow, unless the store had none to make."""
-        result = await change
-        if result is not False:
+    async def _wake_after(self, change: Awaitable[bool | None], run_id: str) -> bool:
+        """Await a change of a run in the store, and wake its workflow. Return False if none was to make."""
+        is_done = await change is not False
+        if is_done:
             await self._dispatcher.wake(await self._local._stored.get(run_id))
-        return result
+        return is_done

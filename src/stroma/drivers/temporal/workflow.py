@@ -21,7 +21,6 @@ from temporalio.common import (
     SearchAttributePair,
     TypedSearchAttributes,
     WorkflowIDConflictPolicy,
-    WorkflowIDReusePolicy,
 )
 from temporalio.exceptions import ActivityError
 from temporalio.service import RPCError, RPCStatusCode
@@ -185,7 +184,6 @@ class Dispatcher:
         # Temporal has priorities from 1 to 5, and keys of 64 bytes.
         key = None if record.key is None else record.key.encode()[:64].decode(errors="ignore")
         settings = {
-            "id_reuse_policy": WorkflowIDReusePolicy.ALLOW_DUPLICATE,
             "id_conflict_policy": WorkflowIDConflictPolicy.USE_EXISTING,
             "search_attributes": TypedSearchAttributes(pairs),
             "priority": Priority(priority_key=min(max(3 + record.priority, 1), 5), fairness_key=key),
