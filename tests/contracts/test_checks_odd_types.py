@@ -387,6 +387,14 @@ def test_a_class_that_cannot_be_read_is_a_box_without_lines(nodes: Any) -> None:
     assert lineage.mermaid().startswith("flowchart LR")
 
 
+def test_a_root_model_flows_as_its_root() -> None:
+    """The lineage links the value of a root model with the one that it becomes."""
+    numbers = RootModel[list[int]]
+    nodes = [find_node(one) for one in (node("a", output_model=numbers), node("b", numbers))]
+    (edge,) = lineage_of("p", nodes, ContractRegistry()).data()["edges"]
+    assert (edge["field"], edge["feeds"]) == ("root", "root")
+
+
 def test_the_class_of_the_input_must_be_one() -> None:
     """What is no model class is refused as the class of what runs begin with, in words."""
     with pytest.raises(TypeError, match="pass the class of the initial state"):
