@@ -21,6 +21,7 @@ from tests.tiers import examples
 
 from stroma import CheckpointNotFound, PostgresStore, RunExists, SQLiteStore
 from stroma.checkpoint.entries import RunRequest, SentMessage
+from stroma.checkpoint.history.facts import facts_of
 from stroma.checkpoint.queue import (
     Candidate,
     ClaimRequest,
@@ -253,7 +254,10 @@ async def test_finished_runs_of_a_key_do_not_count(store: Any) -> None:
 
 
 async def test_limits_of_runs(store: Any) -> None:
-    """At most max_runs runs of a pipeline, and max_runs_per_key of a key, are in progress; others wait."""
+    """At most max_runs runs of a pipeline, and max_runs_per_key of a key, are in progress; others wait.
+
+    The facts of a waiting run have the numbers of those in progress.
+    """
     for number in range(4):
         await submit(store, f"a{number}", key="a")
         await submit(store, f"b{number}", key="b")
@@ -261,8 +265,11 @@ async def test_limits_of_runs(store: Any) -> None:
     assert await claim(store, p=limits) == ["a0", "b0", "a1"]
     session = await open_claimed(store, "a0")
     assert await claim(store, p=limits) == []
+    facts = dict(facts_of(store.get_run("a2"), store.facts_of("a2"), (), str))
+    assert facts["running"].startswith("3 runs of its pipeline, 2 of its key; a worker starts this one once")
     await finish(session)
     assert await claim(store, p=limits) == ["b1"]
+    assert store.facts_of("a0").live_runs == {}
 
 
 @pytest.mark.parametrize("how", ["suspended", "lost", "blocked"])

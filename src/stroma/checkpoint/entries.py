@@ -465,6 +465,7 @@ class RunFacts(NamedTuple):
         deaths: how often a process died under the run, a lost owner included.
         effects: the last calls of its effects, by position and branch; without damaged ones.
         failed_items: how many items of its maps failed while the others continued, when it ended last.
+        live_runs: of a queued run: how many runs of its pipeline have an owner, or a claim, by key.
     """
 
     owner: str | None = None
@@ -473,6 +474,7 @@ class RunFacts(NamedTuple):
     deaths: int = 0
     effects: Mapping[tuple[int, str], Intent] = {}
     failed_items: int = 0
+    live_runs: Mapping[str | None, int] = {}
 
 
 def effect_note(position: int, branch: str) -> str:

@@ -52,7 +52,7 @@ _MAX_ANSWERED: Final = 20  # answered questions
 
 
 #: Facts beside the name of a run, and icons of those that are notes below it.
-_FACTS: Final = ("due", "owner", "deaths", "version", "execution")
+_FACTS: Final = ("due", "running", "owner", "deaths", "version", "execution")
 _NOTES: Final = {
     "failed": "alert",
     "blocked": "alert",

@@ -30,6 +30,7 @@ from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.identity import parse_mark
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
+from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import (
     FAILED,
     PICO,
@@ -330,6 +331,7 @@ class ReadableStore(ABC):
                 None if owner is None else owner.place,
                 deaths=deaths,
                 effects=_effect_calls(records) if has_effects else {},
+                live_runs=rows.live_runs(run.pipeline) if run.status == QUEUED else {},
                 failed_items=int(_intact_notes(records, ALL_FAILED_ITEMS).get(ALL_FAILED_ITEMS, 0)),
             )
             if run.status != "RUNNING" or owner is None or math.isinf(run.left_seconds):

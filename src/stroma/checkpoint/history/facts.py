@@ -6,6 +6,7 @@ local time zone.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -96,8 +97,15 @@ def facts_of(
     is_waiting = record.wait_text is not None and record.waits_for is None and not record.is_due_at_once
     if record.due_ms is not None and (record.status == QUEUED or is_waiting):
         due = format_utc(record.due_ms)
+        since = "since " if record.due_ms <= time.time() * 1000 else ""
         if due not in (record.error or ""):  # "sleeping until ..."
-            yield "due", f"{due} at the latest, even if nothing arrives" if is_waiting else due
+            yield "due", f"{due} at the latest, even if nothing arrives" if is_waiting else f"{since}{due}"
+    if facts.live_runs:
+        running = f"{pluralize(sum(facts.live_runs.values()), 'run')} of its pipeline"
+        if record.key is not None:
+            running += f", {facts.live_runs.get(record.key, 0)} of its key"
+        limits = "the limits of the pipeline (max_runs, max_runs_per_key)"
+        yield "running", f"{running}; a worker starts this one once {limits} leave a place"
     is_open = record.status not in COMPLETE
     for one in waiting:
         if one.is_answered:

@@ -348,7 +348,7 @@ def _print_next_steps(
         err.line(f"or cancel it: {database.hint('cancel', name)}")
         return
     if record.status == QUEUED:
-        _print_hint(f"a worker starts it: {database.hint('worker', target)}", place)
+        _print_hint(f"a worker with a free place starts it: {database.hint('worker', target)}", place)
         _print_hint(f"or start it here: {database.hint('drive', name, target)}", place)
         err.line(f"or cancel it: {database.hint('cancel', name)}")
         return
