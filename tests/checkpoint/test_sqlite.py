@@ -37,6 +37,7 @@ from stroma.checkpoint import (
     StoreError,
     open_store,
 )
+from stroma.checkpoint.queue import ClaimRequest, RunLimits
 from stroma.checkpoint.sqlite import file as sqlite_file
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts import NotSerialisable
@@ -174,6 +175,21 @@ class TestFence:
             await commit(stale, 2)
         with raw(path) as db:
             assert db.execute("SELECT run_id FROM runs").fetchall() == [("new",)]
+
+    async def test_a_worker_reports_a_deleted_file(self, store: SQLiteStore, path: pathlib.Path) -> None:
+        """A claim fails while a file that was used is gone; one that no run has created yet has no runs."""
+        request = ClaimRequest("t", 30.0, 10, 0, {"p": RunLimits()})
+        assert await store.claim(request) == []
+        await commit(await begin(store), 0)
+        await store.merge_log()
+        assert await store.claim(request) == []
+        path.rename(path.with_name("elsewhere"))
+        with pytest.raises(StoreError, match=r"runs\.db was deleted or moved while .*; restore it") as gone:
+            await store.claim(request)
+        assert gone.value.transient
+        assert not path.exists()
+        path.with_name("elsewhere").rename(path)
+        assert await store.claim(request) == []
 
 
 WRITER = """

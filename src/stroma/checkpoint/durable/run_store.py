@@ -47,6 +47,7 @@ from stroma.checkpoint.entries import (
     count_items,
     map_not_found,
 )
+from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, LARGE_BYTES, BlobStore, PayloadPlace, Payloads, Stored, collect
 from stroma.checkpoint.queue import (
@@ -83,6 +84,9 @@ class Collected(NamedTuple):
 
 class RunStore(ReadableStore):
     """A store of runs. Stores differ in the place of the rows, and in the thread that performs operations."""
+
+    #: There was something to read at a claim.
+    _had_file = False
 
     @abstractmethod
     def _submit(self, operation: Operation) -> Awaitable[Any]:
@@ -157,7 +161,14 @@ class RunStore(ReadableStore):
 
     async def claim(self, request: ClaimRequest) -> list[Candidate]:
         """Claim due runs for a worker, the first ones first. Raises StoreError."""
-        if not self.exists():
+        if self.exists():
+            self._had_file = True
+        elif self._had_file:
+            raise StoreError(
+                f"{self._display_name()} was deleted or moved while this process used it; restore it, or end "
+                "this process to begin with an empty store"
+            )
+        else:
             return []
         claimed: list[Candidate] = await self._submit(
             Transaction(None, lambda rows: claim_runs(rows, self._payloads, request))
