@@ -108,7 +108,7 @@ SUM = "class Sum(BaseModel):\n    n: int"
         (
             "n: int = Field(alias=",
             "n: str = Field(alias=",
-            "was not started with the input that sums.py:pipeline takes, Count",
+            "the input of run 'r1' is not a Count: n (string_type); restore its schema",
         ),
         ('Field(alias="start")', "Field(gt=0, alias='begin')", ""),  # It changes no run.
     ],

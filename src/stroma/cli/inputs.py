@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from stroma._utils.text import clean, pluralize
+from stroma.checkpoint import PipelineChanged
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem, describe_error
 from stroma.cli.stores import Database
@@ -21,6 +22,7 @@ from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.runner.pipeline import Pipeline
+from stroma.runner.stored_runs import decode_input
 
 
 class Input(BaseModel):
@@ -207,16 +209,17 @@ def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, targ
     """Return the stored input of a run as the input model of the first node. Raises Problem."""
     schema = schema_of(input_model(pipeline))
     data = database.reader.input_of(record.run_id)
-    why = "it is of another class"
+    message = f"the input of run {record.run_id!r} is of another class than {target} takes"
     try:
-        state = schema.decode(data)
+        state = decode_input(record.run_id, schema, data)
         if is_extended(schema.encode(state), data):
             return state
+    except PipelineChanged as error:
+        message = str(error)
     except Exception as error:
-        why = describe_error(error)
+        message += f": {describe_error(error)}"
     raise Problem(
-        f"run {clean(record.run_id)} was not started with the input that {target} takes, "
-        f"{schema.model.__name__}: {why}",
-        "pass the pipeline that started the run, or resume it from the program that started it: "
+        clean(message),
+        "if another pipeline started the run, pass that one, or resume the run from its program: "
         "runner.run(nodes, state, run_id=..., resume=True)",
     )
