@@ -120,6 +120,24 @@ async def test_chance_is_found(processes):
         await assert_resumable([make("a", add_one), make("guess", guess)], Number(), processes=processes)
 
 
+async def test_the_step_that_differs_first_is_named():
+    """Of a flow, the message names the step that differs first, and neither the flow nor a later step."""
+
+    async def guess(state):
+        return {"n": random.SystemRandom().randrange(10**12)}
+
+    steps = [make("zero", add_one), make("guess", guess), make("after", add_one)]
+
+    @StromaRunner.quick().flow
+    async def body(flow: Flow, state: Number) -> Number:
+        for step in steps:
+            state = await flow.step(step, state)
+        return state
+
+    with pytest.raises(AssertionError, match="two undisturbed runs differ, from the output of node 'guess'"):
+        await assert_resumable(body, Number(), processes=False)
+
+
 async def test_fields_that_may_differ():
     """What is named with ignore= is not looked at."""
 

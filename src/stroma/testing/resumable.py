@@ -276,18 +276,18 @@ def _external_maps(node: Node | Group, place: str) -> Iterator[str]:
 def _differing_outputs(
     trial: Trial, a: str, b: str, ignore: tuple[str, ...]
 ) -> Iterator[tuple[AttemptRecord, str]]:
-    """Return the first different committed output of two runs, in order of places, with a description."""
+    """Yield the last attempts that ended differently in two runs, in the order of their ends, each described.
+
+    What calls others ends after them.
+    """
     with SQLiteStore(trial.path) as store:
-        outputs = [
-            {(x.position, x.branch): x for x in store.attempts(run_id) if x.output is not None}
-            for run_id in (a, b)
+        last, others = [{(x.position, x.branch): x for x in store.attempts(run_id)} for run_id in (a, b)]
+    for one in sorted(last.values(), key=lambda x: (x.started_ns + x.duration_ns, -len(x.branch))):
+        other = others.get((one.position, one.branch), one)
+        ends: list[Any] = [
+            x.message if x.output is None else jsonable(Schema.decode_raw(x.output)) for x in (one, other)
         ]
-    for place in sorted(outputs[0].keys() & outputs[1].keys()):
-        one, other = outputs[0][place], outputs[1][place]
-        assert one.output is not None
-        assert other.output is not None
-        raw = [jsonable(Schema.decode_raw(data)) for data in (one.output, other.output)]
-        difference = _describe_changes(changes(*raw), ignore)
+        difference = _describe_changes(changes(*ends), ignore)
         if difference:
             yield one, difference
 
