@@ -304,7 +304,7 @@ def test_an_answer_can_be_read(desk, inside, monkeypatch):
     assert inside("approve", "x", "desk.py:pipeline", json.dumps(answer)).code == 0
     assert "due for a worker; no longer waiting for an answer: is this right?" in inside("runs").out
     assert inside("resume", "x", "desk.py:pipeline", "-q").code == 0
-    assert f"answered  ask: is this right? {json.dumps(answer)}" in inside("show", "x").out
+    assert f'answered  ask asked "is this right?": {json.dumps(answer)}' in inside("show", "x").out
     assert json.loads(inside("show", "x", "--json").out)["suspended"][0]["answer"] == answer
     assert json.loads(inside("export", "x").out)["questions"][0]["answer"] == answer
     for words in (["export", "x", "--format", "html"], ["export", "x"], ["show", "x"]):
@@ -352,7 +352,8 @@ def test_a_run_that_sleeps_after_its_answer(stroma, inside, fails):
         assert inside("resume", "s", "later.py:later").code == 7
     shown = inside("show", "s").out
     assert "due     " not in shown
-    assert 'closed    later: Now? it is not answered\nanswered  later: Send it? {"ok": true}, 2' in shown
+    closed = 'closed    later asked "Now?": it is not answered'
+    assert f'{closed}\nanswered  later asked "Send it?": {{"ok": true}}, 2' in shown
     asked = json.loads(inside("show", "s", "--json").out)["suspended"]
     rows = [(one["answered"], one["closed"], one["answer"]) for one in asked]
     assert rows == [(False, True, None), (True, False, {"ok": True})]

@@ -194,7 +194,8 @@ def test_an_answer_by_fields(store: SQLiteStore, serve: Any) -> None:
     assert question.payload is not None
     assert b"<b>kept</b>" in question.payload
     page = site.get("/run", id="x").text
-    assert re.search(r"<b>Answered</b> asks: Is it right\? \{[^<]*&lt;b&gt;kept&lt;/b&gt;", page)
+    shown = r"<b>Answered</b> asks asked &#34;Is it right\?&#34;: \{[^<]*&lt;b&gt;kept&lt;/b&gt;"
+    assert re.search(shown, page)
     assert "<b>Due</b> for a worker; no longer waiting for an answer: Is it right?" in page
     for path in ("/", "/overview"):
         assert "due for a worker; no longer waiting for an answer: Is it right?" in site.get(path).text

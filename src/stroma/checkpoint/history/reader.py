@@ -108,7 +108,7 @@ class History:
         """Return an answered question and its answer; of the call of an effect, what was stated."""
         node, answer = clean(one.node_id, 100), self.answer_text(one)
         if one.effect is None or not one.is_answered:
-            return f"{node}: {clean(one.reason, 500)} {answer}"
+            return f'{node} asked "{clean(one.reason, 500)}": {answer}'
         what = "did not happen" if one.payload == NOT_DONE else f"happened: {answer}"
         return f"{node}: a person stated that call {one.effect.number} {what}"
 
