@@ -30,6 +30,8 @@ from stroma import (
     Usage,
     UsageError,
     current_node,
+    current_run,
+    execute_step,
     map_over,
     parallel,
     usage_from,
@@ -489,7 +491,7 @@ async def test_a_limit_that_cannot_be_counted_stops_the_run(how: Any, config: di
 
 @pytest.mark.core
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("shape", ["classifier", "group", "map", "flow"])
+@pytest.mark.parametrize("shape", ["classifier", "group", "map", "flow", "inside"])
 async def test_no_call_follows_one_without_a_price(shape: str, fails: bool) -> None:
     """G6: Under a cost limit no call follows one without a price, whoever collects or catches its failure."""
     patient = {kind: FailurePolicy(max_retries=3, backoff_seconds=0) for kind in FailureClass}
@@ -516,11 +518,18 @@ async def test_no_call_follows_one_without_a_price(shape: str, fails: bool) -> N
                 await flow.step(ask, state)
         return state
 
+    @runner.node
+    async def calling(state: Note) -> Note:
+        for _ in range(3):
+            await execute_step("ask", ask, state, current_run())
+        return state
+
     class Notes(BaseModel):
         notes: list[Note] = [Note()] * 3
 
     collecting = map_over("notes", ask, into="notes", on_item_failure="collect", max_concurrency=1)
-    nodes: Any = {"group": [parallel(ask), ask], "map": [collecting], "flow": catching}.get(shape, [ask, ask])
+    nodes: Any = [calling if shape == "inside" else ask, ask]
+    nodes = {"group": [parallel(ask), ask], "map": [collecting], "flow": catching}.get(shape, nodes)
     result = await runner.run(nodes, Notes() if shape == "map" else Note())
     status = RunStatus.PARTIAL if shape == "classifier" else RunStatus.FAILED
     assert (result.status, result.failure.reason, len(calls)) == (status, "usage", 1)

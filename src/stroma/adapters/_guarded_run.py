@@ -23,7 +23,7 @@ from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.prices import cost_of
-from stroma.cost.usage import Usage, UsageError, as_report
+from stroma.cost.usage import Usage, as_report
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.lifecycle import (
@@ -171,13 +171,9 @@ class GuardedRun:
         self.ctx.stopping.is_cancelled = True
 
     def refusal(self, step_id: str) -> Halt | None:
-        """Return the stop of a step that would start now, if the run is to end, or is another process's.
-
-        Also after usage that cannot be counted.
-        """
+        """Return the stop of a step that would start now, if the run is to end, or is another process's."""
         stopping = self._stopping
-        lasting = Fenced | CheckpointLost | UsageError  # A budget that is spent may be raised.
-        if stopping is not None and stopping.spent and isinstance(stopping.failure.exception, lasting):
+        if stopping is not None and isinstance(stopping.failure.exception, Fenced | CheckpointLost):
             return stopping
         if not self.ctx.stopping.is_cancelled:
             return None

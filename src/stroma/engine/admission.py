@@ -312,7 +312,8 @@ async def _make_in_turn(run: RunningNode, make: Make, *, needs_thread: bool) -> 
         return refuse(run, permit)
     # Requests and crossed limits meanwhile hold, as for an attempt that begins now.
     is_held = permit is None or ctx.stopping.holds or ctx.stopping.is_cancelled
-    exceeded = crossed_limit(ctx, run) if ctx.account.limits and not is_held else None
+    is_limited = ctx.account.limits or ctx.account.uncounted is not None
+    exceeded = crossed_limit(ctx, run) if is_limited and not is_held else None
     if permit is not None and (is_held or exceeded is not None):
         permit.drop()
     if ctx.stopping.is_cancelled:

@@ -515,6 +515,8 @@ class NodeAttempt:
         self._raise_interrupt()
         if self.failure is None:
             return self.model
+        if self.usage_error is not None:
+            ctx.note_uncounted(self.run.node_id, self.usage_error)
         return Halt(self.failure, output=self.model, spent=True)
 
     def _raise_interrupt(self) -> None:
@@ -534,6 +536,7 @@ class NodeAttempt:
         failure, halt = diagnose_attempt(ctx, run, error, self.snapshot, is_of_store=is_of_store)
         failure = self._mark(failure)
         if error is self.usage_error:
+            ctx.note_uncounted(run.node_id, self.usage_error)
             halt = Halt(failure, spent=True)
         halt = halt and halt._replace(failure=failure)
         row = ctx.session.with_references(self._make_row("failure", self.duration, failure))

@@ -85,6 +85,7 @@ class Account:
 
     Attributes:
         limits: the limits of the budget, by dimension.
+        uncounted: usage that cannot be counted against a limit: no further call is made.
         unpriced: models without a known price.
         hook_failures: exceptions of hooks; the hooks of the run add to this list.
         suspended: reasons for which nodes of the run are suspended.
@@ -94,6 +95,7 @@ class Account:
     """
 
     limits: tuple[tuple[Dimension, float], ...]
+    uncounted: UsageError | None = None
     unpriced: tuple[str, ...] = ()
     hook_failures: list[HookFailure] = field(default_factory=list)
     suspended: tuple[str, ...] = ()
@@ -651,6 +653,11 @@ class ReliabilityContext:
         """Return True if the run's own budget or a shared one limits a node in a dimension."""
         own = self.budget.max_tokens_total if dimension == "tokens" else self.budget.max_cost_usd
         return own is not None or any(one.has_limit(dimension, node_id) for one in self.config.budgets)
+
+    def note_uncounted(self, node_id: str, error: UsageError) -> None:
+        """Make no further call after usage that cannot be counted, if a limit depends on it."""
+        if self.has_limit("tokens", node_id) or self.has_limit("cost", node_id):
+            self.account.uncounted = error
 
     def note_unpriced(self, node_id: str, place: str, model: str | None) -> UsageError | None:
         """List a model without a price; return the error if a limit needs the price, else warn once.

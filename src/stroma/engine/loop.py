@@ -141,7 +141,7 @@ async def execute_in_turn(
                 run.attempt = number
                 if stopping.holds:
                     return await hold(ctx, run.node_id, number)
-                if account.limits:
+                if account.limits or account.uncounted is not None:
                     exceeded = crossed_limit(ctx, run)
                     if exceeded is not None:
                         # Earlier attempts, siblings or processes have used it up: the next call is never

@@ -13,6 +13,7 @@ from stroma._utils.text import one_line
 from stroma.checkpoint import Finished, StepCall, StoreError
 from stroma.contracts.contract import NodeContract, Role
 from stroma.cost.budget import BudgetExceeded, budget_exceeded
+from stroma.cost.usage import UsageError
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import Kind, RunningNode
 from stroma.failures.classes import FailureClass
@@ -112,8 +113,13 @@ class Place(NamedTuple):
     settles: bool = False
 
 
-def crossed_limit(ctx: ReliabilityContext, run: RunningNode) -> BudgetExceeded | None:
-    """Return the limit that is crossed, including the time of the group around the node so far."""
+def crossed_limit(ctx: ReliabilityContext, run: RunningNode) -> BudgetExceeded | UsageError | None:
+    """Return the limit that is crossed, including the time of the group around the node so far.
+
+    Also usage that cannot be counted: the limits cannot be applied after it.
+    """
+    if ctx.account.uncounted is not None:
+        return ctx.account.uncounted
     exceeded = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
     limit = ctx.budget.max_latency_ms
     if exceeded is None and limit is not None and run.parent is not None:
@@ -134,7 +140,9 @@ def refuse(run: RunningNode, error: Exception) -> Halt:
     if isinstance_by_type(error, StoreError):
         failure = replace(failure, failure_class=FailureClass.RECOVERABLE, reason="store")
         return Halt(failure, partial=True)
-    return Halt(failure, spent=isinstance_by_type(error, BudgetExceeded))
+    return Halt(
+        failure, spent=isinstance_by_type(error, BudgetExceeded) or error is run.ctx.account.uncounted
+    )
 
 
 def cancelled(ctx: ReliabilityContext, node_id: str) -> Halt:
