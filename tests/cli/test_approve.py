@@ -305,7 +305,8 @@ def test_an_answer_can_be_read(desk, inside, monkeypatch):
     assert "due for a worker; no longer waiting for an answer: is this right?" in inside("runs").out
     assert inside("resume", "x", "desk.py:pipeline", "-q").code == 0
     assert f'answered  ask asked "is this right?": {json.dumps(answer)}' in inside("show", "x").out
-    assert json.loads(inside("show", "x", "--json").out)["suspended"][0]["answer"] == answer
+    (question,) = json.loads(inside("show", "x", "--json").out)["suspended"]
+    assert (question["answer"], question["answered_at"][:2]) == (answer, "20")
     assert json.loads(inside("export", "x").out)["questions"][0]["answer"] == answer
     for words in (["export", "x", "--format", "html"], ["export", "x"], ["show", "x"]):
         assert "Ada Lovelace" in inside(*words).out

@@ -149,7 +149,8 @@ def _data(
 
 def question_data(history: History, one: Waiting) -> dict[str, Any]:
     """Return a question and its answer in the form of the JSON schemas."""
-    return waiting_data(one) | {"answer": history.answer_of(one).value}
+    answered_at = to_iso(one.answered_ms) if one.is_answered else None
+    return waiting_data(one) | {"answer": history.answer_of(one).value, "answered_at": answered_at}
 
 
 def facts_data(store: AsyncStates, record: RunRecord) -> dict[str, Any]:
