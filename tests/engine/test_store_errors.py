@@ -29,6 +29,7 @@ from stroma import (
     RunStatus,
     SQLiteStore,
     StoreError,
+    map_over,
 )
 
 
@@ -216,6 +217,26 @@ async def test_usage_of_an_output_that_the_store_refuses_counts(refuses_rows: bo
     assert ({one.status for one in results}, calls) == ({RunStatus.PARTIAL}, 3)
     assert results[-1].total.tokens == 15
     assert len(refused) == calls * (5 if refuses_rows else 4)
+
+
+async def test_a_failure_of_an_item_that_the_store_refuses_stops_the_map(no_delays: None) -> None:
+    """A map that cannot record the failure of an item ends PARTIAL with the error of the store."""
+
+    def between(session: Any) -> Any:
+        async def refuse() -> None:
+            raise StoreError("AccessDenied")
+
+        def record(row: Any, *output: Any) -> Any:
+            return refuse() if row.outcome == "collected" else session.record(row, *output)
+
+        return Between(session, record=record)
+
+    async def fail(state: Num) -> Any:
+        raise ValueError("no")
+
+    work = map_over(lambda state: [state], node("a", fail), into="made", on_item_failure="collect")
+    result = await quick_without_retries(store=Journal(between)).run([work], Num())
+    assert (result.status, result.failure.reason) == (RunStatus.PARTIAL, "store")
 
 
 async def test_an_output_that_was_stored_after_all_counts_once(tmp_path: Path, no_delays: None) -> None:
