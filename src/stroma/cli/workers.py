@@ -210,7 +210,8 @@ class LocalWorker(PipelineWorker):
         counts = ", ".join(f"{number} {status}" for status, number in sorted(self._outcomes.items()))
         active = f", {self._health.active} in progress" if self._health.active else ""
         took = format_duration(time.monotonic() - started)
-        return f"in {took}: {counts or 'no run'}{active}{self._queue()}"
+        stops = f"{pluralize(self._outcomes.total(), 'stop')} of runs ({counts})" if counts else "no run"
+        return f"in {took}: {stops}{active}{self._queue()}"
 
     def _queue(self) -> str:
         queued, seconds = self._health.queued, self._health.oldest_due_seconds
