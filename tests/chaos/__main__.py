@@ -19,13 +19,7 @@ from tests.chaos import effects, items, power, queue, restored, rounds, servers,
 from tests.chaos.check import Figures
 
 STRIKES = {"restored": "restores", "powercut": "cuts", "fsync": "failures", **unrest.STRIKES}
-PROCESSES = {
-    **rounds.FAULTS,
-    **unrest.FAULTS,
-    **restored.FAULTS,
-    **effects.FAULTS,
-    **queue.FAULTS,
-}
+PROCESSES = {**rounds.FAULTS, **unrest.FAULTS, **restored.FAULTS, **effects.FAULTS, **queue.FAULTS}
 FAULTS = (*PROCESSES, *power.FAULTS, *items.FAULTS)
 
 

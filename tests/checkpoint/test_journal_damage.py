@@ -91,7 +91,7 @@ async def test_a_store_that_came_back_older(at: tuple[str, str], act: str) -> No
         then = Moment(*at)
         await commit(session, 1, State(n=1))
         then.restore()
-        with pytest.raises(CheckpointLost, match="older than what it acknowledged|lost data of run 'run'"):
+        with pytest.raises(CheckpointLost, match=r"older than what it acknowledged|lost data of run 'run'"):
             if act == "commit":
                 await commit(session, 2, State(n=2))
             elif act == "fail":

@@ -8,16 +8,7 @@ from uuid import UUID
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    RootModel,
-    SecretStr,
-    create_model,
-)
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, RootModel, SecretStr, create_model
 
 from stroma.contracts.examples import NoExampleError, example_for, example_of, example_text
 

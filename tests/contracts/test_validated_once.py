@@ -21,15 +21,7 @@ from pydantic import (
 )
 from tests.kit import NEVER, Num, context_of, node, same
 
-from stroma import (
-    RunConfig,
-    RunStatus,
-    SQLiteStore,
-    StromaRunner,
-    execute_step,
-    map_over,
-    parallel,
-)
+from stroma import RunConfig, RunStatus, SQLiteStore, StromaRunner, execute_step, map_over, parallel
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
 

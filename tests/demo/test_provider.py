@@ -386,10 +386,7 @@ def test_close_ends_it_while_a_request_hangs() -> None:
     """After close() the port refuses connections, also while a request hangs; a second call does nothing."""
     running = Provider(faults=["hang"])
     address = urlsplit(running.base_url).netloc
-    messages = [
-        {"role": "system", "content": "TASK: extract"},
-        {"role": "user", "content": ""},
-    ]
+    messages = [{"role": "system", "content": "TASK: extract"}, {"role": "user", "content": ""}]
     body = json.dumps({"model": "m", "messages": messages})
     hanging = http.client.HTTPConnection(address, timeout=10)
     hanging.request("POST", "/v1/chat/completions", body)

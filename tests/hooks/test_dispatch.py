@@ -178,7 +178,7 @@ async def raising(error: BaseException, suspends: bool) -> None:
     [
         *itertools.product(
             [ValueError, TimeoutError, Rude, asyncio.CancelledError, GeneratorExit], [False, True]
-        ),
+        )
     ],
 )
 @pytest.mark.parametrize("node_id", ["node", None])

@@ -14,16 +14,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import (
-    NEVER,
-    ONCE,
-    SimpleStore,
-    Text,
-    cancel_after,
-    failing_with,
-    noting,
-    returning,
-)
+from tests.kit import NEVER, ONCE, SimpleStore, Text, cancel_after, failing_with, noting, returning
 
 from stroma import (
     KNOWN_MODELS,

@@ -79,16 +79,7 @@ def test_many_children_are_cells() -> None:
             bars.append(Bar("page", place, 1, item, 1, "failure", "RECOVERABLE"))
         if item == 9:
             continue  # No attempt of it has ended.
-        bars.append(
-            Bar(
-                "page",
-                place,
-                2,
-                item + 2,
-                1,
-                "failure" if item in (4, 7) else "success",
-            )
-        )
+        bars.append(Bar("page", place, 2, item + 2, 1, "failure" if item in (4, 7) else "success"))
     text = draw(bars, attempt_prefix="/attempt?id=r")
     cells = re.findall(r'data-cells="(\w+)"', text)[0]
     assert (len(cells), cells[:10]) == (200, "gggrbggbgx")

@@ -20,9 +20,8 @@ class LazyModel(BaseModel):
     @classmethod
     def model_rebuild(cls, **options: Any) -> bool | None:
         """Build the validators. Safe to call from several threads."""
-        with (
-            _build_lock
-        ):  # pydantic before 2.14 has no lock: a second thread could get the validator of no class.
+        # Pydantic before 2.14 has no lock: a second thread could get the validator of no class.
+        with _build_lock:
             return super().model_rebuild(**options)
 
 

@@ -63,9 +63,8 @@ _lock = threading.Lock()
 def _loop() -> asyncio.AbstractEventLoop:
     """Return the background loop of this process; for calls from its own thread another one: no deadlock."""
     global _shared, _pid, _lock
-    if (
-        _pid != os.getpid()
-    ):  # First use, or in a forked child, where nobody runs the parent's loop or frees its lock.
+    # First use, or in a forked child, where nobody runs the parent's loop or frees its lock.
+    if _pid != os.getpid():
         _lock = threading.Lock()
         _shared, _pid = None, os.getpid()
     with _lock:

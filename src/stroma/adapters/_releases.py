@@ -45,9 +45,9 @@ def import_error(extra: str, error: ImportError) -> ImportError:
 
 def warn_if_untested(extra: str) -> None:
     """Warn of an installed release that the adapter was not tested with."""
-    name = RELEASES[extra][0]
+    name, lowest, below = RELEASES[extra]
     installed = _installed(name)
-    if installed is not None and not _is_tested(extra, installed):
+    if installed and not _numbers(lowest) <= _numbers(installed) < _numbers(below):
         warnings.warn(
             f"{name} {installed} is installed, and its adapter supports {_range(extra)}: calls may "
             "not be guarded; use "
@@ -67,11 +67,6 @@ def _installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _is_tested(extra: str, installed: str) -> bool:
-    _, lowest, below = RELEASES[extra]
-    return _numbers(lowest) <= _numbers(installed) < _numbers(below)
 
 
 def _numbers(release: str) -> tuple[int, ...]:

@@ -280,7 +280,6 @@ def _usage_of(response: Any, model: str | None) -> Usage | None:
     if used.candidates_token_count is None:  # The live mode of older releases: the total alone has them.
         output_tokens = max(output_tokens, (used.total_token_count or 0) - input_tokens)
     cached = used.cached_content_token_count or 0
-    written = (
-        getattr(used, "cache_creation_input_tokens", None) or 0
-    )  # Set by the models of Anthropic and litellm.
+    # Set by the models of Anthropic and litellm.
+    written = getattr(used, "cache_creation_input_tokens", None) or 0
     return Usage(max(input_tokens, cached + written), output_tokens, cached, written, model)

@@ -77,7 +77,8 @@ def parse_input(pipeline: Pipeline, argument: str | None) -> BaseModel:
         except Exception as error:
             what = f"{source} is no JSON object"
             if node_id:
-                kind = "input of the flow" if _is_flow(pipeline) else "contract of the first node"
+                is_flow = isinstance(find_node(pipeline.nodes[0]), FlowNode)
+                kind = "input of the flow" if is_flow else "contract of the first node"
                 what = f"{source} does not fit the {kind}, {node_id!r}"
             raise _misfit(error, contract, what) from None
     return _validate(model, text)
@@ -141,10 +142,6 @@ def input_model(pipeline: Pipeline) -> type[BaseModel]:
     contracts = {model for _, model in _contracts(pipeline)}
     whole = bool(pipeline.nodes) and _all_declared(find_node(pipeline.nodes[0]))
     return contracts.pop() if whole and len(contracts) == 1 else Input
-
-
-def _is_flow(pipeline: Pipeline) -> bool:
-    return isinstance(find_node(pipeline.nodes[0]), FlowNode)
 
 
 def _contracts(pipeline: Pipeline) -> list[tuple[str, type[BaseModel]]]:

@@ -15,9 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def redact_option(func: F) -> F:
     """Add --redact to a command that shows states."""
     return click.option(
-        "--redact",
-        metavar="FILE_OR_MODULE:NAME",
-        help="Pipeline whose redact applies to the states shown.",
+        "--redact", metavar="FILE_OR_MODULE:NAME", help="Pipeline whose redact applies to the states shown."
     )(func)
 
 

@@ -225,10 +225,7 @@ def _restored(attempts: list[AttemptRecord], before: int | None) -> list[Attempt
 
 
 def _called_nodes(
-    record: RunRecord,
-    attempts: list[AttemptRecord],
-    restored: list[AttemptRecord],
-    pipeline: Pipeline | None,
+    record: RunRecord, attempts: list[AttemptRecord], restored: list[AttemptRecord], pipeline: Pipeline | None
 ) -> list[str]:
     done = {one.position for one in restored if not one.branch}
     if pipeline is not None:

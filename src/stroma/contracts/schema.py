@@ -61,9 +61,8 @@ def fingerprint_of(model: type[BaseModel]) -> str:
     Names, docstrings, titles and examples of the class and of the classes inside it do not count.
     """
     try:
-        with (
-            warnings.catch_warnings()
-        ):  # pydantic warns of defaults that JSON cannot represent; a contract has none.
+        # Pydantic warns of defaults that JSON cannot represent; a contract has none.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             shape = model.model_json_schema(by_alias=False)
         shape = _without_words(shape)

@@ -43,10 +43,8 @@ if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
     from stroma.limits.gate import DueHook, Gate
     from stroma.trace.events import AttemptUsage, MarkKind
 
-_POLL_SECONDS: Final = (
-    0.02,
-    0.5,
-)  # between looks, where nobody can tell when there is room: at first, at most
+# Between looks, where nobody can tell when there is room: at first, at most.
+_POLL_SECONDS: Final = 0.02, 0.5
 _MARKS: Final[dict[CircuitState, MarkKind]] = {
     "open": "circuit_open",
     "half_open": "circuit_half_open",

@@ -24,13 +24,7 @@ from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
 from stroma.cost.usage import UsageError
-from stroma.engine.commit import (
-    failed_of,
-    record_failure_site,
-    record_rejected,
-    settle,
-    store_notes,
-)
+from stroma.engine.commit import failed_of, record_failure_site, record_rejected, settle, store_notes
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.deadlines import call_in_time
 from stroma.engine.diagnosis import (
@@ -49,14 +43,7 @@ from stroma.engine.outcome import GroupStopped, Halt
 from stroma.engine.placed_calls import call_at_place, note_call, open_call
 from stroma.engine.questions import asks_itself, find_question, question_of, suspend_again
 from stroma.engine.redaction import HookState
-from stroma.engine.tasks import (
-    CONTINUES,
-    call_in_thread,
-    is_closed,
-    loop_ticks,
-    passes_through,
-    raise_if,
-)
+from stroma.engine.tasks import CONTINUES, call_in_thread, is_closed, loop_ticks, passes_through, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PlaceError, Suspend
 from stroma.failures.failure import Failure, ends_run, isinstance_by_type, message_of

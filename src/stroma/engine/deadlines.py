@@ -121,8 +121,5 @@ async def call_in_time(run: RunningNode, node: Node | Group, call: Call, state: 
         if run.idle_timer is not None:
             run.idle_timer.cancel()
             run.idle_timer = None
-        del (
-            run,
-            call,
-            awaitable,
-        )  # This frame is in the traceback of what is raised: as in NodeAttempt.make().
+        # This frame is in the traceback of what is raised: as in NodeAttempt.make().
+        del run, call, awaitable

@@ -186,10 +186,7 @@ async def execute_in_turn(
 
 
 def _schemas_of(
-    ctx: ReliabilityContext,
-    node: Node | Group,
-    value: BaseModel,
-    contract: NodeContract[Any, Any] | None,
+    ctx: ReliabilityContext, node: Node | Group, value: BaseModel, contract: NodeContract[Any, Any] | None
 ) -> Schemas:
     """Return the schemas of input and output, with the contract. Without one the input is not validated."""
     if type(node) is not Node:
@@ -237,9 +234,8 @@ def _count_earlier_attempts(
         return 0, None
     count = run.attempt = tried.attempts
     run.repairs = min(tried.repairs, ctx.config.contract_retries.get(run.node_id, 0))
-    if (
-        tried.is_repaired and run.repairs
-    ):  # It was granted before the process died: _decide() grants it again.
+    # It was granted before the process died: _decide() grants it again.
+    if tried.is_repaired and run.repairs:
         run.repairing, run.repairs = True, run.repairs - 1
     contract, broken = None if isinstance(node, Group) else ctx.contract_of(node), None
     if tried.rejected is not None and contract is not None:

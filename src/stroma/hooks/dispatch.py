@@ -212,12 +212,7 @@ class Firing:
     )
 
     def __init__(
-        self,
-        hooks: Hooks,
-        event: str,
-        calls: Calls,
-        node_id: str | None,
-        values: tuple[Any, ...],
+        self, hooks: Hooks, event: str, calls: Calls, node_id: str | None, values: tuple[Any, ...]
     ) -> None:
         self._hooks = hooks
         self._event = event

@@ -12,13 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 from stroma.checkpoint.errors import StoreError
-from stroma.limits.reservations import (
-    CellState,
-    StateChange,
-    estimate_usage,
-    remember_usage,
-    renew_leases,
-)
+from stroma.limits.reservations import CellState, StateChange, estimate_usage, remember_usage, renew_leases
 
 Per = Literal["minute", "hour", "day", "month"]
 PERIODS: Final = get_args(Per)

@@ -15,14 +15,7 @@ from stroma.cost.usage import shown
 from stroma.failures.errors import COOLDOWN, LimitError, Wait, WaitedTooLong
 from stroma.failures.providers import requested_waits
 from stroma.limits.breaker import Breaker
-from stroma.limits.gate import (
-    DueHook,
-    Gate,
-    OnStoreError,
-    check_max_wait,
-    positive_int,
-    positive_number,
-)
+from stroma.limits.gate import DueHook, Gate, OnStoreError, check_max_wait, positive_int, positive_number
 from stroma.limits.rate_state import (
     CallReport,
     LimitState,

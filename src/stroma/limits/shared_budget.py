@@ -31,14 +31,7 @@ from stroma.limits.budget_state import (
     reserve,
     settle,
 )
-from stroma.limits.gate import (
-    DueHook,
-    Gate,
-    OnStoreError,
-    check_max_wait,
-    positive_int,
-    positive_number,
-)
+from stroma.limits.gate import DueHook, Gate, OnStoreError, check_max_wait, positive_int, positive_number
 
 if TYPE_CHECKING:
     from stroma.failures.failure import Failure

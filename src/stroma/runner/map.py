@@ -148,9 +148,8 @@ class MapRun:
             execution.children = BoundedRows(_MAX_EVENTS)
             execution.remembers = False
         if self._may_have_committed and ctx.journal.restored is ctx.session.restored:
-            ctx.journal.restored = dict(
-                ctx.journal.restored
-            )  # A copy, from which this map removes what it has restored.
+            # A copy, from which this map removes what it has restored.
+            ctx.journal.restored = dict(ctx.journal.restored)
 
     @property
     def _restored(self) -> dict[tuple[int, str], Committed]:

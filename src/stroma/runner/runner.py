@@ -42,7 +42,7 @@ from stroma.engine.config import new_run_id as fresh_run_id
 from stroma.engine.context import BY_HAND, Dispatch, ReliabilityContext
 from stroma.engine.tasks import has_running_loop
 from stroma.failures.failure import Classifier
-from stroma.hooks.sets import AnyHooks, NodeHooks, distinct, flatten
+from stroma.hooks.sets import NodeHooks, distinct, flatten
 from stroma.runner.flows.body_loop import refuse_in_body
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import Batch, LiveRuns
@@ -385,7 +385,9 @@ class StromaRunner(Generic[DepsT]):
 
             raise_errors(nodes, self.registry)
         if config.hooks is not self.config.hooks:
-            self._note_exporters(config.hooks)
+            exporters = [one for one in flatten(config.hooks) if hasattr(one, "flush")]
+            if exporters:  # For flush(): one for each destination.
+                self._exporters[:] = distinct((*self._exporters, *exporters))
         if watch is not None:
             config = with_hooks(config, watch)
         if config.events == "store":
@@ -911,12 +913,6 @@ class StromaRunner(Generic[DepsT]):
         methods = [getattr(hooks, method, None) for hooks in sets]
         calls = [call(timeout_seconds=timeout_seconds) for call in methods if call is not None]
         return all(await asyncio.gather(*calls))
-
-    def _note_exporters(self, hooks: AnyHooks) -> None:
-        """Remember the exporters of a pipeline or a run for :meth:`flush`: one for each destination."""
-        exporters = [one for one in flatten(hooks) if hasattr(one, "flush")]
-        if exporters:
-            self._exporters[:] = distinct((*self._exporters, *exporters))
 
     def _waits_here(self) -> EndWaits:
         """Return the waits for ends of runs in the running event loop."""

@@ -102,9 +102,8 @@ class FakeClock:
             return int(self._monotonic() * 1e9) + self._ticks
 
     def _time_ns(self) -> int:
-        return (
-            self._start_ns + int(self._passed * 1e9) + self._ticks
-        )  # A run reads both clocks and distinguishes them.
+        # A run reads both clocks and distinguishes them.
+        return self._start_ns + int(self._passed * 1e9) + self._ticks
 
     # ------------------------------------------------------------------ putting it in place
 

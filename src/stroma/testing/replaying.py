@@ -71,10 +71,7 @@ class Replay:
 
 
 async def replay(
-    recorded: RecordedRun,
-    pipeline: Pipeline | Iterable[Any],
-    *,
-    runner: StromaRunner[Any] | None = None,
+    recorded: RecordedRun, pipeline: Pipeline | Iterable[Any], *, runner: StromaRunner[Any] | None = None
 ) -> Replay:
     """Run a recorded run again by the current code, with the recorded outputs instead of calls.
 

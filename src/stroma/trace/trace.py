@@ -255,10 +255,7 @@ def states_of(rows: Iterable[AttemptRow | TraceEvent]) -> Iterator[dict[str, Any
             states = (row.input_state, row.output_state)
         else:
             schemas = row.schemas
-            states = (
-                thaw(schemas and schemas[0], row.input) or {},
-                thaw(schemas and schemas[1], row.output),
-            )
+            states = (thaw(schemas and schemas[0], row.input) or {}, thaw(schemas and schemas[1], row.output))
         yield from (state for state in states if state is not None)
         stack.extend(row.children or ())
 

@@ -141,16 +141,13 @@ class Actions:
         run_id = request.state.run_id = form.get("id", "")
         if not self._keys.is_form(form.get("key", ""), action, run_id):
             raise no_key()
-        record = await self._get_run(run_id)
+        try:
+            record = await to_thread.run_sync(self._settings.store.get_run, run_id)
+        except ValueError:
+            record = None
         if record is None:
             raise HTTPException(404, "the run does not exist any more")
         return record, form
-
-    async def _get_run(self, run_id: str) -> RunRecord | None:
-        try:
-            return await to_thread.run_sync(self._settings.store.get_run, run_id)
-        except ValueError:
-            return None
 
 
 async def read_fields(request: Request) -> list[tuple[str, str]]:

@@ -156,10 +156,8 @@ def state_tree(payload: Payload, invalid_fields: list[str]) -> dict[str, Any]:
     """Return a state as a tree for the page, or the problem that prevents it."""
     if payload.problem is not None:
         return {"problem": payload.problem, "tree": None}
-    return {
-        "problem": None,
-        "tree": Markup(tree(payload.value, invalid_fields)),
-    }  # trace/html.py escapes all text
+    # trace/html.py escapes all text.
+    return {"problem": None, "tree": Markup(tree(payload.value, invalid_fields))}
 
 
 def mark_controls(value: Any) -> Any:

@@ -35,12 +35,7 @@ from stroma.ui.formatting import (
     to_address,
 )
 from stroma.ui.rendering import MAX_SHOWN_BYTES, Renderer
-from stroma.ui.run_view import (
-    read_limits,
-    totals,
-    trace_link,
-    window_of,
-)
+from stroma.ui.run_view import read_limits, totals, trace_link, window_of
 
 #: Maximum number of attempts in the table of a run's page, those listed of a run with more, and those in the
 #: timeline.
@@ -119,8 +114,7 @@ class RunPages:
             legend=Markup(LEGEND),
             attempts=listed,
             attempt_rows=attempt_rows(
-                [(one, attempt_address(record, one)) for one in listed],
-                restored_starts(record, listed),
+                [(one, attempt_address(record, one)) for one in listed], restored_starts(record, listed)
             ),
             waiting=waiting,
             answers=[AnswerForm(one) for one in waiting],

@@ -19,14 +19,7 @@ from stroma.checkpoint.durable.owner import Owner, is_gone
 from stroma.checkpoint.entries import Discard
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.identity import parse_mark
-from stroma.checkpoint.queue import (
-    QUEUED,
-    BlockedMark,
-    Candidate,
-    ClaimRequest,
-    QueueEntry,
-    QueueFigures,
-)
+from stroma.checkpoint.queue import QUEUED, BlockedMark, Candidate, ClaimRequest, QueueEntry, QueueFigures
 from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts, Tally, ascii_lower, sum_attempts
 
 

@@ -496,8 +496,7 @@ class RunStore(ReadableStore):
         before = now_ms - int(keep_for.total_seconds() * 1000)
         deleted = 0
         while run_ids := await self._read_async(
-            lambda rows: rows.expired_run_ids(before, unfinished=unfinished, limit=_GC_PAGE_SIZE),
-            list[str](),
+            lambda rows: rows.expired_run_ids(before, unfinished=unfinished, limit=_GC_PAGE_SIZE), list[str]()
         ):
             results: list[bool] = []
             for first in range(0, len(run_ids), _GC_BATCH_SIZE):

@@ -34,16 +34,7 @@ from stroma.checkpoint.durable.conversion import open_message, to_committed
 from stroma.checkpoint.durable.integrity import input_step, lost_error
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import Owner
-from stroma.checkpoint.durable.rows import (
-    Annotation,
-    Fence,
-    Opening,
-    Rows,
-    RunEnd,
-    RunRow,
-    Step,
-    StepRow,
-)
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.entries import (
     NO_CONTROL,
     Committed,
@@ -222,10 +213,7 @@ class RunOpener:
                 stored, run, self._payloads, request, self._opening, self._plain_input
             )
             action = decide(
-                request,
-                run,
-                same_input,
-                lambda: _prior_work(RunRecords.of(rows, run, self._payloads), run),
+                request, run, same_input, lambda: _prior_work(RunRecords.of(rows, run, self._payloads), run)
             )
             # A queued run has its input only.
             is_queued = not (run.attempt_count or run.commit_count)

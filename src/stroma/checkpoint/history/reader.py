@@ -25,12 +25,7 @@ from stroma.checkpoint.history.bars import (
 )
 from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
 from stroma.checkpoint.history.facts import facts_of, status_of, unanswered
-from stroma.checkpoint.history.redaction import (
-    Payload,
-    decode_payload,
-    redact_value,
-    too_large,
-)
+from stroma.checkpoint.history.redaction import Payload, decode_payload, redact_value, too_large
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called, place_before
 from stroma.checkpoint.queue import COMPLETE

@@ -31,13 +31,7 @@ from stroma.checkpoint.events import MAX_BATCHES, EventPlace
 from stroma.checkpoint.identity import is_called, mark_of, parse_mark
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import UnencodedState
-from stroma.checkpoint.queue import (
-    POSTPONED,
-    QUEUED,
-    Candidate,
-    ClaimRequest,
-    QueueFigures,
-)
+from stroma.checkpoint.queue import POSTPONED, QUEUED, Candidate, ClaimRequest, QueueFigures
 from stroma.checkpoint.records import AttemptRecord, RunQuery, StoreFacts
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.schema import Schema

@@ -26,11 +26,7 @@ def annotations_key(kind: int) -> str:
 FORMAT: Final = 8
 FORMAT_KEY: Final = "stroma:format"
 #: The keys of a run, after its prefix, except the states from save(), which expire by themselves.
-RUN_KEYS: Final = (
-    "run",
-    "events",
-    *map(annotations_key, sorted(set(Annotation) - {Annotation.SAVED})),
-)
+RUN_KEYS: Final = ("run", "events", *map(annotations_key, sorted(set(Annotation) - {Annotation.SAVED})))
 #: The keys of each of its executions; a colon and its number follow.
 EXECUTION_KEYS: Final = ("steps", "attempts", "failed", "identities")
 

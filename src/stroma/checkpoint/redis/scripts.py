@@ -47,13 +47,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from stroma.checkpoint.durable.rows import Annotation
-from stroma.checkpoint.redis.format import (
-    EXECUTION_KEYS,
-    FORMAT,
-    FORMAT_KEY,
-    RUN_KEYS,
-    annotations_key,
-)
+from stroma.checkpoint.redis.format import EXECUTION_KEYS, FORMAT, FORMAT_KEY, RUN_KEYS, annotations_key
 from stroma.checkpoint.redis.script_records import RECORDS
 from stroma.checkpoint.redis.script_sessions import SESSIONS
 

@@ -28,12 +28,7 @@ from stroma.cli.loading import load_object
 from stroma.cli.options import RunOptions
 from stroma.cli.output import emit_fields, err
 from stroma.cli.stores import Database, db_option
-from stroma.cli.suspended import (
-    WORKER_CONTINUES,
-    approve_hint,
-    find_schema,
-    waiting_data,
-)
+from stroma.cli.suspended import WORKER_CONTINUES, approve_hint, find_schema, waiting_data
 from stroma.contracts.codec import is_same_data
 from stroma.contracts.contract import ContractRegistry, NotDone
 from stroma.runner.runner import StromaRunner

@@ -77,9 +77,8 @@ def _due_ms(record: RunRecord) -> int | None:
     """Return when a run is due, in ms since the epoch; None: never by itself, or it is running."""
     if record.due_ms is None or record.status not in UNFINISHED:
         return None
-    return (
-        record.updated_ms if record.due_ms <= MESSAGE_SENT else record.due_ms
-    )  # At once since its last record.
+    # At once since its last record.
+    return record.updated_ms if record.due_ms <= MESSAGE_SENT else record.due_ms
 
 
 def cause_data(cause: AttemptRecord) -> dict[str, Any]:
@@ -184,11 +183,7 @@ def print_runs(
         return
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "MESSAGE")
     table(
-        out,
-        header,
-        [_row(record) for record in shown],
-        right=frozenset({3, 4, 5, 7}),
-        spare=(4, 6, 3, 1, 7),
+        out, header, [_row(record) for record in shown], right=frozenset({3, 4, 5, 7}), spare=(4, 6, 3, 1, 7)
     )
     reasons: set[Literal["resume", "budget"]] = {one.waits_for for one in shown if one.waits_for is not None}
     for reason in sorted(reasons):
@@ -234,7 +229,8 @@ def _row(record: RunRecord) -> list[Part]:
         who = f"run by {clean(record.holder, 80)}" if record.holder else "owner lost"
         error = f"{who}; last record {format_age(record.updated_ms)}"
     elif record.blocked is not None:
-        error = f"blocked for {_blocked_for(record.blocked)}: {clean(record.blocked.message, 160)}"
+        seconds = max(0.0, time.time() - record.blocked.since_ms / 1000)
+        error = f"blocked for {format_duration(seconds)}: {clean(record.blocked.message, 160)}"
     elif record.status == QUEUED:
         error = f"due at {format_local_time(record.due_ms or 0)}"
     return [
@@ -248,10 +244,6 @@ def _row(record: RunRecord) -> list[Part]:
         _elapsed(record),
         error,
     ]
-
-
-def _blocked_for(mark: BlockedMark) -> str:
-    return format_duration(max(0.0, time.time() - mark.since_ms / 1000))
 
 
 def _elapsed(record: RunRecord) -> str:

@@ -25,12 +25,7 @@ _TIMES: Final = frozenset({"date", "datetime", "time", "timedelta"})
 _FROM_TEXT: Final = _TIMES | LEAVES - {"str", "bytes", "none", "literal", "enum"}
 _NUMBERS: Final = frozenset({"int", "float", "decimal", "bool"})
 #: By the source's kind: what accepts all of its values besides the kind itself, and what accepts some.
-_ALL: Final = {
-    "str": {"bytes"},
-    "int": {"float", "decimal"},
-    "decimal": {"float"},
-    "date": {"datetime"},
-}
+_ALL: Final = {"str": {"bytes"}, "int": {"float", "decimal"}, "decimal": {"float"}, "date": {"datetime"}}
 _SOME: Final = {
     "str": _FROM_TEXT,
     "bytes": _FROM_TEXT | {"str"},

@@ -156,9 +156,8 @@ class FlowJournal:
         if not (session.continued or session.notes):
             return
         if ctx.journal.restored is session.restored:
-            ctx.journal.restored = dict(
-                ctx.journal.restored
-            )  # A copy, from which flows remove what they have restored.
+            # A copy, from which flows remove what they have restored.
+            ctx.journal.restored = dict(ctx.journal.restored)
         for key, data in dict(session.notes).items():
             self._read_note(key, data)
         for (position, branch), committed in ctx.journal.restored.items():

@@ -107,9 +107,8 @@ class _Wait(FlowCall):
     driver: FlowDriver
     schema: Schema
     label: str
-    kinds: ClassVar[
-        tuple[MarkKind, MarkKind, MarkKind]
-    ]  # While it is pending, at its end, and if it expired.
+    #: While it is pending, at its end, and if it expired.
+    kinds: ClassVar[tuple[MarkKind, MarkKind, MarkKind]]
 
     def take(self) -> Any:
         return super().take() if type(self.outcome) is StepFailed else self.outcome

@@ -155,7 +155,8 @@ class OpenTelemetry(MetricsObserver):
                 "stroma.run.execution": run.execution,
                 **about_run(run),
                 **self._kind_of(None),
-                **self._tags_of(run),
+                # As Phoenix and Langfuse read it.
+                **({"tag.tags": run.config.tags} if run.config.tags and self._vocabulary != "none" else {}),
             },
         )
 
@@ -491,12 +492,6 @@ class OpenTelemetry(MetricsObserver):
         if self._vocabulary == "none":
             return {}
         return {"openinference.span.kind": "CHAIN" if role is None else role.upper()}
-
-    def _tags_of(self, run: ReliabilityContext) -> dict[str, Any]:
-        """Return the tags of a run under the name that Phoenix and Langfuse read, on its root."""
-        if self._vocabulary == "none" or not run.config.tags:
-            return {}
-        return {"tag.tags": run.config.tags}
 
     def _shown(
         self, direction: Literal["input", "output"], run: ReliabilityContext, state: dict[str, Any]

@@ -180,9 +180,8 @@ def is_span_of(span: Span, node_id: str) -> bool:
 
 def tracer_of_span(tracer: Tracer, about: SpanContext) -> Tracer | None:
     """Return an SDK tracer whose next span has the ids of another one; None for other tracers."""
-    own: Any = copy(
-        getattr(tracer, "_tracer", tracer)
-    )  # A tracer of the global provider stands for the SDK's.
+    # A tracer of the global provider stands for the SDK's.
+    own: Any = copy(getattr(tracer, "_tracer", tracer))
     if not hasattr(own, "id_generator"):
         return None
     own.id_generator = _FixedIds(about)
