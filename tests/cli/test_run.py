@@ -286,7 +286,7 @@ def test_resume_says_what_it_cannot(stroma, inside, fails):
         "from sums import *\nclass Text(BaseModel):\n    text: str\n"
         "pipeline = Pipeline('others', [node('n', last, Text)])",
     )
-    fails(inside("resume", "x", "other.py:pipeline", "-q"), 2, "takes, Text", "Field required")
+    fails(inside("resume", "x", "other.py:pipeline", "-q"), 2, "is not a Text: text (missing)")
     stroma.file("fewer.py", "from sums import *\npipeline = Pipeline('sums', [first, third])")
     fails(inside("resume", "x", "fewer.py:pipeline", "-q"), 2, "cannot be resumed", "--from NODE")
 
