@@ -314,21 +314,25 @@ async def test_so_many_at_once(store: Any, tmp_path: Path, doubler: Doubler, lim
 
 
 async def test_an_endless_source_is_read_as_far_as_needed(doubler: Doubler) -> None:
-    """Items are taken as there is room for them: a source without an end can be stopped by a budget."""
-    taken = []
+    """Items are taken as there is room for them: a budget stops a source without an end, and closes it."""
+    taken, closed = [], []
 
-    def endless(state: State) -> Iterator[Any]:
+    async def endless(state: State) -> AsyncIterator[Any]:
         n = 0
-        while True:
-            taken.append(n)
-            yield {"n": n}
-            n += 1
+        try:
+            while True:
+                taken.append(n)
+                yield {"n": n}
+                n += 1
+        finally:
+            closed.append(n)
 
     work = map_over(endless, doubler.node, into=Journal(), max_concurrency=2)
     budget = ExecutionBudget(max_tokens_total=30)
     result = await quick(AsyncInMemoryStore(), budget=budget).run([work], State())
     assert isinstance(result.failure and result.failure.exception, BudgetExceeded)
     assert len(taken) < 20
+    assert len(closed) == 1
 
 
 # ---------------------------------------------------------------------- stopping and resuming
