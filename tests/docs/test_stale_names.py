@@ -27,7 +27,8 @@ FOREIGN = words("""
     DD_VERSION Evaluate HttpAgent LLMMetadataExtractor LLMResult MyProgram MyWorkflow OPENAI_BASE_URL
     OTEL_EXPORTER_OTLP_HEADERS OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT
     OpenAIConversationsSession PGPASSFILE QueueHandler RetryError Router SENTRY_ENVIRONMENT
-    StringConstraints TEMPORAL_CONFIG_FILE TOOL TaskGroup TripFlow as_tool asyncify backoff_factor
+    StringConstraints TEMPORAL_CONFIG_FILE TEMPORAL_TLS_CLIENT_CERT_PATH TOOL TaskGroup
+    TripFlow as_tool asyncify backoff_factor
     before_sleep confirm
     conversation_id create_agent create_deep_agent create_sdk_mcp_server event_stream_handler
     failure_error_function field_serializer include_partial_messages increase is_enabled make_asgi_app

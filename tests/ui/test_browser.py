@@ -172,7 +172,7 @@ def test_live(site: Site, browser: Browser) -> None:
     assert browser.eval("document.querySelector('.gantt details').open")
 
     asyncio.run(site.store.delete("good"))
-    browser.until("document.body.textContent.includes('This store has no such run')")
+    browser.until("document.body?.textContent.includes('This store has no such run')")
 
 
 def test_without_scripts(site: Site, browser: Browser) -> None:

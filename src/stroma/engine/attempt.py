@@ -522,7 +522,7 @@ class NodeAttempt:
         ctx, run = self.ctx, self.run
         failure, halt = diagnose_attempt(ctx, run, error, self.snapshot, is_of_store=is_of_store)
         failure = self._mark(failure)
-        if error is self.usage_error:
+        if self.usage_error is not None and error is self.usage_error:
             ctx.note_uncounted(run.node_id, self.usage_error)
             halt = Halt(failure, spent=True)
         halt = halt and halt._replace(failure=failure)
