@@ -131,12 +131,16 @@ def test_a_worker_of_a_place(stroma: Any, inside: Any, worker: Any, there: tuple
     assert "a run would wait for itself" in done.err
 
 
-def test_what_is_refused(inside: Any, fails: Any, there: tuple[str, ...]) -> None:
+def test_what_is_refused(
+    inside: Any, fails: Any, there: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Options of one process are refused with --temporal; a server that does not answer is one message."""
     words = ("submit", "sums.py:pipeline", GOOD)
     fails(inside("worker", "sums.py:pipeline", *there, "--poll", "5"), 2, "do not go with --temporal")
-    fails(inside(*words, "--temporal", "localhost:1"), 3, "does not serve this")
+    fails(inside(*words, "--temporal", "localhost:1"), 3, "cannot be used: Failed client connect")
     fails(inside(*words, "--temporal", "nowhere"), 2, "HOST:PORT")
     fails(inside(*words, "--task-queue", "q"), 2, "needs --temporal")
     wrong = ("worker", "sums.py:pipeline", *there, "--namespace", "nope")
-    fails(inside(*wrong), 3, "does not serve this: Namespace nope")
+    fails(inside(*wrong), 3, "cannot be used: Namespace nope")
+    monkeypatch.setenv("TEMPORAL_TLS_CLIENT_CERT_PATH", "none.pem")
+    fails(inside(*words, *there), 3, "cannot be used: [Errno 2]", "none.pem")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -75,15 +76,10 @@ class TemporalCluster:
         try:
             return asyncio.run(work)
         except Exception as error:
-            if type(error) is not RuntimeError and type(error).__name__ != "RPCError":
+            rpc_error = getattr(sys.modules.get("temporalio.service"), "RPCError", ())
+            if not isinstance(error, rpc_error):
                 raise
-            # temporalio raises RuntimeError while it connects, and when a worker cannot go on.
-            raise Problem(
-                f"the Temporal server at {self.address} does not serve this: {clean(str(error), 300)}",
-                "check the address, --namespace, --tls, TEMPORAL_API_KEY and TEMPORAL_TLS_...; a server for "
-                "tests: temporal server start-dev",
-                code=Code.ENVIRONMENT,
-            ) from error
+            raise self._problem(error) from error
 
     async def connect(self) -> Client:
         """Return a connected client. Raises Problem."""
@@ -95,11 +91,25 @@ class TemporalCluster:
         from temporalio.client import Client
         from temporalio.envconfig import ClientConfig
 
-        settings: dict[str, Any] = {**ClientConfig.load_client_connect_config(), "target_host": self.address}
-        if self.namespace is not None:
-            settings["namespace"] = self.namespace
-        settings["tls"] = settings.get("tls") or self.tls
-        client = await Client.connect(**settings)
+        try:
+            settings: dict[str, Any] = {
+                **ClientConfig.load_client_connect_config(),
+                "target_host": self.address,
+            }
+            if self.namespace is not None:
+                settings["namespace"] = self.namespace
+            settings["tls"] = settings.get("tls") or self.tls
+            client = await Client.connect(**settings)
+        except (RuntimeError, ValueError, OSError) as error:  # No server answers, or a file cannot be read.
+            raise self._problem(error) from error
         # A worker would retry a wrong namespace for ever.
         await client.workflow_service.describe_namespace(DescribeNamespaceRequest(namespace=client.namespace))
         return client
+
+    def _problem(self, error: Exception) -> Problem:
+        return Problem(
+            f"the Temporal server at {self.address} cannot be used: {clean(str(error), 300)}",
+            "check the address, --namespace, --tls, TEMPORAL_API_KEY and TEMPORAL_TLS_...; a server for "
+            "tests: temporal server start-dev",
+            code=Code.ENVIRONMENT,
+        )

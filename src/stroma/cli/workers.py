@@ -7,6 +7,7 @@ import collections
 import contextlib
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -86,7 +87,7 @@ _STATUS_SECONDS: Final = 60.0
 
 
 @dataclass(slots=True, kw_only=True)
-class PipelineWorker:
+class PipelineWorker(ABC):
     """A worker of some pipelines."""
 
     pipelines: Sequence[Pipeline]
@@ -106,8 +107,8 @@ class PipelineWorker:
     def _run(self) -> int:
         return asyncio.run(self._serve())
 
-    async def _serve(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    async def _serve(self) -> int: ...
 
     @property
     def _names(self) -> str:
@@ -248,6 +249,13 @@ class TemporalWorker(PipelineWorker):
         self._print("ready", self._describe())
         try:
             signal = await serve_until_signal(running, worker.shutdown, self.drain_seconds, quiet=self.quiet)
+        except Exception as error:
+            raise Problem(
+                f"the worker ended: {describe_error(error)}",
+                *last_frame(error),
+                "fix that, then restart it; its runs are waiting",
+                code=Code.ENVIRONMENT,
+            ) from error
         finally:
             await self.database.close()
         self._print("drained", f"after {signal}, {format_duration(time.monotonic() - started)}")

@@ -141,9 +141,8 @@ def read_attempts(
 ) -> list[tuple[int, AttemptRecord]]:
     """Decode attempts by their keys, in the order of the history, each with the number of its commit.
 
-    Without the commits of failed items, which are not attempts. The number is 0, and there is no size, if the
-    output is not at one of these places, or was replaced there.
-    Raises CorruptCheckpoint.
+    Records of failed items are left out: they are not attempts. An attempt whose output is not at one of
+    these places, or was replaced there, has the number 0 and no size. Raises CorruptCheckpoint.
     """
     attempts: list[tuple[int, AttemptRecord]] = []
     newest = {as_text(place): 0.0 for place in places}
