@@ -639,7 +639,8 @@ class Watch:
     def _hook(self, event: str, index: int) -> Callable[..., Awaitable[None]]:
         async def hook(run_id: str, *arguments: Any) -> None:
             run = current_node_or_none()
-            place: Any = run_id
+            # The maps of a run report side by side.
+            place: Any = f"{run_id} {arguments[0]}" if event == "on_map_progress" else run_id
             attempt = 0
             if event.startswith("on_node"):
                 if run is None or (run.run_id, run.node_id) != (run_id, arguments[0]):
