@@ -208,6 +208,8 @@ def test_the_pipeline_of_an_answer(desk, inside, fails):
         """,
     )
     inside("run", "flows.py:ours", '{"n": 1}', "--run-id", "x")
+    planned = inside("resume", "x", "flows.py:ours", "--dry-run").err
+    assert "a flow were not compared; compare them with: stroma replay x flows.py:ours" in planned
     yes = '{"approved": true}'
     for name, what in {
         "Approval": "'Approval' in flows.py is not a pipeline: it is of type",

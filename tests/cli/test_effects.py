@@ -278,7 +278,7 @@ class Bill(BaseModel):
     ],
 )
 def test_every_view_has_the_same_facts(state, labels, tmp_path, inside):
-    """show and exports name a dead owner, the call of an effect with its key, and why a run is blocked."""
+    """show and exports name a dead owner, an effect's call with its key, and why a run is blocked, as runs does."""
 
     async def pay(store):
         runner = StromaRunner.quick(store=store)
@@ -311,6 +311,7 @@ def test_every_view_has_the_same_facts(state, labels, tmp_path, inside):
     assert ("continued after " in page) == (state in ("asked", "stated"))
     assert page.count(f"idempotency key <code>{key}</code>") == (page.count('<details class="attempt"') - 1)
     assert ("waits" in labels) == (result is not None and f"its idempotency key is {key}" in result.to_html())
+    assert ("blocked for" in inside("runs", "--db", db).out) == ("blocked" in labels)
     data = json.loads(inside("export", "x", "--db", db).out)
     assert data["effects"][0]["idempotency_key"] == key
     assert data["owner"]["is_gone"] == ("owner" in labels)

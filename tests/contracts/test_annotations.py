@@ -258,11 +258,17 @@ def test_a_node_without_a_runner_takes_the_parameters_of_one_with_it() -> None:
 
     async def look_up(state: A, key: str) -> B | NotDone | Unknown: ...
 
-    @stroma_node("pay", input=A, output=B, effect=True, reconcile=look_up, role="tool")
+    @stroma_node("pay", input=A, output=B, upcast=dict, effect=True, reconcile=look_up, role="tool")
     async def pay(state: Any) -> Any: ...
 
     assert pay._stroma_contract == NodeContract(
-        node_id="pay", input_schema=A, output_schema=B, effect=True, reconcile=look_up, role="tool"
+        node_id="pay",
+        input_schema=A,
+        output_schema=B,
+        upcast=dict,
+        effect=True,
+        reconcile=look_up,
+        role="tool",
     )
     undecided: Any = stroma_node
     contract = NodeContract(node_id="pay", input_schema=A, output_schema=B)

@@ -304,10 +304,7 @@ def _versions(store: Any, model: type[BaseModel], upcast: Any = None, grouped: b
             raise ValueError("not in this release")
         return {"n": state.n * 10}
 
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id="first", input_schema=Num, output_schema=model, upcast=upcast
-    )
-    instance: Any = stroma_node("first", contract)(first)
+    instance: Any = stroma_node("first", input=Num, output=model, upcast=upcast)(first)
     return [parallel(instance) if grouped else instance, node("second", second, input=model)]
 
 

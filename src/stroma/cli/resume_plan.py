@@ -22,7 +22,7 @@ from stroma.cli.output import emit, err, out
 from stroma.cli.stores import TARGET, Database
 from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
@@ -68,7 +68,7 @@ def changes_since(
             if not isinstance(error, PipelineChanged):
                 message = (
                     f"the output of node {committed.node_id!r} cannot be read back: {type(error).__name__}: "
-                    f"{describe_error(error)[0]}; restore its schema, add an upcast to the contract, or "
+                    f"{describe_error(error)[0]}; restore its schema, pass upcast= to the node, or "
                     "resume from there to run it again"
                 )
             changes.append(Incompatibility(at, committed.node_id, message))
@@ -169,6 +169,9 @@ def print_plan(
         if record.blocked is not None:
             why = clean(record.blocked.message, 1000)
             err.line(("blocked: ", "yellow"), f"some code could not continue it: {why}")
+        if pipeline is not None and isinstance(find_node(pipeline.nodes[0]), FlowNode):
+            compare = database.hint("replay", id_word(record.run_id), target)
+            err.line("the calls of a flow were not compared; compare them with: ", compare)
         options = ("--from", start_at) if start_at is not None else ()
         hint = database.hint("resume", id_word(record.run_id), target, options=options)
         err.line(f"nothing was done; resume with: {hint}")

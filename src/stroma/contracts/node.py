@@ -382,6 +382,7 @@ def stroma_node(
     *,
     input: type[In],
     output: type[Out],
+    upcast: Callable[[Any], Any] | None = None,
     effect: bool = False,
     reconcile: Reconcile[In, Out] | None = None,
     role: Role | None = None,
@@ -391,6 +392,7 @@ def stroma_node(
 def stroma_node(
     node_id: str | None = None,
     *,
+    upcast: Callable[[Any], Any] | None = None,
     effect: bool = False,
     reconcile: Reconcile[Any, Any] | None = None,
     role: Role | None = None,
@@ -402,6 +404,7 @@ def stroma_node(
     *,
     input: type[BaseModel] | None = None,
     output: type[BaseModel] | None = None,
+    upcast: Callable[[Any], Any] | None = None,
     effect: bool = False,
     reconcile: Reconcile[Any, Any] | None = None,
     role: Role | None = None,
@@ -420,15 +423,12 @@ def stroma_node(
         contract: the whole contract, in place of the parameters below.
         input: model of the input. Default: that of the function's annotation.
         output: model of the output. Default: that of the annotation, or of the tuple that begins with one.
-        effect: see NodeContract.
-        reconcile: see NodeContract.
-        role: see NodeContract.
-        place: see NodeContract.
+        upcast, effect, reconcile, role, place: see NodeContract.
 
     Raises TypeError if the contract is not one, or the function's annotations name other models or none.
     """
     models = input, output
-    options = {"effect": effect, "reconcile": reconcile, "role": role, "place": place}
+    options = {"upcast": upcast, "effect": effect, "reconcile": reconcile, "role": role, "place": place}
     if node_id is not None and not isinstance(node_id, str):
         return mark_annotated(node_id, None, sys._getframe(1))
     if contract != "annotated" and any((*models, *options.values())):

@@ -210,8 +210,8 @@ def check_committed(
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot be resumed: the output of node {node.node_id!r} at {where} was "
             "recorded with another "
-            f"{schema.model.__name__} ({_difference(schema, committed)}); restore it, give the contract an "
-            "upcast, allow_changes=True, or start a new run"
+            f"{schema.model.__name__} ({_difference(schema, committed)}); restore that class, pass upcast= to "
+            "the node, set allow_changes=True, or start a new run"
         )
 
 

@@ -217,6 +217,7 @@ class StromaRunner(Generic[DepsT]):
         *,
         input: type[In],
         output: type[Out],
+        upcast: Callable[[Any], Any] | None = None,
         effect: bool = False,
         reconcile: Reconcile[In, Out] | None = None,
         role: Role | None = None,
@@ -227,6 +228,7 @@ class StromaRunner(Generic[DepsT]):
         self,
         node_id: str | None = None,
         *,
+        upcast: Callable[[Any], Any] | None = None,
         effect: bool = False,
         reconcile: Reconcile[Any, Any] | None = None,
         role: Role | None = None,
@@ -238,6 +240,7 @@ class StromaRunner(Generic[DepsT]):
         *,
         input: type[BaseModel] | None = None,
         output: type[BaseModel] | None = None,
+        upcast: Callable[[Any], Any] | None = None,
         effect: bool = False,
         reconcile: Reconcile[Any, Any] | None = None,
         role: Role | None = None,
@@ -247,13 +250,13 @@ class StromaRunner(Generic[DepsT]):
 
         The id is the function's name and the models are those of its annotations, unless they are passed:
         ``@runner.node`` needs no parentheses. ``stroma_node`` does the same without a runner, and describes
-        what the function takes and returns. ``effect``, ``reconcile``: for a node that must not be called
-        twice blindly, ``role``: for traces, ``place``: for a node that a worker of a Temporal task queue
-        calls (experimental); see NodeContract.
+        what the function takes and returns. ``upcast``: for outputs recorded with an earlier class,
+        ``effect``, ``reconcile``: for a node that must not be called twice blindly, ``role``: for traces,
+        ``place``: for a node that a worker of a Temporal task queue calls (experimental); see NodeContract.
         It raises TypeError for a function whose annotations name other models or none, ValueError if another
         function has the id.
         """
-        options = {"effect": effect, "reconcile": reconcile, "role": role, "place": place}
+        options = {"upcast": upcast, "effect": effect, "reconcile": reconcile, "role": role, "place": place}
 
         def register(func: Any, node_id: str | None, scope: FrameType) -> Any:
             node = mark_annotated(func, node_id, scope, (input, output), **options)

@@ -225,12 +225,12 @@ def _print_totals(totals: dict[str, Any], shown: int, *, has_more: bool) -> None
 
 def _row(record: RunRecord) -> list[Part]:
     error = clean(localize(record.stop_text or ""), 160)
-    if record.status == "RUNNING":
-        who = f"run by {clean(record.holder, 80)}" if record.holder else "owner lost"
-        error = f"{who}; last record {format_age(record.updated_ms)}"
-    elif record.blocked is not None:
+    if record.blocked is not None and record.holder is None:
         seconds = max(0.0, time.time() - record.blocked.since_ms / 1000)
         error = f"blocked for {format_duration(seconds)}: {clean(record.blocked.message, 160)}"
+    elif record.status == "RUNNING":
+        who = f"run by {clean(record.holder, 80)}" if record.holder else "owner lost"
+        error = f"{who}; last record {format_age(record.updated_ms)}"
     elif record.status == QUEUED:
         error = f"due at {format_local_time(record.due_ms or 0)}"
     return [
