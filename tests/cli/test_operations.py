@@ -227,7 +227,7 @@ def test_what_cannot_be_forked(stroma, inside, fails, ran):
     """A node without a stored input and an output merged of children are refused; no run is made."""
     ran("x", code=1, SECOND="raise TimeoutError")
     done = inside("resume", "x", "sums.py:pipeline", "--from", "third", "--fork", "-q")
-    fails(done, 4, "no output of node 'second'")
+    fails(done, 4, "no output at position 1", "fork at an earlier node, or give the state of that output")
     stroma.file(
         "group.py",
         """
@@ -242,6 +242,14 @@ def test_what_cannot_be_forked(stroma, inside, fails, ran):
     fails(inside(*words, "--state", "{}"), 2, "cannot replace the output of 'parallel(second)'")
     assert json.loads(inside(*words).out) == {"n": 4}
     assert len(json.loads(inside("runs", "--json").out)["runs"]) == 3
+
+
+def test_a_person_gives_the_output_of_a_node_that_failed(stroma, inside, ran):
+    """With --state, a fork starts after a node that has no output; its state is stored as that output."""
+    ran("x", code=1, SECOND="raise TimeoutError")
+    before = stroma.calls()
+    words = ["resume", "x", "sums.py:pipeline", "--from", "third", "--fork", "-q", "--state", '{"n": 40}']
+    assert (json.loads(inside(*words).out), stroma.calls()) == ({"n": 40}, [*before, "third"])
 
 
 def test_a_fork_of_a_pipeline_that_begins_with_a_group(stroma, inside):

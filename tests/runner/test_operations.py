@@ -227,6 +227,22 @@ async def test_a_fork_goes_on_from_a_node(store: Any) -> None:
     )
 
 
+async def test_a_person_gives_the_output_of_a_node_that_failed(store: Any) -> None:
+    """A fork with a state starts after a node without an output; other runs and nodes see that state as it."""
+    work = Work()
+    nodes = [
+        work.nodes[0],
+        stroma_node("broken", input=Num, output=Num)(failing_with(KeyError, "x")),
+        work.nodes[2],
+    ]
+    assert not (await quick(store).run(nodes, Num(), run_id="r")).ok
+    forked = await quick(store).fork("r", nodes, at="c", state=Num(n=40), new_run_id="f")
+    assert (forked.status, forked.final_state) == (RunStatus.RESUMED, Num(n=41))
+    assert store.get_run("r").status == "PARTIAL"
+    again = await quick(store, resume=True).run(nodes, Num(), run_id="f")
+    assert (again.final_state, work.calls) == (Num(n=41), ["a", "c"])
+
+
 async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -> None:
     """The edited state may stand for the output of a group, or of a node that has no contract."""
 
@@ -266,6 +282,8 @@ async def test_what_cannot_be_forked(store: Any) -> None:
         await quick(store).fork("r", work.nodes, at="d")
     with pytest.raises(CheckpointNotFound, match="no output at position 1"):
         await quick(store).fork("r", work.nodes, at="c", new_run_id="stray")
+    with pytest.raises(CheckpointNotFound, match="no output at position 1"):
+        await quick(store).fork("r", [*work.nodes, work.make("d")], at="d", state=Num(), new_run_id="stray")
     assert store.get_run("stray") is None
     with pytest.raises(RunExists):
         await quick(store).fork("r", work.nodes, at="b", new_run_id="r")

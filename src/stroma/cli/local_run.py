@@ -61,19 +61,23 @@ class Fork:
         parent: id of the other run.
         position: position where the new run starts.
         edited: replaces the parent's output before that position, or its input.
+        before: id of the node before that position.
         call: the call of the flow at that position before whose end the new run starts.
     """
 
     parent: str
     position: int
     edited: BaseModel | None
+    before: str | None
     call: str | None = None
 
     async def create(self, db: Database, run_id: str) -> None:
         """Create the new run in the store. Raises StoreError."""
-        edited = None if self.edited is None else (schema_of(type(self.edited)), self.edited)
-        output, initial = (edited, None) if self.position else (None, edited)
-        await db.store.fork(self.parent, run_id, self.position, edited=output, state=initial, call=self.call)
+        edited: dict[str, Any] = {}
+        if self.edited is not None:
+            value = schema_of(type(self.edited)), self.edited
+            edited = {"edited": value, "edited_node": self.before} if self.position else {"state": value}
+        await db.store.fork(self.parent, run_id, self.position, call=self.call, **edited)
 
 
 class _Ending(NamedTuple):

@@ -786,7 +786,8 @@ class StromaRunner(Generic[DepsT]):
 
         ``at``: the first position with this id runs next; or the first call of this node in a flow, or the
         call at this place, such as "write#4": the flow gets again what it got before the end of that call.
-        ``state``: the input of the position, in place of the recorded one. The other run stays as it is.
+        ``state``: the input of the position, in place of the recorded one, or of an output of the node before
+        that is missing because that node failed. The other run stays as it is.
         ``input_schema``: the class of its input, if the pipeline starts with a group. Raises
         CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is not a
         model.

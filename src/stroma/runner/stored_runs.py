@@ -361,17 +361,18 @@ class StoredRuns:
     ) -> None:
         """Record a run that continues another one at a position, or at a call of the flow there.
 
-        ``state`` replaces the recorded input of the position.
+        ``state`` replaces the recorded input of the position, or stands for it: the node before may have failed.
         """
         from stroma.contracts.untyped import UntypedState  # Root models load slowly.
 
-        replaced: dict[str, tuple[Schema, BaseModel]] = {}
+        replaced: dict[str, Any] = {}
         if state is not None:
             schema = schema_of(type(state))
             last = nodes[position - 1] if position else None
             if isinstance(last, Node):
                 contract = self._registry.find(last.node_id) or last.contract
                 schema = schema_of(output_class(contract))
+                replaced["edited_node"] = last.node_id
             value = (
                 UntypedState(schema_of(type(state)).raw(state))
                 if schema.model is UntypedState

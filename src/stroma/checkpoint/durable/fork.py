@@ -17,7 +17,7 @@ from stroma.checkpoint.durable.annotations import (
 )
 from stroma.checkpoint.durable.control import last_number, note_last
 from stroma.checkpoint.durable.integrity import input_step, seal, verify_step
-from stroma.checkpoint.durable.rows import FORKED, Annotation, Opening, Rows, RunEnd, Step
+from stroma.checkpoint.durable.rows import FORKED, Annotation, Opening, Rows, RunEnd, Step, StepRow
 from stroma.checkpoint.entries import StepCall
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
 from stroma.checkpoint.flow_notes import FlowCut, cut_before
@@ -32,12 +32,14 @@ def fork_run(
     opening: Opening,
     before: int,
     edited: Step | None,
+    edited_node: str | None = None,
     call: str | None = None,
 ) -> None:
     """Copy what a run committed before a position into a new run; ``edited`` replaces the last output.
 
-    ``call``: copy what the flow at that position got before the end of this call, too. Raises
-    CheckpointNotFound, RunExists, CorruptCheckpoint.
+    ``edited_node``: id of the node of that output; without it the run must have one. ``call``: copy what the
+    flow at that position got before the end of this call, too. Raises CheckpointNotFound, RunExists,
+    CorruptCheckpoint.
     """
     origin = rows.find(source)
     stored = None
@@ -45,12 +47,16 @@ def fork_run(
         stored = RunRecords.of(rows, origin, payloads).one(Annotation.INPUT)
     if origin is None or stored is None:
         raise CheckpointNotFound(f"there is no run {source!r} to fork; check the id and the store")
-    if before and all(
-        (row.position, row.branch) != (before - 1, "") for row in rows.steps(origin.run, origin.execution)
-    ):
+    steps = list(rows.steps(origin.run, origin.execution))
+    needed = before - 1
+    if edited is not None and edited_node is not None:
+        steps = [row for row in steps if (row.position, row.branch) != (needed, "")]
+        steps.append(StepRow(needed, "", edited_node, edited))
+        needed -= 1 if before > 1 else 0
+    if before and all((row.position, row.branch) != (needed, "") for row in steps):
         raise CheckpointNotFound(
-            f"run {source!r} has no output at position {before - 1}, so it cannot be forked before position "
-            f"{before}; fork at an earlier node"
+            f"run {source!r} has no output at position {needed}, so it cannot be forked before position "
+            f"{before}; fork at an earlier node, or give the state of that output"
         )
     existing = rows.find(opening.run_id, lock=True)
     if existing is not None and existing.execution:
@@ -60,7 +66,6 @@ def fork_run(
     if opening.input is None:
         data = payloads.move(stored.step.output, old("input"), new("input"), f"the input of run {source!r}")
         opening = opening._replace(input=input_step(stored.step.contract, data))
-    steps = list(rows.steps(origin.run, origin.execution))
     cut, notes = None, dict[str, bytes]()
     if call is not None:
         notes = read_notes(recorded, recorded.all(Annotation.NOTE), None)
@@ -74,9 +79,10 @@ def fork_run(
     identities = {position: identity for identity, position in rows.identities(origin.run, origin.execution)}
     fence = rows.begin(existing, opening._replace(pipeline=origin.pipeline, version=origin.version))
     for number, (position, branch, node_id, step) in enumerate(steps):
-        verify_step(step, source, position, node_id, branch)
+        if step is not edited:
+            verify_step(step, source, position, node_id, branch)
         if edited is not None and (position, branch) == (before - 1, ""):
-            step = edited._replace(contract=step.contract)
+            step = edited if edited_node is not None else edited._replace(contract=step.contract)
         elif payloads.codec is not None:
             step = _reseal_step(payloads, step, old, new, position, branch)
         # The number takes the place of its start, to keep the order of commits.

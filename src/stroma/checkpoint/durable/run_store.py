@@ -405,14 +405,15 @@ class RunStore(ReadableStore):
         before: int,
         *,
         edited: tuple[Schema, BaseModel] | None = None,
+        edited_node: str | None = None,
         state: tuple[Schema, BaseModel] | None = None,
         call: str | None = None,
     ) -> None:
         """Copy what a run committed before a position into a new run.
 
-        ``edited`` replaces the last output, ``state`` the input. ``call``: a call of the flow at that
-        position, by its node id or its place: what the flow got before the end of that call is copied too.
-        Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable.
+        ``edited`` replaces the last output, that of the node ``edited_node``, which may have none; ``state``
+        replaces the input. ``call``: a call of the flow at that position, by its node id or its place: what
+        the flow got before the end of that call is copied too. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable.
         """
         check_id(run_id, "run id")
         check_id(new_run_id, "run id")
@@ -428,7 +429,7 @@ class RunStore(ReadableStore):
         opening = Opening(new_run_id, "", str(new_owner(None)), 0.0, initial)
 
         def fork(rows: Rows) -> None:
-            fork_run(rows, self._payloads, run_id, opening, before, step, call)
+            fork_run(rows, self._payloads, run_id, opening, before, step, edited_node, call)
 
         await self._submit(Transaction(None, fork, opening))
 

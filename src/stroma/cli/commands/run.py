@@ -249,22 +249,10 @@ def _fork(run: ResumedRun, options: RunOptions, start_at: str, input_text: str |
         state = edited
     else:
         state = stored_input(database, record, pipeline, target)
-    if position and not _has_output(database, record, position - 1):
-        node_id = find_node(pipeline.nodes[position - 1]).node_id
-        raise Problem(
-            f"run {clean(record.run_id)} has no output of node {clean(node_id, 100)!r}, which precedes "
-            f"{clean(start_at, 100)!r}",
-            "fork at an earlier node",
-            code=Code.NOT_FOUND,
-        )
     config = _configure(pipeline, new_run_id(), options)
-    fork = Fork(record.run_id, position, edited, call)
+    before = find_node(pipeline.nodes[position - 1]).node_id if position else None
+    fork = Fork(record.run_id, position, edited, before, call)
     return LocalRun(target, pipeline, config, state, database, None, start_at, options, fork).execute()
-
-
-def _has_output(database: Database, record: RunRecord, position: int) -> bool:
-    attempts = database.reader.attempts(record.run_id)
-    return any(a.position == position and not a.branch and a.output is not None for a in attempts)
 
 
 def _add_tags(config: RunConfig, tags: tuple[str, ...]) -> RunConfig:
