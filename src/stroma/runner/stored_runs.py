@@ -361,7 +361,7 @@ class StoredRuns:
     ) -> None:
         """Record a run that continues another one at a position, or at a call of the flow there.
 
-        ``state`` replaces the recorded input of the position, or stands for it: the node before may have failed.
+        ``state`` is the input of the position. It replaces the output before it, which may be missing.
         """
         from stroma.contracts.untyped import UntypedState  # Root models load slowly.
 
