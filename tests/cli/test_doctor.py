@@ -40,7 +40,7 @@ def test_a_store_that_is_well(any_url, stroma, inside):
 
 
 def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
-    """A store that is none, a newer one, a full disk, a directory that is not there: 3, with the fix."""
+    """No store, a deleted or newer one, a full disk, a directory that is not there: 3, with the fix."""
     stroma.file("text.db", "this is no database, but long enough to be looked at as one")
     done = inside("doctor", "--json", "--db", "text.db")
     assert done.code == 3
@@ -51,6 +51,9 @@ def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
     done = inside("doctor", "--json", "--db", "mysql://x/y")
     assert done.code == 3
     assert checks(done)["store"]["verdict"] == "wrong"
+    stroma.file("gone.db-wal", "")
+    done = inside("doctor", "--json", "--db", "gone.db")
+    assert (done.code, "was moved or deleted" in checks(done)["store"]["message"]) == (3, True)
 
     assert inside("run", "sums.py:pipeline", GOOD, "-q", "--db", "x.db").code == 0
     with sqlite3.connect(tmp_path / "x.db") as db:

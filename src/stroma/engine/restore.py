@@ -147,7 +147,7 @@ def _tolerated(ctx: ReliabilityContext, node: Node | Group, contract: NodeContra
     return _upcast(ctx, node, contract) is not None
 
 
-def _difference(schema: Schema, committed: Committed) -> str:
+def schema_difference(schema: Schema, committed: Committed) -> str:
     """Describe the differences between the fields of an output and of the schema to read it with."""
     raw = raw_output(committed)
     names = set(schema.field_names)
@@ -210,7 +210,7 @@ def check_committed(
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot be resumed: the output of node {node.node_id!r} at {where} was "
             "recorded with another "
-            f"{schema.model.__name__} ({_difference(schema, committed)}); restore that class, pass upcast= to "
+            f"{schema.model.__name__} ({schema_difference(schema, committed)}); restore that class, pass upcast= to "
             "the node, set allow_changes=True, or start a new run"
         )
 

@@ -23,7 +23,7 @@ from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
 from stroma.engine.context import Call, Interceptor, ReliabilityContext
 from stroma.engine.execution import RunningNode
-from stroma.engine.restore import read_output
+from stroma.engine.restore import read_output, schema_difference
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose
@@ -333,9 +333,9 @@ class Tape(Interceptor):
                 schema = schema_of(UntypedState if contract is None else contract.output_schema)
                 if schema.fingerprint != one_.contract:
                     at = f"{position}.{branch}" if branch else str(position)
-                    differences.append(
-                        Difference("schema", at, inner.node_id, f"{schema.model.__name__} is another one now")
-                    )
+                    why = schema_difference(schema, one_.committed())
+                    message = f"it was recorded with another {schema.model.__name__} ({why})"
+                    differences.append(Difference("schema", at, inner.node_id, message))
         return differences
 
     def _out_of_order(self) -> Iterable[Difference]:

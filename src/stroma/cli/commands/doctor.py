@@ -102,7 +102,14 @@ def _store(database: Database) -> Iterator[Diagnosis]:
         return
     if isinstance(store, SQLiteStore) and not store.exists():
         directory = os.path.dirname(store.path)
-        if database.is_default or os.access(directory, os.W_OK | os.X_OK):
+        if os.path.exists(f"{store.path}-wal"):
+            message = (
+                f"{database.name} was moved or deleted: its file {os.path.basename(store.path)}-wal is there"
+            )
+            yield Diagnosis(
+                "store", "wrong", message, "bring the file back, or restore a copy of all its files"
+            )
+        elif database.is_default or os.access(directory, os.W_OK | os.X_OK):
             message = f"{database.name} does not exist yet: the first run creates it"
             yield Diagnosis("store", "ok", message, f"start one: {database.hint('run', 'FILE.py:NAME')}")
         else:
