@@ -278,7 +278,7 @@ class Bill(BaseModel):
     ],
 )
 def test_every_view_has_the_same_facts(state, labels, tmp_path, inside):
-    """show and exports name a dead owner, an effect's call with its key, and why a run is blocked, as runs does."""
+    """Every view names a dead owner, the call of an effect with its key, and why a run is blocked."""
 
     async def pay(store):
         runner = StromaRunner.quick(store=store)

@@ -228,7 +228,7 @@ async def test_a_fork_goes_on_from_a_node(store: Any) -> None:
 
 
 async def test_a_person_gives_the_output_of_a_node_that_failed(store: Any) -> None:
-    """A fork with a state starts after a node without an output; other runs and nodes see that state as it."""
+    """A fork with a state starts after a node without an output, and has that state as it."""
     work = Work()
     nodes = [
         work.nodes[0],
