@@ -256,12 +256,6 @@ class Payloads:
         #: Payloads are stored unchanged.
         self.plain = codec is None and blobs is None
 
-    def is_plain(self, stored: Stored) -> bool:
-        """Return True if a stored payload is the payload itself, as this store would store it."""
-        if isinstance(stored, UnencodedState):
-            return True
-        return self.plain and not stored.startswith((CODED, BLOB))
-
     def warn_of_size(self, size: int, what: str) -> None:
         """Warn of the first state above 50 MB, which ``what`` describes. ``size`` is in bytes."""
         if not self._has_warned:

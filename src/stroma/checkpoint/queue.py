@@ -126,7 +126,6 @@ class Candidate(NamedTuple):
 
     Attributes:
         run: its key in the store.
-        input: its input in stored form, once it is claimed; None if the store reads it later.
         has_expired: it is queued, and its latest start has passed by the clock of the store.
     """
 
@@ -136,7 +135,6 @@ class Candidate(NamedTuple):
     priority: int = 0
     due_ms: int = 0
     key: str | None = None
-    input: bytes | None = None
     has_expired: bool = False
 
 

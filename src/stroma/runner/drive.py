@@ -16,7 +16,7 @@ from stroma.engine.context import Dispatch
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import Batch
 from stroma.runner.pipeline import Pipeline
-from stroma.runner.stored_runs import ServedPipeline, StoredRuns, decode_input
+from stroma.runner.stored_runs import ServedPipeline, StoredRuns
 from stroma.trace.result import ExecutionResult, Question, RunStatus
 
 if TYPE_CHECKING:
@@ -112,14 +112,11 @@ class RunDriver:
                 return Yielded(run_id)
 
     async def continue_run(
-        self, run_id: str, served: ServedPipeline, dispatch: Dispatch, data: bytes | None = None
+        self, run_id: str, served: ServedPipeline, dispatch: Dispatch
     ) -> DriveOutcome | None:
-        """Continue a run that was due a moment ago. Return None if it is not, and during a shutdown.
-
-        ``data``: its input in stored form, if that has been read.
-        """
+        """Continue a run that was due a moment ago. Return None if it is not, and during a shutdown."""
         try:
-            result = await self.resume(run_id, served, dispatch, data)
+            result = await self.resume(run_id, served, dispatch)
         except RunBusy as busy:
             return Busy(run_id, _end_of_lease(busy), busy.holder)
         except RunExists:
@@ -139,19 +136,14 @@ class RunDriver:
             raise result.failure.exception
         return Yielded(run_id, result)
 
-    async def resume(
-        self, run_id: str, served: ServedPipeline, dispatch: Dispatch, data: bytes | None = None
-    ) -> ExecutionResult:
+    async def resume(self, run_id: str, served: ServedPipeline, dispatch: Dispatch) -> ExecutionResult:
         """Resume a run that is due.
 
         Raises RunExists if it is not, and during a shutdown; RunBusy; PipelineChanged if the code does not
         fit it: then the run is marked as blocked.
         """
         try:
-            if data is None:
-                state = await self._stored.read_input(run_id, served.schema)
-            else:
-                state = decode_input(run_id, served.schema, data)
+            state = await self._stored.load_input(run_id, served.schema)
             if self._batch.draining:
                 raise RunExists(
                     f"run {run_id!r} is not continued, as the runner shuts down; another process continues it"

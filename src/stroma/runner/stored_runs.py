@@ -308,6 +308,10 @@ class StoredRuns:
         """Return the original input of a run. Raises CheckpointNotFound, and as :func:`decode_input`."""
         return decode_input(run_id, schema, await self._read("input_of", run_id))
 
+    async def load_input(self, run_id: str, schema: Schema) -> BaseModel:
+        """Return the same as :meth:`read_input`, for a run that is about to be opened."""
+        return decode_input(run_id, schema, await self.journal("load_input").load_input(run_id))
+
     async def read_map(self, run_id: str, node: Any) -> AsyncIterator[tuple[int, Any]]:
         """Yield the outputs of a map; see :meth:`StromaRunner.map_outputs`."""
         group = find_node(node)

@@ -263,7 +263,7 @@ class RunWorker:
             await asyncio.wait([before])
         try:
             dispatch = Dispatch(now_ms(), claim=self._token)
-            driven = await self._driver.continue_run(run_id, served, dispatch, claimed.input)
+            driven = await self._driver.continue_run(run_id, served, dispatch)
             if driven is None or isinstance(driven, Busy):
                 logger.debug("run %s is not continued here: %s", run_id, driven)
                 if self._batch.draining:

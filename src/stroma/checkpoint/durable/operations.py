@@ -80,7 +80,6 @@ class Transaction:
         opening: set if it opens a run, which must not be done twice. The name of an owner is unique, so a run
             that has it was opened by an earlier try whose answer was lost; its result is ``result``.
         changes_cells: it locks cells, for which other runs wait, and is performed alone.
-        continues: it probably continues the run, and begins with reading it, its input and its annotations.
     """
 
     run_id: str | None
@@ -88,7 +87,6 @@ class Transaction:
     opening: Opening | None = None
     result: Any = None
     changes_cells: bool = False
-    continues: bool = False
 
     def __call__(self, rows: Rows) -> Any:
         return self.do(rows)

@@ -283,10 +283,9 @@ class ReadableStore(ABC):
 
         Raises CheckpointNotFound for an unknown run, CorruptCheckpoint, StoreError.
         """
-        nothing: tuple[int, StepRow | None] = (0, None)
-        execution, stored = self._read_records(
-            run_id, lambda records: (records.execution, records.one(Annotation.INPUT)), nothing
-        )
+        return self._open_input(run_id, *self._read_records(run_id, stored_input, NO_INPUT))
+
+    def _open_input(self, run_id: str, execution: int, stored: StepRow | None) -> bytes:
         if stored is None:
             raise lost_error(run_id, "its input is missing") if execution else self._no_run(run_id)
         place = PayloadPlace(run_id, execution, "input")
@@ -393,6 +392,14 @@ class ReadableStore(ABC):
         return CheckpointNotFound(
             f"there is no run {run_id!r} in {self._display_name()}; check the id and the store"
         )
+
+
+NO_INPUT: Final[tuple[int, StepRow | None]] = (0, None)
+
+
+def stored_input(records: RunRecords) -> tuple[int, StepRow | None]:
+    """Return the number of an execution, and its input as it is stored. Raises CorruptCheckpoint."""
+    return records.execution, records.one(Annotation.INPUT)
 
 
 def _intact_notes(records: RunRecords, key: str | None = None) -> dict[str, bytes]:

@@ -422,10 +422,6 @@ class Rows(Protocol):
         """Return the figures of the queue of a pipeline at a time; see :class:`QueueFigures`."""
         ...
 
-    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, StepRow]:
-        """Return the inputs of these runs by their keys; {} if it is as quick to read one after another."""
-        ...
-
     def statuses(self, run_ids: Sequence[str]) -> dict[str, str]:
         """Return the statuses of these runs by id, without those that have no execution."""
         ...
@@ -594,9 +590,6 @@ class ScannedRows(Rows, Protocol):
             for one in of_run
         )
         return sum_attempts(itertools.islice(figures, attempts), bucket_ms)
-
-    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, StepRow]:
-        return {}
 
     def is_complete(self, run: RunRow) -> bool:
         return True

@@ -30,11 +30,11 @@ from stroma.checkpoint.durable.control import (
 )
 from stroma.checkpoint.durable.conversion import open_step_input, to_committed
 from stroma.checkpoint.durable.fork import fork_run
-from stroma.checkpoint.durable.integrity import input_step, is_intact
+from stroma.checkpoint.durable.integrity import input_step
 from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import Owner, new_owner
-from stroma.checkpoint.durable.reader import ReadableStore
+from stroma.checkpoint.durable.reader import NO_INPUT, ReadableStore, stored_input
 from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, RunEnd, RunRow, Step, StepRow
 from stroma.checkpoint.durable.session_open import finish_execution, has_same_input
 from stroma.checkpoint.durable.worker import Operation
@@ -147,6 +147,18 @@ class RunStore(ReadableStore):
         is_new: bool = await self._submit(Transaction(request.run_id, submit, opening))
         return is_new
 
+    async def load_input(self, run_id: str) -> bytes:
+        """Return the same as :meth:`input_of`, read in the thread that writes: at once for several runs."""
+
+        def read(rows: Rows) -> tuple[int, StepRow | None]:
+            run = rows.find(run_id)
+            return NO_INPUT if run is None else stored_input(RunRecords.of(rows, run, self._payloads))
+
+        execution, stored = await self._submit(Transaction(run_id, read))
+        if self._payloads.plain:
+            return self._open_input(run_id, execution, stored)
+        return await asyncio.to_thread(self._open_input, run_id, execution, stored)
+
     async def attribute(self, run_id: str, ids: Mapping[str, str]) -> None:
         """Store the ids that a run belongs to, by kind, such as "target", without a session.
 
@@ -171,7 +183,7 @@ class RunStore(ReadableStore):
         else:
             return []
         claimed: list[Candidate] = await self._submit(
-            Transaction(None, lambda rows: claim_runs(rows, self._payloads, request))
+            Transaction(None, lambda rows: claim_runs(rows, request))
         )
         return claimed
 
@@ -576,7 +588,7 @@ def submit_run(
     return True
 
 
-def claim_runs(rows: Rows, payloads: Payloads, request: ClaimRequest) -> list[Candidate]:
+def claim_runs(rows: Rows, request: ClaimRequest) -> list[Candidate]:
     """Claim due runs for a worker, the first ones first; see :func:`stroma.checkpoint.queue.choose`."""
     limited = [name for name, limits in request.pipelines.items() if any(one is not None for one in limits)]
     for name in sorted(limited):  # Of two workers that count live runs, one waits for the other.
@@ -588,17 +600,7 @@ def claim_runs(rows: Rows, payloads: Payloads, request: ClaimRequest) -> list[Ca
         return []
     for name in limited:
         rows.write_cell(f"stroma claims of {name}", request.token.encode())
-    claimed = rows.claim(chosen, request.token, request.seconds)
-    inputs = rows.inputs_of(chosen)
-    if not inputs:
-        return claimed
-    return [one._replace(input=_plain_input(payloads, inputs.get(one.run))) for one in claimed]
-
-
-def _plain_input(payloads: Payloads, row: StepRow | None) -> bytes | None:
-    """Return an input that needs no decoding; damage is reported when the run is opened."""
-    is_plain = row is not None and is_intact(row) and payloads.is_plain(row.step.output)
-    return row.step.output if is_plain and row is not None else None
+    return rows.claim(chosen, request.token, request.seconds)
 
 
 def _referenced_blobs(rows: Rows) -> set[str]:

@@ -203,9 +203,7 @@ class DurableStore(RunStore):
         opening = self._opening(request, sealed, new_owner(session if request.ends else None))
         open_session = partial(session.open, request, opening, data)
         asked_at = lease_clock()
-        continues = request.claim is not None
-        opens = Transaction(request.run_id, open_session, opening, session, continues=continues)
-        await self._claim(session, opens)
+        await self._claim(session, Transaction(request.run_id, open_session, opening, session))
         if session.fence.owner:  # A run that is returned unchanged has no lease.
             session.fence.leased_at = asked_at
             renewer = self._lease_renewers.get(generation())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -18,13 +17,13 @@ from stroma.checkpoint.durable.operations import (
     perform_all,
 )
 from stroma.checkpoint.durable.owner import machine_prefix
-from stroma.checkpoint.durable.rows import Annotation, Fence, Rows, RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import Fence, Rows, Step
 from stroma.checkpoint.durable.worker import Job, generation, retry
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.postgres.server import PostgresEndpoint, is_lost, is_misdirected, is_temporary
 from stroma.checkpoint.records import AttemptRecord, StoreFacts
 from stroma.checkpoint.sql import statements as sql
-from stroma.checkpoint.sql.rows import SqlRows, commit_values, step_row
+from stroma.checkpoint.sql.rows import SqlRows, commit_values
 from stroma.checkpoint.sql.tables import key
 
 # Wakes workers that listen; identical notifications of a transaction are sent once.
@@ -39,9 +38,6 @@ class PostgresRows(SqlRows):
     def __init__(self, db: psycopg.Connection[Any]) -> None:
         super().__init__()
         self.db = db
-        #: What read_ahead() has read, until it is asked for.
-        self._runs: dict[str, RunRow] = {}
-        self._annotations: dict[int, list[StepRow]] = {}
 
     def _execute(self, statement: str, values: dict[str, Any]) -> psycopg.Cursor[Any]:
         # Text would double the size of outputs.
@@ -62,32 +58,6 @@ class PostgresRows(SqlRows):
 
     def _notify(self) -> None:
         self.db.execute(_NOTIFY)
-
-    def read_ahead(self, run_ids: Sequence[str]) -> None:
-        """Lock and read runs whose operations begin with that: two statements, and not two for each."""
-        if len(run_ids) < 2:
-            return
-        runs = list(map(self._run_row, self._all(sql.LOCK_MANY, run_keys=list(map(key, run_ids)))))
-        numbers = [run.run for run in runs]
-        annotations: dict[int, list[StepRow]] = {number: [] for number in numbers}
-        for number, *row in self._all(
-            sql.ANNOTATIONS_OF_MANY, runs=numbers, kinds=list(map(int, Annotation))
-        ):
-            annotations[number].append(step_row(row))
-        for run in runs:
-            self._runs[run.run_id] = run
-            self._annotations[run.run] = annotations[run.run]
-
-    def annotations(self, run: int, *kinds: Annotation, branch: str | None = None) -> list[StepRow]:
-        known = self._annotations.pop(run, None)
-        if known is None or branch is not None:
-            return super().annotations(run, *kinds, branch=branch)
-        return [row for row in known if row.position in kinds]
-
-    def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
-        if lock and run_id in self._runs:
-            return self._runs.pop(run_id)
-        return super().find(run_id, lock=lock)
 
     def _new_run(self, run_id: str) -> int:
         # Without a row, find() has locked nothing. This waits for a session that creates the run, too.
@@ -254,11 +224,6 @@ def _transact(db: Database, operations: list[Any], is_repeated: bool) -> list[An
     with db.transaction():
         if is_repeated:
             operations = [partial(_perform_once, operation) for operation in operations]
-        else:
-            ids = Counter(getattr(one, "run_id", None) for one in operations)
-            # An operation on the same run before it may change what it reads.
-            continued = (one.run_id for one in operations if getattr(one, "continues", False))
-            rows.read_ahead([run_id for run_id in continued if ids[run_id] == 1])
         values = perform_all(operations, rows)
     for fence, attempts in rows.attempt_counts:
         fence.acknowledge(attempts)

@@ -221,11 +221,6 @@ class SqlRows(Rows):
         queued, due_ms, blocked, since_ms = row
         return QueueFigures(int(queued), due_ms, int(blocked), since_ms)
 
-    def inputs_of(self, candidates: Sequence[Candidate]) -> dict[Any, StepRow]:
-        runs = [one.run for one in candidates]
-        rows = self._all(sql.ANNOTATIONS_OF_MANY, runs=runs, kinds=[int(Annotation.INPUT)])
-        return {run: step_row(row) for run, *row in rows}
-
     # ------------------------------------------------------------------ annotations
 
     def key_of(self, run_id: str) -> Any:

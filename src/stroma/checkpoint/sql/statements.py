@@ -67,8 +67,6 @@ RUN_COLUMNS: Final = f"""r.run, r.run_id, r.pipeline, r.execution, r.status, r.e
     CASE WHEN NOT {_FREE} THEN r.claim END, r.parent, r.tags, r.cause"""
 FIND: Final = f"SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = :run_key"
 LOCK: Final = f"{FIND} FOR UPDATE OF r"
-LOCK_MANY: Final = f"""SELECT {RUN_COLUMNS} FROM runs r WHERE r.run_key = ANY(:run_keys)
-    ORDER BY r.run_id FOR UPDATE OF r"""
 # Two sessions that create a run at the same time: the second one waits for the first, and gets no row.
 NEW_RUN: Final = """INSERT INTO runs (run_key, run_id, pipeline, execution, status, started_ms,
     updated_ms, tokens, cost_pico, latency_ns, lease_epoch) VALUES (:run_key, :run_id, '', 0,
@@ -179,8 +177,6 @@ STEPS_AT: Final = f"""{_STEPS} WHERE run = :run AND execution = :execution AND p
     AND branch_key = ANY(:branch_keys)"""
 ANNOTATIONS: Final = f"""{_STEPS} WHERE run = :run AND execution = 0 AND position = ANY(:kinds)
     AND branch_key = coalesce(:branch_key, branch_key) ORDER BY branch"""
-ANNOTATIONS_OF_MANY: Final = f"""{_STEPS.replace("SELECT", "SELECT s.run,", 1)} WHERE run = ANY(:runs)
-    AND execution = 0 AND position = ANY(:kinds) ORDER BY branch"""
 DELETE_ANNOTATIONS: Final = """DELETE FROM steps WHERE run = :run AND execution = 0 AND position = ANY(:kinds)
     AND branch_key = coalesce(:branch_key, branch_key)"""
 WITH_REQUESTS: Final = f"""SELECT run FROM steps
