@@ -501,7 +501,7 @@ def _processes(kind: str, where: str, options: dict[str, Any], processes: int, r
 
 @pytest.mark.core
 async def test_a_store_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default no call is made while it is; with on_store_error="allow" calls go on without the limit."""
+    """No call is made while it is."""
     store = AsyncInMemoryStore()
 
     monkeypatch.setattr(store, "change_cell", failing_with(StoreError, "down"))
@@ -509,8 +509,6 @@ async def test_a_store_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     result = await runner_of(Limit(concurrent=1, store=store)).run([call], State())
     assert (result.status, calls) == (RunStatus.PARTIAL, [])
     assert result.failure.reason == "store"
-    result = await runner_of(Limit(concurrent=1, store=store, on_store_error="allow")).run([call], State())
-    assert (result.status, calls) == (RunStatus.COMPLETED, [0])
 
 
 @pytest.mark.core
@@ -532,7 +530,7 @@ async def test_a_damaged_limit(data: bytes) -> None:
     store, name = AsyncInMemoryStore(), next(NAMES)
     await store.change_cell(f"limit:{name}", lambda old, now: (data, None))
     call, calls = node()
-    limit = Limit(requests_per_minute=5, concurrent=5, store=store, on_store_error="allow")
+    limit = Limit(requests_per_minute=5, concurrent=5, store=store)
     result = await StromaRunner.quick(limits={name: limit}, node_limits={"call": name}).run([call], State())
     assert (result.status, calls) == (RunStatus.PARTIAL, [])
     assert result.failure.reason == "store"
@@ -594,20 +592,6 @@ async def test_limits_that_no_node_uses() -> None:
     ):
         await StromaRunner.quick(limits=limits, node_limits={"cal": "llm"}).run([call], State())
     await StromaRunner.quick(limits=limits, node_limits={"call": "llm"}).run([parallel(call)], State())
-
-
-def test_two_limits_of_one_name() -> None:
-    """With the same figures they are one; with others the second is refused while the first is in use."""
-    name = next(NAMES)
-    first = RunConfig(limits={name: Limit(concurrent=1)})
-    RunConfig(limits={name: Limit(concurrent=1)})
-    with pytest.raises(
-        ValueError,
-        match=r"already in use in this process with other limits \(concurrent=1; here: concurrent=2\)",
-    ):
-        RunConfig(limits={name: Limit(concurrent=2)})
-    del first
-    RunConfig(limits={name: Limit(concurrent=2)})  # No run ever used it: nothing else holds it.
 
 
 def test_event_loops_that_are_over() -> None:

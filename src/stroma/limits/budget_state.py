@@ -47,17 +47,11 @@ class CallRequest(NamedTuple):
 
 
 class CallUsage(NamedTuple):
-    """Usage of a call that has ended.
-
-    Attributes:
-        was_reserved: the call was reserved: if there is no reservation any more, it is counted already.
-        learns: the usage counts for the estimate of the next call.
-    """
+    """Usage of a call that has ended. ``learns``: it counts for the estimate of the next call."""
 
     token: str
     node: str
     took: tuple[int, int]
-    was_reserved: bool = True
     learns: bool = True
 
 
@@ -207,9 +201,9 @@ def settle(
 
     def apply(cell: BudgetCell | None, now: int) -> tuple[BudgetCell, list[tuple[str, int, int]]]:
         state = _open(cell, now, terms)
-        for token, node, took, was_reserved, learns in spends:
-            if state.pop_hold(token, now) is None and was_reserved:
-                continue
+        for token, node, took, learns in spends:
+            if state.pop_hold(token, now) is None:
+                continue  # It is counted already.
             totals = state.by_node.setdefault(node, [0, 0])
             for i, amount in enumerate(took):
                 state.spent[i] += amount

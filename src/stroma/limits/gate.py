@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
 import os
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, TypeVar
 
 from stroma._utils.forks import call_in_child
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import CellStore, Change
-from stroma.checkpoint.errors import StoreError
 from stroma.contracts.contract import check_id
 from stroma.cost.budget import LARGEST
 from stroma.cost.usage import shown
@@ -27,8 +24,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 logger = get_logger()
-
-OnStoreError = Literal["refuse", "allow"]
 
 #: The store of gates without a store: they share state by name.
 _PROCESS: Final = ProcessCells()
@@ -78,20 +73,16 @@ class Gate(ABC):
         self,
         name: str,
         store: CellStore | str | os.PathLike[str] | None,
-        terms: tuple[Any, ...],
+        terms: tuple[tuple[str, Any], ...],
         lease_seconds: float,
-        on_store_error: OnStoreError,
     ) -> None:
         self.name = check_id(name, f"name of a {self.kind}")
         self.cell = f"{self.kind}:{name}"
         self.store = _store_of(store, self)
         self.lease_seconds = lease_seconds
-        if on_store_error not in ("refuse", "allow"):
-            raise ValueError(f'on_store_error must be "refuse" or "allow", got {shown(on_store_error)}')
-        self.on_store_error = on_store_error
+        #: Its limits by name, for messages.
         self._terms = terms
         self._queues: dict[asyncio.AbstractEventLoop, WaitQueue] = {}
-        _declare(self)
 
     def __copy__(self) -> Any:
         return self  # Runs share it, so copies of a config do too.
@@ -153,15 +144,6 @@ class Gate(ABC):
         if queue is not None:
             queue.moved.set()
 
-    def allows(self, error: StoreError) -> bool:
-        """Return True if calls continue while the store is down."""
-        if self.on_store_error == "allow" and error.transient:
-            logger.warning(
-                "%s is not enforced for a call because its store is unavailable: %s", self.label, error
-            )
-            return True
-        return False
-
     @abstractmethod
     async def ask(self, node_id: str, token: str) -> Wait | Exception | None:
         """Reserve what a call may use, under a token. Returns None if it may begin, otherwise why not.
@@ -220,31 +202,6 @@ def _store_of(store: Any, gate: Gate) -> Any:
             "in-memory store, or the URL of one"
         )
     return store
-
-
-# ---------------------------------------------------------------------- names
-
-_DECLARED: Final[weakref.WeakValueDictionary[tuple[str, str], Gate]] = weakref.WeakValueDictionary()
-
-
-def _declare(gate: Gate) -> None:
-    """Register a name. Raises ValueError if a gate in use has the same name and other limits."""
-    at = (gate.cell, f"{id(gate.store)}" if gate.lease_ms is None else repr(gate.store))
-    if (existing := _DECLARED.get(at)) is not None and existing._terms != gate._terms:
-        del existing
-        gc.collect()  # A gate in an unreachable reference cycle is not in use.
-    other = _DECLARED.get(at)
-    if other is not None and other._terms != gate._terms:
-        raise ValueError(
-            f"{gate.label} is already in use in this process with other limits ({_describe_terms(other)}; "
-            f"here: {_describe_terms(gate)}); use the same limits for both, or another name for one"
-        )
-    if other is None:
-        _DECLARED[at] = gate
-
-
-def _describe_terms(gate: Gate) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in gate._terms if value not in (None, {}))
 
 
 # ---------------------------------------------------------------------- figures

@@ -15,7 +15,7 @@ from stroma.cost.usage import shown
 from stroma.failures.errors import COOLDOWN, LimitError, Wait, WaitedTooLong
 from stroma.failures.providers import requested_waits
 from stroma.limits.breaker import Breaker
-from stroma.limits.gate import DueHook, Gate, OnStoreError, check_max_wait, positive_int, positive_number
+from stroma.limits.gate import DueHook, Gate, check_max_wait, positive_int, positive_number
 from stroma.limits.rate_state import (
     CallReport,
     LimitState,
@@ -60,7 +60,6 @@ class Limit:
         store: the store that holds the state, or its URL; None: this process.
         max_wait_seconds: maximum wait of an attempt; then its run ends as PARTIAL. None: no maximum.
         lease_seconds: time for which a reservation outlives its process.
-        on_store_error: "refuse" makes no call while the store is down; "allow" makes it.
 
     Raises ValueError for an invalid value.
     """
@@ -72,7 +71,6 @@ class Limit:
     store: CellStore | str | os.PathLike[str] | None = None
     max_wait_seconds: float | None = None
     lease_seconds: float = 30.0
-    on_store_error: OnStoreError = "refuse"
     _gates: dict[str, RateGate] = field(
         default_factory=dict, init=False, repr=False, compare=False, hash=False
     )
@@ -103,7 +101,7 @@ class Limit:
         return self  # Runs share it, so copies of a config do too.
 
     def named(self, name: str) -> RateGate:
-        """Return this limit's gate under a name. Raises ValueError if another limit in use has it."""
+        """Return this limit's gate under a name. Raises ValueError for an illegal name."""
         gate = self._gates.get(name)
         if gate is None:
             gate = self._gates.setdefault(name, RateGate(name, self))
@@ -121,7 +119,7 @@ class RateGate(Gate):
         self._declared = limit.reserve_tokens
         self.max_wait_seconds = limit.max_wait_seconds
         terms = tuple(zip(names, figures, strict=True))
-        super().__init__(name, limit.store, terms, limit.lease_seconds, limit.on_store_error)
+        super().__init__(name, limit.store, terms, limit.lease_seconds)
         self._rates = RateLimits(name, *figures)
         #: Calls in flight that probe.
         self._probes: set[str] = set()
@@ -132,7 +130,7 @@ class RateGate(Gate):
         try:
             answer = await self.change(acquire(self._rates, token, node_id, self._declared, self.lease_ms))
         except StoreError as error:
-            return None if self.allows(error) else error
+            return error
         if isinstance(answer, TooLarge):
             return LimitError(
                 f"one call of node {node_id!r} needs {answer.tokens} tokens, more than tokens_per_minute="
@@ -225,7 +223,7 @@ def read_cooldowns(store: Any) -> dict[str, int]:
 
 
 def check_limits(limits: Mapping[str, Limit], node_limits: Mapping[str, str]) -> None:
-    """Raise ValueError for two limits of one name, and for nodes under an unknown name."""
+    """Raise ValueError for an illegal limit or name, and for nodes under an unknown name."""
     for name, limit in limits.items():
         if not isinstance(limit, Limit):
             raise ValueError(f"limits[{name!r}] must be a Limit, got {shown(limit)}")

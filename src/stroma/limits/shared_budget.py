@@ -31,7 +31,7 @@ from stroma.limits.budget_state import (
     reserve,
     settle,
 )
-from stroma.limits.gate import DueHook, Gate, OnStoreError, check_max_wait, positive_int, positive_number
+from stroma.limits.gate import DueHook, Gate, check_max_wait, positive_int, positive_number
 
 if TYPE_CHECKING:
     from stroma.failures.failure import Failure
@@ -93,10 +93,8 @@ class SharedBudget(Gate):
         nodes: ids of the nodes that spend from it; None: all.
         max_wait_seconds: maximum wait of a call that only reservations prevent; None: no maximum.
         lease_seconds: time for which a reservation outlives its process. A running process renews it.
-        on_store_error: "refuse" makes no call while the store is down; "allow" makes it, and counts it later.
 
-    Raises ValueError for an invalid value, and if a SharedBudget of the same name and store with other limits
-    is in use in this process.
+    Raises ValueError for an invalid value.
     """
 
     kind = "budget"
@@ -115,7 +113,6 @@ class SharedBudget(Gate):
         nodes: Collection[str] | None = None,
         max_wait_seconds: float | None = 600.0,
         lease_seconds: float = 30.0,
-        on_store_error: OnStoreError = "refuse",
     ) -> None:
         if max_cost_usd is None and max_tokens is None:
             raise ValueError(f"shared budget {shown(name)} has no limit; pass max_cost_usd= or max_tokens=")
@@ -146,10 +143,8 @@ class SharedBudget(Gate):
         self.node_ids = frozenset().union(self.nodes or (), caps, *self._declared) - {""}
         #: Usage that could not be written to the store yet.
         self._unwritten: list[CallUsage] = []
-        #: Calls in flight that were admitted while the store was unavailable.
-        self._unreserved: set[str] = set()
         terms = (("max_cost_usd", cost), ("max_tokens", tokens), ("per", per), ("max_cost_usd_by_node", caps))
-        super().__init__(name, store, terms, lease_seconds, on_store_error)
+        super().__init__(name, store, terms, lease_seconds)
         limits = (None if cost is None else _pico(cost), tokens)
         self._budget_terms = BudgetTerms(name, per, limits, {node: _pico(cap) for node, cap in caps.items()})
 
@@ -179,10 +174,7 @@ class SharedBudget(Gate):
                 await self._write_usage()
             answer = await self.change(reserve(self._budget_terms, request))
         except StoreError as error:
-            if not self.allows(error):
-                return error
-            self._unreserved.add(token)
-            return None
+            return error
         if not isinstance(answer, Refusal):
             self.renew_lease(token)
             return None
@@ -214,14 +206,9 @@ class SharedBudget(Gate):
 
     def charge(
         self, node_id: str, token: str, took: tuple[int, int], *, learns: bool
-    ) -> Change[list[tuple[str, int, int]] | StoreError] | None:
-        """Return the idempotent change that counts a call, for the transaction that records its attempt.
-
-        None for a call that was admitted while the store was unavailable: it is counted later.
-        """
-        if token in self._unreserved:
-            return None
-        count = settle(self._budget_terms, [CallUsage(token, node_id, took, True, learns or any(took))])
+    ) -> Change[list[tuple[str, int, int]] | StoreError]:
+        """Return the idempotent change that counts a call, for the transaction that records its attempt."""
+        count = settle(self._budget_terms, [CallUsage(token, node_id, took, learns or any(took))])
 
         def change(data: bytes | None, now: int) -> tuple[bytes | None, Any]:
             try:
@@ -241,7 +228,6 @@ class SharedBudget(Gate):
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
         self.release(token)
         if used is None:
-            self._unreserved.discard(token)
             self.post(release(self.name, [token]))
         else:
             self.post(settle(self._budget_terms, [self._spend(node_id, token, used, False)]))
@@ -259,9 +245,7 @@ class SharedBudget(Gate):
 
     def _spend(self, node_id: str, token: str, used: AttemptUsage, learns: bool) -> CallUsage:
         took = (_pico(used.cost_usd), used.tokens)
-        was_reserved = token not in self._unreserved
-        self._unreserved.discard(token)
-        return CallUsage(token, node_id, took, was_reserved, learns or any(took))
+        return CallUsage(token, node_id, took, learns or any(took))
 
     async def _write_usage(self) -> None:
         usages, self._unwritten = self._unwritten, []
