@@ -209,8 +209,8 @@ def check_committed(
     if schema is not None and contract != schema.fingerprint and not _tolerated(ctx, node, place.contract):
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot be resumed: the output of node {node.node_id!r} at {where} was "
-            f"recorded with another {schema.model.__name__} ({schema_difference(schema, committed)}); restore "
-            "that class, pass upcast= to the node, set allow_changes=True, or start a new run"
+            f"recorded with another {schema.model.__name__} ({schema_difference(schema, committed)}); "
+            "restore that class, pass upcast= to the node, set allow_changes=True, or start a new run"
         )
 
 
