@@ -121,6 +121,12 @@ def test_the_wait_that_is_told_is_enough() -> None:
     assert limit.ask() is not None
     limit.now += 1
     assert limit.ask() is None
+    limit = Clocked(tokens=100)
+    assert limit.ask(50) is None
+    limit.now += 1_000
+    assert limit.ask(49) is None
+    limit.now += limit.ask(52).ms  # Without the first 50, one token is still too much.
+    assert limit.ask(52) is None
 
 
 @pytest.mark.core

@@ -133,7 +133,7 @@ class SchemaTraits:
             self.has_undescribed_values
             and self.is_pure
             and (self.is_simple or self.is_untyped)
-            and not (self.computed_fields or self.must_reconstruct or model.__private_attributes__)
+            and not (self.computed_fields or self.must_reconstruct)
         )
         #: ``__dict__`` of an instance is exactly the input that another class would validate.
         self.passes_values_unchanged: Final = self.is_flat and not (
