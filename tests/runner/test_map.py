@@ -284,6 +284,77 @@ async def test_a_map_beside_a_node(store: Any, tmp_path: Path, doubler: Doubler)
     assert [doubler.calls[n] for n in range(10)] == [1] * 7 + [2, 1, 1]
 
 
+async def test_what_a_map_passes_on_replaces_no_output(store: Any, doubler: Doubler) -> None:
+    """Fields that a map in parallel() passes on unchanged replace no output of its siblings."""
+
+    class Two(BaseModel):
+        left: list[Num] = [Num(n=1)]
+        right: list[Num] = [Num(n=2)]
+
+    class Left(BaseModel):
+        left: list[Num]
+
+    @stroma_node(input=Two, output=Left)
+    async def beside(state: Two) -> Any:
+        return {"left": [{"n": 9}]}
+
+    right = map_over("right", doubler.node, into="right")
+    cases: list[tuple[Any, Any]] = [
+        (parallel(map_over("left", doubler.node, into="left"), right), [{"twice": 2}]),
+        (parallel(parallel(map_over("left", doubler.node, into="left")), right), [{"twice": 2}]),
+        (parallel(beside, right, map_over("left", doubler.node, into=Journal())), [{"n": 9}]),
+    ]
+    for work, left in cases:
+        runner = quick(store)
+        found = runner.check([work], input_schema=Two)
+        assert not [finding for finding in found if finding.kind == "collision"]
+        result = await runner.run([work], Two())
+        assert result.status is RunStatus.COMPLETED, result.failure
+        assert result.final_state.model_dump() == {"left": left, "right": [{"twice": 4}]}
+
+
+@pytest.mark.parametrize("of_models", [False, True])
+@pytest.mark.parametrize("failing", [set(), {1}])
+async def test_a_map_of_maps(store: Any, doubler: Doubler, failing: set[int], of_models: bool) -> None:
+    """The output of a map of maps fits the next node, and a resume reads it back without a call (G5)."""
+
+    class Row(BaseModel):
+        nums: list[Num]
+
+    class Table(BaseModel):
+        rows: list[Row]
+
+    class MadeRow(BaseModel):
+        made: list[Made]
+
+    class MadeTable(BaseModel):
+        out: list[MadeRow]
+
+    def rows(state: Table) -> list[Row]:
+        return state.rows
+
+    errors = [ValueError("once")]
+
+    @stroma_node(input=MadeTable, output=MadeTable)
+    async def last(state: MadeTable) -> MadeTable:
+        if errors:
+            raise errors.pop()
+        return state
+
+    doubler.failing = failing
+    inner = map_over("nums", doubler.node, into="made")
+    work = map_over(rows if of_models else "rows", inner, into="out", on_item_failure="collect")
+    table = Table(rows=[Row(nums=[Num(n=1), Num(n=2)]), Row(nums=[Num(n=3)])])
+    runner = quick(store)
+    assert (await runner.run([work, last], table)).status is RunStatus.PARTIAL
+    doubler.calls.clear()
+    result = await runner.run([work, last], table, resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    made = [MadeRow(made=[Made(twice=2 * num.n) for num in row.nums]) for row in table.rows]
+    assert result.final_state == MadeTable(out=made[1:] if failing else made)
+    assert not doubler.calls
+
+
 async def test_nothing_to_do(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """No items give an empty file, and blank lines are no items."""
     (tmp_path / "in").write_text("\n  \n\r\n")

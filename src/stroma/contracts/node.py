@@ -162,6 +162,8 @@ class Group:
         output_field: the field that receives the outputs of a map; "" if they stay out of the state.
         has_external_items: the items of a map do not come from the state.
         collects_failures: a map goes on when an item fails for good.
+        own_fields: the fields of the output that the group sets; it passes the others on as it received
+            them. None: it may set any field.
     """
 
     is_map = False
@@ -170,6 +172,7 @@ class Group:
     output_field = ""
     has_external_items = False
     collects_failures = False
+    own_fields: frozenset[str] | None = None
 
     def __init__(self, node_id: str, children: tuple[Node | Group, ...], max_concurrency: int | None) -> None:
         self.node_id = node_id
@@ -227,6 +230,11 @@ def last_in(node: Node | Group) -> Node | Group:
     while isinstance(node, Group) and node.is_sequence:
         node = node.children[-1]
     return node
+
+
+def own_fields_of(node: Node | Group) -> frozenset[str] | None:
+    """Return the fields of its output that a node or group sets; None for any."""
+    return node.own_fields if isinstance(node, Group) else None
 
 
 def output_class(contract: NodeContract[Any, Any] | None) -> type[BaseModel]:

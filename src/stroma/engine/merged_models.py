@@ -15,15 +15,23 @@ from stroma.failures.errors import ItemFailure
 
 
 @functools.lru_cache(maxsize=1024)
-def merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseModel]:
-    """Return one model with the fields of all, later ones winning; open where a child has no contract."""
+def merged_model(
+    name: str, classes: tuple[type[BaseModel], ...], own: tuple[frozenset[str] | None, ...]
+) -> type[BaseModel]:
+    """Return one model with the fields of all, later ones winning; open where a child has no contract.
+
+    ``own``: the fields that each child sets, None for any. Those that it passes on come before all others.
+    """
     fields: dict[str, Any] = {}
-    for cls in classes:
-        if _is_open(cls):
+    for cls, names in zip(classes, own, strict=True):
+        if names is not None:
+            fields.update(_declared_fields(cls))
+    for cls, names in zip(classes, own, strict=True):
+        if names is None and _is_open(cls):
             # It may give any field any value, and later outputs take precedence.
             fields = dict.fromkeys(fields, (Any, ...))
-        if not (cls.__pydantic_root_model__ and _is_open(cls)):
-            fields.update(_fields_of(cls))
+        declared = _declared_fields(cls)
+        fields.update(declared if names is None else {n: declared[n] for n in names if n in declared})
     return _make_model(name, fields, classes)
 
 
@@ -34,8 +42,10 @@ def _is_open(cls: type[BaseModel]) -> bool:
     return cls.model_config.get("extra") == "allow"
 
 
-def _fields_of(cls: type[BaseModel]) -> dict[str, Any]:
-    """Return its fields, for create_model(); excluded fields cross no boundary."""
+def _declared_fields(cls: type[BaseModel]) -> dict[str, Any]:
+    """Return its fields, for create_model(); none for a root dict. Excluded fields cross no boundary."""
+    if cls.__pydantic_root_model__ and _is_open(cls):
+        return {}
     return {n: (info.annotation, info) for n, info in cls.model_fields.items() if not info.exclude}
 
 
@@ -44,7 +54,7 @@ def with_list(
     name: str, base: type[BaseModel], into: str, item: type[BaseModel], failed: str = ""
 ) -> type[BaseModel]:
     """Return the model ``base`` with a field ``into: list[item]``, and one for the items that failed."""
-    fields = {} if base.__pydantic_root_model__ and _is_open(base) else _fields_of(base)
+    fields = _declared_fields(base)
     fields[into] = (list[Any] if item is output_class(None) else list[item], ...)  # type: ignore[valid-type]
     if failed:
         fields[failed] = (list[ItemFailure], ...)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import inside_of
 from stroma.checkpoint.identity import sequence_id
 from stroma.contracts.copying import isolate
-from stroma.contracts.node import FlowNode, Group, Node, find_node
+from stroma.contracts.node import FlowNode, Group, Node, find_node, own_fields_of
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
@@ -32,7 +32,7 @@ from stroma.runner.items import (
     ListSource,
     Source,
 )
-from stroma.runner.map import DEFAULT_CONCURRENCY, ChildEnds, MapRun, item_output
+from stroma.runner.map import DEFAULT_CONCURRENCY, ChildEnds, MapItem, MapRun, item_output
 from stroma.runner.pipeline import check_bound
 
 
@@ -110,6 +110,9 @@ class ParallelGroup(Group):
     def __init__(self, children: tuple[Node | Group, ...], max_concurrency: int | None) -> None:
         node_id = f"parallel({', '.join(child.node_id for child in children)})"
         super().__init__(node_id, children, max_concurrency)
+        self._own = tuple(map(own_fields_of, children))
+        if None not in self._own:
+            self.own_fields = frozenset().union(*cast("tuple[frozenset[str], ...]", self._own))
 
     async def run(self, ctx: ReliabilityContext, execution: RunningNode, value: BaseModel) -> dict[str, Any]:
         """Execute the children; raise GroupStopped for the first that stopped for good."""
@@ -131,9 +134,13 @@ class ParallelGroup(Group):
         run = self._bounded(run_child)
         outputs = await gather([run(index, child) for index, child in enumerate(self.children)])
         ends.check()
+        added = [*zip(map(_fields_of_output, outputs), self._own, strict=True)]
         merged: dict[str, Any] = {}
-        for output in cast("list[BaseModel]", outputs):
-            merged.update(_fields_of_output(output))
+        for fields, own in added:  # What a map passes on replaces no output of another child.
+            if own is not None:
+                merged.update(fields)
+        for fields, own in added:
+            merged.update(fields if own is None else {name: fields[name] for name in own})
         return merged
 
     async def call_directly(self, state: BaseModel) -> dict[str, Any]:
@@ -160,7 +167,7 @@ class ParallelGroup(Group):
     def output_class(
         self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
     ) -> type[BaseModel]:
-        return merged_model(self.node_id, tuple(child_classes))
+        return merged_model(self.node_id, tuple(child_classes), self._own)
 
 
 class SequenceGroup(Group):
@@ -221,10 +228,10 @@ class MapGroup(Group):
         self.output_field = into if isinstance(into, str) else ""
         self.has_external_items = not isinstance(items, str)
         self.collects_failures = collects_failures
-
-    @property
-    def _failures_field(self) -> str:
-        return f"{self.output_field}_failures" if self.output_field and self.collects_failures else ""
+        self._failures_field = (
+            f"{self.output_field}_failures" if self.output_field and collects_failures else ""
+        )
+        self.own_fields = frozenset({self.output_field, self._failures_field} - {""})
 
     async def run(self, ctx: ReliabilityContext, execution: RunningNode, value: BaseModel) -> dict[str, Any]:
         state = _fields_of_state(value, Schema.values)
@@ -242,6 +249,13 @@ class MapGroup(Group):
         if self._failures_field:
             fields[self._failures_field] = sorted(work.failures, key=attrgetter("index"))
         return fields
+
+    def output_classes(
+        self,
+        input_class: type[BaseModel],
+        class_of: Callable[[Node | Group, type[BaseModel]], type[BaseModel]],
+    ) -> list[type[BaseModel]]:
+        return super().output_classes(MapItem, class_of)
 
     def output_class(
         self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]

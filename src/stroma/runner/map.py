@@ -472,7 +472,9 @@ def item_output(output: BaseModel) -> Any:
 def item_state(registry: ContractRegistry, node: Node | Group, item: Any) -> BaseModel:
     """Return an item as a state that the input contract of its node can validate."""
     if isinstance(item, BaseModel):
-        return item
+        if isinstance(first_in(node), Node):
+            return item
+        item = schema_of(type(item)).raw(item)  # The class of a group's output is made from MapItem.
     if isinstance(item, dict):
         return _open_model(item) if all(isinstance(k, str) for k in item) else UntypedState(item)
     contract = None
@@ -487,10 +489,10 @@ def item_state(registry: ContractRegistry, node: Node | Group, item: Any) -> Bas
 
 
 def _open_model(fields: dict[str, Any]) -> BaseModel:
-    return schema_of(_Item).construct(fields)
+    return schema_of(MapItem).construct(fields)
 
 
-class _Item(LazyModel):
+class MapItem(LazyModel):
     """Fields of an item before its node's contract validates them."""
 
     model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from stroma.contracts.checks.records import Record, record_of_class
 from stroma.contracts.checks.types import Finding, Giver, Side
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.node import Group, Node, first_in
+from stroma.contracts.node import Group, Node, first_in, own_fields_of
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 
@@ -163,13 +163,17 @@ class _Walk:
             outputs.append((yield from self.through(child, state, f"{giver.at}.{index}")))
         origins: dict[str, Giver] = {}
         sides: dict[str, Side] = {}
-        for one in outputs:
+        for child, one in zip(node.children, outputs, strict=True):
             if one.model is None:
                 origins = {}  # It may have given any of them anew.
                 sides = {}
                 continue
+            own = own_fields_of(child)
             for name, side in record_of_class(one.model).fields.items():
                 by = one.origins.get(name, one.giver)
+                if own is not None and name not in own:  # As the map received it.
+                    origins.setdefault(name, by)
+                    continue
                 if name in sides:
                     yield _collision(origins[name], by, name, (str(sides[name]), str(side)))
                 origins[name], sides[name] = by, side
