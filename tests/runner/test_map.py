@@ -795,6 +795,33 @@ async def test_failed_items_are_run_again(store: Any, tmp_path: Path, doubler: D
     assert (none_left.status, doubler.calls.total(), len(after)) == (RunStatus.RESUMED, 13, 3)
 
 
+@pytest.mark.parametrize("external", [False, True])
+async def test_failed_items_of_inner_maps_are_run_again(store: Any, doubler: Doubler, external: bool) -> None:
+    """retry_failed_items finds the failed items of a map inside a map, whatever the source of the outer one."""
+
+    class Row(BaseModel):
+        nums: list[Num]
+
+    class Table(BaseModel):
+        rows: list[Row]
+
+    def rows(state: Table) -> list[Row]:
+        return state.rows
+
+    inner = map_over("nums", doubler.node, into="made", on_item_failure="collect")
+    work = [map_over(rows if external else "rows", inner, into="out")]
+    table = Table(rows=[Row(nums=[Num(n=1), Num(n=2)]), Row(nums=[Num(n=3)])])
+    runner = quick(store)
+    doubler.failing = {2, 3}
+    assert (await runner.run(work, table)).failed_items == 2
+    doubler.failing = {2}
+    again = await runner.run(work, table, resume=True, retry_failed_items=True)
+    assert (again.status, again.failed_items) == (RunStatus.RESUMED, 1), again.failure
+    assert doubler.calls == {1: 1, 2: 2, 3: 2}
+    made: Any = again.final_state
+    assert [[one.twice for one in row.made] for row in made.out] == [[2], [6]]
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("into", ["field", "journal"])
 @pytest.mark.parametrize("statement", [{"n": 30}, NotDone()], ids=["done", "not done"])

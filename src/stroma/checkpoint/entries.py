@@ -93,8 +93,8 @@ class RunRequest(NamedTuple):
         """Return the request with ``discard_from`` after the first map that ``retry_failed`` retries."""
         if not self.retry_failed or self.discard_from is not None:
             return self
-        failed = [at for (at, _), commit in commits.items() if commit.failed_items]
-        return self._replace(discard_from=min(failed) + 1) if failed else self
+        failed = _maps_with_failures(commits)
+        return self._replace(discard_from=min(failed)[0] + 1) if failed else self
 
     def discard_of(
         self, commits: Mapping[tuple[int, str], Committed], restored: Container[tuple[int, str]]
@@ -125,9 +125,18 @@ class RunRequest(NamedTuple):
         return restored
 
 
+def _maps_with_failures(commits: Mapping[tuple[int, str], Committed]) -> set[tuple[int, str]]:
+    """Return the places of the maps outside of flows that have failed items, loaded or not."""
+    return {
+        (position, branch.rpartition(".")[0]) if commit.is_failed_item else (position, branch)
+        for (position, branch), commit in commits.items()
+        if commit.failed_items or (commit.is_failed_item and not is_called(branch))
+    }
+
+
 def _without_failed(commits: Mapping[tuple[int, str], Committed]) -> dict[tuple[int, str], Committed]:
     """Return the commits without failed items, groups around them, and what follows these in a sequence."""
-    retried = [at for at, commit in commits.items() if commit.failed_items]
+    retried = _maps_with_failures(commits)
     later = {place for at in retried for place in _later_in_sequences(commits, *at)}
 
     def is_valid(position: int, branch: str, commit: Committed) -> bool:
