@@ -210,29 +210,6 @@ async def test_two_sets_of_one_exporter_in_a_run_are_one(
     assert seen == ["a", "a"]
 
 
-async def test_sets_that_share_a_part_of_their_destination() -> None:
-    """A tracer gets each span once, and a meter each event once, from all the sets of a run together."""
-    one, two = Otel(), Otel()
-    statsds, tracer = (Statsd(), Statsd()), Tracer()
-    pairs = ((one, one), (one, two), (two, one))
-    hooks = [
-        *(otel_hooks(tracer=spans.tracer, meter=metrics.meter) for spans, metrics in pairs),
-        datadog_hooks(tracer=tracer),
-        *(datadog_hooks(tracer=tracer, statsd=statsd) for statsd in statsds),
-    ]
-    runner, a, gate = runner_of(hooks)
-    gate.set()
-    await runner.run([a], Number())
-    for otel in (one, two):
-        names = sorted(span.name for span in otel.spans.get_finished_spans())
-        assert names == ["chat gpt-4o-mini", "invoke_workflow p", "stroma.node a"]
-        assert otel.count("stroma.tokens") == 10
-        assert otel.count("gen_ai.invoke_agent.duration") == 1
-    assert tracer.created == ["stroma.run", "stroma.node"]
-    assert [dict(statsd.counts)["stroma.runs"] for statsd in statsds] == [1, 1]
-    assert [dict(each.errors) for each in hooks] == [{}] * len(hooks)
-
-
 async def test_sets_that_feed_different_places_all_count() -> None:
     """Two registries, and two providers, each count the run."""
     registries, otels = [CollectorRegistry(), CollectorRegistry()], [Otel(), Otel()]

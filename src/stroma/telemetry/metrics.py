@@ -236,14 +236,6 @@ class MetricsObserver(Observer):
         super().__init__()
         self._labels = MetricLabels() if labels is None else labels
 
-    @property
-    def meter(self) -> object:
-        """The part of the destination that gets the metrics: in one run each event counts once there."""
-        return self
-
-    def _counts(self, run: ReliabilityContext) -> bool:
-        return self.is_first(run, self.meter)
-
     def send(self, metric: Metric, value: float, *labels: str) -> None:
         """Add to a counter, or record seconds, with the values of the metric's labels."""
         raise NotImplementedError
@@ -253,13 +245,13 @@ class MetricsObserver(Observer):
         self.send(RUN_SECONDS, seconds, pipeline, result.status.value)
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
-        if self._counts(run) and not is_returned(run):
+        if not is_returned(run):
             run.notes[self, "since"] = perf_counter()
             self.send(ACTIVE, 1, self._labels.pipeline(run.pipeline))
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         since, pipeline = run.notes.pop((self, "since"), None), self._labels.pipeline(run.pipeline)
-        if is_returned(run) and self._counts(run):
+        if is_returned(run):
             self.send(RETURNED, 1, pipeline, result.status.value)
         elif since is not None:
             self.send(ACTIVE, -1, pipeline)
@@ -270,8 +262,6 @@ class MetricsObserver(Observer):
                 self.send(EXCEEDED, 1, pipeline, self._labels.dimension(error.dimension))
 
     def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
-        if not self._counts(node.ctx):
-            return
         labels, usage = self._labels, node.usage
         place, reason = labels.place(node), labels.reason(ended.reason)
         self.send(EXECUTIONS, 1, *place, ended.outcome, ended.class_name, reason)
@@ -289,32 +279,27 @@ class MetricsObserver(Observer):
     def retrying(
         self, node: RunningNode, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
-        if self._counts(node.ctx):
-            self.send(RETRIES, 1, *self._labels.place(node), failure_class.value)
+        self.send(RETRIES, 1, *self._labels.place(node), failure_class.value)
 
     def skipped(self, node: RunningNode) -> None:
-        if self._counts(node.ctx) and not is_returned(node.ctx):
+        if not is_returned(node.ctx):
             self.send(RESTORED, 1, *self._labels.place(node))
 
     def waiting(self, node: RunningNode, reason: str, seconds: float) -> None:
-        if self._counts(node.ctx):
-            self.send(WAITS, 1, *self._labels.place(node))
+        self.send(WAITS, 1, *self._labels.place(node))
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
         labels = self._labels
-        if self._counts(run):
-            self.send(WARNINGS, 1, labels.pipeline(run.pipeline), labels.dimension(dimension))
+        self.send(WARNINGS, 1, labels.pipeline(run.pipeline), labels.dimension(dimension))
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
         labels = self._labels
-        if self._counts(run):
-            self.send(CIRCUITS, 1, labels.pipeline(run.pipeline), labels.circuit(key), state)
+        self.send(CIRCUITS, 1, labels.pipeline(run.pipeline), labels.circuit(key), state)
 
     def limit_cooled_down(self, run: ReliabilityContext, limit: str, seconds: float) -> None:
         labels = self._labels
-        if self._counts(run):
-            self.send(COOLDOWNS, 1, labels.pipeline(run.pipeline), labels.limit(limit))
+        self.send(COOLDOWNS, 1, labels.pipeline(run.pipeline), labels.limit(limit))
 
     def hook_raised(self, run: ReliabilityContext | None, hook: str) -> None:
-        if run is not None and self._counts(run):
+        if run is not None:
             self.send(HOOK_ERRORS, 1, self._labels.pipeline(run.pipeline), hook)

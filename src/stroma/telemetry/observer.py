@@ -178,10 +178,6 @@ class Observer:
         """The destination of the data. Of two exporters in one run with the same one, the first is called."""
         return self
 
-    def is_first(self, run: ReliabilityContext, part: object) -> bool:
-        """Return True if no exporter before this one sends to a part of its destination in a run."""
-        return run.notes.setdefault(("first", part), self) is self
-
     def take_settings_of(self, other: Observer) -> None:
         """Send as much of states and messages as another exporter for the same system does."""
         for name in ("_content", "_own_spans", "_service"):

@@ -61,13 +61,9 @@ class Datadog(MetricsObserver):
         address = getattr(statsd, "host", statsd), getattr(statsd, "port", None)
         return self._tracer, *(address if isinstance(address[0], str) else (statsd, None))
 
-    @property
-    def meter(self) -> object:
-        return self.destination[1:]
-
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         super().run_started(run, state)
-        if is_returned(run) or not self.is_first(run, self._tracer):
+        if is_returned(run):
             return
         note_run(run)
         span = self._start_root(run)
@@ -137,8 +133,6 @@ class Datadog(MetricsObserver):
     # ------------------------------------------------------------------ nodes
 
     def attempt_started(self, node: RunningNode, state: dict[str, Any]) -> None:
-        if not self.is_first(node.ctx, self._tracer):
-            return
         if self not in node.notes:
             before = self._tracer.context_provider.active()
             of_node = self._begin(node, activate=True)
@@ -195,8 +189,6 @@ class Datadog(MetricsObserver):
 
     def attempt_ended(self, node: RunningNode, ended: AttemptEnd) -> None:
         super().attempt_ended(node, ended)
-        if not self.is_first(node.ctx, self._tracer):
-            return
         usage = node.usage
         of_node = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.

@@ -104,19 +104,12 @@ class OpenTelemetry(MetricsObserver):
     def destination(self) -> object:
         return tuple(provider() for provider in self._providers)
 
-    @property
-    def meter(self) -> object:
-        return self._providers[1]()
-
-    def _traces(self, run: ReliabilityContext) -> bool:
-        return self.is_first(run, self._providers[0]())
-
     def is_connected(self) -> bool:
         return not isinstance(self._providers[0](), trace.ProxyTracerProvider)
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         super().run_started(run, state)
-        if is_returned(run) or not self._traces(run):
+        if is_returned(run):
             return
         of_run = RunSpan()
         note_run(run)
@@ -232,8 +225,6 @@ class OpenTelemetry(MetricsObserver):
     # ------------------------------------------------------------------ nodes
 
     def attempt_started(self, node: RunningNode, state: dict[str, Any]) -> None:
-        if not self._traces(node.ctx):
-            return
         of_node = node.notes.get(self)
         if of_node is None:
             self._inference.note_surroundings(node, trace.get_current_span())
@@ -320,8 +311,6 @@ class OpenTelemetry(MetricsObserver):
         usage = node.usage
         seconds = (node.duration_ms or 0.0) / 1000
         super().attempt_ended(node, ended)
-        if not self._traces(node.ctx):
-            return
         of_node = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
             of_node = self._begin(node, node.started_ns)
