@@ -150,7 +150,6 @@ def test_a_strange_schema_is_written_as_json(schema: Any) -> None:
         {"type": "object", "properties": [1], "required": 3},
         {"type": "array", "items": [1], "$defs": 3, "minItems": "x"},
         {"type": "array", "minItems": 1_000_000_000},
-        {"type": "object", "required": ["a"], "properties": {"a": {"type": "string", "minLength": 10**9}}},
         {"enum": 7},
         {"anyOf": 7},
         {"title": "InterruptAnswer"},
