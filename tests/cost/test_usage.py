@@ -162,6 +162,35 @@ def used(**figures: Any) -> dict[str, Any]:
             {"usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 2, "totalTokenCount": 11}},
             Usage(10, 2),
         ),
+        # Messages of LangChain, and responses of Pydantic AI: their input includes what was cached.
+        (
+            {
+                "usage_metadata": {
+                    "input_tokens": 20,
+                    "output_tokens": 2,
+                    "input_token_details": {
+                        "flex_cache_read": 8,
+                        "cache_creation": 0,
+                        "ephemeral_1h_input_tokens": 4,
+                    },
+                },
+                "response_metadata": {"model_name": "m", "service_tier": "flex"},
+            },
+            Usage(20, 2, 8, 4, "m", "flex", 4),
+        ),
+        (
+            {
+                "usage": {
+                    "input_tokens": 20,
+                    "output_tokens": 2,
+                    "cache_read_tokens": 8,
+                    "cache_write_tokens": 4,
+                },
+                "model_name": "m",
+                "provider_details": {"service_tier": "flex"},
+            },
+            Usage(20, 2, 8, 4, "m", "flex"),
+        ),
         # A stream that broke off has used what it said so far.
         (_MESSAGE_EVENTS[:2], Usage(950, 1, 900, model="claude-haiku-4-5-20251001")),
         (

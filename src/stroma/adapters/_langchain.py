@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Final, NamedTuple
@@ -19,7 +19,7 @@ from stroma.adapters._state_views import newest_of, parse_text
 from stroma.adapters._step import emit_text, mark_published, report_uncounted, streams_inside
 from stroma.cost.budget import CostTracker
 from stroma.cost.prices import cost_of
-from stroma.cost.usage import Usage, tier_of
+from stroma.cost.usage import Usage, usage_from
 from stroma.engine.execution import CURRENT, RunningNode
 from stroma.telemetry.messages import note_request
 
@@ -212,27 +212,7 @@ def _of_message(message: Any) -> Usage | None:
         return None
     if metadata.get("total_cost") == 0:  # So LangChain marks an answer from its own cache.
         return Usage()
-    details = metadata.get("input_token_details") or {}
-    # OpenAI's tiers have names of their own: "flex_cache_read".
-    cached = _sum_counts(details, lambda name: name.endswith("cache_read"))
-    # Anthropic's integration has the kinds of writes, and a sum of 0 beside them.
-    hour = details.get("ephemeral_1h_input_tokens") or 0
-    kinds = (details.get("ephemeral_5m_input_tokens") or 0) + hour
-    written = max(kinds, _sum_counts(details, lambda name: name.endswith("cache_creation")))
-    response = getattr(message, "response_metadata", None) or {}
-    return Usage(
-        max(metadata.get("input_tokens", 0), cached + written),
-        metadata.get("output_tokens", 0),
-        cached,
-        written,
-        response.get("model_name") or response.get("model"),
-        tier_of(response.get("usage"), response),
-        hour,
-    )
-
-
-def _sum_counts(details: dict[str, Any], is_counted: Callable[[str], bool]) -> int:
-    return sum(count or 0 for name, count in details.items() if is_counted(name))
+    return usage_from(message)
 
 
 def _sum(parts: list[Usage]) -> Usage:

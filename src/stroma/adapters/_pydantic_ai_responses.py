@@ -9,7 +9,7 @@ from typing import Any
 from pydantic_ai.messages import PartDeltaEvent, PartStartEvent, TextPart, TextPartDelta
 
 from stroma.adapters._step import emit_delta
-from stroma.cost.usage import Usage, cost_of_call, tier_of
+from stroma.cost.usage import cost_of_call, usage_from
 from stroma.engine.execution import RunningNode
 
 __all__ = ["emitting", "usage_of"]
@@ -30,17 +30,7 @@ def usage_of(response: Any) -> Any:
     used, details = response.usage, response.provider_details or {}
     if getattr(used, "unmeasured_requests", 0) and not (used.input_tokens or used.output_tokens):
         return dataclasses.replace(response, usage=None)
-    written = used.cache_write_tokens
-    return Usage(
-        max(used.input_tokens, used.cache_read_tokens + written),
-        used.output_tokens,
-        used.cache_read_tokens,
-        written,
-        response.model_name,
-        tier_of(details, None),
-        min(getattr(used, "cache_write_1h_tokens", 0), written),
-        _charged(used, details),
-    )
+    return dataclasses.replace(usage_from(response), cost_usd=_charged(used, details))
 
 
 def _charged(used: Any, details: Any) -> float | None:

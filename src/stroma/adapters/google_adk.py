@@ -29,7 +29,7 @@ from stroma.adapters._delegation import guard_methods, wrap_method
 from stroma.adapters._state_views import arguments_of, newest_of
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
-from stroma.cost.usage import Usage
+from stroma.cost.usage import Usage, usage_from
 
 warn_if_untested("google-adk")
 
@@ -273,13 +273,6 @@ async def _live_events(parts: Callable[..., Any], guard: Guard, kwargs: dict[str
 
 def _usage_of(response: Any, model: str | None) -> Usage | None:
     used = getattr(response, "usage_metadata", None)
-    if used is None:
+    if used is None or used.prompt_token_count is used.total_token_count is None:
         return None
-    input_tokens = (used.prompt_token_count or 0) + (getattr(used, "tool_use_prompt_token_count", None) or 0)
-    output_tokens = (used.candidates_token_count or 0) + (getattr(used, "thoughts_token_count", None) or 0)
-    if used.candidates_token_count is None:  # The live mode of older releases: the total alone has them.
-        output_tokens = max(output_tokens, (used.total_token_count or 0) - input_tokens)
-    cached = used.cached_content_token_count or 0
-    # Set by the models of Anthropic and litellm.
-    written = getattr(used, "cache_creation_input_tokens", None) or 0
-    return Usage(max(input_tokens, cached + written), output_tokens, cached, written, model)
+    return usage_from(response, model=model)

@@ -135,9 +135,9 @@ _COUNTS: Final = (
 def usage_from(response: object, *, model: str | None = None, tier: str | None = None) -> Usage:
     """Return the usage that a provider's response reports.
 
-    The response of OpenAI (chat, responses, embeddings), Anthropic, Google, Mistral, Cohere, AWS (Converse)
-    or of anything with the same fields, as an object of the SDK or as plain data. Of a stream: the last chunk
-    or event, or of Anthropic's raw streams a list of all events.
+    The response of OpenAI (chat, responses, embeddings), Anthropic, Google, Mistral, Cohere, AWS (Converse),
+    LangChain, Pydantic AI or of anything with the same fields, as an object of the SDK or as plain data. Of a
+    stream: the last chunk or event, or of Anthropic's raw streams a list of all events.
 
     Args:
         response: the response, or a Usage.
@@ -253,7 +253,10 @@ def _read_figures(usage: Any, level: Any) -> Usage | None:
         figures = reader(usage)
         if figures is not None:
             input_tokens, output_tokens, cached, written, hour = figures
-            model = _text(level, "model", "model_version", "modelVersion")
+            # LangChain and Pydantic AI have in a place of its own what the provider said beside.
+            beside = safe_get(level, "response_metadata") or safe_get(level, "provider_details")
+            model = _text(level, *_MODEL_NAMES) or _text(beside, *_MODEL_NAMES)
+            tier = tier_of(usage, level) or tier_of(safe_get(beside, "usage"), None) or tier_of(beside, None)
             # A gateway may count what was cached beside the input: never less than the sum of its parts.
             return Usage(
                 max(input_tokens, cached + written),
@@ -261,11 +264,14 @@ def _read_figures(usage: Any, level: Any) -> Usage | None:
                 cached,
                 written,
                 model,
-                tier_of(usage, level),
+                tier,
                 min(hour, written),
                 cost_of_call(usage),
             )
     return None
+
+
+_MODEL_NAMES: Final = ("model", "model_version", "modelVersion", "model_name")
 
 
 def tier_of(usage: Any, response: Any) -> str | None:
@@ -347,7 +353,8 @@ def _google(usage: Any) -> _Figures | None:
     input_tokens = _sum(usage, prompt, tools)
     # What only the total has came out: some models do not count their thoughts apart.
     output_tokens = max(_sum(usage, answer, thoughts), _sum(usage, total) - input_tokens)
-    return input_tokens, output_tokens, _sum(usage, cached), 0, 0
+    written = _sum(usage, "cache_creation_input_tokens")  # ADK, of models of Anthropic
+    return input_tokens, output_tokens, _sum(usage, cached), written, 0
 
 
 _GOOGLE: Final = (
@@ -411,7 +418,36 @@ def _input_output(usage: Any) -> _Figures | None:
     return input_tokens + cached + written, output_tokens or 0, cached, written, hour
 
 
-_READERS: Final[tuple[Callable[[Any], _Figures | None], ...]] = (_chat, _google, _cohere, _aws, _input_output)
+def _langchain(usage: Any) -> _Figures | None:
+    details = safe_get(usage, "input_token_details")
+    if not isinstance(details, Mapping):
+        return None
+    # OpenAI's tiers have names of their own: "flex_cache_read".
+    cached = _sum(details, *(name for name in details if name.endswith("cache_read")))
+    # Anthropic's integration has the kinds of writes, and a sum of 0 beside them.
+    hour = _sum(details, "ephemeral_1h_input_tokens")
+    kinds = _sum(details, "ephemeral_5m_input_tokens") + hour
+    written = max(kinds, _sum(details, *(name for name in details if name.endswith("cache_creation"))))
+    return _sum(usage, "input_tokens"), _sum(usage, "output_tokens"), cached, written, hour
+
+
+def _pydantic_ai(usage: Any) -> _Figures | None:
+    cached = _count(usage, "cache_read_tokens")
+    if cached is None:
+        return None
+    written, hour = _sum(usage, "cache_write_tokens"), _sum(usage, "cache_write_1h_tokens")
+    return _sum(usage, "input_tokens"), _sum(usage, "output_tokens"), cached, written, hour
+
+
+_READERS: Final[tuple[Callable[[Any], _Figures | None], ...]] = (
+    _chat,
+    _google,
+    _cohere,
+    _aws,
+    _langchain,
+    _pydantic_ai,
+    _input_output,
+)
 
 # ---------------------------------------------------------------------- what a node reports
 
