@@ -29,7 +29,7 @@ from stroma.cost.budget import BudgetExceeded, budget_exceeded
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RESERVED, RunningNode, leave
 from stroma.engine.outcome import Halt, cancelled, crossed_limit, hold, refuse
-from stroma.engine.tasks import Shield, ThreadPlaces, raise_if, thread_places
+from stroma.engine.tasks import Shield, leave_place, raise_if, thread_places
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import COOLDOWN, CircuitOpen, Wait, WaitedTooLong
 from stroma.failures.failure import Failure
@@ -61,7 +61,7 @@ class _Blocked(NamedTuple):
         seconds: until the circuit of a breaker lets a call pass; 0 while a call probes it.
     """
 
-    at: Gate | Breaker | ThreadPlaces
+    at: Gate | Breaker | asyncio.Semaphore
     wait: Wait
     seconds: float = 0.0
 
@@ -87,7 +87,7 @@ class Permit:
         #: The new state of the circuit that this attempt has changed, to be announced.
         self.changed: CircuitState | None = None
         self.probe = self.is_empty = self.has_place = False
-        self.places = thread_places(ctx.registry) if needs_thread else None
+        self.places = thread_places(ctx.registry, config.max_threads) if needs_thread else None
         #: Seconds of waiting, by place.
         self.waited: dict[Any, float] = {}
         name = config.limit_of(node_id)
@@ -129,9 +129,9 @@ class Permit:
 
     async def _pass(self, first_at: Gate | None) -> _Blocked | Exception | None:
         if self.places is not None and not self.has_place:
-            self.has_place = self.places.take(self.ctx.config.max_threads)
-            if not self.has_place:
+            if self.places.locked():
                 return _Blocked(self.places, Wait("max_threads", None))
+            self.has_place = await self.places.acquire()
         if self.breaker is not None and self.key is not None:
             entry = self.breaker.enter(self.key)
             if entry.wait_seconds is not None:
@@ -204,7 +204,7 @@ class Permit:
         """Return the place among the threads."""
         if self.places is not None and self.has_place:
             self.has_place = False
-            self.places.release()
+            leave_place(self.places)
 
     def _drop_probe(self) -> None:
         if self.breaker is not None and self.probe:
@@ -293,13 +293,14 @@ async def make_admitted(run: RunningNode, node: Node, make: Make) -> BaseModel |
     if not needs_thread:
         return await make()
     # Without a permit if a place is free: 40 us less of the 125 of a plain node.
-    places = thread_places(ctx.registry)
-    if not places.take(ctx.config.max_threads):
+    places = thread_places(ctx.registry, ctx.config.max_threads)
+    if places.locked():
         return await _make_in_turn(run, make, needs_thread=True)
+    await places.acquire()
     try:
         return await make()
     finally:
-        places.release()
+        leave_place(places)
 
 
 async def _make_in_turn(run: RunningNode, make: Make, *, needs_thread: bool) -> BaseModel | Failure | Halt:
@@ -366,10 +367,9 @@ async def admit(ctx: ReliabilityContext, run: RunningNode, *, needs_thread: bool
 
 async def _wait(permit: Permit, queued: _Queued, blocked: _Blocked) -> _Blocked | Exception | None:
     """Wait where an attempt is blocked, and try again. Return the same as :meth:`Permit.enter`."""
-    if isinstance(blocked.at, ThreadPlaces):
+    if isinstance(blocked.at, asyncio.Semaphore):
         await queued.begin(blocked.wait)
-        await blocked.at.wait(permit.ctx.config.max_threads)
-        permit.has_place = True
+        permit.has_place = await blocked.at.acquire()
         return await permit.enter()
     if blocked.at is permit.breaker:
         return await _wait_at_circuit(permit, queued, blocked)

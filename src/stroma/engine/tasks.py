@@ -7,7 +7,6 @@ import contextvars
 import functools
 import sys
 import threading
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from contextvars import ContextVar
@@ -17,60 +16,23 @@ from weakref import WeakKeyDictionary
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
 from stroma.hooks.dispatch import HookNotAsync
 
-
-class ThreadPlaces:
-    """Places that attempts take in the order of their arrival, in one event loop."""
-
-    def __init__(self) -> None:
-        self._used = 0
-        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
-
-    def take(self, limit: int) -> bool:
-        """Take a place if one is free and no other attempt waits for it."""
-        if self._queue or self._used >= limit:
-            return False
-        self._used += 1
-        return True
-
-    async def wait(self, limit: int) -> None:
-        """Wait for a place, and take it."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = limit, future
-        self._queue.append(entry)
-        try:
-            await future
-        except BaseException:
-            if future.done() and not future.cancelled():  # It was handed over at the same moment.
-                self._used -= 1
-            elif entry in self._queue:  # Otherwise a release has passed over it.
-                self._queue.remove(entry)
-            self._hand_over()
-            raise
-
-    def release(self) -> None:
-        """Return a place, and hand it to the first that waits."""
-        self._used -= 1
-        self._hand_over()
-
-    def _hand_over(self) -> None:
-        while self._queue and self._used < self._queue[0][0]:
-            _, future = self._queue.popleft()
-            if not future.done():
-                self._used += 1
-                with suppress(RuntimeError):  # The loop was closed under it.
-                    future.set_result(None)
-
-
-#: By owner and event loop.
-_Places = WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, ThreadPlaces]]
+#: Places by owner, event loop and their number.
+_Places = WeakKeyDictionary[Any, WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, asyncio.Semaphore]]]
 #: The places outside of all plain nodes, or inside one of them.
 _PLACES: ContextVar[_Places] = ContextVar("stroma_thread_places", default=_Places())  # noqa: B039
 
 
-def thread_places(owner: object) -> ThreadPlaces:
+def thread_places(owner: object, limit: int) -> asyncio.Semaphore:
     """Return the places of a runner's plain nodes in the running event loop. ``owner``: its registry."""
     loops = _PLACES.get().setdefault(owner, WeakKeyDictionary())
-    return loops.setdefault(asyncio.get_running_loop(), ThreadPlaces())
+    by_limit = loops.setdefault(asyncio.get_running_loop(), {})
+    return by_limit.setdefault(limit, asyncio.Semaphore(limit))
+
+
+def leave_place(places: asyncio.Semaphore) -> None:
+    """Return a place, and hand it to the first attempt that waits."""
+    with suppress(RuntimeError):  # The loop was closed under it.
+        places.release()
 
 
 #: Message of the cancellation of a task that is given up. It reaches the tasks that the task awaits.
