@@ -13,7 +13,6 @@ import os
 import random
 import sqlite3
 import sys
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -418,7 +417,6 @@ class World:
                 (_sqlite_rows, "_clock_ms", clock.milliseconds),
                 (_renewals, "time", shim),
                 (_gate, "RENEWER", SimulatedRenewals(self)),
-                (_gate, "_DECLARED", weakref.WeakValueDictionary()),
                 (_durable, "new_owner", self.new_owner),
                 (_rows, "is_gone", self.is_gone),
                 (_sqlite_connection, "SqliteRows", self.database.rows),
