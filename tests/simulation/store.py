@@ -453,8 +453,8 @@ class SimulatedRenewals:
         renewer = self._of.get(process)
         if renewer is None:
             renewer = self._of[process] = ReservationRenewer()
-            renewer._running = True  # No thread of its own.
-        begin = not renewer._holds
+        begin = not renewer._running
+        renewer._running = True  # No thread of its own.
         renewer.add(token, lease_seconds, renew)
         if begin:
             process.scheduler.after(lease_seconds / 3, process, partial(self._tick, process, renewer))
@@ -465,6 +465,5 @@ class SimulatedRenewals:
             self._of[process].remove(token)
 
     def _tick(self, process: Process, existing: ReservationRenewer) -> None:
-        if not existing._renew_due():
-            seconds = max(0.01, existing._sleeps_until - self._world.clock._monotonic())
-            process.scheduler.after(seconds, process, partial(self._tick, process, existing))
+        if existing._renew_all():
+            process.scheduler.after(existing._seconds, process, partial(self._tick, process, existing))

@@ -210,7 +210,7 @@ class RunConfig(StrictModel):
     classifiers: Annotated[list[Classifier], SkipValidation] = Field(default_factory=list)
     context: Any = Field(default_factory=dict)
     node_timeouts: dict[str, int | NodeTimeout] = Field(default_factory=dict)
-    contract_retries: dict[str, int] = Field(default_factory=dict)
+    contract_retries: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     resume_from: str | None = None
     resume: bool = False
     retry_failed_items: bool = False
@@ -372,14 +372,6 @@ class RunConfig(StrictModel):
                     f"node_timeouts[{node_id!r}] must be a whole number of milliseconds, got {limit!r}; "
                     f"pass {seconds * 1000:.0f} for {seconds:g} seconds"
                 )
-        return value
-
-    @field_validator("contract_retries")
-    @classmethod
-    def _not_negative(cls, value: dict[str, int]) -> dict[str, int]:
-        for node_id, count in value.items():
-            if count < 0:
-                raise ValueError(f"contract_retries[{node_id!r}] must be at least 0, got {shown(count)}")
         return value
 
     @field_validator("node_timeouts")

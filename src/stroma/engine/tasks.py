@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import functools
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
@@ -178,21 +177,12 @@ class Shield:
             if remaining is not None and remaining <= 0:
                 future.cancel()
                 return _timed_out()
-            # As asyncio.wait() does, with less around it: a cancellation ends the waiting, not the work.
-            waiter: asyncio.Future[None] = loop.create_future()
-            wake = functools.partial(_wake, waiter)
-            future.add_done_callback(wake)
-            timer = None if remaining is None else loop.call_later(remaining, _wake, waiter, future)
             try:
-                await waiter
+                await asyncio.wait([future], timeout=remaining)  # A cancellation does not end the work.
             except asyncio.CancelledError as came:
                 # Without its traceback: that references this frame.
                 self.cancellation = self.cancellation or came.with_traceback(None)
                 deadline = deadline or loop.time() + LAST_SECONDS
-            finally:
-                future.remove_done_callback(wake)
-                if timer is not None:
-                    timer.cancel()
         if future.cancelled():
             return as_store_error(asyncio.CancelledError())
         error = future.exception()
@@ -213,11 +203,6 @@ def _timed_out() -> StoreError:
     )
     error.transient = False
     return error
-
-
-def _wake(waiter: asyncio.Future[None], _: asyncio.Future[Any]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 def as_store_error(error: BaseException) -> Exception:

@@ -211,38 +211,30 @@ def remember_usage(usages: dict[str, list[int]], node: str, took: int) -> None:
 logger = get_logger()
 
 _RENEWALS_PER_LEASE: Final = 3  # Two may be late or lost.
-_IDLE_SECONDS: Final = 10.0  # The thread ends so long after the last call.
 
 #: Renews the leases of these tokens without waiting.
 Renew = Callable[[list[str]], None]
 
 
-@dataclass(slots=True)
-class _Hold:
-    seconds: float
-    renew: Renew
-    due: float
-
-
 class ReservationRenewer:
-    """Renews the reservations of the calls of this process."""
+    """Renews the reservations of the calls of this process, all as often as the shortest lease needs."""
 
     def __init__(self) -> None:
-        self._holds: dict[str, _Hold] = {}
+        #: Seconds between two renewals, and the function that renews, by token.
+        self._holds: dict[str, tuple[float, Renew]] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._running = False
-        self._sleeps_until = 0.0
+        self._seconds = 0.0  # for which the thread waits
 
     def add(self, token: str, lease_seconds: float, renew: Renew) -> None:
         seconds = lease_seconds / _RENEWALS_PER_LEASE
-        due = time.monotonic() + seconds
         with self._lock:
-            self._holds[token] = _Hold(seconds, renew, due)
+            self._holds[token] = seconds, renew
             if not self._running:
-                self._running = True
+                self._running, self._seconds = True, seconds
                 threading.Thread(target=self._work, name="stroma-holds", daemon=True).start()
-            elif due < self._sleeps_until:
+            elif seconds < self._seconds:
                 self._wake.set()
 
     def remove(self, token: str) -> None:
@@ -251,33 +243,25 @@ class ReservationRenewer:
 
     def _work(self) -> None:
         while True:
-            idle = self._renew_due()  # A call of its own, so that the waiting thread references no gate.
-            seconds = self._sleeps_until - time.monotonic()
-            woken = self._wake.wait(min(max(0.0, seconds), threading.TIMEOUT_MAX))
-            if idle and not woken:
-                with self._lock:
-                    if not self._holds:
-                        self._running = False
-                        return
+            self._wake.wait(min(self._seconds, threading.TIMEOUT_MAX))
+            if not self._renew_all():  # A call of its own, so that the waiting thread references no gate.
+                return
 
-    def _renew_due(self) -> bool:
-        """Renew the leases that are due, and plan the next look. Return True if there are no leases."""
-        now = time.monotonic()
-        due: dict[Renew, list[str]] = {}
+    def _renew_all(self) -> bool:
+        """Renew all leases. Return False if there are none: the thread ends."""
+        tokens: dict[Renew, list[str]] = {}
         with self._lock:
             self._wake.clear()
-            for token, hold in self._holds.items():
-                if hold.due <= now:
-                    hold.due = now + hold.seconds
-                    due.setdefault(hold.renew, []).append(token)
-            self._sleeps_until = min((hold.due for hold in self._holds.values()), default=now + _IDLE_SECONDS)
-            idle = not self._holds
-        for renew, tokens in due.items():
+            for token, (_, renew) in self._holds.items():
+                tokens.setdefault(renew, []).append(token)
+            self._running = bool(tokens)
+            self._seconds = min((seconds for seconds, _ in self._holds.values()), default=0.0)
+        for renew, of_gate in tokens.items():
             try:
-                renew(tokens)
+                renew(of_gate)
             except Exception as error:  # The thread must survive: it renews all leases of this process.
                 logger.warning("leases of calls in flight could not be renewed: %s", error)
-        return idle
+        return bool(tokens)
 
 
 RENEWER = ReservationRenewer()
