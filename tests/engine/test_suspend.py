@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, THRICE, Num, SimpleStore, failing_with, node
 from tests.kit import Many as Items
@@ -16,6 +16,7 @@ from stroma import (
     CheckpointNotFound,
     ExecutionBudget,
     FailureClass,
+    Flow,
     RequestRefused,
     RunStatus,
     SQLiteStore,
@@ -24,6 +25,8 @@ from stroma import (
     current_node,
     map_over,
     parallel,
+    stroma_flow,
+    stroma_node,
 )
 
 ITEMS = Items(items=[Num(n=1), Num(n=2), Num(n=3)])
@@ -348,3 +351,53 @@ async def test_what_a_suspension_may_ask_for() -> None:
     assert "must be a pydantic model" in result.failure.message
     result = await runner(AsyncInMemoryStore()).run([node("quiet", failing_with(Quiet))], Num())
     assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["Quiet"])
+
+
+class Rot:
+    def encode(self, data: bytes) -> bytes:
+        return bytes(byte ^ 90 for byte in data)
+
+    decode = encode
+
+
+class Login(BaseModel):
+    password: SecretStr
+
+
+@pytest.mark.parametrize("asked_by", ["node", "flow", "message", "effect"])
+async def test_secrets_in_answers_and_messages(tmp_path: Path, asked_by: str) -> None:
+    """A store with a codec takes the secrets of answers and messages; no message of a failure shows them."""
+    password = "hunter2hunter2"
+    login = Login(password=SecretStr(password))
+
+    async def log_in(state: Any) -> Any:
+        given = current_node().wait_for(Login, reason="password?") if asked_by == "node" else state
+        raise PermissionError(f"wrong: {given.password.get_secret_value()}")
+
+    @stroma_node(effect=True)
+    async def register(state: Num) -> Login:
+        raise TimeoutError("no answer")
+
+    @stroma_flow("logins")
+    async def logins(flow: Flow, state: Num) -> Num:
+        if asked_by == "flow":
+            given = await flow.wait_for(Login, reason="password?")
+        elif asked_by == "message":
+            given = await flow.receive(Login)
+        else:
+            given = await flow.step(register, state)
+        raise PermissionError(f"wrong: {given.password.get_secret_value()}")
+
+    work: Any = [node("log_in", log_in)] if asked_by == "node" else logins
+    async with SQLiteStore(tmp_path / "runs.db", codec=Rot()) as store:
+        asking = StromaRunner.quick(store=store, policy_map=NEVER)
+        waiting = await asking.run(work, Num(), run_id="r")
+        assert waiting.status is RunStatus.SUSPENDED
+        if asked_by == "message":
+            await asking.send("r", login)
+        else:
+            await asking.signal("r", login, question=waiting.questions[0].id)
+        result = await asking.resume(work, "r")
+        assert result.failure and str(result.failure) == "PermissionError: wrong: **********"
+        record = store.get_run("r")
+        assert record and record.error and password not in record.error

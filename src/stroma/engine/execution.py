@@ -307,7 +307,7 @@ class NodeExecution:
             model = resolve_schema(answered.schema_ref) if answered.schema_ref else output_class(None)
         except (LookupError, TypeError):
             model = output_class(None)
-        return held_by(decode_answer(schema_of(model), answered))
+        return held_by(self._read_answer(schema_of(model), answered))
 
     def wait_for(self, schema: type[AnswerT], *, reason: str) -> AnswerT:
         """Return a person's answer as a ``schema``: a node asks one question, in each of its attempts.
@@ -324,7 +324,12 @@ class NodeExecution:
                 "another node, or with flow.wait_for() in a flow"
             )
         self._own.answered_attempt = self._own.attempt
-        return cast("AnswerT", decode_answer(schema_of(schema), answered))
+        return cast("AnswerT", self._read_answer(schema_of(schema), answered))
+
+    def _read_answer(self, schema: Schema, answered: Waiting) -> BaseModel:
+        answer = decode_answer(schema, answered)
+        self.ctx.redactor.note_secrets(answer)
+        return answer
 
 
 class RunningNode(NodeExecution):

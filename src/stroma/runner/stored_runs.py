@@ -114,10 +114,11 @@ def match_answer(
     *,
     question: str | None,
     schema: type[BaseModel] | None,
+    secrets: bool = False,
 ) -> Waiting:
     """Return the question that an answer is for, with the answer validated and encoded.
 
-    ``questions``: the questions of the run, answered ones too. Raises pydantic's ValidationError;
+    ``questions``: the questions of the run, answered ones too. ``secrets``: the answer may have secrets. Raises pydantic's ValidationError;
     RequestRefused if no question is open or the class of the answer is not imported; ValueError if the id of
     the question is needed, or the answer is of another kind.
     """
@@ -134,16 +135,16 @@ def match_answer(
             )
         return waiting._replace(payload=NOT_DONE)
     expected = schema_of(schema or _class_of(waiting, answer))
-    if isinstance(answer, BaseModel) and waiting.schema_ref:
-        return waiting._replace(payload=expected.encode(expected.convert(answer)))
-    return waiting._replace(payload=expected.encode(expected.validate(answer)))
+    is_model = isinstance(answer, BaseModel) and waiting.schema_ref
+    model = expected.convert(answer) if is_model else expected.validate(answer)
+    return waiting._replace(payload=expected.encode(model, secrets=secrets))
 
 
-def encode_message(message: Any) -> bytes:
+def encode_message(message: Any, *, secrets: bool) -> bytes:
     """Return a message in stored form. Raises NotSerialisable if it has none."""
     if isinstance(message, BaseModel):
         schema = schema_of(type(message))
-        return schema.encode(schema.convert(message))
+        return schema.encode(schema.convert(message), secrets=secrets)
     # The space tells it from a model in stored form.
     try:
         return b" " + json.dumps(message, ensure_ascii=False, allow_nan=False).encode()
@@ -393,12 +394,14 @@ class StoredRuns:
         questions = await self.read_questions(run_id)
         if not questions:
             await self.get(run_id)
-        await store.signal(run_id, match_answer(questions, run_id, answer, question=question, schema=schema))
+        secrets = store.keeps_secrets
+        waiting = match_answer(questions, run_id, answer, question=question, schema=schema, secrets=secrets)
+        await store.signal(run_id, waiting)
 
     async def send(self, run_id: str, message: Any, topic: str, message_id: str | None) -> None:
         """Store a message to a run; see :meth:`StromaRunner.send`."""
         store = self.journal("send")
-        payload = encode_message(message)
+        payload = encode_message(message, secrets=store.keeps_secrets)
         if topic != "":
             check_id(topic, "topic")
         message_id = uuid4().hex if message_id is None else check_id(message_id, "message id")

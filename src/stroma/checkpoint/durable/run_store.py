@@ -105,8 +105,13 @@ class RunStore(ReadableStore):
             self._payloads.warn_of_size(len(data), f"the input of run {request.run_id!r}")
         return data
 
+    @property
+    def keeps_secrets(self) -> bool:
+        """True if secrets may be stored: a codec encrypts them."""
+        return self._payloads.codec is not None
+
     def _encode(self, schema: Schema, state: BaseModel) -> Stored:
-        return schema.encode(state, secrets=self._payloads.codec is not None)
+        return schema.encode(state, secrets=self.keeps_secrets)
 
     async def _step(self, schema: Schema, data: Stored, place: PayloadPlace) -> Step:
         sealed = await self._payloads.seal(data, place)

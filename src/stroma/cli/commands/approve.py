@@ -144,7 +144,7 @@ def _other_answer(database: Database, record: RunRecord, one: Waiting) -> Proble
 
 def _is_same(questions: list[Waiting], record: RunRecord, one: Waiting, answer: tuple[Any, Any]) -> bool:
     """Return True if a question has this answer already."""
-    again = match_answer(questions, record.run_id, answer[0], question=one.id, schema=answer[1])
+    again = match_answer(questions, record.run_id, answer[0], question=one.id, schema=answer[1], secrets=True)
     return again.payload is not None and one.payload is not None and is_same_data(again.payload, one.payload)
 
 

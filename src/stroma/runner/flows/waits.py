@@ -207,8 +207,9 @@ async def _wait(call: _Wait) -> Any:
         if driver.is_live:
             driver.mark(kind, branch, call.label, began_ms)
     try:
-        decoded = call.decode(outcome)
-        call.scope.ctx.redactor.note_seen(decoded)
+        decoded, redactor = call.decode(outcome), call.scope.ctx.redactor
+        redactor.note_secrets(decoded)
+        redactor.note_seen(decoded)
         return decoded
     except PipelineChanged as error:
         driver.stop(end_of(error, call.node))
