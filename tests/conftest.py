@@ -26,6 +26,7 @@ import pytest
 from tests.fixtures import journal, provider, temporal_server  # noqa: F401
 from tests.tiers import (
     CORE_PATHS,
+    EACH_SERVER_PATHS,
     FORKING_PATHS,
     LONG_PATHS,
     PROFILES,
@@ -153,7 +154,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             values = {value for value in item.callspec.params.values() if isinstance(value, str)}
             if values & SLOW_PARAMETERS:
                 item.add_marker(pytest.mark.slow)
-            if values & SERVERS and item.get_closest_marker("kills"):
+            is_repeated = values & {"sync-redis", "workers-postgres"} or (
+                "postgres" in values and not item.nodeid.startswith(EACH_SERVER_PATHS)
+            )
+            if is_repeated or (values & SERVERS and item.get_closest_marker("kills")):
                 item.add_marker(pytest.mark.nightly)
 
 

@@ -34,7 +34,7 @@ UNFIT_TESTS = [
     "--deselect=tests/cli/test_mcp.py::test_no_answer_floods_an_agent",
     "--deselect=tests/failures/test_mistakes.py::test_the_keys_beside_a_fallback_model",
     "--deselect=tests/project/test_source_rules.py::test_only_the_engine_calls_a_nodes_function",
-    "--deselect=tests/adapters/test_guard_resume.py::test_the_memory_of_a_guard_that_is_used_a_thousand_times_is_flat",
+    "--deselect=tests/adapters/test_guard_resume.py::test_the_memory_of_a_guard_that_is_used_many_times_is_flat",
 ]
 #: What is measured if no module is named: where the guarantees are decided.
 CORE = (

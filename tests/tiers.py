@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hypothesis import settings
 
 #: Examples per property test, by Hypothesis profile: `./dev test`, `./dev test --all`, `.ci/nightly`.
-PROFILES = {"dev": 15, "ci": 50, "nightly": 100}
+PROFILES = {"dev": 15, "ci": 25, "nightly": 100}
 
 #: Fixtures that start a process or a server of their own.
 SLOW_FIXTURES = frozenset(
@@ -34,6 +34,16 @@ SERVERS = frozenset(DURABLE) - {"sqlite"}
 
 #: Parameters that stand for a server or for other processes.
 SLOW_PARAMETERS = frozenset({*SERVERS, "temporal", *(f"workers-{kind}" for kind in ON_SERVERS), "killed"})
+
+#: Tests of what each server does by itself, and of kills that could lose or repeat work. Elsewhere the
+#: parameter for PostgreSQL is nightly: SQLite and Redis show the same.
+EACH_SERVER_PATHS = (
+    "tests/chaos/",
+    "tests/checkpoint/",
+    "tests/effects/test_every_record.py",
+    "tests/limits/",
+    "tests/runner/test_map_kill.py",
+)
 
 #: Folders and files all of whose tests are slow, as prefixes of test ids.
 SLOW_PATHS = (

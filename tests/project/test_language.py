@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.project.sources import FILES, SOURCE, parsed
 
-import stroma
-
-SOURCE = Path(stroma.__file__).parent
 ROOT = Path(__file__).parents[2]
-FILES = sorted(SOURCE.rglob("*.py"))
 
 #: First words of a docstring that name a question in place of an action or a thing.
 QUESTION_WORDS = {"What", "Whether", "Who", "Whose", "How", "Where", "When"}
@@ -36,12 +32,6 @@ BANNED_WORDS = {
     r"\bthe collector\b": "garbage collection",
     r"\bwaits for no answer\b": "is no longer waiting for an answer",
 }
-
-
-@functools.cache
-def parsed(path: Path) -> ast.Module:
-    """Return the syntax tree of a source file."""
-    return ast.parse(path.read_text("utf-8"))
 
 
 def place(path: Path, line: int) -> str:

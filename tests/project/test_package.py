@@ -216,5 +216,5 @@ class TestDev:
     )
     def test_no_tests_is_a_failure(self) -> None:
         """`test` fails if no test ran."""
-        done = self.dev("test", "-k", "no_test_has_this_name", "tests/project/test_package.py")
+        done = self.dev("test", "-n0", "-k", "no_test_has_this_name", "tests/project/test_package.py")
         assert done.returncode == 5

@@ -8,19 +8,16 @@ import subprocess
 import sys
 import uuid
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 from tests.kit import Num, node
+from tests.project.sources import FILES, SOURCE, parsed
 
-import stroma
 from stroma import FailureClass, ReliabilityContext, RunConfig, StromaRunner, execute_step, map_over, parallel
 from stroma.contracts.copying import PickledSnapshot, pickle_data
 from stroma.contracts.schema import schema_of
-
-SOURCE = Path(stroma.__file__).parent
 
 
 @pytest.mark.core
@@ -28,7 +25,7 @@ def test_no_module_of_ours_can_execute_data() -> None:
     """G11: Nothing in the package unpickles, evaluates or imports by a name that could come from a store."""
     forbidden = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "jsonpickle", "runpy"}
     own_names = SOURCE / "_utils" / "lazy.py"  # Loads what packages of ours name in tables of theirs.
-    for path in SOURCE.rglob("*.py"):
+    for path in FILES:
         inside = path.relative_to(SOURCE).parts
         # Copies of plain data are made by way of pickle, of what the same process has just packed; see below.
         copies = {"pickle"} if path == SOURCE / "contracts" / "copying.py" else set()
@@ -37,7 +34,7 @@ def test_no_module_of_ours_can_execute_data() -> None:
         ):  # Asks if values are plain by writing them, and reads nothing.
             copies = {"marshal"}
             assert "marshal.load" not in path.read_text()
-        for item in ast.walk(ast.parse(path.read_text())):
+        for item in ast.walk(parsed(path)):
             if isinstance(item, ast.Import):
                 assert not {a.name.split(".")[0] for a in item.names} & (forbidden - copies), path
             elif isinstance(item, ast.ImportFrom):
@@ -117,10 +114,9 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
     findings: set[tuple[str, str]] = set()
     # Stores and traces never see a node; a guard makes a node of its own around what it calls.
     apart = ("adapters", "checkpoint", "cli", "demo", "testing", "trace")
-    core = [p for p in SOURCE.rglob("*.py") if p.relative_to(SOURCE).parts[0] not in apart]
+    core = [p for p in FILES if p.relative_to(SOURCE).parts[0] not in apart]
     for path in core:
-        tree = ast.parse(path.read_text())
-        for outer in ast.walk(tree):
+        for outer in ast.walk(parsed(path)):
             if not isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 continue
             for item in ast.walk(outer):

@@ -1,6 +1,7 @@
 """The tiers are what they claim to be: see tests/conftest.py."""
 
 import ast
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 SLOW = {"slow", "nightly"}
 
 
-def marks_of(path: Path) -> Iterator[tuple[str, set[str]]]:
-    """Yield the docstring and the marks of each test in a file; a test has the marks of its class too."""
+@functools.cache
+def marks_of(path: Path) -> list[tuple[str, set[str]]]:
+    """Return the docstring and the marks of each test in a file; a test has the marks of its class too."""
 
     def walk(body: list[ast.stmt], outer: set[str]) -> Iterator[tuple[str, set[str]]]:
         for node in body:
@@ -29,7 +31,7 @@ def marks_of(path: Path) -> Iterator[tuple[str, set[str]]]:
             elif node.name.startswith("test"):
                 yield ast.get_docstring(node) or "", marks
 
-    yield from walk(ast.parse(path.read_text("utf-8")).body, set())
+    return list(walk(ast.parse(path.read_text("utf-8")).body, set()))
 
 
 def test_every_guarantee_has_a_test_in_the_core_tier() -> None:

@@ -1251,7 +1251,7 @@ def test_rows_that_are_left_out_are_summed() -> None:
 
 @pytest.mark.slow
 async def test_memory_is_flat(tmp_path: Path) -> None:
-    """Ten times the items take no more memory, on a durable store with a file for outputs: also resumed."""
+    """Three times the items take no more memory, on a durable store with a file for outputs: also resumed."""
 
     @stroma_node("same", input=Num, output=Num)
     async def same(state: Num) -> Any:
@@ -1282,13 +1282,13 @@ async def test_memory_is_flat(tmp_path: Path) -> None:
             db.execute(f"DELETE FROM steps WHERE branch = '{items - 1}'")
             db.execute("UPDATE runs SET commit_count = (SELECT count(*) FROM steps WHERE position >= 0)")
 
-    await peak(500, resumed=False)  # What is made once.
-    small = await peak(1500, resumed=False)
-    large = await peak(6000, resumed=False)
+    await peak(300, resumed=False)  # What is made once.
+    small = await peak(1000, resumed=False)
+    large = await peak(3000, resumed=False)
     assert large < 1.5 * small
-    undo(1500)
-    undo(6000)
-    small, large = await peak(1500, resumed=True), await peak(6000, resumed=True)
+    undo(1000)
+    undo(3000)
+    small, large = await peak(1000, resumed=True), await peak(3000, resumed=True)
     assert large < 1.5 * small
 
 

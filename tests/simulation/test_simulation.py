@@ -30,14 +30,14 @@ def test_a_seed_is_one_history() -> None:
 
 def test_promises_hold() -> None:
     """One owner, no lost acknowledgement, no double execution; repairs, budgets, answers, cancels."""
-    outcome = look(range(300), most=1)
+    outcome = look(range(100), most=1)
 
     assert not outcome.broken, explain(simulate(outcome.broken[0][0]))
 
 
 def test_a_store_that_comes_back_older() -> None:
     """Whoever knows of commits that a restored store lost writes no more to their run: one history."""
-    outcome = look(range(150), ("comes-back-older",), most=1)
+    outcome = look(range(50), ("comes-back-older",), most=1)
 
     assert not outcome.broken, explain(simulate(outcome.broken[0][0], "comes-back-older"))
 

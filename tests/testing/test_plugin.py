@@ -40,7 +40,7 @@ def session(pytester, monkeypatch):
     def run(body, *options):
         pytester.makepyfile(test_it=textwrap.dedent(HEAD) + textwrap.dedent(body))
         plain = ["-p", "no:ddtrace", "-p", "no:cacheprovider", "-o", "asyncio_mode=auto"]
-        return pytester.runpytest_subprocess(
+        return pytester.runpytest_inprocess(
             *plain, "-o", "asyncio_default_fixture_loop_scope=function", *options
         )
 
