@@ -58,6 +58,13 @@ class Formats(logging.Handler):
         self.format(record)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """Take what other files have left out of garbage collection: `gc.collect()` then takes 5 ms, not 80."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def calm() -> Iterator[None]:
     """No thread of ours outlives a test, no coroutine is left unawaited, each log record can be formatted."""
