@@ -1,4 +1,4 @@
-"""Base classes of settings: validators are built on first use, and unknown names refused."""
+"""Base class of settings: unknown names are refused."""
 
 from __future__ import annotations
 
@@ -6,26 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from stroma._utils.forks import process_lock
 from stroma._utils.text import did_you_mean
 
-_build_lock = process_lock()
 
-
-class LazyModel(BaseModel):
-    """A model whose validators are built on first use: ours take 6 ms of the 134 ms of an import."""
-
-    model_config = ConfigDict(defer_build=True)
-
-    @classmethod
-    def model_rebuild(cls, **options: Any) -> bool | None:
-        """Build the validators. Safe to call from several threads."""
-        # Pydantic before 2.14 has no lock: a second thread could get the validator of no class.
-        with _build_lock:
-            return super().model_rebuild(**options)
-
-
-class StrictModel(LazyModel):
+class StrictModel(BaseModel):
     """A model that refuses unknown fields; its error names the nearest field."""
 
     model_config = ConfigDict(extra="forbid")

@@ -7,14 +7,13 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
-from stroma._utils.models import LazyModel
 from stroma._utils.text import format_amount
 from stroma.cost.budget import BudgetExceeded, Dimension
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
 
 
-class ItemFailure(LazyModel):
+class ItemFailure(BaseModel):
     """An item of a map that failed for good without stopping the map.
 
     Attributes:

@@ -37,11 +37,10 @@ class FailurePolicy(StrictModel):
 
 PolicyMap = dict[FailureClass, FailurePolicy]
 
-#: Unvalidated: a program that goes by them needs no validator of policies.
 _DEFAULTS: PolicyMap = {
-    FailureClass.RECOVERABLE: FailurePolicy.model_construct(max_retries=3, backoff_seconds=1.0),
-    FailureClass.TERMINAL: FailurePolicy.model_construct(max_retries=0, backoff_seconds=0.0),
-    FailureClass.AMBIGUOUS: FailurePolicy.model_construct(max_retries=1, backoff_seconds=0.5),
+    FailureClass.RECOVERABLE: FailurePolicy(max_retries=3, backoff_seconds=1.0),
+    FailureClass.TERMINAL: FailurePolicy(max_retries=0, backoff_seconds=0.0),
+    FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0.5),
 }
 
 
@@ -124,7 +123,7 @@ def decide(
     return Retry(delay)
 
 
-_NO_RETRIES: Final = FailurePolicy.model_construct(max_retries=0, backoff_seconds=0.0)
+_NO_RETRIES: Final = FailurePolicy(max_retries=0, backoff_seconds=0.0)
 
 
 def follow_up(

@@ -12,7 +12,6 @@ from typing import Any, Final, cast
 
 from pydantic import BaseModel, ConfigDict
 
-from stroma._utils.models import LazyModel
 from stroma._utils.text import one_line
 from stroma.checkpoint import Committed, PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.entries import OF_MAP, failed_items_note
@@ -492,7 +491,7 @@ def _open_model(fields: dict[str, Any]) -> BaseModel:
     return schema_of(MapItem).construct(fields)
 
 
-class MapItem(LazyModel):
+class MapItem(BaseModel):
     """Fields of an item before its node's contract validates them."""
 
     model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)
