@@ -131,23 +131,9 @@ def test_the_arguments_are_those_that_hooks_are_called_with(event: str) -> None:
         NodeHooks(**{event: eval(f"lambda {arguments}, more: None")})
 
 
-def test_a_hook_that_is_set_later_is_refused_by_the_config() -> None:
-    """A set of hooks that was changed since it was made is looked at when a config gets it."""
-    hooks = NodeHooks()
-    hooks.on_node_start = plain
-    for make in (
-        lambda: RunConfig(hooks=hooks),
-        lambda: RunConfig(hooks=[NodeHooks(), hooks]),
-        lambda: StromaRunner.quick(hooks=hooks),
-        lambda: StromaRunner.quick().with_hooks(hooks),
-    ):
-        with pytest.raises(TypeError, match="on_node_start is called with"):
-            make()
-
-
 def test_exporters_pass() -> None:
     """The hooks of exporters fit their events."""
-    log_hooks().check()
+    log_hooks()
 
 
 @pytest.mark.parametrize("kind", ["no arguments", "lambda", "function"])

@@ -298,8 +298,6 @@ class RunConfig(StrictModel):
     @classmethod
     def _are_hooks(cls, value: Any) -> Any:
         sets = flatten(value)
-        for one in sets:
-            one.check()  # Its hooks may have been set since it was made.
         return value if isinstance(value, (NodeHooks, Sequence)) else sets  # What can be read once has been.
 
     @field_validator("classifiers")

@@ -94,15 +94,10 @@ class NodeHooks:
     reads_state: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        self.check()
-
-    def check(self) -> None:
-        """Raise TypeError for a hook whose code shows other arguments."""
-        if not self.is_empty():
-            for event, arguments in _ARGUMENTS.items():
-                hook = getattr(self, event)
-                if hook is not None:
-                    check_arguments(event, hook, arguments)
+        for event, arguments in _ARGUMENTS.items():
+            hook = getattr(self, event)
+            if hook is not None:
+                check_arguments(event, hook, arguments)
 
     def is_empty(self) -> bool:
         """Return True for a set without a hook."""
@@ -154,17 +149,6 @@ _ARGUMENTS: Final[dict[str, tuple[str, ...]]] = {
 
 def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
     """Raise TypeError for an object whose signature does not take these positional arguments."""
-    plain, count = func, len(arguments)
-    if type(func) is MethodType:
-        plain, count = func.__func__, count + 1
-    if type(plain) is FunctionType and "__signature__" not in vars(plain):
-        # As the binding below does for most hooks, in 0.4 us and not 25: every run's own config checks its
-        # hooks.
-        code = plain.__code__
-        required = code.co_argcount - len(plain.__defaults__ or ())
-        takes_more = bool(code.co_flags & inspect.CO_VARARGS)
-        if required <= count and (count <= code.co_argcount or takes_more) and not code.co_kwonlyargcount:
-            return
     if not callable(func):
         raise TypeError(f"{name} must be callable, got {func!r}; pass a function of ({', '.join(arguments)})")
     signature = _own_signature(func)
