@@ -188,16 +188,6 @@ async def test_structlog() -> None:
 
 
 @pytest.mark.core
-async def test_adapters_keep_the_fields(caplog: pytest.LogCaptureFixture) -> None:
-    """Through a LoggerAdapter a record has its fields and the adapter's own, through two of them as well."""
-    inner = logging.LoggerAdapter(logging.getLogger("stroma.events"), {"app": "letters"})
-    runner = quick(log_hooks(logging.LoggerAdapter(inner, {"zone": "a"})))
-    caplog.set_level(logging.INFO)
-    await runner.run([flaky(runner, 0)], State(), run_id="r")
-    assert {(line.run_id, line.app, line.zone) for line in events(caplog)} == {("r", "letters", "a")}
-
-
-@pytest.mark.core
 async def test_an_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     """Ids and messages are any text without line breaks; the fields have them as they are."""
     caplog.set_level(logging.DEBUG)

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Collection, MutableMapping
+from collections.abc import Callable, Collection
 from time import perf_counter
 from typing import Any, Final
 
@@ -194,8 +194,6 @@ class _Logs(Observer):
 
 
 def _with_extra(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
-    log = _log_adapted if isinstance(logger, logging.LoggerAdapter) else _log
-
     def write(level: int, event: str, fields: dict[str, Any]) -> None:
         text_fields = " ".join(
             [
@@ -205,24 +203,9 @@ def _with_extra(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
             ]
         )
         # Systems that group lines do so by the text before its arguments are filled in.
-        log(logger, level, f"{event}: %s", text_fields, fields)
+        logger.log(level, f"{event}: %s", text_fields, extra=fields)
 
     return write
-
-
-def _log(logger: Any, level: int, text: str, text_fields: str, fields: dict[str, Any]) -> None:
-    logger.log(level, text, text_fields, extra=fields)
-
-
-def _log_adapted(logger: Any, level: int, text: str, text_fields: str, fields: dict[str, Any]) -> None:
-    options: MutableMapping[str, Any] = {"extra": fields}
-    while isinstance(logger, logging.LoggerAdapter):
-        # By themselves, most adapters put their own fields in the place of those that are given.
-        own_extra = options["extra"]
-        text, options = logger.process(text, options)
-        options["extra"] = {**own_extra, **(options.get("extra") or {}), **fields}
-        logger = logger.logger
-    logger.log(level, text, text_fields, **options)
 
 
 def _in_line(value: Any) -> Any:
