@@ -27,6 +27,7 @@ from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem, describe_error, last_frame
 from stroma.cli.exporters import FLUSH_SECONDS, Exporters
 from stroma.cli.formatting import id_word
+from stroma.cli.inputs import input_model
 from stroma.cli.loading import note_target
 from stroma.cli.output import err, user_code
 from stroma.cli.progress import Progress, show_warnings
@@ -35,7 +36,6 @@ from stroma.cli.signals import StopSignals
 from stroma.cli.stores import Database, store_problem
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import FlowNode
-from stroma.contracts.schema import schema_of
 from stroma.engine.config import RunConfig
 from stroma.failures.errors import PlaceError
 from stroma.hooks.dispatch import HookNotAsync
@@ -53,33 +53,6 @@ _MIN_COLUMNS: Final = 40
 _MIN_ROWS: Final = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Fork:
-    """A new run that starts from the outputs of another one.
-
-    Attributes:
-        parent: id of the other run.
-        position: position where the new run starts.
-        edited: replaces the parent's output before that position, or its input.
-        before: id of the node before that position.
-        call: the call of the flow at that position before whose end the new run starts.
-    """
-
-    parent: str
-    position: int
-    edited: BaseModel | None
-    before: str | None
-    call: str | None = None
-
-    async def create(self, db: Database, run_id: str) -> None:
-        """Create the new run in the store. Raises StoreError."""
-        edited: dict[str, Any] = {}
-        if self.edited is not None:
-            value = schema_of(type(self.edited)), self.edited
-            edited = {"edited": value, "edited_node": self.before} if self.position else {"state": value}
-        await db.store.fork(self.parent, run_id, self.position, call=self.call, **edited)
-
-
 class _Ending(NamedTuple):
     """The end of a run: its result if it started, its open questions, the signal, and its time."""
 
@@ -91,17 +64,24 @@ class _Ending(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LocalRun:
-    """One run in this process. ``record``: the stored run to resume, if any."""
+    """One run in this process.
+
+    Attributes:
+        state: the input; of a fork what replaces the input of its first node, if anything does.
+        record: the stored run to resume, if any.
+        start_at: where to resume it, or where to fork another run.
+        forks: id of the run to fork.
+    """
 
     target: str
     pipeline: Pipeline
     config: RunConfig
-    state: BaseModel
+    state: BaseModel | None
     db: Database
     record: RunRecord | None
     start_at: str | None
     options: RunOptions
-    fork: Fork | None = None
+    forks: str | None = None
 
     def execute(self) -> int:
         """Run, print the report, and return the exit code. Raises Problem."""
@@ -109,10 +89,10 @@ class LocalRun:
         quiet = self.options.quiet
         show_warnings(quiet=quiet)
         progress = Progress(quiet=True) if quiet else self._shown_progress()
-        if self.fork is not None and not quiet:
+        if self.forks is not None and not quiet:
             err.line(
                 f"run {clean(self.config.run_id)} starts at {clean(self.start_at or '', 100)!r} of "
-                f"{clean(self.fork.parent)}"
+                f"{clean(self.forks)}"
             )
         own = flatten(self.config.hooks)
         exporters = self.options.exporters.hooks(own, quiet=quiet)
@@ -129,7 +109,6 @@ class LocalRun:
                 "called",
                 code=Code.INTERRUPTED,
             )
-        source = self.fork or self.record
         report = RunReport(
             result,
             self.pipeline.name,
@@ -139,7 +118,7 @@ class LocalRun:
             seconds,
             config.budget,
             waiting,
-            None if source is None else source.parent,
+            self.forks if self.record is None else self.record.parent,
         )
         report.print(quiet=quiet)
         if self.options.loop is None:
@@ -204,21 +183,11 @@ class LocalRun:
             say=progress.say,
             quiet=self.options.quiet,
         )
-        is_in_flow = self.fork is not None and self.fork.call is not None
-        is_resumed = is_in_flow or (self.record is not None and self.start_at is None)
         waiting: list[Waiting] = []
         started = time.perf_counter()
         try:
-            if self.fork is not None:
-                await self.fork.create(self.db, self.config.run_id)
             await self._set_budget()
-            result: ExecutionResult | None = await runner.run(
-                self.pipeline,
-                self.state,
-                resume=is_resumed or None,
-                resume_from=None if is_in_flow else self.start_at,
-                traceparent=os.environ.get("TRACEPARENT"),
-            )
+            result: ExecutionResult | None = await self._start(runner)
             if result is not None and result.status is RunStatus.SUSPENDED:
                 with contextlib.suppress(StoreError):  # The result has the reasons too.
                     waiting = self.db.store.waiting(result.run_id)
@@ -231,6 +200,29 @@ class LocalRun:
             self.options.exporters.close()
             await self.db.close()
         return _Ending(result, waiting, stop.signal, seconds)
+
+    async def _start(self, runner: StromaRunner[Any]) -> ExecutionResult:
+        traceparent = os.environ.get("TRACEPARENT")
+        if self.forks is None:
+            assert self.state is not None
+            is_resumed = self.record is not None and self.start_at is None
+            return await runner.run(
+                self.pipeline,
+                self.state,
+                resume=is_resumed or None,
+                resume_from=self.start_at,
+                traceparent=traceparent,
+            )
+        assert self.start_at is not None
+        return await runner.fork(
+            self.forks,
+            self.pipeline,
+            at=self.start_at,
+            state=self.state,
+            new_run_id=self.config.run_id,
+            input_schema=input_model(self.pipeline),
+            traceparent=traceparent,
+        )
 
     # ------------------------------------------------------------------ problems
 

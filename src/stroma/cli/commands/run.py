@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import click
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.history.facts import is_resumable
@@ -20,7 +20,7 @@ from stroma.cli.commands.runs import filter_options, print_runs
 from stroma.cli.errors import Code, Problem, describe_error
 from stroma.cli.inputs import find_call, parse_input, parse_input_at, stored_input
 from stroma.cli.loading import load_pipeline
-from stroma.cli.local_run import Fork, LocalRun
+from stroma.cli.local_run import LocalRun
 from stroma.cli.options import RunOptions, run_id_option, run_options
 from stroma.cli.output import err, out
 from stroma.cli.resume_plan import print_plan
@@ -242,17 +242,9 @@ def _fork(run: ResumedRun, options: RunOptions, start_at: str, input_text: str |
     if call is not None and input_text is not None:
         raise Problem(f"--state replaces the input of a node, and {start_at!r} is a call of a flow")
     compare_names(record, pipeline, quiet=options.quiet)
-    edited: BaseModel | None = None
-    if input_text is not None:
-        edited = parse_input_at(pipeline, position, input_text)
-    if edited is not None and not position:
-        state = edited
-    else:
-        state = stored_input(database, record, pipeline, target)
-    config = _configure(pipeline, new_run_id(), options)
-    before = find_node(pipeline.nodes[position - 1]).node_id if position else None
-    fork = Fork(record.run_id, position, edited, before, call)
-    return LocalRun(target, pipeline, config, state, database, None, start_at, options, fork).execute()
+    edited = None if input_text is None else parse_input_at(pipeline, position, input_text)
+    config, forks = _configure(pipeline, new_run_id(), options), record.run_id
+    return LocalRun(target, pipeline, config, edited, database, None, start_at, options, forks).execute()
 
 
 def _add_tags(config: RunConfig, tags: tuple[str, ...]) -> RunConfig:
