@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
-import re
 import shlex
 import sys
 import traceback
@@ -23,6 +21,7 @@ from stroma.engine.execution import current_run
 from stroma.hooks.sets import NodeHooks
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.runner import StromaRunner, with_settings_of
+from stroma.testing.loading import add_to_path, load_file
 
 T = TypeVar("T")
 _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
@@ -112,23 +111,10 @@ class LoadedObject(NamedTuple):
 
     def to_pipeline(self) -> Pipeline:
         """Return the pipeline. Raises Problem for anything else."""
-        value, label = self.value, f"{self.name!r} in {self.place}"
-        if isinstance(value, Pipeline):
-            return value
-        if inspect.isroutine(value) and not _is_node(value):
-            needed = _required_parameters(value)
-            if needed:
-                raise Problem(
-                    f"{label} is a function that needs arguments ({', '.join(needed)}), not a pipeline",
-                    f"add defaults, or make the pipeline at the top level: "
-                    f"{self.name}_pipeline = {self.name}(...)",
-                )
-            label = f"what {self.name}() in {self.place} returned"
-            value = _call_user_code(self.value, f"{self.name}() in {self.place}")
-            if isinstance(value, Pipeline):
-                return value
+        if isinstance(self.value, Pipeline):
+            return self.value
         raise Problem(
-            f"{label} is not a pipeline: it is of type {type(value).__name__}",
+            f"{self.name!r} in {self.place} is not a pipeline: it is of type {type(self.value).__name__}",
             _list_pipelines(self.module, self.place),
         )
 
@@ -174,25 +160,15 @@ def _load_file(path: Path) -> ModuleType:
     if not path.exists():
         raise Problem(f"no file {path}", "check the path", code=Code.NOT_FOUND)
     path = path.resolve()
-    # Registered under its own name, so that another module can import it; a name in use stays what it is.
-    name = path.stem if path.stem.isidentifier() else "_stroma_" + re.sub(r"\W", "_", path.stem)
-    if name in sys.stdlib_module_names or name in sys.modules:
-        name = f"_stroma_{name}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if importlib.util.spec_from_file_location(path.stem, path) is None:
         raise Problem(f"{path} is not a Python file", _FORM)
-    _add_to_path(str(path.parent))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    execute = spec.loader.exec_module
-    _call_user_code(lambda: execute(module), str(path))
-    return module
+    return _call_user_code(lambda: load_file(path), str(path))
 
 
 def _load_module(name: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
         raise Problem(f"no file or module {name!r}", _FORM, code=Code.NOT_FOUND)
-    _add_to_path(str(Path.cwd()))
+    add_to_path(str(Path.cwd()))
     try:
         return _call_user_code(lambda: importlib.import_module(name), name, absent=name)
     except _Absent:
@@ -201,12 +177,6 @@ def _load_module(name: str) -> ModuleType:
             f"run this in the directory of {name.split('.')[0]}, or pass the path of the file: FILE.py:NAME",
             code=Code.NOT_FOUND,
         ) from None
-
-
-def _add_to_path(directory: str) -> None:
-    # As `python x.py` does: the file's neighbours can be imported.
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
 
 
 class _Absent(Exception):
@@ -252,35 +222,9 @@ def _load_problem(error: BaseException, what: str) -> Problem:
     return Problem(f"{what} cannot be loaded: {describe_error(error)}", *where, fix)
 
 
-# ---------------------------------------------------------------------- the value
-
-
-def _required_parameters(func: Callable[..., Any]) -> list[str]:
-    try:
-        parameters = inspect.signature(func).parameters.values()
-    except (TypeError, ValueError):
-        return []
-    varied = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p.name for p in parameters if p.default is p.empty and p.kind not in varied]
-
-
-def _is_node(value: Any) -> bool:
-    try:
-        find_node(value)
-    except Exception:
-        return False
-    return True
-
-
 def _list_pipelines(module: ModuleType, place: str) -> str:
     names = [name for name, value in vars(module).items() if isinstance(value, Pipeline)]
-    names += [name for name, value in vars(module).items() if _returns_pipeline(value)]
     if not names:
         return f'{place} has no Pipeline; make one: pipeline = Pipeline("name", [node, ...])'
     names_text = ", ".join(f"{place}:{name}" for name in names[:10])
     return f"it has {names_text}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-
-
-def _returns_pipeline(value: Any) -> bool:
-    annotation = getattr(value, "__annotations__", {}).get("return") if inspect.isfunction(value) else None
-    return annotation in (Pipeline, "Pipeline") and not _required_parameters(value)

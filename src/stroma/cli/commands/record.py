@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -20,7 +19,6 @@ from stroma.cli.loading import load_pipeline
 from stroma.cli.output import emit, err, out, write_private
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
-from stroma.runner.pipeline import Pipeline
 from stroma.testing.recording import RecordedRun
 from stroma.testing.replaying import Replay
 
@@ -160,8 +158,4 @@ def _pipeline(place: str, name: str, path: Path) -> tuple[str, str, str]:
         line = f"PIPELINE = pipeline_in(Path(__file__).parent / {way!r}, {name!r})\n"
         return "from stroma.testing import RecordedRun, pipeline_in, replay_sync", line, "PIPELINE"
     first, _, rest = name.partition(".")
-    value: object = importlib.import_module(place)  # Imported before.
-    for part in name.split("."):
-        value = getattr(value, part)
-    call = "" if isinstance(value, Pipeline) else "()"
-    return f"{ours}\n\nfrom {place} import {first}", "", f"{first}{'.' + rest if rest else ''}{call}"
+    return f"{ours}\n\nfrom {place} import {first}", "", f"{first}{'.' + rest if rest else ''}"

@@ -56,9 +56,9 @@ def run(
 ) -> int:
     """Run a pipeline and print its final state as JSON on stdout.
 
-    NAME is a flow, a Pipeline, or a function without arguments that returns one. Without a config it has the
-    settings of the StromaRunner in its file. INPUT is JSON, @FILE, or - for stdin; {} by default. Progress
-    goes to stderr. A run id that has not ended, or has called an effect, needs --resume or --restart.
+    NAME is a flow or a Pipeline. Without a config it has the settings of the StromaRunner in its file. INPUT
+    is JSON, @FILE, or - for stdin; {} by default. Progress goes to stderr. A run id that has not ended, or
+    has called an effect, needs --resume or --restart.
     """
     if (resume or restart) and run_id is None:
         name = "resume" if resume else "restart"
