@@ -53,7 +53,7 @@ def test_workers_run_a_submitted_run(stroma: Any, inside: Any, worker: Any, ther
     done = inside(*words)
     assert (done.code, done.out.strip()) == (0, run_id), done
     with worker() as process:
-        assert "'sums' on task queue" in process.ready
+        assert "'sums' at task queue" in process.ready
         entry = run_of(inside, run_id)
         assert (entry["run"]["status"], entry["run"]["tags"]) == ("COMPLETED", ["blue"])
         assert [a["tokens"] for a in entry["attempts"]] == [120, 15, 0]
@@ -140,7 +140,7 @@ def test_what_is_refused(
     fails(inside(*words, "--temporal", "localhost:1"), 3, "cannot be used: Failed client connect")
     fails(inside(*words, "--temporal", "nowhere"), 2, "HOST:PORT")
     fails(inside(*words, "--task-queue", "q"), 2, "needs --temporal")
-    wrong = ("worker", "sums.py:pipeline", *there, "--namespace", "nope")
-    fails(inside(*wrong), 3, "cannot be used: Namespace nope")
+    monkeypatch.setenv("TEMPORAL_NAMESPACE", "nope")
+    fails(inside("worker", "sums.py:pipeline", *there), 3, "cannot be used: Namespace nope")
     monkeypatch.setenv("TEMPORAL_TLS_CLIENT_CERT_PATH", "none.pem")
     fails(inside(*words, *there), 3, "cannot be used: [Errno 2]", "none.pem")

@@ -245,7 +245,6 @@ class TemporalWorker(PipelineWorker):
             drain_seconds=self.drain_seconds,
         )
         running = asyncio.ensure_future(worker.run())
-        started = time.monotonic()
         self._print("ready", self._describe())
         try:
             signal = await serve_until_signal(running, worker.shutdown, self.drain_seconds, quiet=self.quiet)
@@ -258,16 +257,13 @@ class TemporalWorker(PipelineWorker):
             ) from error
         finally:
             await self.database.close()
-        self._print("drained", f"after {signal}, {format_duration(time.monotonic() - started)}")
+        self._print("drained", f"after {signal}")
         return Code.OK
 
     def _describe(self) -> str:
-        address, limit = self.cluster.address, self.max_concurrency
-        if self.place is not None:
-            place = f"place {clean(self.place, 100)!r} of {address}"
-            return f"{self._names} at {place}, {pluralize(limit, 'call')} at once"
-        queue = f"task queue {clean(self.cluster.task_queue, 100)!r} of {address}"
-        return f"{self._names} on {queue}, in {self.database.name}, {pluralize(limit, 'run')} at once"
+        queue = self.cluster.task_queue if self.place is None else self.place
+        what = "task queue" if self.place is None else "place"
+        return f"{self._names} at {what} {clean(queue, 100)!r} of {self.cluster.address}"
 
 
 def _describe_stop(result: ExecutionResult) -> str:

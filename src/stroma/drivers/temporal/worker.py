@@ -226,7 +226,6 @@ def stroma_worker(
     max_concurrency: int = 100,
     max_seconds: float = 900.0,
     drain_seconds: float = 30.0,
-    **options: Any,
 ) -> Worker:
     """Create a worker that drives runs of flows and pipelines; then ``await worker.run()``.
 
@@ -240,7 +239,6 @@ def stroma_worker(
         max_concurrency: maximum number of runs, or of calls, at once.
         max_seconds: after this time a run goes to the next free worker, at a step boundary.
         drain_seconds: time of the steps in flight once the worker is shut down; then they are cancelled.
-        options: those of ``temporalio.worker.Worker``.
 
     Raises ValueError for two pipelines of one name and for a place that is the task queue, TypeError for
     anything but flows and Pipelines, StoreError for a store that processes cannot share.
@@ -253,16 +251,12 @@ def stroma_worker(
         "graceful_shutdown_timeout": timedelta(seconds=drain_seconds),
     }
     if place is not None:
-        settings |= {"activities": [CallActivity(place, pipelines, config).call], **_HEARTBEATS, **options}
+        settings |= {"activities": [CallActivity(place, pipelines, config).call], **_HEARTBEATS}
         return Worker(client, task_queue=place, **settings)
     plugin = StromaPlugin(client, task_queue, pipelines, store=store, config=config, max_seconds=max_seconds)
-    settings |= {
-        # After the loss of a worker its workflows are taken over after this time; the default is 10 s.
-        "sticky_queue_schedule_to_start_timeout": timedelta(seconds=1),
-        **options,
-        "plugins": [plugin, *options.get("plugins", ())],
-    }
-    return Worker(client, task_queue=task_queue, **settings)
+    # After the loss of a worker its workflows are taken over after this time; the default is 10 s.
+    settings["sticky_queue_schedule_to_start_timeout"] = timedelta(seconds=1)
+    return Worker(client, task_queue=task_queue, plugins=[plugin], **settings)
 
 
 async def register_search_attributes(client: Client) -> None:
