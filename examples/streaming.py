@@ -6,7 +6,7 @@
 Then open http://127.0.0.1:8000, or watch with: curl -N 'http://127.0.0.1:8000/runs?topic=otters'
 
 Close the page in the middle and the run is cancelled: its commits stay in runs.db, and the same id with
-``resume=True`` continues there. With ``on_leave="detach"`` it would continue without its reader.
+``resume=True`` continues there. A run that continues without its reader: ``runner.submit`` and ``follow``.
 """
 
 import asyncio

@@ -108,7 +108,6 @@ async def test_a_node_with_a_place(cluster: Cluster) -> None:
 async def test_events_come_with_the_end_of_a_call(cluster: Cluster) -> None:
     """Readers get a place's events, also in threads and before a failure; of too many the newest."""
     hub = EventHub()
-    reader = hub.add_reader()
 
     async def fails(state: Num) -> Any:
         here().emit({"half": ["a", None]}, name="progress")
@@ -123,7 +122,7 @@ async def test_events_come_with_the_end_of_a_call(cluster: Cluster) -> None:
     pipeline = Pipeline("p", [placed("a", call, place), placed("b", fails, place)])
     async with workers(cluster, pipeline, hooks=EventHooks(hub=hub)):
         await cluster.runner.run(pipeline, Num(), run_id=fresh_id())
-    events = list(iter(reader.take, None))
+    events = list(iter(hub.take, None))
     ends = [event.kind for event in events if event.kind != "node_event"]
     assert ends == ["run_start", "node_start", "node_success", "node_start", "node_failure"]
     *texts, progress = [event for event in events if event.kind == "node_event"]

@@ -15,6 +15,7 @@ from pydantic import BaseModel, SecretStr
 from tests.kit import NEVER, TWICE, Num, failing_with, node, noting, quick, returning
 
 from stroma import (
+    AsyncInMemoryStore,
     CheckpointManager,
     ContractRegistry,
     InMemoryStore,
@@ -172,9 +173,10 @@ async def test_a_reader_that_stands_still() -> None:
 
 
 def started_hub() -> tuple[EventHub, RunningNode]:
-    """Return a hub with a running attempt "1-1", and its node."""
+    """Return a hub with a running attempt "1-1", whose start was read, and its node."""
     hub = EventHub()
     hub.publish("node_start", "run", "a", attempt_id="1-1")
+    assert hub.take() is not None
     manager = CheckpointManager(InMemoryStore())
     context = ReliabilityContext.for_run(RunConfig(), ContractRegistry(), manager)
     return hub, RunningNode(context, "a", "node", 0, "")
@@ -183,13 +185,12 @@ def started_hub() -> tuple[EventHub, RunningNode]:
 async def test_drops_are_counted_each_time() -> None:
     """A reader that falls behind twice gets a count for each gap: read and dropped make all."""
     hub, here = started_hub()
-    reader = hub.add_reader()
     read, dropped, sent = 0, 0, 0
     for burst in (MAX_EMITTED + 7, 3, 2 * MAX_EMITTED):
         for _ in range(burst):
             hub.emit(here, "1-1", "delta", sent)
             sent += 1
-        while (event := reader.take()) is not None:
+        while (event := hub.take()) is not None:
             read += event.kind == "node_event"
             dropped += event.details.get("dropped", 0)
             if event.kind == "node_event":
@@ -201,29 +202,28 @@ def test_a_hub_takes_events_of_running_attempts_only() -> None:
     """However a thread races with an end: an event never precedes a start or follows an end."""
     for end in ("node_success", "node_failure", "node_cancelled", "node_suspended"):
         hub, here = started_hub()
-        reader = hub.add_reader()
         hub.emit(here, "1-2", "delta", "early")
         hub.emit(here, "1-1", "delta", "in time")
         hub.publish(end, "run", "a", attempt_id="1-1")
         hub.emit(here, "1-1", "delta", "late")
-        assert [reader.take().data for _ in range(2)] == ["in time", None]
-        assert reader.take() is None
+        assert [hub.take().data for _ in range(2)] == ["in time", None]
+        assert hub.take() is None
 
 
 async def test_a_thread_wakes_a_reader_by_its_loop() -> None:
     """The future of a waiting reader is set in its own event loop, which alone may do that."""
     hub, here = started_hub()
-    reader = hub.add_reader()
     asyncio.get_running_loop().set_debug(True)  # It refuses calls from other threads.
-    waiting = asyncio.create_task(reader.get())
+    waiting = asyncio.create_task(hub.get())
     await asyncio.sleep(0)
     await asyncio.to_thread(hub.emit, here, "1-1", "delta", "x")
     event = await waiting
     assert event.data == "x"
 
 
-async def test_one_that_stands_still_stops_no_other_reader() -> None:
-    """While one reader does not read, another one gets every event, and the run does not wait."""
+async def test_a_stream_that_stands_still_stops_no_stored_event() -> None:
+    """While one reader does not read, another one gets the newest events, and the run does not wait."""
+    store = AsyncInMemoryStore()
 
     async def func(state: Num) -> Any:
         for index in range(3 * MAX_EMITTED):
@@ -231,11 +231,12 @@ async def test_one_that_stands_still_stops_no_other_reader() -> None:
             await asyncio.sleep(0)
         return {"n": 1}
 
-    quick_reader = quick(policy_map=NEVER).stream([node("a", func)], Num())
-    still = quick_reader.tee()
-    events = [event async for event in quick_reader]
-    assert emitted(events) == list(range(3 * MAX_EMITTED))
-    rest = [event async for event in still]
+    runner = quick(store=store, policy_map=NEVER, run_id="run", events="store")
+    async with runner.stream([node("a", func)], Num()) as still:
+        await anext(still)  # The run is in the store.
+        events = [event async for event in runner.follow("run")]
+        rest = [event async for event in still]
+    assert emitted(events)[-1] == 3 * MAX_EMITTED - 1
     assert emitted(rest) == list(range(2 * MAX_EMITTED, 3 * MAX_EMITTED))
 
 

@@ -18,7 +18,6 @@ from tests.kit import ONCE, Num, cancel, computing, failing_with, noting, return
 
 import stroma
 from stroma import (
-    AsyncInMemoryStore,
     ExecutionBudget,
     NodeHooks,
     Pipeline,
@@ -192,30 +191,13 @@ async def test_the_run_waits_for_a_slow_reader() -> None:
     assert stream.result.hook_errors == []
 
 
-@pytest.mark.core
-async def test_only_the_newest_progress_is_kept() -> None:
-    """Progress of a map that nobody has read is replaced by newer one, and does not fill the buffer."""
-    from stroma.hooks import MapProgress
-    from stroma.runner.events import EventHub
-
-    def event(number: int, kind: Any = "map_progress", position: int = 0) -> StreamEvent:
-        progress = MapProgress(number, 9, 0, 0, 0.0, None, 0.0, False)
-        return StreamEvent(number, kind, "run", "m", position, progress=progress)
-
-    reader = EventHub().add_reader()
-    for one in (event(1), event(2), event(3, position=1), event(4, "node_start"), event(5), event(6)):
-        reader.put(one)
-    assert [reader.take().number for _ in range(4)] == [2, 3, 4, 6]
-    assert reader.take() is None
-
-
 async def test_a_cancellation_while_the_run_waits_loses_no_end() -> None:
     """A run that is cancelled from elsewhere while its reader is slow tells every end that has happened."""
     runner = quick(run_id="run")
     stream = runner.stream([node(f"n{i}") for i in range(9)], Num(), buffer=1)
     async with stream:
         await anext(stream)
-        await until(lambda: stream._reader.pending > 1)
+        await until(lambda: stream._run.hub.pending > 1)
         assert await runner.cancel("run")
         events = [event async for event in stream]
     assert stream.result.status is RunStatus.CANCELLED
@@ -331,34 +313,6 @@ def slow_started(runner: StromaRunner) -> bool:
     return len(run.ctx.trace) == 1
 
 
-@pytest.mark.core
-@pytest.mark.parametrize("way", ["aclose", "dropped"])
-async def test_a_detached_run_goes_on(way: str) -> None:
-    """With on_leave="detach" the run goes on to its end; a shutdown still reaches it."""
-    slow = Slow()
-    store = AsyncInMemoryStore()
-    runner = quick(store=store, run_id="run")
-    stream = runner.stream([slow.node], Num(), on_leave="detach", buffer=1)
-    await read_until_slow(stream)
-    if way == "aclose":
-        await stream.aclose()
-    del stream
-    gc.collect()
-    await asyncio.sleep(0)
-    slow.go.set()
-    await until(lambda: not runner._live.runs)
-    record = store.get_run("run")
-    assert (record.status, slow.ends) == ("COMPLETED", ["done"])
-    other = Slow()
-    stream = runner.stream([other.node], Num(), on_leave="detach", run_id="other")
-    await read_until_slow(stream)
-    await stream.aclose()
-    await runner.shutdown(drain_seconds=0)
-    assert other.ends == ["cancelled"]
-    record = store.get_run("other")
-    assert record.status == "INTERRUPTED"
-
-
 async def test_leaving_before_the_beginning() -> None:
     """A stream that nobody reads begins no run, and is left without a trace."""
     runner = quick()
@@ -434,38 +388,19 @@ async def test_a_failed_run_is_an_event() -> None:
 
 async def test_what_is_refused() -> None:
     """Options that mean nothing are refused where they are written."""
-    for options in ({"on_leave": "stay"}, {"buffer": 0}, {"buffer": True}, {"buffer": 1.5}):
-        with pytest.raises(ValueError, match=r"on_leave|buffer"):
+    for options in ({"buffer": 0}, {"buffer": True}, {"buffer": 1.5}):
+        with pytest.raises(ValueError, match="buffer"):
             quick().stream([node("a")], Num(), **options)
 
 
-async def test_two_readers() -> None:
-    """Each reader has a stream of its own by tee(), with all events; the run ends when the last leaves."""
-    slow = Slow()
-    runner = quick(run_id="run")
-    one = runner.stream([node("a"), slow.node], Num())
-    two = one.tee()
-    await read_until_slow(one)
-    await one.aclose()
-    assert runner._live.runs
-    late = two.tee()
-    slow.go.set()
-    all_of_them = [event async for event in two]
-    assert summary_of(all_of_them)[0] == ("run_start", None)
-    assert summary_of(all_of_them)[-1] == ("run_end", None)
-    rest = [event async for event in late]
-    assert [event.number for event in rest] == [event.number for event in all_of_them][-len(rest) :]
-    assert two.result.status is RunStatus.COMPLETED
-
-
 async def test_two_that_read_one_stream() -> None:
-    """Two that read the same stream at once are told to use tee(); the first one goes on."""
+    """A second reader of the same stream is refused; the first one goes on."""
     slow = Slow()
     async with quick().stream([slow.node], Num()) as stream:
         await read_until_slow(stream)
         first = asyncio.create_task(anext(stream))
         await asyncio.sleep(0)
-        with pytest.raises(RuntimeError, match=r"stream\.tee\(\)"):
+        with pytest.raises(RuntimeError, match="is already being read"):
             await anext(stream)
         slow.go.set()
         assert (await first).kind == "node_success"

@@ -106,7 +106,7 @@ parallel(summarise, max_concurrency="2")  # type: ignore[arg-type]  # pyright: i
 async def run_them() -> None:
     """A run takes a list, a tuple or a Pipeline, and gives an ExecutionResult."""
     document = Document(text="x")
-    async with runner.stream([both, report], document, on_leave="detach") as stream:
+    async with runner.stream([both, report], document) as stream:
         async for notice in stream:
             assert_type(notice, StreamEvent)
             assert_type(notice.event, TraceEvent | None)

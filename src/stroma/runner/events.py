@@ -1,4 +1,4 @@
-"""Events of a run: the hub that numbers them and hands them to readers, and the hooks that publish them."""
+"""Events of a run: the hub that numbers them for a reader, and the hooks that publish them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EventKind = Literal[
     "run_end",
 ]
 _ENDS: Final = frozenset({"node_success", "node_failure", "node_cancelled", "node_suspended"})
-#: Emitted events that may be pending for one reader.
+#: Emitted events that may be pending.
 MAX_EMITTED: Final = 1000
 
 
@@ -105,39 +105,36 @@ _JSON_FIELDS: Final = tuple(one.name for one in fields(StreamEvent) if one.name 
 
 
 class EventHub:
-    """Numbers the events of one run, and hands each of them to all readers.
+    """Numbers the events of one run, and holds those that its reader has not taken yet.
 
     :meth:`emit` is safe to call in any thread; everything else belongs to the thread of the run's event loop.
     Events that an attempt emits lie between its start and its end: :meth:`emit` drops others, such as those
-    of a thread that outlived its attempt.
+    of a thread that outlived its attempt. Of emitted events the newest 1,000 are pending; one
+    "events_dropped" stands in the place of the others. ``buffer``: see :meth:`wait_for_room`.
     """
 
-    def __init__(self) -> None:
-        self.readers: tuple[EventReader, ...] = ()
+    def __init__(self, buffer: int | None = None) -> None:
         self.is_closed = False
+        self.is_left = False  # The reader has left: events are only numbered.
         # Reentrant: a finalizer that emits may run while it is held.
         self.lock = threading.RLock()
+        self._buffer = buffer
         self._number = 0
         #: Ids of the attempts that have started and not ended.
         self._attempts: set[str] = set()
         self._room: asyncio.Future[None] | None = None
+        # Two queues in the order of their numbers, so that a full one drops its oldest event at once.
+        self._events: deque[StreamEvent] = deque()
+        self._emitted: deque[StreamEvent] = deque()
+        #: The first event that was dropped since the last one was reported, and their number.
+        self._first_dropped: StreamEvent | None = None
+        self._dropped = 0
+        self._waiter: tuple[asyncio.Future[None], int] | None = None
 
-    def add_reader(self, buffer: int | None = None) -> EventReader:
-        """Return a reader of the events from now on. ``buffer``: see :meth:`wait_for_room`."""
-        reader = EventReader(self, buffer)
-        with self.lock:
-            self.readers = (*self.readers, reader)
-        return reader
-
-    def remove_reader(self, reader: EventReader) -> None:
-        """Remove a reader and its pending events. Safe to call twice."""
-        with self.lock:
-            self.readers = tuple([one for one in self.readers if one is not reader])
-            reader.clear()
-        self.make_room()
+    # ------------------------------------------------------------------ for the run
 
     def publish(self, kind: EventKind, run_id: str, node_id: str | None = None, **fields: Any) -> None:
-        """Put an event that must not be lost into every queue. It awaits nothing that could be cancelled."""
+        """Add an event that must not be lost. It awaits nothing that could be cancelled."""
         with self.lock:
             if kind == "node_start":
                 self._attempts.add(fields["attempt_id"])
@@ -145,11 +142,12 @@ class EventHub:
                 self._attempts.discard(fields.get("attempt_id", ""))
             self._number += 1
             event = StreamEvent(self._number, kind, run_id, node_id, **fields)
-            for reader in self.readers:
-                reader.put(event)
+            if not self.is_left:
+                self._events.append(event)
+                self._wake_reader()
 
     def emit(self, node: RunningNode, attempt_id: str, name: str, data: Any) -> None:
-        """Put an event of an attempt into every queue, which drops its oldest if it is full. Never waits."""
+        """Add an event of an attempt, and drop the oldest one if there are too many. Never waits."""
         with self.lock:
             if attempt_id not in self._attempts:
                 return
@@ -166,84 +164,34 @@ class EventHub:
                 name=name,
                 data=data,
             )
-            for reader in self.readers:
-                reader.put_emitted(event)
+            if self.is_left:
+                return
+            if len(self._emitted) == MAX_EMITTED:
+                dropped = self._emitted.popleft()
+                self._first_dropped = self._first_dropped or dropped
+                self._dropped += 1
+            self._emitted.append(event)
+            if self._waiter is not None:
+                self._wake_reader()
 
     def flush(self) -> None:
-        """Do nothing: readers take what is pending."""
+        """Do nothing: the reader takes what is pending."""
 
     def close(self) -> None:
-        """End the iteration of the readers after their pending events."""
+        """End the iteration of the reader after the pending events."""
         with self.lock:
             self.is_closed = True
-            for reader in self.readers:
-                reader.wake()
+            self._wake_reader()
 
     async def wait_for_room(self) -> None:
-        """Wait while a reader has more than ``buffer`` pending events, without those that nodes emitted."""
-        while any(reader.is_full for reader in self.readers):
+        """Wait while more than ``buffer`` events are pending, without those that nodes emitted."""
+        while self._buffer is not None and len(self._events) > self._buffer:
             if self._room is None or self._room.done():
                 self._room = asyncio.get_running_loop().create_future()
             # Shielded: several nodes wait for one future, and a cancelled one must not cancel it.
             await asyncio.shield(self._room)
 
-    def make_room(self) -> None:
-        """Have the run look again whether readers have room."""
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
-
-
-class EventReader:
-    """The pending events of one reader of a hub. Create it with :meth:`EventHub.add_reader`.
-
-    Of events that nodes emitted, the newest 1,000 are pending; one "events_dropped" stands in the place of
-    the others.
-    """
-
-    def __init__(self, hub: EventHub, buffer: int | None) -> None:
-        self._hub = hub
-        self.buffer = buffer
-        # Two queues in the order of their numbers, so that a full one drops its oldest event at once.
-        self._events: deque[StreamEvent] = deque()
-        self._emitted: deque[StreamEvent] = deque()
-        #: The first event that was dropped since the last one was reported, and their number.
-        self._first_dropped: StreamEvent | None = None
-        self._dropped = 0
-        self._waiter: tuple[asyncio.Future[None], int] | None = None
-
-    @property
-    def pending(self) -> int:
-        """Number of pending events."""
-        return len(self._events) + len(self._emitted)
-
-    @property
-    def is_full(self) -> bool:
-        """True if the run waits for this reader."""
-        return self.buffer is not None and len(self._events) > self.buffer
-
-    def put(self, event: StreamEvent) -> None:
-        """Add an event. Of the progress of a map only the newest is pending. The caller holds the lock."""
-        last = self._events[-1] if self._events else None
-        if (
-            last is not None
-            and last.kind == event.kind == "map_progress"
-            and (last.position, last.branch) == (event.position, event.branch)
-        ):
-            self._events.pop()
-        self._events.append(event)
-        self.wake()
-
-    def put_emitted(self, event: StreamEvent) -> None:
-        """Add an event that a node emitted. The caller holds the lock."""
-        if len(self._emitted) == MAX_EMITTED:
-            dropped = self._emitted.popleft()
-            self._first_dropped = self._first_dropped or dropped
-            self._dropped += 1
-        self._emitted.append(event)
-        if self._waiter is not None:
-            self.wake()
-
-    def wake(self) -> None:
+    def _wake_reader(self) -> None:
         """End the wait of :meth:`get`. The caller holds the lock."""
         waiter, self._waiter = self._waiter, None
         if waiter is None:
@@ -255,31 +203,45 @@ class EventReader:
             with suppress(RuntimeError):  # The loop was closed, and its reader with it.
                 future.get_loop().call_soon_threadsafe(_resolve, future)
 
-    def clear(self) -> None:
-        """Forget the pending events. The caller holds the lock."""
-        self._events.clear()
-        self._emitted.clear()
-        self._first_dropped, self._dropped = None, 0
+    # ------------------------------------------------------------------ for the reader
+
+    @property
+    def pending(self) -> int:
+        """Number of pending events."""
+        return len(self._events) + len(self._emitted)
 
     def take(self) -> StreamEvent | None:
         """Return the next pending event; None if there is none."""
-        with self._hub.lock:
+        with self.lock:
             event = self._next()
-        self._hub.make_room()
+        self._make_room()
         return event
 
     async def get(self) -> StreamEvent | None:
         """Return the next event, once there is one; None after the last. A cancellation loses no event."""
         while True:
-            with self._hub.lock:
+            with self.lock:
                 event = self._next()
-                if event is not None or self._hub.is_closed:
+                if event is not None or self.is_closed:
                     break
                 future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                 self._waiter = future, threading.get_ident()
             await future
-        self._hub.make_room()
+        self._make_room()
         return event
+
+    def leave(self) -> None:
+        """Forget the pending events and those to come: nobody reads them. Safe to call twice."""
+        with self.lock:
+            self.is_left = True
+            self._events.clear()
+            self._emitted.clear()
+            self._first_dropped, self._dropped = None, 0
+        self._make_room()
+
+    def _make_room(self) -> None:
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
 
     def _next(self) -> StreamEvent | None:
         events, emitted, dropped = self._events, self._emitted, self._first_dropped
@@ -342,7 +304,7 @@ class EventHooks(NodeHooks):
         return getattr(self, event.removeprefix("on"), None)
 
     async def _publish(self, kind: EventKind, run_id: str, node_id: str, **fields: Any) -> None:
-        """Publish an event of the current node, and wait until the readers have room."""
+        """Publish an event of the current node, and wait until the reader has room."""
         self.hub.publish(kind, run_id, node_id, **{**_place(), **fields})
         await self.hub.wait_for_room()
 

@@ -45,7 +45,6 @@ class EventLog(EventHub):
 
     def __init__(self) -> None:
         super().__init__()
-        self._reader = self.add_reader()
         self._session: Session = NULL_SESSION
         self.run_logger: Any = logger
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -83,12 +82,12 @@ class EventLog(EventHub):
         if self._writing is None or self._writing.done():
             for _ in range(2):  # All that nodes emitted, without staying here for a thread that floods.
                 self._write_batch()
-        if self._reader.pending:
+        if self.pending:
             self._wake()
 
     def flush(self) -> None:
         """Write all pending events. They reach the store before the end of the run, which is written next."""
-        while self._reader.pending:
+        while self.pending:
             self._write_batch()
 
     def _write_batch(self) -> None:
@@ -108,7 +107,7 @@ class EventLog(EventHub):
     def _take_lines(self) -> list[bytes]:
         lines: list[bytes] = []
         size = 0
-        while len(lines) < _MAX_BATCH_SIZE and size < _MAX_EVENT_BYTES and (event := self._reader.take()):
+        while len(lines) < _MAX_BATCH_SIZE and size < _MAX_EVENT_BYTES and (event := self.take()):
             if event.kind == "events_dropped":
                 self._last += event.details["dropped"]
             else:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterat
 from contextlib import suppress
 from functools import partial
 from types import FrameType, ModuleType, NoneType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Self, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeAlias, TypeVar, cast, overload
 
 from pydantic import BaseModel
 
@@ -457,24 +457,20 @@ class StromaRunner(Generic[DepsT]):
         node_sequence: Nodes,
         initial_state: BaseModel,
         *,
-        on_leave: Literal["cancel", "detach"] = "cancel",
         buffer: int = 1000,
         **options: Unpack[RunKeywords[DepsT]],
     ) -> RunStream:
         """Return the events of :meth:`run` as an async iterator, while they happen; see :class:`RunStream`.
 
-        The run starts with the first event that is read, or with ``async with``. ``on_leave``: how a run goes
-        on whose reader leaves before its end: "cancel" ends it as CANCELLED, "detach" continues it in the
-        background. ``buffer``: events that may be pending for the reader; with more of them the run waits.
-        ``options`` are those of :meth:`run`. The iterator raises what ``run()`` would raise. Raises
-        ValueError for invalid options.
+        The run starts with the first event that is read, or with ``async with``. If the reader leaves before
+        its end, it is CANCELLED. ``buffer``: events that may be pending for the reader; with more of them the
+        run waits. ``options`` are those of :meth:`run`. The iterator raises what ``run()`` would raise.
+        Raises ValueError for an invalid ``buffer``.
         """
         from stroma.runner.stream import RunStream
 
         nodes = _listed(node_sequence)
-        return RunStream(
-            lambda watch: self._run(nodes, initial_state, options, watch=watch), on_leave, buffer
-        )
+        return RunStream(lambda watch: self._run(nodes, initial_state, options, watch=watch), buffer)
 
     def follow(self, run_id: str, after: str | None = None) -> AsyncIterator[StreamEvent]:
         """Yield the events of a run of the store to its end; needs ``RunConfig(events="store")``.

@@ -5,45 +5,36 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from stroma._utils.logs import get_logger
 from stroma.hooks.sets import NodeHooks
-from stroma.runner.events import EventHooks, EventHub, EventReader, StreamEvent, describe_result
+from stroma.runner.events import EventHooks, EventHub, StreamEvent, describe_result
 from stroma.trace.result import ExecutionResult
 
 logger = get_logger()
 
-OnLeave = Literal["cancel", "detach"]
-#: Tasks of runs without a reader: a task that nothing references may be garbage collected.
-_detached: set[asyncio.Task[ExecutionResult]] = set()
+#: Tasks of runs whose reader has left: a task that nothing references may be garbage collected.
+_ending: set[asyncio.Task[ExecutionResult]] = set()
 
 
 class RunStream:
     """The events of one run, in order, for one reader. Use it with ``async with``.
 
     The last event is "run_end", with the result. No event is lost: if ``buffer`` events are pending for the
-    reader, the run waits before its next step; of the progress of a map only the newest event is pending.
-    Reading may be cancelled (by a timeout around ``anext``, for example) and continue afterwards. :meth:`tee`
-    returns a stream for another reader; reading one stream twice at the same time raises RuntimeError.
+    reader, the run waits before its next step. Reading may be cancelled (by a timeout around ``anext``, for
+    example) and continue afterwards; reading a stream twice at the same time raises RuntimeError.
 
     A reader leaves before the end by the end of ``async with``, by ``aclose()``, or when the stream is
-    garbage collected. Then ``on_leave`` applies: "cancel" ends the run as CANCELLED, committed and resumable;
-    "detach" lets it continue.
+    garbage collected. Then the run is CANCELLED, committed and resumable.
     """
 
     def __init__(
-        self,
-        begin: Callable[[NodeHooks], Coroutine[Any, Any, ExecutionResult]],
-        on_leave: OnLeave,
-        buffer: int,
+        self, begin: Callable[[NodeHooks], Coroutine[Any, Any, ExecutionResult]], buffer: int
     ) -> None:
-        if on_leave not in ("cancel", "detach"):
-            raise ValueError(f'on_leave must be "cancel" or "detach", got {on_leave!r}')
         if isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 1:
             raise ValueError(f"buffer must be a whole number of at least 1, got {buffer!r}")
-        self._run = _WatchedRun(begin, on_leave)
-        self._reader = self._run.hub.add_reader(buffer)
+        self._run = _WatchedRun(begin, EventHub(buffer))
         self._reading = False
         self._closed = False
 
@@ -54,20 +45,18 @@ class RunStream:
 
     async def __anext__(self) -> StreamEvent:
         if self._reading:
-            raise RuntimeError(
-                "this stream is already being read; create one for each reader with stream.tee()"
-            )
+            raise RuntimeError("this stream is already being read; read it once, and send the events to all")
         if self._closed:
             raise StopAsyncIteration
         self._run.start()
         self._reading = True
         try:
-            event = await self._reader.get()
+            event = await self._run.hub.get()
         finally:
             self._reading = False
         if event is None:
             self._closed = True
-            self._run.leave(self._reader)
+            self._run.leave()
             self._run.raise_if_failed()
             raise StopAsyncIteration
         return event
@@ -78,16 +67,6 @@ class RunStream:
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-    def tee(self) -> RunStream:
-        """Return a stream of the same run for another reader: of all events, or of those from now on.
-
-        The run waits for the slowest reader; ``on_leave`` applies when the last one leaves.
-        """
-        twin = RunStream.__new__(RunStream)
-        twin._run, twin._reader = self._run, self._run.hub.add_reader(self._reader.buffer)
-        twin._reading = twin._closed = False
-        return twin
 
     # ------------------------------------------------------------------ the end
 
@@ -100,26 +79,25 @@ class RunStream:
         return self._run.result
 
     async def aclose(self) -> None:
-        """Leave the run. With "cancel", its end is committed when this returns. Raises nothing of the run."""
+        """Leave the run; its end is committed when this returns. Raises nothing of the run."""
         self._closed = True
-        task = self._run.leave(self._reader)
-        if task is not None and self._run.on_leave == "cancel":
+        task = self._run.leave()
+        if task is not None:
             # Not `await task`: a cancellation of the caller must not cancel the run a second time.
             await asyncio.wait([task])
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
-            self._run.abandon(self._reader)
+            self._run.abandon()
 
 
 class _WatchedRun:
-    """The run behind the streams. It references no stream, so that an unused stream is garbage collected."""
+    """The run behind a stream. It does not reference the stream, so that an unused one is collected."""
 
     def __init__(
-        self, begin: Callable[[NodeHooks], Coroutine[Any, Any, ExecutionResult]], on_leave: OnLeave
+        self, begin: Callable[[NodeHooks], Coroutine[Any, Any, ExecutionResult]], hub: EventHub
     ) -> None:
-        self.hub = EventHub()
-        self.on_leave = on_leave
+        self.hub = hub
         self.result: ExecutionResult | None = None
         self._begin = begin
         self._task: asyncio.Task[ExecutionResult] | None = None
@@ -142,14 +120,14 @@ class _WatchedRun:
 
     def _close(self, task: asyncio.Task[ExecutionResult]) -> None:
         """Publish the end of the run. An exception of the run is raised after it."""
-        _detached.discard(task)
+        _ending.discard(task)
         if not task.cancelled():
             self._error = task.exception()
             if self._error is None:
                 self.result = task.result()
-        elif self.hub.readers:  # Not by a reader that left: readers must see an exception.
+        elif not self.hub.is_left:  # Not by a reader that left: readers must see an exception.
             self._error = asyncio.CancelledError("the run was cancelled")
-        if not self.hub.readers and self._error is not None:
+        if self.hub.is_left and self._error is not None:
             logger.warning("the run of a stream without a reader raised: %r", self._error)
         if self.result is not None and self._end is None:
             # Cancelled while it was opened, without a call of a hook: nothing has redacted its input.
@@ -167,25 +145,24 @@ class _WatchedRun:
         if self._error is not None:
             raise self._error
 
-    def leave(self, reader: EventReader) -> asyncio.Task[ExecutionResult] | None:
-        """Remove a reader. After the last, apply ``on_leave`` and return the task of an unfinished run."""
-        if reader not in self.hub.readers:
+    def leave(self) -> asyncio.Task[ExecutionResult] | None:
+        """End a run whose reader leaves. Return its task if it has not ended."""
+        if self.hub.is_left:
             return None
-        self.hub.remove_reader(reader)
+        self.hub.leave()
         task = self._task
-        if self.hub.readers or task is None or task.done():
+        if task is None or task.done():
             return None
-        if self.on_leave == "cancel":
-            task.cancel()
-        _detached.add(task)
+        task.cancel()
+        _ending.add(task)
         return task
 
-    def abandon(self, reader: EventReader) -> None:
-        """Remove the reader of a stream that was garbage collected, in any thread."""
+    def abandon(self) -> None:
+        """End the run of a stream that was garbage collected, in any thread."""
         loop = self._loop
         if loop is None or loop.is_closed():
             return
         try:
-            loop.call_soon_threadsafe(self.leave, reader)
+            loop.call_soon_threadsafe(self.leave)
         except RuntimeError:
             pass  # The loop was closed just now, and the run has ended with it.

@@ -319,7 +319,6 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     run.attempt, run.key = request.attempt, request.idempotency_key
     run.last_failure = request.failure_before(contract.output_schema)
     hub = EventHub()
-    reader = hub.add_reader()
     if request.takes_events:
         ctx.fire = Hooks((EventHooks(hub=hub),), run_id=ctx.run_id, limit_seconds=None, failures=[])
         hub.publish("node_start", ctx.run_id, request.node_id, attempt_id=run.identify_attempt())
@@ -345,7 +344,7 @@ async def _answer(request: PlaceRequest, node: Node, state: BaseModel, config: R
     answer.reports = tuple(run.reported or ())
     usage_error = run.misreported or usage_error
     answer.usage_error = None if usage_error is None else str(usage_error)
-    events = [(one.name or "", one.data) for one in iter(reader.take, None) if one.kind == "node_event"]
+    events = [(one.name or "", one.data) for one in iter(hub.take, None) if one.kind == "node_event"]
     sizes = accumulate(len(json.dumps(one)) for one in (answer.output, *reversed(events)))
     count = sum(size <= _MAX_ANSWER_BYTES for size in sizes) - 1  # Without the output.
     answer.events = tuple(events[len(events) - max(count, 0) :])
