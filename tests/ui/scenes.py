@@ -211,7 +211,7 @@ async def fill(store: SQLiteStore) -> None:
         )
 
 
-async def submit_nothing(state: object, options: object) -> None:
+async def submit_nothing(state: object, run_id: str) -> None:
     """Take part as what submits runs."""
 
 

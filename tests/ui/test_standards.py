@@ -39,7 +39,7 @@ def pages(tmp_path: Path, serve: Any) -> list[str]:
     make_runs(store, (SCRIPT, BAD), state=State(text="a\x00b\u202e"))
     runner = StromaRunner.quick(store=store)
     asyncio.run(runner.submit(GOOD, State(), run_id="queued", key=SCRIPT, delay=60, expires=99))
-    submission = Submission(State, lambda state, options: runner.submit(GOOD, state, **options))
+    submission = Submission(State, lambda state, run_id: runner.submit(GOOD, state, run_id=run_id))
     site: Site = serve(store, pipeline="flows", lineage=lineage(GOOD), submission=submission)
     bare: Site = serve(empty)
     requests = [

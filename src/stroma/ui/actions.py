@@ -23,7 +23,6 @@ from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.examples import NoExampleError, example_for
-from stroma.runner.pipeline import SubmitOptions
 from stroma.runner.stored_runs import StoredRuns, limits_of
 from stroma.ui.rendering import Renderer
 
@@ -194,11 +193,9 @@ def no_key() -> HTTPException:
 
 def _read_limits(form: dict[str, str]) -> Mapping[str, float]:
     """Return the limits of a form; empty fields are none. Raises HTTPException."""
-    tokens, cost, latency = (form.get(name, "").strip() for name in ("tokens", "cost_usd", "latency_ms"))
+    tokens, cost = form.get("tokens", "").strip(), form.get("cost_usd", "").strip()
     try:
-        return limits_of(
-            int(tokens) if tokens else None, float(cost) if cost else None, int(latency) if latency else None
-        )
+        return limits_of(int(tokens) if tokens else None, float(cost) if cost else None, None)
     except ValueError as error:  # pydantic's ValidationError is one.
         raise HTTPException(422, f"not a budget: {clean(str(error), 300)}") from error
 
@@ -230,16 +227,11 @@ class SubmitForm:
             raise no_key()
         submission = self._submission(name)
         parsed = _parse(submission.model, form.get("input", ""))
-        options = _read_options(form)
-        errors = [
-            *(parsed if isinstance(parsed, list) else ()),
-            *(options if isinstance(options, list) else ()),
-        ]
-        if isinstance(parsed, list) or isinstance(options, list):
-            return self._page(form, errors, 422)
+        if isinstance(parsed, list):
+            return self._page(form, parsed, 422)
         run_id = self._keys.id_of(form["key"], identity_of(form))
         try:
-            await submission.submit(parsed, {**options, "run_id": run_id})
+            await submission.submit(parsed, run_id)
         except (TypeError, ValueError) as error:
             return self._page(form, [("", clean(str(error), 1000))], 422)
         return to_run(run_id)
@@ -259,7 +251,7 @@ class SubmitForm:
     def _page(
         self, form: dict[str, str], errors: list[tuple[str, str]] | None = None, code: int = 200
     ) -> Response:
-        fields = {name: form.get(name, "") for name in ("key", "pipeline", "input", "queue_key", "priority")}
+        fields = {name: form.get(name, "") for name in ("key", "pipeline", "input")}
         names = list(self._submissions)
         return self._renderer.page(
             "submit.html", code, here="pipeline", form=fields, names=names, errors=errors or []
@@ -275,15 +267,3 @@ def _parse(model: type[BaseModel], text: str) -> BaseModel | list[tuple[str, str
         return [(".".join(map(str, one["loc"])), clean(one["msg"], 300)) for one in errors[:_MAX_ERRORS]]
     except Exception as error:  # A validator of the model may raise anything.
         return [("", clean(f"{type(error).__name__}: {error}", 300))]
-
-
-def _read_options(form: dict[str, str]) -> SubmitOptions | list[tuple[str, str]]:
-    """Return the priority and the key in a form, or their errors."""
-    try:
-        options: SubmitOptions = {"priority": int(form.get("priority", "").strip() or "0")}
-    except ValueError:
-        return [("priority", "not a whole number")]
-    key = form.get("queue_key", "").strip()
-    if key:
-        options["key"] = key
-    return options

@@ -54,7 +54,6 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/payload", run_pages.payload),
         Route("/overview", pages.overview),
         Route("/pipeline", pages.pipeline),
-        Route("/lineage.svg", pages.lineage),
         Route("/steps.svg", pages.steps),
         Route("/export", run_pages.export),
         Route("/trace", run_pages.trace),

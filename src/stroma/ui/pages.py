@@ -276,13 +276,9 @@ class Pages:
 
     def steps(self, request: Request) -> Response:
         """Return an image of the steps that the latest runs took."""
-        return _image(self._history.run_graph(self._served(request)[0], RUNS).svg())
-
-    def lineage(self, request: Request) -> Response:
-        lineage = self._served(request)[1].lineage
-        if lineage is None:
-            raise HTTPException(404, "this pipeline has no lineage")
-        return _image(lineage.svg())
+        svg = self._history.run_graph(self._served(request)[0], RUNS).svg()
+        headers = {"content-security-policy": IMAGE_POLICY}
+        return Response(svg.encode("utf-8", "replace"), media_type="image/svg+xml", headers=headers)
 
     def _served(self, request: Request) -> tuple[str, Served]:
         """Return the pipeline that a request names, by default the first one, with its name."""
@@ -291,8 +287,3 @@ class Pages:
         if name not in pipelines:
             raise HTTPException(404, "stroma ui was started without this pipeline: pass FILE.py:NAME")
         return name, pipelines[name]
-
-
-def _image(svg: str) -> Response:
-    headers = {"content-security-policy": IMAGE_POLICY}
-    return Response(svg.encode("utf-8", "replace"), media_type="image/svg+xml", headers=headers)

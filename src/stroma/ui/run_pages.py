@@ -15,7 +15,7 @@ from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history.bars import find_progress, in_order, place_of
 from stroma.checkpoint.history.facts import is_at_work, is_interrupted, status_of
 from stroma.checkpoint.history.redaction import Payload
-from stroma.checkpoint.queue import COMPLETE, QUEUED, ServedCode
+from stroma.checkpoint.queue import COMPLETE, QUEUED
 from stroma.checkpoint.records import FAILED, AttemptPage, AttemptRecord, RunRecord
 from stroma.trace.html import cause, document, rejected_output
 from stroma.trace.outline import shown_place
@@ -134,7 +134,6 @@ class RunPages:
             at=after,
             zoomed=timeline.window is not None,
             trace=trace_link(self._settings, run_id),
-            queued=self._queued_runs(record) if record.status == QUEUED else 0,
             send_key=self._renderer.keys.form("send", run_id) if may_receive(record, attempts) else "",
             topics=awaited_topics(story.waits),
         )
@@ -153,12 +152,6 @@ class RunPages:
             for label, text in story.remarks
             if label in _NOTES and not (label == "waits" and has_form) and (label, text) not in hidden
         ]
-
-    def _queued_runs(self, record: RunRecord) -> int:
-        """Return the number of queued runs of a run's pipeline and version."""
-        versions = () if record.version is None else (record.version,)
-        figures = self._store.queue_figures({record.pipeline: ServedCode(versions)}, 0)
-        return figures[record.pipeline].queued
 
     def _attempts(self, record: RunRecord, after: str | None) -> tuple[AttemptPage, list[AttemptRecord]]:
         """Return the attempts to list, and further ones for the timeline. Reads the store once."""

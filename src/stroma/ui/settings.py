@@ -12,7 +12,6 @@ from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.records import RunRecord
 from stroma.contracts.checks.lineage import Lineage
-from stroma.runner.pipeline import SubmitOptions
 from stroma.trace.redaction import Redact
 
 
@@ -21,11 +20,11 @@ class Submission(NamedTuple):
 
     Attributes:
         model: class of the input.
-        submit: submits a run, given its input and the keywords of :meth:`StromaRunner.submit`.
+        submit: submits a run, given its input and its id.
     """
 
     model: type[BaseModel]
-    submit: Callable[[BaseModel, SubmitOptions], Awaitable[object]]
+    submit: Callable[[BaseModel, str], Awaitable[object]]
 
 
 class Served(NamedTuple):

@@ -33,7 +33,6 @@ from stroma.runner.runner import StromaRunner
 
 if TYPE_CHECKING:
     from stroma.contracts.checks.lineage import Lineage
-    from stroma.runner.pipeline import SubmitOptions
     from stroma.trace.redaction import Redact
     from stroma.ui.settings import Submission
 
@@ -225,9 +224,9 @@ def _submission(store: AsyncStates, pipeline: Pipeline, target: str) -> Submissi
         return None
     runner = StromaRunner(ContractRegistry(), CheckpointManager(store))
 
-    async def submit(state: BaseModel, options: SubmitOptions) -> None:
-        handle = await runner.submit(pipeline, state, **options)
-        await store.attribute(handle.run_id, {"target": target})
+    async def submit(state: BaseModel, run_id: str) -> None:
+        await runner.submit(pipeline, state, run_id=run_id)
+        await store.attribute(run_id, {"target": target})
 
     return Submission(input_model(pipeline), submit)
 
