@@ -27,7 +27,7 @@ def test_following(db, stroma, inside):
     work = stroma.popen(*words, env={"SECOND_AWAITS": waits, "STROMA_DB": db})
     while stroma.calls()[-1:] != ["second"]:
         assert work.poll() is None
-    watch = stroma.popen("tail", "x", "--follow", "--interval", "0.05", env={"STROMA_DB": db})
+    watch = stroma.popen("tail", "x", "--follow", env={"STROMA_DB": db})
     assert " first  #1  success" in watch.stdout.readline()
     assert watch.poll() is None
     stroma.file("go", "")
@@ -43,7 +43,7 @@ def test_following(db, stroma, inside):
 def test_following_a_queued_run(stroma, inside):
     """--follow waits for a queued run to start, and ends when the run does."""
     assert inside("submit", "sums.py:pipeline", GOOD, "--run-id", "x").code == 0
-    watch = stroma.popen("tail", "x", "--follow", "--interval", "0.05")
+    watch = stroma.popen("tail", "x", "--follow")
     with pytest.raises(subprocess.TimeoutExpired):
         watch.wait(timeout=2)
     assert inside("drive", "x", "sums.py:pipeline").code == 0
@@ -66,7 +66,7 @@ def test_a_run_whose_process_died(stroma, inside):
 @pytest.mark.slow
 def test_all_runs(stroma):
     """Without a RUN, --follow prints every run that begins, with its id, until it is stopped."""
-    watch = stroma.popen("tail", "--follow", "--interval", "0.05")
+    watch = stroma.popen("tail", "--follow")
     for name in ("one", "two"):
         assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", name, "-q").code == 0
         lines = [watch.stdout.readline() for _ in range(4)]
@@ -143,7 +143,7 @@ def test_what_nodes_emit(db, stroma, inside):
     expected = [("node_event", "Half a "), ("node_event", "sentence"), ("node_event", {"done": 0.5})]
     assert [(one["event"], one["node_event"]["data"]) for one in events] == expected
     assert events[0]["node_event"]["cursor"] == "1-3"
-    watch = stroma.popen("tail", "x", "--follow", "--interval", "0.05", env={"STROMA_DB": db})
+    watch = stroma.popen("tail", "x", "--follow", env={"STROMA_DB": db})
     assert "delta  Half a sentence" in watch.stdout.readline()
     stroma.file("go", "")
     out, err = watch.communicate(timeout=60)

@@ -16,8 +16,7 @@ from stroma.cli.commands.replay import recorded_run, replay_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.loading import load_pipeline
-from stroma.cli.output import emit, err, out, write_private
-from stroma.cli.redaction import load_redact, redact_option
+from stroma.cli.output import err, out, write_private
 from stroma.cli.stores import Database, db_option
 from stroma.testing.recording import RecordedRun
 from stroma.testing.replaying import Replay
@@ -44,41 +43,32 @@ def test_run_{name}_goes_the_same_way() -> None:
 
 @click.command()
 @click.argument("run_", metavar="RUN", shell_complete=complete_run)
-@click.argument("target", metavar="FILE_OR_MODULE:NAME", required=False)
+@click.argument("target", metavar="FILE_OR_MODULE:NAME")
 @click.option(
     "--as-test",
     "path",
     metavar="TEST_FILE",
     type=click.Path(dir_okay=False, path_type=Path),
+    required=True,
     help="Pytest file to write; its data file goes next to it.",
 )
-@click.option("--force", is_flag=True, help="With --as-test: overwrite existing files.")
-@redact_option
+@click.option("--force", is_flag=True, help="Overwrite existing files.")
 @db_option
-def record(
-    run_: str, target: str | None, path: Path | None, force: bool, redact: str | None, db: str | None
-) -> int:
-    """Write a recorded run as a regression test, or print it as JSON (schema "stroma.recorded-run/1").
+def record(run_: str, target: str, path: Path, force: bool, db: str | None) -> int:
+    """Write a recorded run as a regression test.
 
     The test replays the run without calling a node (see `stroma replay`), and fails if the code behaves
     differently. Values that the config of the pipeline redacts are not written.
     """
-    if path is not None and not path.name:
+    if not path.name:
         raise click.UsageError("--as-test needs the name of a file")
-    if path is not None and target is None:
-        raise click.UsageError("--as-test needs FILE_OR_MODULE:NAME: the test has to find the pipeline")
     database = Database.from_option(db)
     whole = recorded_run(database, run_)
-    pipeline = None if target is None else load_pipeline(target)
-    hide = load_redact(redact)
-    if hide is None and pipeline is not None and pipeline.config is not None:
-        hide = pipeline.config.redact
+    pipeline = load_pipeline(target)
+    hide = None if pipeline.config is None else pipeline.config.redact
     redacted_run = whole if hide is None else whole.redacted(hide)
     if hide is None and not database.reader._payloads.plain:
         err.line(("note: ", "yellow"), "the store encrypts states; what is written here is not encrypted")
-    if path is None or target is None or pipeline is None:
-        emit(redacted_run.to_json())
-        return Code.OK
     outcome = replay_run(redacted_run, pipeline)
     if outcome.differences:
         raise _differs(

@@ -23,7 +23,6 @@ from stroma.cli.commands.runs import run_data
 from stroma.cli.commands.show import attempt_data, facts_data
 from stroma.cli.errors import Code
 from stroma.cli.formatting import id_word, localize, style_status
-from stroma.cli.options import FiniteRange
 from stroma.cli.output import Part, err, out
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import Database, db_option
@@ -36,6 +35,7 @@ from stroma.trace.terminal import cells_of, style_of
 
 _COLUMNS = ("CLASS", "REASON", "TIME", "TOKENS", "COST", "MODEL", "MESSAGE")  # after the outcome
 _WHY = ("blocked", "paused", "waits", "error", "unknown")  # facts about the end of a run
+_SECONDS = 0.5  # between two reads of the store
 _MAX_RUNS = 200  # runs followed at once
 _MAX_ATTEMPTS = 10_000_000
 _PAGE_SIZE = 100  # batches of events that are read at once
@@ -53,27 +53,13 @@ _MAX_CHARACTERS = 2000  # of what a node emitted, in a line
     metavar="N",
     help="Number of earlier attempts to print.",
 )
-@click.option(
-    "--interval",
-    type=FiniteRange(min=0.05),
-    default=0.5,
-    show_default=True,
-    metavar="SECONDS",
-    help="Seconds between two reads of the store.",
-)
 @redact_option
 @click.option(
     "--json", "as_json", is_flag=True, help='Print a line of JSON for each, schema "stroma.tail/1".'
 )
 @db_option
 def tail(
-    run_: str | None,
-    follow: bool,
-    lines: int,
-    interval: float,
-    redact: str | None,
-    as_json: bool,
-    db: str | None,
+    run_: str | None, follow: bool, lines: int, redact: str | None, as_json: bool, db: str | None
 ) -> int:
     """Follow runs: print one line for each attempt when it is recorded.
 
@@ -87,7 +73,7 @@ def tail(
         watch = _Follower(database, as_json, hide, named=False)
         watch.print(record, lines)
         while follow and record.status in (QUEUED, "RUNNING") and not is_interrupted(record):
-            time.sleep(interval)
+            time.sleep(_SECONDS)
             current = database.get_run(record.run_id)
             if current is None:
                 err.line("the run was deleted")
@@ -107,7 +93,7 @@ def tail(
         if not follow:
             return Code.OK
         since = 1
-        time.sleep(interval)
+        time.sleep(_SECONDS)
 
 
 class _Follower:
