@@ -6,7 +6,6 @@ process, so that it outlives the one that is killed and its ledger can tell what
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -24,13 +23,13 @@ from stroma.checkpoint import AttemptRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import schema_of
 from stroma.demo.agent import BOOK_VARIABLE
-from stroma.demo.pipeline import BASE_URL_VARIABLE, DOCUMENTS, Documents
+from stroma.demo.pipeline import BASE_URL_VARIABLE, Documents
 from stroma.demo.provider import Provider, digest_of
 
 _TARGET = "stroma.demo.pipeline:pipeline"
 _AGENT = "stroma.demo.agent:support"
 _SUSPENDED: Final = 7  # exit code
-_KILL_AFTER = 9  # committed documents
+_KILL_AFTER = 8  # committed documents
 _PATIENCE_SECONDS = 60.0
 _TIGHT_BUDGET_USD = "0.0015"
 _COLUMNS: Final = 79
@@ -39,8 +38,7 @@ _COLUMNS: Final = 79
 class Demo:
     """One run of the demo: its files, and how its commands are run."""
 
-    def __init__(self, folder: Path, work: Path) -> None:
-        self.folder = folder
+    def __init__(self, work: Path) -> None:
         self.work = work
         self.db = work / "runs.db"
         self.book = work / "bank.jsonl"
@@ -80,16 +78,8 @@ class Demo:
         process.wait()
         return code
 
-    def run_words(self, run_id: str, *options: str) -> list[str]:
-        """Return the command that begins a run over the documents."""
-        state = [] if self.folder == DOCUMENTS else [json.dumps({"folder": str(self.folder)})]
-        return ["run", _TARGET, *state, "--run-id", run_id, *options]
-
     def attempts(self, run_id: str) -> list[AttemptRecord]:
         return SQLiteStore(self.db).attempts(run_id) if self.db.exists() else []
-
-    def texts(self, run_id: str) -> list[str]:
-        return [document.text for document in self._documents(run_id).documents if document.text.strip()]
 
     def names(self, run_id: str) -> list[str]:
         """Return the documents of a run, in order."""
@@ -113,12 +103,12 @@ class Demo:
         }
 
 
-def main(scene: str, folder: Path | None, work: Path | None) -> int:
+def main(scene: str, work: Path | None) -> int:
     """Run the demo; return 0 if everything went as announced, else 1."""
     work = work or Path(tempfile.mkdtemp(prefix="stroma-demo-"))
     work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    demo = Demo(DOCUMENTS if folder is None else folder.resolve(), work.resolve())
+    demo = Demo(work.resolve())
     if scene == "agent":
         ok = _killed_agent(demo)
         if ok:
@@ -142,20 +132,18 @@ def _trouble(demo: Demo, provider: Provider) -> bool:
     demo.title("1. Trouble and retries")
     demo.print_line("Business documents go through a pipeline whose model provider limits, fails,")
     demo.print_line("hangs and answers nonsense. Each failure is retried by its class.\n")
-    return demo.run(provider, demo.run_words("inbox")) == 0
+    return demo.run(provider, ["run", _TARGET, "--run-id", "inbox"]) == 0
 
 
 def _killed_and_resumed(demo: Demo, provider: Provider) -> bool:
     demo.title("2. Killed and resumed")
     demo.print_line("The same again, but the process is killed half-way (kill -9) and resumed.")
     demo.print_line("Finished documents are stored and not bought again.\n")
-    code = demo.kill_when(lambda: _is_time_to_kill(demo), provider, demo.run_words("killed"))
+    words = ["run", _TARGET, "--run-id", "killed"]
+    code = demo.kill_when(lambda: _is_time_to_kill(demo), provider, words)
     if code is not None:
-        if code:
-            demo.print_line(f"The run ended by itself with exit code {code}; it should have been killed.")
-            return False
-        demo.print_line("\nThe folder is so small that the run was done before it could be killed.")
-        return True
+        demo.print_line(f"The run ended by itself with exit code {code}; it should have been killed.")
+        return False
     names = demo.names("killed")
     # Read after the kill, so that the list is final.
     done = {names[int(a.branch)] for a in demo.attempts("killed") if a.branch and a.output is not None}
@@ -170,11 +158,7 @@ def _killed_and_resumed(demo: Demo, provider: Provider) -> bool:
 
 def _is_time_to_kill(demo: Demo) -> bool:
     """Return True if some documents are finished and some are not."""
-    attempts = demo.attempts("killed")
-    if not any(a.position == 0 and a.output is not None for a in attempts):
-        return False
-    finished = sum(bool(a.branch) and a.output is not None for a in attempts)
-    return finished >= min(_KILL_AFTER, len(demo.texts("killed")) // 2)
+    return sum(bool(a.branch) and a.output is not None for a in demo.attempts("killed")) >= _KILL_AFTER
 
 
 def _on_a_budget(demo: Demo, provider: Provider) -> bool:
@@ -183,7 +167,7 @@ def _on_a_budget(demo: Demo, provider: Provider) -> bool:
         f"The same again with a budget of {_TIGHT_BUDGET_USD} US dollars. Once it is spent, calls in"
     )
     demo.print_line("flight end and no other begins; the run resumes with a larger budget.\n")
-    code = demo.run(provider, demo.run_words("tight", "--budget-usd", _TIGHT_BUDGET_USD))
+    code = demo.run(provider, ["run", _TARGET, "--run-id", "tight", "--budget-usd", _TIGHT_BUDGET_USD])
     demo.print_line(f"\nExit code {code} (5: stopped by the budget).")
     return code == 5
 
@@ -201,7 +185,7 @@ def _bill(demo: Demo, run_id: str) -> None:
             by_row[names[int(attempt.branch)]].append(attempt)
         elif attempt.tokens or attempt.outcome == "failure":
             by_row[attempt.node_id].append(attempt)
-    width = min(34, max(map(len, by_row), default=0))
+    width = 34
     demo.print_line(f"\n{'document or step':{width}}  {'tokens':>6}  {'cost':>9}  attempts")
     order = {name: i for i, name in enumerate(names)}
     for name in sorted(by_row, key=lambda n: order.get(n, len(order))):

@@ -10,12 +10,9 @@ import click
 
 from stroma.cli.errors import Code, Problem
 
-_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
-
 
 @click.command()
 @click.argument("scene", type=click.Choice(["documents", "agent"]), default="documents")
-@click.option("--folder", type=_FOLDER, metavar="DIR", help="Documents to read.  [default: those that ship]")
 @click.option(
     "--dir",
     "work",
@@ -23,7 +20,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
     metavar="DIR",
     help="Directory of the database and the report.  [default: a new temporary one]",
 )
-def demo(scene: str, folder: Path | None, work: Path | None) -> int:
+def demo(scene: str, work: Path | None) -> int:
     """Run the demo: documents with an unreliable provider, or `demo agent`, which is killed while it pays."""
     if scene != "agent" and importlib.util.find_spec("openai") is None:
         raise Problem(
@@ -35,4 +32,4 @@ def demo(scene: str, folder: Path | None, work: Path | None) -> int:
         raise Problem(f"{work} contains an earlier demo", "pass another directory: --dir")
     from stroma.demo import show
 
-    return show.main(scene, folder, work)
+    return show.main(scene, work)
