@@ -96,7 +96,7 @@ class Item:
 
     index: int
     value: Any
-    checksum: bytes | None = None  # Of the item or its source, by which a resume sees that it is the same.
+    checksum: bytes | None = None  # By which a resume sees that it is the same.
     error: str | None = None  # Why there is no value.
 
 
@@ -104,7 +104,6 @@ class Source:
     """The items of one run of a map."""
 
     total: int | None = None  # How many there are, if that is known.
-    checksum: bytes | None = None  # Of the source as a whole.
     page = _PAGE_ITEMS  # How many are read at once, at most; the reader may change it.
 
     async def prepare(self) -> None:
@@ -190,16 +189,12 @@ class FileSource(Source):
         self._path = path
 
     async def prepare(self) -> None:
-        """Count the items, and compute the checksum of the whole file."""
-        self.total, self.checksum = await to_thread(self._scan)
+        """Count the items."""
+        self.total = await to_thread(self._count)
 
-    def _scan(self) -> tuple[int, bytes]:
-        digest, count = hashlib.sha256(), 0
+    def _count(self) -> int:
         with self._open() as file:
-            for line in self._lines(file):
-                digest.update(line)
-                count += bool(line.strip(_WHITESPACE))
-        return count, b"item of " + digest.hexdigest().encode()
+            return sum(bool(line.strip(_WHITESPACE)) for line in self._lines(file))
 
     def _open(self) -> IO[bytes]:
         try:
@@ -217,29 +212,20 @@ class FileSource(Source):
             ) from error
 
     async def pages(self) -> AsyncGenerator[Sequence[Item], None]:
-        digest = hashlib.sha256()
         file = await to_thread(self._open)
         try:
             lines = enumerate(self._lines(file), 1)
             index = 0
-            while True:
-                page = await to_thread(self._page, lines, digest, index)
-                if not page:
-                    break
+            while page := await to_thread(self._page, lines, index):
                 index += len(page)
                 yield page
         finally:
             file.close()
-        if b"item of " + digest.hexdigest().encode() != self.checksum:
-            raise ValueError(
-                f"{self._path} was changed while its items were read; restore it, or start a new run"
-            )
 
-    def _page(self, lines: Iterator[tuple[int, bytes]], digest: Any, index: int) -> list[Item]:
+    def _page(self, lines: Iterator[tuple[int, bytes]], index: int) -> list[Item]:
         page: list[Item] = []
         size = 0
         for number, line in lines:
-            digest.update(line)
             text = line.removeprefix(_BOM) if number == 1 else line
             if not text.strip(_WHITESPACE):
                 continue
@@ -250,11 +236,11 @@ class FileSource(Source):
         return page
 
     def _item(self, index: int, number: int, line: bytes) -> Item:
-        where = f"line {number} of {self._path}"
+        checksum = b"item " + hashlib.sha256(line).hexdigest().encode()
         try:
-            return Item(index, from_json(line), self.checksum)
+            return Item(index, from_json(line), checksum)
         except ValueError as error:
-            return Item(index, None, self.checksum, f"{where} is not JSON: {error}")
+            return Item(index, None, checksum, f"line {number} of {self._path} is not JSON: {error}")
 
     def _lines(self, file: IO[bytes]) -> Iterator[bytes]:
         number = 0

@@ -159,8 +159,6 @@ class MapRun:
         if self.outputs is None:
             await self._read_journal([])  # A store without a journal raises here, before anything is called.
         await self._source.prepare()
-        if self._may_have_committed:
-            await self._check_source()
         await self._progress.report()
         try:
             self._pool.start(self._start_items())
@@ -361,7 +359,9 @@ class MapRun:
             committed = by_index.get(item.index)
             if committed is None:
                 continue
-            self._check_same(item.index, item.checksum, committed)
+            recorded = None if committed.step is None else committed.step.input_key
+            if None not in (recorded, item.checksum) and recorded != item.checksum:
+                raise self._pipeline_changed(self._source.describe_change(item.index))
             if self._must_run(committed):
                 del by_index[item.index]
                 self._restored.pop((position, self._branch(item.index)), None)
@@ -396,22 +396,6 @@ class MapRun:
             self._ctx.handover.done.pop(at, None)
             if self._may_have_committed:
                 self._restored.pop(at, None)
-
-    async def _check_source(self) -> None:
-        """Raise PipelineChanged, before anything is called, if the source as a whole has changed."""
-        total, checksum = self._source.total, self._source.checksum
-        if total is None or checksum is None or self.outputs is not None:
-            return
-        for start in range(0, total, _PAGE_ITEMS):
-            committed = await self._load_committed(range(start, min(total, start + _PAGE_ITEMS)))
-            if committed:
-                self._check_same(min(committed), checksum, committed[min(committed)])
-                return
-
-    def _check_same(self, index: int, checksum: bytes | None, committed: Committed) -> None:
-        recorded = None if committed.step is None else committed.step.input_key
-        if recorded is not None and checksum is not None and recorded != checksum:
-            raise self._pipeline_changed(self._source.describe_change(index))
 
     def _pipeline_changed(self, what: str) -> PipelineChanged:
         where = f"run {self._ctx.run_id!r} cannot be resumed at {self._execution.node_id!r}"
