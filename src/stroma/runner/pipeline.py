@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, Final, Generic, Literal, Protocol, TypedDict
 
 from pydantic import BaseModel
@@ -373,9 +374,9 @@ def _parts_of(nodes: Iterable[Node | Group], seen: set[str]) -> Iterator[str]:
         if isinstance(node, FlowNode) and node.node_id not in seen:
             seen.add(node.node_id)
             flow: Any = node.func
-            code = getattr(flow.body, "__code__", None)
-            if isinstance(code, CodeType):
-                yield from _parts_of_code(code)
+            if isinstance(flow.body, FunctionType):
+                with contextlib.suppress(Exception):  # Its file is gone or is another one.
+                    yield inspect.getsource(flow.body)
                 yield from _parts_of(_named_nodes(flow.body), seen)
 
 
@@ -406,16 +407,6 @@ def _named_nodes(function: FunctionType) -> Iterator[Node | Group]:
         is_marked = isinstance(value, (FunctionType, Pipeline)) and hasattr(value, "_stroma_node_id")
         if is_marked or isinstance(value, Group):
             yield find_node(value)
-
-
-def _parts_of_code(code: CodeType) -> Iterator[str]:
-    yield code.co_code.hex()
-    yield repr(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _parts_of_code(constant)
-        else:  # The order of a set differs between processes.
-            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
 
 
 _MAX_PRIORITY: Final = 1_000_000_000  # Every store has such numbers exactly.
