@@ -365,25 +365,20 @@ class Timeline:
 
     def merged(self, bars: Sequence[Bar]) -> str:
         """Return many bars as stretches: one in which an attempt failed is marked as failed."""
-        columns = [0] * 250
-        for bar in bars:
+        columns = [""] * 250
+        for bar in sorted(bars, key=lambda bar: bar.outcome == "failure"):
             box = self.span_of(bar.began_ms, bar.began_ms + bar.took_ms)
-            if box is None:
-                continue
-            value = 2 if bar.outcome == "failure" else 1
-            for column in range(int(box[0] * 2.5), min(249, int((box[0] + box[1]) * 2.5)) + 1):
-                columns[column] = max(columns[column], value)
-        parts, start = [], 0
-        for at in range(1, 251):
-            if at == 250 or columns[at] != columns[start]:
-                if columns[start]:
-                    kind = "failure" if columns[start] == 2 else "success"
-                    parts.append(
-                        f'<rect class="b-{kind}" x="{start / 2.5:.1f}%" y="5" '
-                        f'width="{(at - start) / 2.5:.1f}%" height="18"/>'
-                    )
-                start = at
-        return "".join(parts)
+            if box is not None:
+                kind = "failure" if bar.outcome == "failure" else "success"
+                for column in range(int(box[0] * 2.5), min(249, int(sum(box) * 2.5)) + 1):
+                    columns[column] = kind
+        drawn, x = "", 0.0
+        for kind, same in itertools.groupby(columns):
+            width = len(list(same)) / 2.5
+            if kind:
+                drawn += f'<rect class="b-{kind}" x="{x:.1f}%" y="5" width="{width:.1f}%" height="18"/>'
+            x += width
+        return drawn
 
 
 def _row(name: tuple[str, str, str], lane: str, figures: str, label: str = "", *, role: str = "img") -> str:
