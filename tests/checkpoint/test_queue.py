@@ -19,7 +19,7 @@ from tests.shared_stores import ON_SERVERS, STORES, opened, place
 from tests.store_suite.helpers import finish, settled
 from tests.tiers import examples
 
-from stroma import CheckpointNotFound, PostgresStore, RunExists, SQLiteStore
+from stroma import CheckpointNotFound, RunExists, SQLiteStore
 from stroma.checkpoint.entries import RunRequest, SentMessage
 from stroma.checkpoint.history.facts import facts_of
 from stroma.checkpoint.queue import (
@@ -376,27 +376,6 @@ async def test_delayed_runs_do_not_keep_a_due_one_from_workers(
     assert store.queue_figures({"p": ServedCode()}, NOW + 35) == {"p": QueueFigures(121, NOW)}
     await store.cancel("later2")
     assert await claim(store, now_ms=NOW + 45) == ["later3"]
-
-
-async def test_an_expired_run_is_claimed_beside_the_limits(store: Any) -> None:
-    """A due run past its latest start is claimed even at max_runs and without room; no other run is."""
-    await submit(store, "running", key="k")
-    await submit(store, "waits", key="k", expires_ms=NOW * 2)
-    await submit(store, "late", key="k", expires_ms=2)
-    await submit(store, "later", due_ms=NOW + 5, expires_ms=2)
-    await submit(store, "paused", expires_ms=2)
-    await store.pause("paused")
-    limits = RunLimits(max_runs=1, max_runs_per_key=1)
-    owner = await settled(store.open_run(request_of("running", if_exists="resume")))
-    assert await claim(store, p=limits) == ["late"]
-    await store.postpone("late", "t", None)
-    assert await claim(store, 0, p=limits) == ["late"]
-    assert await claim(store, 0, now_ms=NOW + 5, p=limits) == ["later"]
-    session = await open_claimed(store, "late")
-    assert session.finished.reason == "expired"
-    await finish(session, "FAILED", session.finished.error)
-    assert await claim(store, 0, p=limits) == []
-    await finish(owner)
 
 
 async def test_the_figures_of_a_queue(store: Any) -> None:

@@ -625,9 +625,9 @@ class TestOwners:
         request = RunRequest("run", "p", State(), SCHEMA, version="1")
         await store.submit(request, QueueEntry(later, 3, "k", later))
         lane = "p\0001"
-        assert lists() == {f"stroma:later:{lane}", f"stroma:expires:{lane}"}
+        assert lists() == {f"stroma:later:{lane}"}
         await store.reopen("run")
-        queued = {f"stroma:queue:3:{lane}:k", f"stroma:queuekeys:{lane}", f"stroma:expires:{lane}"}
+        queued = {f"stroma:queue:3:{lane}:k", f"stroma:queuekeys:{lane}"}
         assert lists() == queued
         await store.pause("run")
         assert lists() == set()

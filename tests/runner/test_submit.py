@@ -106,29 +106,6 @@ async def test_every_end_is_a_result(store: Any) -> None:
     assert world.calls == ["a 0"]
 
 
-@pytest.mark.parametrize("busy", ["pipeline", "worker"])
-async def test_a_run_expires_while_there_is_no_room(store: Any, busy: str) -> None:
-    """A run past its latest start is FAILED although its pipeline is at max_runs, or its worker is full."""
-    reached, opened = asyncio.Event(), asyncio.Event()
-
-    async def wait(state: Num) -> Num:
-        reached.set()
-        await opened.wait()
-        return state
-
-    pipeline = Pipeline("p", [node("wait", wait)], max_runs=1 if busy == "pipeline" else None)
-    runner = _runner(store)
-    async with serving(store, pipeline, max_concurrency=1 if busy == "worker" else 5):
-        first = await runner.submit(pipeline, Num())
-        await asyncio.wait_for(reached.wait(), 20)
-        late = await runner.submit(pipeline, Num(), expires=0.0)
-        result = await late.result(timeout=20)
-        assert (result.status, result.failure and result.failure.reason) == ("FAILED", "expired")
-        assert await first.status() == "RUNNING"
-        opened.set()
-        assert (await first.result(timeout=20)).status == "COMPLETED"
-
-
 async def test_giving_up_a_wait_changes_nothing(store: Any) -> None:
     """A result() that times out or is cancelled leaves the run as it is, and others that wait for it."""
     world = World()

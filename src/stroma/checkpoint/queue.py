@@ -97,7 +97,7 @@ class ClaimRequest(NamedTuple):
         token: names the claim; only an opening with it may use the claim.
         seconds: how long a claimed run is kept for this worker, if it does not open it; at most
             MAX_CLAIM_SECONDS.
-        limit: maximum number of runs, besides expired ones.
+        limit: maximum number of runs.
         now_ms: the time of the worker, in ms since the epoch.
         pipelines: the pipelines that it serves, by name.
         with_lost: also look for runs whose owner is gone. SQL stores read the owner of each running run for
@@ -126,7 +126,6 @@ class Candidate(NamedTuple):
 
     Attributes:
         run: its key in the store.
-        has_expired: it is queued, and its latest start has passed by the clock of the store.
     """
 
     run: Any
@@ -135,7 +134,6 @@ class Candidate(NamedTuple):
     priority: int = 0
     due_ms: int = 0
     key: str | None = None
-    has_expired: bool = False
 
 
 def choose(
@@ -143,21 +141,17 @@ def choose(
 ) -> list[Candidate]:
     """Return the runs to claim, the first one first: by priority, then fair over keys, then by due time.
 
-    Expired runs come before, without a limit: they only end.
-
     The rank of a run within its priority is the number of live runs of its key and of earlier runs of its key
     among the candidates, so that a key with live runs does not delay the first run of another key.
     ``candidates``: in the order in which they were submitted, where their times are equal. ``live``: runs
     with an owner or a claim, by pipeline and key.
     """
-    expired = {one.run: one for one in candidates if one.has_expired}
     ahead = {
         (name, key): count for name, keys in live.items() for key, count in keys.items() if key is not None
     }
     running = {name: sum(keys.values()) for name, keys in live.items()}
     ranked: list[tuple[int, int, int, Candidate]] = []
-    startable = (one for one in candidates if one.run not in expired)
-    for one in sorted(startable, key=lambda one: (one.priority, one.due_ms)):
+    for one in sorted(candidates, key=lambda one: (one.priority, one.due_ms)):
         rank = 0
         if one.key is not None:
             rank = ahead.get((one.pipeline, one.key), 0)
@@ -175,7 +169,7 @@ def choose(
             continue
         running[one.pipeline] = running.get(one.pipeline, 0) + 1
         chosen.append(one)
-    return [*expired.values(), *chosen]
+    return chosen
 
 
 class BlockedMark(NamedTuple):

@@ -209,14 +209,13 @@ class RunWorker:
         return seconds * self._random.uniform(0.5, 1.5)
 
     async def _take_up(self, served: dict[str, ServedPipeline]) -> bool:
-        """Claim due runs while there is room, and continue them. Return True if there may be more.
-
-        Without room it claims only expired runs, which end at once.
-        """
-        free = max(0, self._max_concurrency - len(self._active))
+        """Claim due runs while there is room, and continue them. Return True if there may be more."""
+        free = self._max_concurrency - len(self._active)
+        if free <= 0:
+            return True
         limits = {name: one.limits for name, one in served.items()}
         now = asyncio.get_running_loop().time()
-        with_lost = free > 0 and now >= self._next_look_for_lost
+        with_lost = now >= self._next_look_for_lost
         if with_lost:
             self._next_look_for_lost = now + self._poll_seconds / 2
         code = {name: one.code for name, one in served.items()}

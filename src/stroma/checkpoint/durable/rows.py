@@ -403,10 +403,10 @@ class Rows(Protocol):
     def candidates(self, pipeline: str, request: ClaimRequest) -> list[Candidate]:
         """Return runs of a pipeline that are due and have no claim; see ``session_open.is_due``.
 
-        Some expired ones, and the first ``limit`` runs of each key, by priority and due time: of those that
-        are queued, of those that stopped, of those whose owner is gone, and of those that are blocked for
-        other code, or were for long enough. All are of a version that the code serves. No other transaction
-        returns them before this one ends, or claim() does not claim them.
+        The first ``limit`` runs of each key, by priority and due time: of those that are queued, of those
+        that stopped, of those whose owner is gone, and of those that are blocked for other code, or were for
+        long enough. All are of a version that the code serves. No other transaction returns them before this
+        one ends, or claim() does not claim them.
         """
         ...
 

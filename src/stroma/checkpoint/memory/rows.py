@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final, NamedTuple, cast
 
-from stroma.checkpoint.decisions import ENDED, MESSAGE_SENT, UNFINISHED, has_expired
+from stroma.checkpoint.decisions import ENDED, MESSAGE_SENT, UNFINISHED
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.integrity import seal
 from stroma.checkpoint.durable.rows import (
@@ -310,9 +310,8 @@ class MemoryRows(ScannedRows):
             is_due = run.status in UNFINISHED and run.wake_ms is not None and run.wake_ms <= request.now_ms
             is_kept = mark is not None and mark.until_ms > request.now_ms and code.name in mark.codes
             if (is_lost or is_due) and not is_kept and run.live_claim is None:
-                is_over = mark is None and has_expired(run.status, run.expires_ms, _now_ms())
                 place = run.priority or 0, run.wake_ms or 0, run.key
-                candidates.append(Candidate(run, run.run_id, pipeline, *place, has_expired=is_over))
+                candidates.append(Candidate(run, run.run_id, pipeline, *place))
         return candidates
 
     def _of(self, pipeline: str, versions: Sequence[str]) -> list[MemoryRun]:

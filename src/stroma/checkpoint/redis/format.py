@@ -23,7 +23,7 @@ def annotations_key(kind: int) -> str:
 
 
 #: Format of the stored data, and the key that has its number. A release refuses any other format.
-FORMAT: Final = 8
+FORMAT: Final = 9
 FORMAT_KEY: Final = "stroma:format"
 #: The keys of a run, after its prefix, except the states from save(), which expire by themselves.
 RUN_KEYS: Final = ("run", "events", *map(annotations_key, sorted(set(Annotation) - {Annotation.SAVED})))

@@ -121,18 +121,12 @@ class RedisReader(ScannedRows):
             )
         )
         reply = [part for one in replies for part in one]
-        rows = sorted(zip(*(reply[at::6] for at in range(6)), strict=True), key=lambda row: int(row[0]))
+        rows = sorted(zip(*(reply[at::5] for at in range(5)), strict=True), key=lambda row: int(row[0]))
         return [
             Candidate(
-                prefix_of(as_text(run_id)),
-                as_text(run_id),
-                pipeline,
-                int(priority),
-                int(due),
-                _key(key),
-                has_expired=expired == 1,
+                prefix_of(as_text(run_id)), as_text(run_id), pipeline, int(priority), int(due), _key(key)
             )
-            for _, run_id, priority, due, key, expired in rows
+            for _, run_id, priority, due, key in rows
         ]
 
     def live_runs(self, pipeline: str) -> dict[str | None, int]:

@@ -93,30 +93,18 @@ function ops.newest(from, lowest, limit, pipeline, statuses)
   return reply
 end
 
--- Returns (order of submission, id, priority, due, '=' and key or '', 1 or 0) of runs of a pipeline that are
--- due and have no claim, the first ones of each key: queued runs, runs that stopped or whose lease is over,
--- and blocked ones that this code has not refused, or long ago. 1: a queued run past its latest start. Wakes
--- have the clock of the clients, leases and latest starts that of the server. Of very many stopped runs,
--- blocked runs and keys, a part is looked at; where: 0 to 1.
+-- Returns (order of submission, id, priority, due, '=' and key or '') of runs of a pipeline that are due and
+-- have no claim, the first ones of each key: queued runs, runs that stopped or whose lease is over, and
+-- blocked ones that this code has not refused, or long ago. Wakes have the clock of the clients, leases that
+-- of the server. Of very many stopped runs, blocked runs and keys, a part is looked at; where: 0 to 1.
 function ops.candidates(pipeline, version, now, limit, most, code, where)
   local ms, found, examined = now_ms(), {}, 0
   local place = lane_of(pipeline, version)
   now, limit, most = tonumber(now), tonumber(limit), tonumber(most)
-  local function add(id, f, due, expired)
+  local function add(id, f, due)
     local key = f.key and '=' .. f.key or ''
-    for _, value in ipairs({f.order or '0', id, f.priority or 0, due, key, expired or 0}) do
-      found[#found + 1] = value
-    end
+    for _, value in ipairs({f.order or '0', id, f.priority or 0, due, key}) do found[#found + 1] = value end
   end
-  for _, id in ipairs(redis.call('ZRANGEBYSCORE', EXPIRES .. place, '-inf', '(' .. ms, 'LIMIT', 0, 100)) do
-    local f = fields(prefix_of(id) .. 'run', 'status', 'wake_ms', 'claim_until_ms', 'priority', 'key',
-        'order')
-    if f.status ~= 'QUEUED' then redis.call('ZREM', EXPIRES .. place, id)
-    elseif not is_claimed(f.claim_until_ms, ms) and tonumber(f.wake_ms or 0) <= now then
-      add(id, f, tonumber(f.wake_ms), 1)
-    end
-  end
-  if limit == 0 then return found end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', LATER .. place, '-inf', now, 'LIMIT', 0, most)) do
     redis.call('ZREM', LATER .. place, id)
     run = prefix_of(id) .. 'run'

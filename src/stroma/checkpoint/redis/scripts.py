@@ -36,7 +36,6 @@ Of a lane, which is a pipeline and a version:
     stroma:later:<lane>        zset: id of a queued run by its due time, until it is due
     stroma:queue:<queue_of()>  zset for each key of queued runs that are due: "due order:id" by priority
     stroma:queuekeys:<lane>    set: the keys of queued runs that are due
-    stroma:expires:<lane>      zset: id of a queued run by its latest start
     stroma:blocked:<lane>      zset: id by the start of its mark; these runs are in none of the others
 """
 
@@ -72,7 +71,7 @@ local run = p .. 'run'
 local RUNS, IDS, ENDED, DUE = 'stroma:runs', 'stroma:ids', 'stroma:ended', 'stroma:due:'
 local LIVE, QUEUE, QUEUE_KEYS, BLOCKED = 'stroma:live:', 'stroma:queue:', 'stroma:queuekeys:',
     'stroma:blocked:'
-local LATER, EXPIRES = 'stroma:later:', 'stroma:expires:'
+local LATER = 'stroma:later:'
 
 -- One time for all of a step: the start of a run is its place in the list of all runs.
 local time
@@ -153,7 +152,7 @@ local function unlist(id)
   local f = fields(run, 'pipeline', 'version', 'key', 'queued')
   if not f.pipeline then return end
   local place, key = lane_of(f.pipeline, f.version or ''), f.key or ''
-  for _, list in ipairs({DUE, LATER, EXPIRES, BLOCKED}) do redis.call('ZREM', list .. place, id) end
+  for _, list in ipairs({DUE, LATER, BLOCKED}) do redis.call('ZREM', list .. place, id) end
   redis.call('ZREM', LIVE .. f.pipeline, id)
   if not f.queued then return end
   redis.call('ZREM', queue_of(place, key), f.queued)
@@ -164,8 +163,8 @@ end
 -- Adds a run that is in no list to those that its row says. A queued run that is due at this time is in the
 -- queue of its key.
 local function list(id, now)
-  local f = fields(run, 'pipeline', 'version', 'status', 'key', 'priority', 'order', 'wake_ms', 'expires_ms',
-      'until_ms', 'claim', 'claim_until_ms', 'blocked_since_ms')
+  local f = fields(run, 'pipeline', 'version', 'status', 'key', 'priority', 'order', 'wake_ms', 'until_ms',
+      'claim', 'claim_until_ms', 'blocked_since_ms')
   if not f.pipeline then return end
   local place, is_running = lane_of(f.pipeline, f.version or ''), f.status == 'RUNNING'
   local live = math.max(is_running and number(f.until_ms) or 0, f.claim and number(f.claim_until_ms) or 0)
@@ -175,7 +174,6 @@ local function list(id, now)
   elseif f.wake_ms and (f.status == 'SUSPENDED' or f.status == 'INTERRUPTED') then
     redis.call('ZADD', DUE .. place, f.wake_ms, id)
   elseif f.wake_ms and f.status == 'QUEUED' then
-    if f.expires_ms then redis.call('ZADD', EXPIRES .. place, f.expires_ms, id) end
     if number(f.wake_ms) > now then return redis.call('ZADD', LATER .. place, f.wake_ms, id) end
     local key, member = f.key or '', string.format('%015.0f %018.0f:', f.wake_ms, f.order) .. id
     redis.call('ZADD', queue_of(place, key), f.priority, member)

@@ -180,11 +180,9 @@ class SqlRows(Rows):
             "versions": list(code.versions),
             "code": code.name,
         }
-        candidates = [Candidate(*row)._replace(has_expired=True) for row in self._all(sql.OVERDUE, **values)]
-        if not request.limit:
-            return candidates
-        for statement in sql.CANDIDATES:
-            candidates += [Candidate(*row) for row in self._all(statement, **values)]
+        candidates = [
+            Candidate(*row) for statement in sql.CANDIDATES for row in self._all(statement, **values)
+        ]
         if not request.with_lost:
             return candidates
         lost = {

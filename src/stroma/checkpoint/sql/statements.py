@@ -260,8 +260,6 @@ CANDIDATES: Final = (
     _first_of_each_key("runs_by_key", _QUEUED)[1],
     *_first_of_each_key("runs_by_block", _BLOCKED),
 )
-OVERDUE: Final = f"""{_CANDIDATE} INDEXED BY runs_by_expiry WHERE {_QUEUED} AND r.expires_ms < now_ms()
-    ORDER BY r.expires_ms LIMIT 100 {_LOCKED}"""
 # Of owners on this machine it is known at once that they are gone; they may be few of very many.
 RUNNING: Final = f"""SELECT r.run, r.run_id, r.pipeline, r.priority, r.queue_key, r.lease_owner,
     {_LEFT_SECONDS} FROM runs r WHERE r.status = 'RUNNING' AND r.pipeline = :pipeline AND r.execution

@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple, get_type_hints
 from stroma.checkpoint.durable.rows import Step
 from stroma.checkpoint.records import ATTEMPT_COLUMNS, AttemptRecord
 
-SCHEMA_VERSION: Final = 14  # of the tables, in every SQL store
+SCHEMA_VERSION: Final = 15  # of the tables, in every SQL store
 
 # Any stands for an output: bytes in these stores.
 _TYPES: Final = {bytes: "bytea", int: "bigint", str: "text"}
@@ -142,8 +142,6 @@ _INDEXES: Final = (
         WHERE status = 'QUEUED' AND queue_key IS NOT NULL AND blocked_since_ms IS NULL""",
     "CREATE INDEX runs_by_block ON runs (pipeline, blocked_since_ms, version) WHERE blocked_since_ms IS "
     "NOT NULL",
-    """CREATE INDEX runs_by_expiry ON runs (pipeline, expires_ms)
-        WHERE status = 'QUEUED' AND expires_ms IS NOT NULL AND blocked_since_ms IS NULL""",
     "CREATE INDEX runs_by_claim ON runs (pipeline, claim_until_ms) WHERE claim_until_ms IS NOT NULL",
     "CREATE INDEX events_by_time ON events (written_ms)",
     "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS "
