@@ -272,6 +272,27 @@ async def test_what_a_group_makes_of_the_same_outputs(store, nodes, calls):
     assert other.node_id == "parallel(right, left)"
 
 
+async def test_collected_failures_are_the_same(store):
+    """The failures of items that a map collected have the recorded text, whatever their exception was."""
+    errors = {
+        1: TimeoutError("late"),
+        2: KeyError("key"),
+        3: ConnectionRefusedError("no"),
+        4: TypeError("odd"),
+    }
+
+    async def item(state):
+        if state.n in errors:
+            raise errors[state.n]
+        return {"n": "many" if state.n == 5 else state.n}
+
+    collecting = map_over("items", make("item", item, Item, Item), into="items", on_item_failure="collect")
+    start = Order(items=[Item(n=n) for n in range(7)])
+    recorded = await record(store, [collecting], start)
+    assert recorded.status == "COMPLETED"
+    assert (await differences(recorded, [collecting]))[1] == []
+
+
 @pytest.mark.core
 async def test_runs_that_failed_are_followed(store, calls):
     """A broken contract, a repaired one, a failed child beside a cancelled one: each repeats."""

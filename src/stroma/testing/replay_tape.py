@@ -25,7 +25,7 @@ from stroma.engine.context import Call, Interceptor, ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.restore import read_output, schema_difference
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import Suspend
+from stroma.failures.errors import RunFailed, Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose
 from stroma.runner.flows.suspension import TIME_SHIFT_MS, now_ms
 from stroma.testing.recording import RecordedAttempt, RecordedRun, is_failed_item
@@ -40,15 +40,6 @@ _IN_FLOW: Final = 1800.0
 #: Message of a server with a retry delay; the journal does not store the delay.
 _MAY_SAY_WHEN: Final = ("rate_limit", "overloaded", "server_error", "timeout", "connection")
 ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "PARTIAL", "SUSPENDED")
-
-
-class _AsRecorded(Exception):
-    """A failure that is known by its recorded message and class."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        # An effect with a recorded failure did not happen: nobody is asked again.
-        self.__cause__ = ConnectionRefusedError()
 
 
 class _NoAnswer(Exception):
@@ -290,9 +281,10 @@ class Tape(Interceptor):
         if isinstance(error, _NoAnswer):
             return replace(failure, failure_class=FailureClass.TERMINAL)
         attempts = self._at(run)
-        if not isinstance(error, _AsRecorded) or not attempts or run.attempt > len(attempts):
+        if not isinstance(error, RunFailed) or not attempts or run.attempt > len(attempts):
             return failure
         one = attempts[run.attempt - 1]
+        failure = replace(failure, message=str(error))  # Without its cause.
         # Ask the current classifiers first.
         plain = diagnose(error, NodeContext(run.node_id, run.attempt, run.run_id))
         if failure.failure_class is not plain.failure_class:
@@ -380,7 +372,13 @@ def _failure_of(one: RecordedAttempt) -> Exception:
     if one.outcome == "suspended":
         return Suspend(message)
     if one.reason == "contract":
-        return ContractViolation(one.node_id, "output", {}, [])
+        violation = ContractViolation(one.node_id, "output", {}, [""])
+        return ContractViolation(one.node_id, "output", {}, [message.removeprefix(str(violation))])
     if one.reason == "budget":
         return BudgetExceeded("latency", 0, one.duration_ms, one.node_id)
-    return UsageError(message) if one.reason == "usage" else _AsRecorded(message)
+    if one.reason == "usage":
+        return UsageError(message)
+    error = RunFailed.recorded(message, one.error_type)
+    # An effect with a recorded failure did not happen: nobody is asked again.
+    error.__cause__ = ConnectionRefusedError()
+    return error
