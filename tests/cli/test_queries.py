@@ -86,7 +86,7 @@ def test_runs_are_shown_and_compared(filled, golden, fails, inside):
     )
     golden("tail", "tail b", "tail b --lines 1", "tail", "tail b --json")
     golden("diff", "diff a b", "diff a b --only-changed", "diff a c --json --only-changed", "diff a a")
-    plans = ("resume b --dry-run", "resume b sums.py:pipeline --dry-run", "resume a --dry-run")
+    plans = ("resume b sums.py:pipeline --dry-run", "resume a sums.py:pipeline --dry-run")
     golden("plan", *plans, "resume a sums.py:pipeline --from third --dry-run --json")
     assert inside("diff", "a", "b", "--node", "first").code == 0
     fails(inside("diff", "a", "b", "--node", "nope"), 4, "neither run has a node 'nope'")
@@ -407,7 +407,7 @@ def test_what_a_terminal_would_obey(stroma, ran, inside, monkeypatch, any_url):
         ran(run_id, target="evil.py:pipeline", given=given, code=1)
     lines = """
         runs|runs --json|show r|show r --tree --timing|show r --json|show r --input --output|show r --rejected
-        show r --rejected --json|diff r other|diff r other --json|tail r|tail|tail r --json|resume r --dry-run
+        show r --rejected --json|diff r other|diff r other --json|tail r|tail|tail r --json
         resume r evil.py:pipeline --dry-run|export r|export r --format html
         runs --search EVIL|runs --tag EVIL|show EVIL|run evil.py:pipeline --run-id thirdEVIL
         resume r evil.py:pipeline|cancel other|runs --tag EVILnone|diff r other --node EVIL|show r --node EVIL

@@ -50,8 +50,22 @@ def test_a_hint_offers_what_named_the_pipeline_last(target, offered, tmp_path, i
     assert f"resume with: stroma resume r {offered} --db" in done.err, done
 
 
-def test_blocked_runs(tmp_path, inside):
+STATES = """
+from stroma import Pipeline, stroma_node
+from tests.store_suite.journal import State
+
+@stroma_node
+def n(state: State) -> State:
+    return state
+
+pipeline = Pipeline("states", [n])
+"""
+
+
+def test_blocked_runs(tmp_path, stroma, inside):
     """`runs --blocked` lists the runs that code could not continue, with the message and the code."""
+
+    stroma.file("states.py", STATES)
 
     async def write(store):
         for run_id in ("held", "free"):
@@ -80,12 +94,13 @@ def test_blocked_runs(tmp_path, inside):
     )
     next_steps = inside("show", "held", *db).err
     assert "deploy code that fits, then a worker of its pipeline continues the run; or" in next_steps
-    planned = inside("resume", "held", "--dry-run", *db).err
+    planned = inside("resume", "held", "states.py:pipeline", "--dry-run", *db).err
     assert "blocked: some code could not continue it: the flow makes step 'audit'" in planned
 
 
-def test_a_dry_run_counts_the_time_of_calls_once(tmp_path, inside):
+def test_a_dry_run_counts_the_time_of_calls_once(tmp_path, stroma, inside):
     """The calls of a flow in progress save their time; that of a group includes its children's."""
+    stroma.file("states.py", STATES)
 
     async def write(store):
         session = await begin(store, "r")
@@ -95,7 +110,8 @@ def test_a_dry_run_counts_the_time_of_calls_once(tmp_path, inside):
 
     with SQLiteStore(tmp_path / "stroma.db") as store:
         asyncio.run(write(store))
-    planned = inside("resume", "r", "--dry-run", "--json", "--db", str(tmp_path / "stroma.db"))
+    words = ("resume", "r", "states.py:pipeline", "--dry-run", "--json")
+    planned = inside(*words, "--db", str(tmp_path / "stroma.db"))
     assert json.loads(planned.out)["saves"]["seconds"] == 0.75
 
 

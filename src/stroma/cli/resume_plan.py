@@ -14,12 +14,12 @@ from stroma.checkpoint.history.facts import status_of
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.identity import child_indexes, is_called, with_outer
 from stroma.checkpoint.queue import COMPLETE
-from stroma.checkpoint.records import FAILED, AttemptRecord, RunRecord
+from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import stored_input
 from stroma.cli.output import emit, err, out
-from stroma.cli.stores import TARGET, Database
+from stroma.cli.stores import Database
 from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import FlowNode, Group, Node, find_node
@@ -107,27 +107,26 @@ _ALL = 10_000_000
 def print_plan(
     database: Database,
     record: RunRecord,
-    pipeline: Pipeline | None,
-    target: str | None,
+    pipeline: Pipeline,
+    target: str,
     start_at: str | None,
     as_json: bool,
 ) -> int:
     """Print what a resume would do, and return the exit code that it would have."""
     attempts, _ = History(database.reader).attempts(record.run_id, _ALL)
     before = None  # Without --from the first position without output.
-    if start_at is not None and pipeline is not None:
+    if start_at is not None:
         before = [find_node(node).node_id for node in pipeline.nodes].index(start_at)
     restored = _restored(attempts, before)
-    called = _called_nodes(record, attempts, restored, pipeline)
-    changes: list[Incompatibility] = []
+    done = {one.position for one in restored if not one.branch}
+    called = [find_node(node).node_id for at, node in enumerate(pipeline.nodes) if at not in done]
     effects = database.reader.facts_of(record.run_id).effects
     unknown = [] if record.holder else [(at, call) for at, call in effects.items() if call.is_unknown]
-    if pipeline is not None and target is not None:
-        changes = [
-            change
-            for change in _find_changes(database, record, pipeline, target, unknown)
-            if before is None or change.at == "input" or int(change.at.partition(".")[0]) < before
-        ]
+    changes = [
+        change
+        for change in _find_changes(database, record, pipeline, target, unknown)
+        if before is None or change.at == "input" or int(change.at.partition(".")[0]) < before
+    ]
     code = Code.OK
     if record.holder is not None:
         code = Code.ENVIRONMENT
@@ -149,12 +148,10 @@ def print_plan(
         }
         emit(data)
         return code
-    target = target or database.target_of(record)
     for _, call in unknown if not changes else ():
         text = f"settles effect {clean(call.node_id, 60)!r} first: nobody knows if call {call.number}"
         out.line(f"{text} happened; its reconcile or a person states it")
-    is_complete = pipeline is not None or record.status in COMPLETE
-    _print_plan(restored, called, changes, is_complete=is_complete)
+    _print_plan(restored, called, changes)
     if record.holder is not None:
         err.line(
             ("busy: ", "yellow"),
@@ -169,7 +166,7 @@ def print_plan(
         if record.blocked is not None:
             why = clean(record.blocked.message, 1000)
             err.line(("blocked: ", "yellow"), f"some code could not continue it: {why}")
-        if pipeline is not None and isinstance(find_node(pipeline.nodes[0]), FlowNode):
+        if isinstance(find_node(pipeline.nodes[0]), FlowNode):
             compare = database.hint("replay", id_word(record.run_id), target)
             err.line("the calls of a flow were not compared; compare them with: ", compare)
         options = ("--from", start_at) if start_at is not None else ()
@@ -190,18 +187,12 @@ def _savings(restored: list[AttemptRecord]) -> tuple[int, float, float]:
     return sum(one.tokens for one in restored), sum(one.cost_usd for one in restored), ms / 1000
 
 
-def _print_plan(
-    restored: list[AttemptRecord], called: list[str], changes: list[Incompatibility], *, is_complete: bool
-) -> None:
+def _print_plan(restored: list[AttemptRecord], called: list[str], changes: list[Incompatibility]) -> None:
     tokens, cost, seconds = _savings(restored)
     _print_nodes(restored)
     out.line(f"saves   {format_duration(seconds)}, {format_usage(tokens, cost)} that are not spent again")
     what = ", ".join(clean(node_id, 60) for node_id in called[:50])
-    if not what:
-        what = "nothing: every node has its output" if is_complete else f"not known without {TARGET}"
-    elif not is_complete:
-        what = f"{what}, and what follows"
-    out.line(f"calls   {what}")
+    out.line(f"calls   {what or 'nothing: every node has its output'}")
     for line in _change_lines(changes):
         out.line(("changed ", "bold red"), line)
 
@@ -225,19 +216,6 @@ def _restored(attempts: list[AttemptRecord], before: int | None) -> list[Attempt
         if one.output_bytes is not None and (before is None or one.position < before):
             places[one.position, one.branch] = one
     return list(places.values())
-
-
-def _called_nodes(
-    record: RunRecord, attempts: list[AttemptRecord], restored: list[AttemptRecord], pipeline: Pipeline | None
-) -> list[str]:
-    done = {one.position for one in restored if not one.branch}
-    if pipeline is not None:
-        nodes = [find_node(node).node_id for node in pipeline.nodes]
-        return [node_id for position, node_id in enumerate(nodes) if position not in done]
-    tried = {one.position: one.node_id for one in attempts if not one.branch}
-    if record.cause is not None and record.status in FAILED:  # In a flow, which has no attempts of its own.
-        tried.setdefault(record.cause.position, record.cause.node_id)
-    return [node_id for position, node_id in sorted(tried.items()) if position not in done]
 
 
 def _data(one: AttemptRecord) -> dict[str, Any]:

@@ -125,18 +125,14 @@ def resume(
     pipeline = None
     if target is not None:
         pipeline = load_pipeline(target, database, quiet=options.quiet)
-    elif start_at is not None and dry_run:
-        raise click.UsageError("--dry-run with --from needs the pipeline")
-    elif not dry_run:
+    else:
         limits = (options.budget_usd, options.budget_tokens)
-        if start_at is not None or retry_failed or force or limits != (None, None):
+        if dry_run or start_at is not None or retry_failed or force or limits != (None, None):
             raise click.UsageError("these options need the pipeline: pass FILE_OR_MODULE:NAME")
     changes = {"retry_failed_items": retry_failed, "force_resume": force}
 
     def resume_one(database: Database, record: RunRecord, options: RunOptions) -> int:
         if pipeline is None or target is None:
-            if dry_run:
-                return print_plan(database, record, None, None, None, options.as_json)
             hand_to_workers(database, record)
             return Code.OK
         if dry_run:
