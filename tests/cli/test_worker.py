@@ -192,25 +192,6 @@ async def new(flow: Flow, state: Num) -> Num:
 """
 
 
-@pytest.mark.parametrize(
-    ("queued", "seconds", "text"),
-    [
-        (3, 12.0, "3 stops of runs (1 COMPLETED, 2 SUSPENDED), 3 runs queued, the oldest due for 12.0 s"),
-        (1, 0.0, "no run, 1 run queued"),
-        (0, 0.0, "no run"),
-        (None, None, "no run"),
-    ],
-)
-def test_the_status_line_has_the_queue(queued: int | None, seconds: float | None, text: str) -> None:
-    """The status line of each minute counts the stops of runs by status, and queued runs with the oldest."""
-    worker = local_worker()
-    worker._health.queued, worker._health.oldest_due_seconds = queued, seconds
-    worker._outcomes.update({"SUSPENDED": 2, "COMPLETED": 1} if seconds else {})
-    assert re.fullmatch(rf"in \S+ m?s: {re.escape(text)}", worker._progress(time.monotonic()))
-    worker._health.blocked = 2
-    assert ", 2 runs blocked" in worker._progress(time.monotonic())
-
-
 @pytest.mark.slow
 def test_a_worker_says_which_versions_it_does_not_serve(shell: Any) -> None:
     """The first lines of a worker count the runs of versions that it does not serve."""

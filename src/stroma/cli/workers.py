@@ -82,10 +82,6 @@ async def serve_health(
         server.close()
 
 
-#: Seconds between two status lines.
-_STATUS_SECONDS: Final = 60.0
-
-
 @dataclass(slots=True, kw_only=True)
 class PipelineWorker(ABC):
     """A worker of some pipelines."""
@@ -133,7 +129,7 @@ class LocalWorker(PipelineWorker):
     _outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
 
     def __post_init__(self) -> None:
-        self._health = WorkerHealth(reads_queue=self.health_address is not None or not self.quiet)
+        self._health = WorkerHealth(reads_queue=self.health_address is not None)
 
     async def _serve(self) -> int:
         # Without a config of its own, the runner uses that of each pipeline.
@@ -156,11 +152,11 @@ class LocalWorker(PipelineWorker):
                     )
                 )
                 ready = self._describe() + (f", {url}" if url else "")
-                status = asyncio.ensure_future(self._report_status(ready, started))
+                starting = asyncio.ensure_future(self._report_start(ready))
                 try:
                     signal = await serve_until_signal(serving, drain, self.drain_seconds, quiet=self.quiet)
                 finally:
-                    status.cancel()
+                    starting.cancel()
         finally:
             await runner.aclose(timeout_seconds=FLUSH_SECONDS)
             await self.database.close()
@@ -190,7 +186,7 @@ class LocalWorker(PipelineWorker):
         if not self.quiet:
             timed_line("run ", clean(run_id), f": {status}{_describe_stop(outcome)}")
 
-    async def _report_status(self, ready: str, started: float) -> None:
+    async def _report_start(self, ready: str) -> None:
         await self._health.started.wait()
         self._print("ready", ready)
         for name, counts in self._health.unserved.items():
@@ -198,10 +194,6 @@ class LocalWorker(PipelineWorker):
                 verb = "waits" if count == 1 else "wait"
                 served = f"{clean(name, 60)} version {clean(version, 60)}, which is not served here"
                 self._print("note", f"{pluralize(count, 'run')} {verb} for {served}")
-        while True:
-            await asyncio.sleep(_STATUS_SECONDS)
-            condition = "well" if self._health.is_ok else "waiting for the store"
-            self._print(condition, self._progress(started))
 
     def _describe(self) -> str:
         runs = pluralize(self.max_concurrency, "run")
@@ -209,16 +201,9 @@ class LocalWorker(PipelineWorker):
 
     def _progress(self, started: float) -> str:
         counts = ", ".join(f"{number} {status}" for status, number in sorted(self._outcomes.items()))
-        active = f", {self._health.active} in progress" if self._health.active else ""
         took = format_duration(time.monotonic() - started)
         stops = f"{pluralize(self._outcomes.total(), 'stop')} of runs ({counts})" if counts else "no run"
-        return f"in {took}: {stops}{active}{self._queue()}"
-
-    def _queue(self) -> str:
-        queued, seconds = self._health.queued, self._health.oldest_due_seconds
-        text = f", {pluralize(queued, 'run')} queued" if queued else ""
-        text += f", {pluralize(self._health.blocked, 'run')} blocked" if self._health.blocked else ""
-        return f"{text}, the oldest due for {format_duration(seconds)}" if seconds else text
+        return f"in {took}: {stops}"
 
 
 @dataclass(slots=True, kw_only=True)
