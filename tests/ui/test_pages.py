@@ -595,8 +595,8 @@ def test_the_command(stop: signal.Signals, tmp_path: Path) -> None:
         with urllib.request.urlopen(address, timeout=60) as answer:
             assert b"stroma run flow.py:pipeline --db x.db" in answer.read()
             assert answer.headers["server"] is None
-        with urllib.request.urlopen(f"{address}steps.svg", timeout=60) as answer:
-            assert answer.read().startswith(b"<svg")
+        with urllib.request.urlopen(f"{address}submit", timeout=60) as answer:
+            assert b"Submit a run" in answer.read()
         with urllib.request.urlopen(f"{address}events", timeout=60) as events:
             assert events.readline()
             process.send_signal(stop)
