@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from tests.kit import failing_with
 from tests.testing.pipelines import Number, add_one, double, make, patient
 
-from stroma import Flow, JsonLines, Pipeline, StromaRunner, current_node, execute_step, map_over, parallel
+from stroma import Flow, JsonLines, Pipeline, StromaRunner, current_node, map_over, parallel
 from stroma.testing import POINTS, FaultPlan, assert_resumable, assert_resumable_sync
 
 #: Many processes one after the other, on a machine that may be busy.
@@ -154,38 +154,17 @@ async def test_fields_that_may_differ():
         await assert_resumable([node], Stamped(), ignore=["sta"], processes=False)
 
 
-@pytest.mark.slow
-async def test_a_router_that_goes_by_something_else_is_found():
-    """Plain code that takes another way in each run is found, and code that goes by its input passes."""
-    turns = iter(range(10**6))
+async def test_a_flow_that_goes_by_something_else_is_found():
+    """A flow that takes another way in each run is found before a process dies."""
+    turns, runner = iter(range(10**6)), StromaRunner.quick()
+    sides = make("left", add_one), make("right", add_one)
 
-    async def routed(ctx, state):
-        first = (await execute_step("first", add_one, state, ctx)).final_state
-        step = "left" if next(turns) % 2 else "right"
-        return (await execute_step(step, add_one, first, ctx)).final_state
+    @runner.flow("routed", input=Number, output=Number)
+    async def routed(flow: Flow, state: Number) -> Number:
+        return await flow.step(sides[next(turns) % 2], state)
 
     with pytest.raises(AssertionError, match=r"attempt 1 of node '(left|right)' is in one of them only"):
-        await assert_resumable(routed, Number(), processes=False)
-
-    async def straight(ctx, state):
-        first = (await execute_step("first", add_one, state, ctx)).final_state
-        return (await execute_step("right" if first.n else "left", add_one, first, ctx)).final_state
-
-    assert (await assert_resumable(straight, Number())).boundaries
-
-
-async def test_a_step_that_gets_something_else_after_a_death_is_found():
-    """The journal refuses a step whose input is another one: the message says which."""
-    clock = iter(range(10**6))
-
-    async def work(ctx, state):
-        first = (await execute_step("first", add_one, state, ctx)).final_state
-        report = Number(n=next(clock))
-        await execute_step("note", add_one, report, ctx)
-        return first
-
-    with pytest.raises(AssertionError, match=r"two undisturbed runs differ|recorded with other values"):
-        await assert_resumable(work, Number(), processes=False)
+        await assert_resumable(routed, Number(), runner=runner, processes=False)
 
 
 @pytest.mark.slow
@@ -277,28 +256,6 @@ async def test_a_pipeline_that_fails_is_not_proven():
     with pytest.raises(AssertionError, match="ends as PARTIAL, node 'broken': PermissionError: no"):
         nodes = [make("broken", failing_with(PermissionError, "no"))]
         await assert_resumable(nodes, Number(), runner=patient(0, 0), processes=False)
-    with pytest.raises(TypeError, match="async function of"):
-        await assert_resumable(broken_sync, Number())
-
-
-def broken_sync(ctx, state):
-    return state
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", HOW_MANY)
-async def test_plain_code_in_a_loop_passes(processes):
-    """Steps in a loop, with errors raised, survive a death at every boundary, the last too."""
-
-    async def counts(ctx, state):
-        while state.n < 3:
-            result = await execute_step("add", add_one, state, ctx)
-            result.raise_for_status()
-            state = result.final_state
-        return state
-
-    proven = await assert_resumable(counts, Number(), processes=processes)
-    assert max(boundary.position for boundary in proven.boundaries) == 2
 
 
 @pytest.mark.slow

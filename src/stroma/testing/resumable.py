@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import tempfile
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,9 +16,8 @@ from stroma.checkpoint.history.bars import place_of
 from stroma.checkpoint.history.comparison import Change, changes
 from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
-from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.node import apart_in, find_node
 from stroma.contracts.schema import Schema
-from stroma.engine.context import ReliabilityContext
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.rehearsal import Answers, Rehearsal
 from stroma.runner.runner import StromaRunner
@@ -28,9 +26,6 @@ from stroma.testing.crash import Boundary
 from stroma.testing.resume_trial import ProcessRecord, Trial
 from stroma.trace.plain import jsonable
 from stroma.trace.result import RunStatus
-
-#: Code under test: a pipeline, its nodes, or plain code with steps.
-Proven = Pipeline | Iterable[Any] | Callable[[ReliabilityContext, Any], Awaitable[BaseModel]]
 
 _COMPLETED: Final = (RunStatus.COMPLETED, RunStatus.RESUMED)
 _NEEDS: Final = (
@@ -55,7 +50,7 @@ class Resumability:
 
 
 async def assert_resumable(
-    pipeline: Proven,
+    pipeline: Pipeline | Iterable[Any],
     state: BaseModel,
     *,
     runner: StromaRunner[Any] | None = None,
@@ -75,8 +70,7 @@ async def assert_resumable(
     called again, and the final state must be that of the undisturbed run, as must the outputs that maps write
     to files or the journal. All runs share one temporary SQLite file; waits take no time, as under FakeClock.
 
-    ``pipeline``: a Pipeline, its nodes, or plain code: an async function of ``(ctx, state)`` that calls
-        ``execute_step``.
+    ``pipeline``: a Pipeline, a flow, or nodes.
     ``runner``: source of config and contracts; its store is replaced, and shared budgets are skipped. A
         context is passed with it: ``runner=StromaRunner.quick(context=...)``.
     ``answers``, ``messages``: what a run that waits gets, see :meth:`StromaRunner.check_deterministic`.
@@ -95,7 +89,7 @@ async def assert_resumable(
 
     Raises AssertionError that names the node and the boundary.
     """
-    proven = _as_proven(pipeline)
+    proven = pipeline if isinstance(pipeline, Pipeline) else list(pipeline)  # It is run many times.
     forks = _uses_processes(processes, effects)
     with tempfile.TemporaryDirectory(prefix="stroma-resumable-") as directory:
         trial = Trial(
@@ -115,18 +109,6 @@ async def assert_resumable(
         for number, boundary in enumerate(boundaries):
             await _try(trial, f"run-{number}", boundary, undisturbed, ignored)
     return Resumability(tuple(boundaries), forks)
-
-
-def _as_proven(pipeline: Proven) -> Proven:
-    """Return the code under test; nodes as a list, as they are run many times."""
-    if isinstance(pipeline, Pipeline) or inspect.iscoroutinefunction(pipeline):
-        return pipeline
-    if not isinstance(pipeline, Iterable):
-        raise TypeError(
-            f"{pipeline!r} cannot be run; pass a Pipeline, a list of nodes, "
-            "or an async function of (ctx, state)"
-        )
-    return list(pipeline)
 
 
 def _uses_processes(processes: bool | None, effects: Callable[[], Any] | None) -> bool:
@@ -252,25 +234,11 @@ def _first_difference(trial: Trial, a: str, b: str, ignore: tuple[str, ...]) -> 
 def _map_difference(trial: Trial, a: str, b: str, ignore: tuple[str, ...]) -> str:
     """Describe the first differing output of a map that is not part of a state; "" if there is none."""
     proven = trial.proven.nodes if isinstance(trial.proven, Pipeline) else trial.proven
-    nodes = [] if inspect.iscoroutinefunction(proven) else [find_node(node) for node in proven]
-    maps = [place for position, node in enumerate(nodes) for place in _external_maps(node, str(position))]
-    if maps:
-        for one, difference in _differing_outputs(trial, a, b, ignore):
-            if any(place_of(one).startswith(f"{place}.") for place in maps):
-                return f"{difference} at node {one.node_id!r} (position {place_of(one)})"
+    places = apart_in([find_node(node) for node in proven])
+    for one, difference in _differing_outputs(trial, a, b, ignore) if places else ():
+        if one.branch and any(one.position == at and one.branch.startswith(start) for at, start in places):
+            return f"{difference} at node {one.node_id!r} (position {place_of(one)})"
     return ""
-
-
-def _external_maps(node: Node | Group, place: str) -> Iterator[str]:
-    """Return the places of maps whose outputs are not part of the state."""
-    if not isinstance(node, Group):
-        return
-    if node.is_map:
-        if not node.output_field:
-            yield place
-        return
-    for index, child in enumerate(node.children):
-        yield from _external_maps(child, f"{place}.{index}")
 
 
 def _differing_outputs(

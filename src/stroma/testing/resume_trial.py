@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import inspect
 import json
 import os
 import select
@@ -22,7 +21,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.schema import Schema, schema_of
-from stroma.engine.context import INTERCEPTORS, ReliabilityContext
+from stroma.engine.context import INTERCEPTORS
 from stroma.runner.rehearsal import Rehearsal, missing_reply
 from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
@@ -85,7 +84,6 @@ class Trial:
         finally:
             INTERCEPTORS.remove(deaths)
             await store.aclose()
-        # Plain code may have caught Crashed, or raised an error of a step after the death.
         if self.effects is not None and life.died is None:
             life.effects = jsonable(self.effects())
 
@@ -95,19 +93,8 @@ class Trial:
             context = dict(context)
         twin = self.runner._twin(self.proven, store, run_id=run_id, context=context, resume=resume)
         state = schema_of(type(self.state)).copy(self.state)
-        proven = self.proven
-        if inspect.iscoroutinefunction(proven):
-            ctx = ReliabilityContext.for_run(twin.config, twin.registry, twin.checkpoint_manager)
-            try:
-                async with ctx:
-                    final = await proven(ctx, state)
-                life.status = RunStatus.COMPLETED
-                life.state = _plain(final)
-            except Exception as error:
-                life.status, life.failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
-            return
         try:
-            result = await self.rehearsal.run(twin, proven, state, resume=resume)
+            result = await self.rehearsal.run(twin, self.proven, state, resume=resume)
         except Exception as error:  # StoreError of the opening, such as PipelineChanged.
             life.status, life.failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
             return
@@ -116,7 +103,9 @@ class Trial:
             life.failure = f"node {result.failure.node_id!r}: {result.failure}"
         elif result.status is RunStatus.SUSPENDED:
             life.failure = missing_reply(result)
-        life.state = None if result.final_state is None else _plain(result.final_state)
+        final = result.final_state
+        if final is not None:
+            life.state = jsonable(Schema.decode_raw(schema_of(type(final)).encode(final)))
 
     # ------------------------------------------------------------------ processes
 
@@ -209,7 +198,3 @@ def _listen(child: int, reading: int, timeout_seconds: float) -> tuple[str, int 
                 os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
     return written.decode(), os.waitstatus_to_exitcode(status) if ended else None
-
-
-def _plain(state: BaseModel) -> Any:
-    return jsonable(Schema.decode_raw(schema_of(type(state)).encode(state)))
