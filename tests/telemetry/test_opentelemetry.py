@@ -546,7 +546,7 @@ class TestContent:
         runner = quick(hooks, retries=0, redact=redact)
         await runner.run([flaky(runner, failures=9)], State(text="my own words"))
         shown = json.loads(seen.span("stroma.node flaky").attributes["input.value"])
-        assert shown == {"n": "[redacted]", "text": "...", "key": "**********", "items": [1, 2, 3]}
+        assert shown == {"n": "[redacted]", "text": "...", "key": "[redacted]", "items": [1, 2, 3]}
         everything = [span.to_json() for span in seen.spans]
         assert not [text for text in everything if "my own words" in text or "hunter2" in text]
         for name in ("stroma.node flaky", "invoke_workflow pipeline"):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from pathlib import PurePath
-from typing import Any, Final, final
+from typing import Any, Final
 from uuid import UUID
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
@@ -23,12 +23,11 @@ _CUT: Final = "…"
 _TYPE_NAME: Final = type.__dict__["__name__"].__get__
 
 
-@final
 class BoundedCopy:
     """Copies any value as plain JSON data of at most so many bytes. Never raises, whatever it holds.
 
     Only the items of builtin containers and the fields of models and dataclasses are read. Any other value,
-    also a mapping of another class, is replaced by the name of its type.
+    also a mapping of another class, is replaced by the name of its type, unless a subclass copies it.
 
     Args:
         max_bytes: of the copy as JSON in UTF-8.
@@ -39,7 +38,7 @@ class BoundedCopy:
         is_cut: the value is larger, or deeper, than the copy.
     """
 
-    def __init__(self, max_bytes: int, hidden: frozenset[str] = frozenset(), mask: str = "") -> None:
+    def __init__(self, max_bytes: int, hidden: Container[str] = frozenset(), mask: str = "") -> None:
         self.is_cut = False
         self._room = max_bytes - 2
         self._hidden = hidden
@@ -84,15 +83,21 @@ class BoundedCopy:
         if issubclass(kind, (SecretStr, SecretBytes, Secret)):
             return self._secret()
         if issubclass(kind, _AS_TEXT):
-            return self._text(str(value))
+            return self._text(value.isoformat() if issubclass(kind, (date, time)) else str(value))
         if issubclass(kind, type):
             return self._text(f"<class {_name_of(value)}>")
+        if issubclass(kind, BaseModel) and kind.__pydantic_root_model__:
+            return self._copy(value.__dict__.get("root"), depth + 1)
         if issubclass(kind, (dict, BaseModel)) or dataclasses.is_dataclass(kind):
             return self._container(value, depth, is_mapping=True)
         if issubclass(kind, _SEQUENCES):
             return self._container(value, depth, is_mapping=False)
-        self.is_cut = self.is_cut or issubclass(kind, Mapping)  # Its items are code of its class.
-        return self._text(f"<{_name_of(kind)}>")
+        return self._copy_other(value, depth)
+
+    def _copy_other(self, value: Any, depth: int) -> Any:
+        """Copy a value of another kind."""
+        self.is_cut = self.is_cut or issubclass(type(value), Mapping)  # Its items are code of its class.
+        return self._text(f"<{_name_of(type(value))}>")
 
     def _container(self, value: Any, depth: int, *, is_mapping: bool) -> Any:
         if depth >= _DEEPEST or id(value) in self._around:
@@ -101,16 +106,13 @@ class BoundedCopy:
         self._room -= 3
         self._around.add(id(value))
         try:
-            if is_mapping:
-                return self._mapping(_items(value), depth)
-            base: Any = next(one for one in _SEQUENCES if issubclass(type(value), one))
-            return self._list(base.__iter__(value), depth)
+            return self._mapping(value, depth) if is_mapping else self._list(value, depth)
         finally:
             self._around.discard(id(value))
 
-    def _mapping(self, items: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
+    def _mapping(self, value: Any, depth: int) -> dict[str, Any]:
         copied: dict[str, Any] = {}
-        for key, inner in items:
+        for key, inner in _items(value):
             if self._is_full():
                 break
             name = self._copy(key, depth + 1)
@@ -120,12 +122,17 @@ class BoundedCopy:
             self._room -= 4
             if self._is_full():
                 break
-            copied[name] = self._secret() if name in self._hidden else self._copy(inner, depth + 1)
+            copied[name] = self._secret() if self._is_hidden(name, value) else self._copy(inner, depth + 1)
         return copied
 
-    def _list(self, items: Iterable[Any], depth: int) -> list[Any]:
+    def _is_hidden(self, name: str, owner: Any) -> bool:
+        """Return True if a key or field of a value holds a secret."""
+        return name in self._hidden
+
+    def _list(self, value: Any, depth: int) -> list[Any]:
+        base: Any = next(one for one in _SEQUENCES if issubclass(type(value), one))
         copied: list[Any] = []
-        for inner in items:
+        for inner in base.__iter__(value):
             if self._is_full():
                 break
             self._room -= 1

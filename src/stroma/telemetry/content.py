@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from itertools import islice
 from typing import Any, Final, Literal, final
 from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel
 
+from stroma._utils.bounded_copy import BoundedCopy
 from stroma._utils.secrets import names_of_field
 from stroma._utils.text import visible
 from stroma.contracts.schema import schema_of
@@ -97,7 +97,7 @@ class DeniedNames:
         #: Names that were looked at.
         self._known: dict[str, bool] = {}
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: Any) -> bool:
         known = self._known.get(name)
         if known is None:
             if len(self._known) >= _MOST_NAMES:  # Keys of dicts may be anything.
@@ -139,8 +139,7 @@ _REDACTED: Final = "[redacted]"
 #: What json.dumps() returns for a text, without an encoder for each: 0.2
 #: us and not 1.3.
 _quoted: Final = json.encoder.encode_basestring_ascii
-_DEEPEST: Final = 50
-#: Characters that are written beyond the limit, so that a secret at the end is found as a whole.
+#: Bytes that are written beyond the limit, so that a secret at the end is found as a whole.
 _SLACK: Final = 4096
 #: Characters of a JSON text that is parsed: a longer one that may have a denied name is hidden.
 _LONGEST_JSON: Final = 256 * 1024
@@ -151,11 +150,8 @@ _NAME_KEYS: Final = ("name", "key", "header")
 _VALUE_KEYS: Final = frozenset({"value", "values"})
 #: Fields whose types and sizes are sent.
 _MOST_FIELDS: Final = 2000
-#: Items of a set that are put in order.
-_MOST_SORTED: Final = 1000
 _SIZED: Final = frozenset({str, bytes, list, tuple, set, frozenset, dict})
 _UNSIZED: Final = frozenset({int, float, bool, type(None)})
-_NO_NAMES: Final[Mapping[str, tuple[str, ...]]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,13 +194,10 @@ class Content:
             state.note_secrets()
         else:
             run.redactor.note_secrets(state)
-        walk = _DataWriter(self, self.max_bytes + _SLACK)
-        try:
-            text = walk.text_of(value, model)
-        except Exception as error:
-            # A number of ten thousand digits, say. The span is worth more than its input.
-            return f"[unreadable: {type(error).__name__}]"
-        return self.cut(run.redactor.mask(text), has_more=walk.room < 0)
+        copy = _Copy(self, self.max_bytes + _SLACK, value, model)
+        data = copy.copy(value)
+        text = data if isinstance(value, str) else _dump(data)
+        return self.cut(run.redactor.mask(text), has_more=copy.is_cut)
 
     def _shapes(self, state: Mapping[str, Any]) -> str:
         text = state.shapes if isinstance(state, UnreadState) else None
@@ -230,12 +223,12 @@ class Content:
         shown = run.redactor.redact_state({"messages": messages}).get("messages")
         if not isinstance(shown, list):
             return ""
-        whole = _DataWriter(self, self.max_bytes + _SLACK)._data(shown[::-1], 0)
+        whole = _Copy(self, self.max_bytes + _SLACK).copy(shown[::-1])
         try:
             masked = json.loads(run.redactor.mask(_dump(whole)))
         except ValueError:  # A secret was part of the syntax, such as a comma.
             return ""
-        return _dump(_DataWriter(self, self.max_bytes)._data(masked, 0)[::-1])
+        return _dump(_Copy(self, self.max_bytes).copy(masked)[::-1])
 
     def message(self, text: str | None) -> str | None:
         """Return the message of a failure, which was redacted when it was recorded; None in mode "none"."""
@@ -262,116 +255,55 @@ class Content:
         return isinstance(name, str) and name in self.denied
 
 
-class _DataWriter:
-    """Makes JSON data of values, without those of denied names, until there is enough of it.
+class _Copy(BoundedCopy):
+    """Copies states as JSON data without the values of denied names.
 
-    ``room``: characters that are still wanted; below 0 there are more than that.
+    ``top``: the fields of the state, whose ``model`` knows more names of them.
     """
 
-    def __init__(self, content: Content, room: int) -> None:
-        self._content = content
-        self.room = room
+    def __init__(self, content: Content, max_bytes: int, top: Any = None, model: Any = None) -> None:
+        super().__init__(max_bytes, content.denied, _REDACTED)
+        self._content, self._top, self._model = content, top, model
         self._has_denied = False
 
-    def text_of(self, value: Any, model: type[BaseModel] | None) -> str:
-        """Return the text of a state: of its fields, whose class knows more names of them, or of a value."""
-        if isinstance(value, Mapping):
-            return _dump(self._mapping(value, 0, _NO_NAMES if model is None else _names_of(model)))
-        data = self._data(value, 0)
-        return data if isinstance(value, str) else _dump(data)
-
-    def _mapping(
-        self, values: Mapping[Any, Any], depth: int, names: Mapping[str, tuple[str, ...]] = _NO_NAMES
-    ) -> dict[str, Any]:
-        denied, is_denied = self._content.denied, self._content.is_denied
-        # A header: {"name": "authorization", "value": "..."}.
-        is_pair = isinstance(values, dict) and any(
-            is_denied(values[key]) for key in _NAME_KEYS if key in values
-        )
-        shown: dict[str, Any] = {}
-        for key, value in values.items():
-            if self.room < 0:
-                break
-            name = key if isinstance(key, str) else str(jsonable(key))
-            is_hidden = name in denied or any(other in denied for other in names.get(name, ()))
-            name = self._cut(name)
-            if is_hidden or (is_pair and name in _VALUE_KEYS):
-                shown[name] = self._hidden()
-            else:
-                shown[name] = self._data(value, depth + 1)
-        return shown
-
-    def _list(self, values: Iterable[Any], depth: int) -> list[Any]:
-        if isinstance(values, (list, tuple)) and len(values) == 2 and self._content.is_denied(values[0]):
-            return [self._data(values[0], depth + 1), self._hidden()]
-        shown: list[Any] = []
-        for value in values:
-            if self.room < 0:
-                break
-            shown.append(self._data(value, depth + 1))
-        return shown
-
-    def _hidden(self) -> str:
+    def _secret(self) -> str:
         self._has_denied = True
-        return self._cut(_REDACTED)
+        return super()._secret()
 
-    def _cut(self, text: str) -> str:
-        """Return no more of a text than is wanted."""
-        text = text[: max(0, self.room) + 1]
-        self.room -= len(text) + 4  # With quotes and what stands between.
-        return text
+    def _is_hidden(self, name: str, owner: Any) -> bool:
+        model = self._model if owner is self._top else type(owner)
+        is_model = model is not None and issubclass(model, BaseModel)
+        if any(one in self._hidden for one in (name, *(_names_of(model).get(name, ()) if is_model else ()))):
+            return True
+        # A header: {"name": "authorization", "value": "..."}.
+        is_pair = name in _VALUE_KEYS and isinstance(owner, dict)
+        return is_pair and any(self._content.is_denied(owner[key]) for key in _NAME_KEYS if key in owner)
 
-    def _text(self, text: str, depth: int) -> str:
+    def _list(self, value: Any, depth: int) -> list[Any]:
+        if isinstance(value, (list, tuple)) and len(value) == 2 and self._content.is_denied(value[0]):
+            return [self._copy(value[0], depth + 1), self._secret()]
+        return super()._list(value, depth)
+
+    def _text(self, text: str) -> str:
         """Return a text; of JSON, without the values of denied names, and nothing if it cannot be parsed."""
         start = text[:1] if text[:1] in _JSON_STARTS else text[:100].lstrip()[:1]
-        if start not in _JSON_STARTS or not self._content.denied.are_in(text[: max(0, self.room) + 1]):
-            return self._cut(text)
+        if start not in _JSON_STARTS or not self._content.denied.are_in(text[: max(0, self._room) + 1]):
+            return super()._text(text)
         try:
             value = json.loads(text) if len(text) <= _LONGEST_JSON else None
         except (ValueError, RecursionError):
             value = None
         if value is None:
-            return self._hidden()
-        inner = _DataWriter(self._content, self.room)
-        data = inner._data(value, depth + 1)
-        self._has_denied = self._has_denied or inner._has_denied
-        return self._cut(_dump(data) if inner._has_denied else text)
+            return self._secret()
+        inner = _Copy(self._content, self._room)
+        data = inner.copy(value)
+        self._has_denied, self.is_cut = self._has_denied or inner._has_denied, self.is_cut or inner.is_cut
+        return super()._text(_dump(data) if inner._has_denied else text)
 
-    def _data(self, value: Any, depth: int) -> Any:
-        """Return what jsonable() returns, and make no more of it than is wanted."""
-        kind = type(value)
-        if depth > _DEEPEST:
-            return self._cut("[too deep]")
-        if kind is str:
-            return self._text(value, depth)
-        if value is None or kind is bool or kind is int:
-            self.room -= 6
-            return value
-        if kind is dict or (isinstance(value, Mapping) and not isinstance(value, Enum)):
-            return self._mapping(value, depth)
-        if (
-            kind is list
-            or kind is tuple
-            or (isinstance(value, (set, frozenset)) and len(value) > _MOST_SORTED)
-        ):
-            return self._list(value, depth)
-        if isinstance(value, BaseModel):
-            fields = fields_in(value)
-            if schema_of(kind).is_root:
-                return self._data(fields.get("root"), depth)
-            return self._mapping(fields, depth, _names_of(kind))
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return self._mapping(
-                {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}, depth
-            )
-        if isinstance(value, (bytes, bytearray)):
-            size = _LONGEST_JSON if value[:1] in (b"{", b"[") else max(0, self.room)
-            return self._text(bytes(value[: size + 1]).decode("utf-8", "backslashreplace"), depth)
-        plain = jsonable(value)
-        if isinstance(plain, (dict, list, str)):
-            return self._data(plain, depth)
-        self.room -= 6
-        return plain
+    def _copy_other(self, value: Any, depth: int) -> Any:
+        if isinstance(value, Mapping):  # It may be endless.
+            return super()._copy_other(value, depth)
+        return self._copy(jsonable(value), depth + 1)
 
 
 def _dump(data: Any) -> str:
