@@ -107,7 +107,7 @@ async def rewrite(store: Any, run_id: str, position: int, step: Callable[[Step],
     def do(rows: Rows) -> None:
         result = rows.find(run_id, lock=True)
         entry = next(row for row in rows.steps(result.run, result.execution) if row.position == position)
-        attempt = next(a for a, _ in rows.attempts(result.run, result.execution) if a.position == position)
+        (attempt,) = rows.attempts_at(result.run, result.execution, position, "")
         fence = Fence(result.run, result.execution, result.epoch, result.owner or "", 30.0)
         later = replace(attempt, started_ns=attempt.started_ns + 1)
         changed = seal(entry.position, entry.branch, entry.node_id, step(entry.step))

@@ -72,7 +72,7 @@ class _Run:
                 self.problems.append("it is not in the store, and had an acknowledged commit")
             return
         self.found = result
-        attempts = [attempt for attempt, _ in rows.attempts(result.run, result.execution)]
+        attempts, _ = rows.attempt_page(result.run, result.execution, limit=10_000, after=None)
         self.outputs = {
             f"{row.position}:{row.branch}": json.loads(row.step.output)
             for row in rows.steps(result.run, result.execution)

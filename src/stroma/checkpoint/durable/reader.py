@@ -15,7 +15,7 @@ from stroma.checkpoint.durable.control import read_control
 from stroma.checkpoint.durable.conversion import open_events, open_message, open_output, open_step_input
 from stroma.checkpoint.durable.integrity import is_intact, lost_error, verify_step
 from stroma.checkpoint.durable.owner import Owner
-from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, StepRow
 from stroma.checkpoint.entries import (
     ALL_FAILED_ITEMS,
     NO_CONTROL,
@@ -56,6 +56,7 @@ _MAX_FAILED: Final = 20  # failed attempts of a run that are read; its cause may
 #: Outcomes after which an earlier failure at the same place no longer counts as the cause.
 _FIXES: Final = ("success", "suspended")
 _ALL_RUNS: Final = RunQuery()
+_ALL: Final = 1_000_000_000  # attempts
 
 
 class ReadableStore(ABC):
@@ -167,8 +168,18 @@ class ReadableStore(ABC):
         """
 
         def query(records: RunRecords) -> list[AttemptRecord]:
-            attempts = records.rows.attempts(records.run, records.execution)
-            return [self._with_output(records, attempt, step) for attempt, step in attempts]
+            rows, run, number = records.rows, records.run, records.execution
+            attempts, _ = rows.attempt_page(run, number, limit=_ALL, after=None)
+            places = [(one.position, one.branch) for one in attempts if one.output_bytes is not None]
+            steps = {row[:2]: row for row in rows.steps_at(run, number, places)}
+            for one in self._with_messages(records, attempts):
+                row = None if one.output_bytes is None else steps.get((one.position, one.branch))
+                if row is not None:
+                    try:
+                        one.output = open_output(self._payloads, run_id, number, row)
+                    except CorruptCheckpoint:
+                        one.damaged = True  # The rest of the history is still readable.
+            return attempts
 
         return self._read_records(run_id, query, [], execution)
 
@@ -242,7 +253,7 @@ class ReadableStore(ABC):
         """Return the number of an execution (None: the last), and its commit at a place."""
 
         def query(records: RunRecords) -> tuple[int, StepRow | None]:
-            steps = records.rows.steps_at(records.run, records.execution, position, [branch])
+            steps = records.rows.steps_at(records.run, records.execution, [(position, branch)])
             return records.execution, next(iter(steps), None)
 
         nothing: tuple[int, StepRow | None] = (0, None)
@@ -263,20 +274,6 @@ class ReadableStore(ABC):
         for one in attempts:
             open_message(self._payloads, records.run_id, records.execution, one)
         return attempts
-
-    def _with_output(self, records: RunRecords, attempt: AttemptRecord, step: Step | None) -> AttemptRecord:
-        open_message(self._payloads, records.run_id, records.execution, attempt)
-        if step is not None:
-            row = StepRow(attempt.position, attempt.branch, attempt.node_id, step)
-            try:
-                attempt.output = open_output(self._payloads, records.run_id, records.execution, row)
-            except CorruptCheckpoint:
-                attempt.damaged = True  # The rest of the history is still readable.
-            except NotSerialisable:
-                return attempt
-            stored = step.output if isinstance(step.output, bytes) else attempt.output
-            attempt.output_bytes = len(stored or b"")
-        return attempt
 
     def input_of(self, run_id: str) -> bytes:
         """Return the initial state of a run in stored form (see Schema.decode).

@@ -355,8 +355,8 @@ class Rows(Protocol):
         """Return the commits of an execution, except the lazily loaded ones (see RunRequest)."""
         ...
 
-    def steps_at(self, run: Any, execution: int, position: int, branches: Sequence[str]) -> Iterable[StepRow]:
-        """Return the commits in these branches of a position."""
+    def steps_at(self, run: Any, execution: int, places: Sequence[tuple[int, str]]) -> Iterable[StepRow]:
+        """Return the commits at these places: (position, branch)."""
         ...
 
     def is_complete(self, run: RunRow) -> bool:
@@ -509,14 +509,13 @@ class Rows(Protocol):
         """Return ids with a prefix of runs with an execution: an equal id first, then the newest."""
         ...
 
-    def attempts(self, run: Any, execution: int) -> Iterable[tuple[AttemptRecord, Step | None]]:
-        """Return attempts with their commits, by process, position and time; a group before its children."""
-        ...
-
     def attempt_page(
         self, run: Any, execution: int, *, limit: int, after: str | None
     ) -> tuple[list[AttemptRecord], str | None]:
-        """Return a page of the attempts, with the epoch of each, and the stored size of its output."""
+        """Return a page of the attempts, with the epoch of each, and the stored size of its output.
+
+        By process, position and time; a group before its children.
+        """
         ...
 
     def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[AttemptRecord]:

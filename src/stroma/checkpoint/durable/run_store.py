@@ -467,8 +467,8 @@ class RunStore(ReadableStore):
             position, branch = output.position, output.branch
             total = count_items(open_step_input(self._payloads, run_id, run.execution, output) or b"")
             prefix = f"{branch}." if branch else ""
-            branches = [f"{prefix}{index}" for index in range(first, min(total, first + count))]
-            return run.execution, list(rows.steps_at(run.run, run.execution, position, branches))
+            places = [(position, f"{prefix}{index}") for index in range(first, min(total, first + count))]
+            return run.execution, list(rows.steps_at(run.run, run.execution, places))
 
         execution, steps = self.read(query, (0, list[StepRow]()))
         if not execution:

@@ -379,10 +379,10 @@ class DurableSession(Session):
 
     async def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
         """Return the commits in some branches of a position. Raises StoreError (CorruptCheckpoint ...)."""
-        fence = self.fence
+        fence, places = self.fence, [(position, branch) for branch in branches]
 
         def read(rows: Rows) -> list[StepRow]:
-            return list(rows.steps_at(fence.run, fence.execution, position, branches))
+            return list(rows.steps_at(fence.run, fence.execution, places))
 
         steps: list[StepRow] = await self._submit(Transaction(self.run_id, read))
         if self._payloads.plain:

@@ -277,11 +277,8 @@ class MemoryRows(ScannedRows):
 
         return list(run.steps_at(place for place in run.committed() if not is_lazy(*place)))
 
-    def steps_at(
-        self, run: MemoryRun, execution: int, position: int, branches: Sequence[str]
-    ) -> list[StepRow]:
-        places = [(position, branch) for branch in branches] if execution == run.execution else []
-        return list(run.steps_at(places))
+    def steps_at(self, run: MemoryRun, execution: int, places: Sequence[Place]) -> list[StepRow]:
+        return list(run.steps_at(places)) if execution == run.execution else []
 
     def identities(self, run: MemoryRun, execution: int) -> list[tuple[str, int]]:
         return list(run.identities.items())
@@ -452,12 +449,6 @@ class MemoryRows(ScannedRows):
         runs = [run for run in list(self._runs.values()) if run.run_id.startswith(prefix)]
         runs.sort(key=lambda run: (run.run_id == prefix, run.place), reverse=True)
         return [run.run_id for run in runs if run.execution][:limit]
-
-    def attempts(self, run: MemoryRun, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
-        for record in _records(run, execution):
-            is_committed, record.output_bytes = record.output_bytes is not None, None
-            row = next(run.steps_at([(record.position, record.branch)]), None) if is_committed else None
-            yield record, None if row is None else row.step
 
     def _attempts_of(self, runs: Sequence[tuple[Any, int]]) -> list[list[AttemptRecord]]:
         return [_records(run, execution) for run, execution in runs]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Final
 
 from stroma.checkpoint.decisions import MESSAGE_SENT
-from stroma.checkpoint.durable.rows import EventRow, RunRow, ScannedRows, Step, matches
+from stroma.checkpoint.durable.rows import EventRow, RunRow, ScannedRows, matches
 from stroma.checkpoint.errors import CheckpointLost
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.identity import mark_of, parse_mark
@@ -21,11 +21,9 @@ from stroma.checkpoint.redis.format import (
     RedisRun,
     as_hash,
     as_text,
-    place_of,
     prefix_of,
     read_attempts,
     read_run_row,
-    read_step,
 )
 from stroma.checkpoint.redis.scripts import IDS, RUNS
 from stroma.checkpoint.redis.server import RedisLink, risks, script_command
@@ -196,14 +194,6 @@ class RedisReader(ScannedRows):
             for name, reply in zip(names, replies, strict=True)
             if isinstance(reply, list)
         ]
-
-    def attempts(self, run: RedisRun, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
-        attempts, steps = self._get(
-            *(("HGETALL", f"{run.prefix}{name}:{execution}") for name in ("attempts", "steps"))
-        )
-        outputs = as_hash(steps)
-        for number, one in read_attempts(run.run_id, as_hash(attempts).items(), outputs):
-            yield one, read_step(outputs[place_of(one)])[1] if number else None
 
     def _attempts_of(self, runs: Sequence[tuple[RedisRun, int]]) -> list[list[AttemptRecord]]:
         """Return the attempts of each execution, in the order of the history, without outputs."""

@@ -152,14 +152,12 @@ class RedisRows(RedisReader):
             steps = self._outputs(run, execution, loaded)
         return self._step_rows(run, execution, steps.items())
 
-    def steps_at(
-        self, run: RedisRun, execution: int, position: int, branches: Sequence[str]
-    ) -> list[StepRow]:
-        places = [f"{position}:{branch}" for branch in branches]
-        if not places:
+    def steps_at(self, run: RedisRun, execution: int, places: Sequence[tuple[int, str]]) -> list[StepRow]:
+        fields = [f"{position}:{branch}" for position, branch in places]
+        if not fields:
             return []
-        (values,) = self._get(("HMGET", f"{run.prefix}steps:{execution}", *places))
-        outputs = zip(places, values, strict=True)
+        (values,) = self._get(("HMGET", f"{run.prefix}steps:{execution}", *fields))
+        outputs = zip(fields, values, strict=True)
         return self._step_rows(run, execution, (one for one in outputs if one[1] is not None))
 
     def _step_rows(

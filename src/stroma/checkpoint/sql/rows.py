@@ -140,11 +140,13 @@ class SqlRows(Rows):
             values |= {f"position_{number}": position, f"prefix_{number}": prefix}
         return _step_rows(self._all(statement, **values))
 
-    def steps_at(self, run: Any, execution: int, position: int, branches: Sequence[str]) -> list[StepRow]:
-        keys = list(map(key, branches))
-        return _step_rows(
-            self._all(sql.STEPS_AT, run=run, execution=execution, position=position, branch_keys=keys)
-        )
+    def steps_at(self, run: Any, execution: int, places: Sequence[tuple[int, str]]) -> list[StepRow]:
+        keys: dict[int, list[str]] = {}
+        for position, branch in places:
+            keys.setdefault(position, []).append(key(branch))
+        of_run = {"run": run, "execution": execution}
+        values = [{**of_run, "position": at, "branch_keys": of_position} for at, of_position in keys.items()]
+        return _step_rows(row for rows in self._execute_each(sql.STEPS_AT, values) for row in rows)
 
     def is_complete(self, run: RunRow) -> bool:
         counts = self._one(sql.ROW_COUNTS, run=run.run, execution=run.execution)
@@ -356,15 +358,6 @@ class SqlRows(Rows):
         places = {"first": first, "last": first + _LAST_CHARACTERS}
         rows = self._all(sql.BY_PREFIX, **places, prefix=prefix, limit=limit)
         return [run_id for (run_id,) in rows]
-
-    def attempts(self, run: Any, execution: int) -> Iterator[tuple[AttemptRecord, Step | None]]:
-        outputs = {
-            tuple(row[:5]): Step._make(row[5:])
-            for row in self._all(sql.OUTPUTS, run=run, execution=execution)
-        }
-        for *row, epoch in self._all(sql.ATTEMPTS, run=run, execution=execution):
-            attempt = to_record(row)
-            yield attempt, outputs.get((epoch, *attempt.key))
 
     def attempt_page(
         self, run: Any, execution: int, *, limit: int, after: str | None

@@ -191,12 +191,6 @@ BLOBS: Final = " UNION ALL ".join(
 
 _IN_ORDER: Final = "ORDER BY epoch, position, started_ns, branch_key, attempt"
 _LISTED: Final = f"outcome <> '{COLLECTED}'"
-ATTEMPTS: Final = f"""SELECT {_ATTEMPT}, epoch FROM attempts WHERE run = :run AND execution = :execution
-    AND {_LISTED} {_IN_ORDER}"""
-# Joined with the attempts in Python: a server without statistics of a new table would compare all attempts of
-# a run with all of its outputs.
-OUTPUTS: Final = f"""SELECT epoch, position, started_ns, branch, attempt, {", ".join(Step._fields)} FROM steps
-    WHERE run = :run AND execution = :execution AND position >= 0"""
 _WITH_SIZE: Final = f"""SELECT {_ATTEMPT}, epoch, (SELECT length(s.output) FROM steps s
     WHERE (s.run, s.execution, s.position, s.branch_key) = (a.run, a.execution, a.position, a.branch_key)
     AND (s.epoch, s.attempt, s.started_ns) = (a.epoch, a.attempt, a.started_ns))
