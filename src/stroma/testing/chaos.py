@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from _pytest.runner import runtestprotocol
@@ -17,10 +16,6 @@ from stroma.contracts.schema import schema_of
 from stroma.engine.context import INTERCEPTORS, Call, Interceptor
 from stroma.engine.execution import RunningNode
 
-#: Faults. "again": the output is lost and the node is called again, as after a crash between its end and its
-#: commit. "slow": other nodes run first.
-_KINDS: Final = ("again", "again", "slow")
-
 
 class _Place(NamedTuple):
     """The n-th call of a node in a test, counted from 0 per node id."""
@@ -30,12 +25,15 @@ class _Place(NamedTuple):
 
 
 class _Watch(Interceptor):
-    """Interceptor that records the calls of a test and injects a fault into one of them."""
+    """Interceptor that records the calls of a test, and makes one of them twice.
 
-    def __init__(self, at: _Place | None = None, kind: str = "", seed: int = 0) -> None:
+    The first output is lost, as after a crash between the end of a node and its commit.
+    """
+
+    def __init__(self, at: _Place | None = None) -> None:
         self.places: list[_Place] = []
         self._counts: dict[str, int] = {}
-        self._at, self._kind, self._seed = at, kind, seed
+        self._at = at
 
     async def call(self, run: RunningNode, node: Node | Group, call: Call, state: BaseModel) -> Any:
         if type(node) is not Node:
@@ -44,10 +42,6 @@ class _Watch(Interceptor):
         place = _Place(run.node_id, number)
         self.places.append(place)
         if place != self._at:
-            return await call(state)
-        if self._kind == "slow":
-            for _ in range(random.Random(self._seed).randrange(1, 50)):
-                await asyncio.sleep(0)
             return await call(state)
         pristine = schema_of(type(state)).copy(state)
         reported = list(run.reported or ())
@@ -113,30 +107,22 @@ class Chaos:
     def _rounds(self, item: pytest.Item, nextitem: pytest.Item | None, places: list[_Place]) -> None:
         # From the name of the test, so that a test alone gets the same faults as among others.
         dice = random.Random(f"{self.seed} {item.nodeid}")
-        reported: set[tuple[str, str]] = set()
+        reported: set[str] = set()
         for number in range(self.rounds):
-            at, kind, seed = dice.choice(places), dice.choice(_KINDS), dice.randrange(1_000_000)
-            if (at.node_id, kind) in reported:
+            at = dice.choice(places)
+            if at.node_id in reported:
                 continue  # One failure per node is enough.
             item._initrequest()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
-            _, passed, reports = self._run(item, nextitem, _Watch(at, kind, seed))
+            _, passed, reports = self._run(item, nextitem, _Watch(at))
             failed = [report for report in reports if report.failed]
             if passed or not failed:
                 continue
-            reported.add((at.node_id, kind))
+            reported.add(at.node_id)
             report = failed[0]
-            report.sections.insert(0, ("stroma chaos", self._what(at, kind, number)))
-            report.__dict__["stroma_chaos"] = {"node_id": at.node_id, "kind": kind, "call": at.number + 1}
+            what = f"run {number + 1}: call {at.number + 1} of node {at.node_id!r} was made twice"
+            report.sections.insert(0, ("stroma chaos", f"{what} (--stroma-chaos-seed={self.seed})"))
+            report.__dict__["stroma_chaos"] = {"node_id": at.node_id, "call": at.number + 1}
             item.ihook.pytest_runtest_logreport(report=report)
-
-    def _what(self, at: _Place, kind: str, number: int) -> str:
-        done = (
-            "was called twice, as after a death before its commit"
-            if kind == "again"
-            else "was slower than others"
-        )
-        call = f"call {at.number + 1} of node {at.node_id!r}"
-        return f"run {number + 1}: {call} {done} (--stroma-chaos-seed={self.seed})"
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         sensitive_tests = [
@@ -147,13 +133,8 @@ class Chaos:
         ]
         terminalreporter.section(f"stroma chaos, --stroma-chaos-seed={self.seed}")
         if not sensitive_tests:
-            terminalreporter.write_line(
-                "no test of a pipeline failed because a node was slow or called twice"
-            )
+            terminalreporter.write_line("no test of a pipeline failed because a node was called twice")
         for fault, nodeid in sensitive_tests:
             node, call = fault["node_id"], fault["call"]
-            if fault["kind"] == "again":
-                line = f"node {node!r} is not safe to retry: {nodeid} fails if its call {call} is made twice"
-            else:
-                line = f"node {node!r} is in a race: {nodeid} fails if its call {call} is slower than others"
+            line = f"node {node!r} is not safe to retry: {nodeid} fails if its call {call} is made twice"
             terminalreporter.write_line(line)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from stroma.checkpoint import AsyncInMemoryStore
     from stroma.testing.clock import FakeClock
     from stroma.testing.faults import FaultPlan
 
@@ -27,8 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="Run every test that runs a pipeline N times more, each time with another fault, and say "
-        "which node is not safe to retry.",
+        help="Run every test that runs a pipeline N times more, each time with another call made twice, and "
+        "say which node is not safe to retry.",
     )
     group.addoption(
         "--stroma-chaos-seed",
@@ -80,14 +79,6 @@ def stroma_clock() -> Iterator[FakeClock]:
 
     with FakeClock() as clock:
         yield clock
-
-
-@pytest.fixture
-def stroma_store() -> AsyncInMemoryStore:
-    """Provide an empty journal store in memory."""
-    from stroma.checkpoint import AsyncInMemoryStore
-
-    return AsyncInMemoryStore()
 
 
 @pytest.fixture
