@@ -112,7 +112,7 @@ class BoundedCopy:
 
     def _mapping(self, value: Any, depth: int) -> dict[str, Any]:
         copied: dict[str, Any] = {}
-        for key, inner in _items(value):
+        for key, inner in items_of(value):
             if self._is_full():
                 break
             name = self._copy(key, depth + 1)
@@ -182,18 +182,14 @@ def _size(text: str) -> int:
     return len(json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace")) - 2
 
 
-def _items(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Return the items of a mapping, or the stored fields of a model or a dataclass."""
+def items_of(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the items of a mapping, or the stored fields of a model or a dataclass, as they are."""
     if issubclass(type(value), dict):
         return dict.items(value)
     if isinstance(value, BaseModel):
         declared = type(value).model_fields
-        fields = {**value.__dict__, **(value.__pydantic_extra__ or {})}
-        return [
-            (name, inner)
-            for name, inner in fields.items()
-            if name not in declared or not declared[name].exclude
-        ]
+        fields = {k: v for k, v in value.__dict__.items() if k in declared and not declared[k].exclude}
+        return {**(value.__pydantic_extra__ or {}), **fields}.items()
     names = [one.name for one in dataclasses.fields(value)]
     return [(name, getattr(value, name)) for name in names if hasattr(value, name)]
 

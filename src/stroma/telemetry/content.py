@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel
 
-from stroma._utils.bounded_copy import BoundedCopy
+from stroma._utils.bounded_copy import BoundedCopy, items_of
 from stroma._utils.secrets import names_of_field
 from stroma._utils.text import visible
 from stroma.contracts.schema import schema_of
@@ -310,19 +310,6 @@ def _dump(data: Any) -> str:
     return json.dumps(data, ensure_ascii=False)
 
 
-def fields_in(model: BaseModel) -> Mapping[str, Any]:
-    """Return the fields of a model by name, as they are: without those that are excluded, with extra ones."""
-    schema = schema_of(type(model))
-    if schema.is_flat and len(model.__dict__) == len(schema.field_names):
-        return model.__dict__
-    traits = schema.traits
-    names, excluded = type(model).model_fields, traits.excluded_fields
-    fields = {name: v for name, v in model.__dict__.items() if name in names and name not in excluded}
-    if model.__pydantic_extra__:
-        fields = {**model.__pydantic_extra__, **fields}
-    return fields
-
-
 def _value_of(state: Mapping[str, Any]) -> tuple[Any, type[BaseModel] | None]:
     """Return the fields of a state, without a copy of their values, and its class if it is known.
 
@@ -330,7 +317,7 @@ def _value_of(state: Mapping[str, Any]) -> tuple[Any, type[BaseModel] | None]:
     """
     if not isinstance(state, UnreadState):
         return state, None
-    fields = fields_in(state.model)
+    fields = dict(items_of(state.model))
     if not state.schema.is_root:
         return state.shown() if state.is_redacted else fields, type(state.model)
     root = fields.get("root")
@@ -372,7 +359,7 @@ def _shape(value: Any) -> str:
     if kind in _UNSIZED:
         return kind.__name__
     if isinstance(value, BaseModel):  # Hooks see them as dicts.
-        fields = fields_in(value)
+        fields = dict(items_of(value))
         return _shape(fields.get("root")) if schema_of(type(value)).is_root else f"dict[{len(fields)}]"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return f"dict[{len(dataclasses.fields(value))}]"
