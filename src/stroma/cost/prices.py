@@ -80,13 +80,6 @@ def _flat(price: float) -> Steps:
     return ((_ANY_SIZE, price),)
 
 
-def _flat_price(input_price: float, output_price: float) -> Pricer:
-    def price(input_tokens: int, output_tokens: int) -> float:
-        return (input_tokens * input_price + output_tokens * output_price) / 1_000_000
-
-    return price
-
-
 # ---------------------------------------------------------------------- genai-prices
 
 
@@ -191,7 +184,7 @@ def cached_pricer(model: str, detail: Usage | None = None) -> Pricer | Literal["
     """
     known = KNOWN_MODELS.get(model)
     if known is not None and detail is None:
-        return _flat_price(*known)
+        return Rates(_flat(known[0]), _flat(known[1])).plain_cost
     cached = _looked_up.get(model)
     # Whoever has genai-prices refresh itself gets the new prices at once.
     if cached is None or cached[0] is not _data.get_snapshot():
@@ -212,7 +205,7 @@ def _pricer(
         # An entry is for all names of its model: gpt-4o-2024-11-20 is gpt-4o.
         known = KNOWN_MODELS.get(listing.id)
     if known is not None and detail is None:
-        return _flat_price(*known)
+        return Rates(_flat(known[0]), _flat(known[1])).plain_cost
     if known is None and listing is None:
         return None
     rates = _overlaid(known, listing, None if detail is None else detail.tier)
