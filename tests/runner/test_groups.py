@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from stroma import (
     NodeContract,
     RunConfig,
     RunStatus,
+    SQLiteStore,
     StromaRunner,
     execute_step,
     map_over,
@@ -330,6 +332,38 @@ async def test_the_merged_class_reads_its_own_checkpoint_back(opened: bool) -> N
     again = await quick(store=store, run_id="r", resume=True).run([group], Num())
     assert again.status is RunStatus.RESUMED
     assert again.final_state == state
+
+
+@pytest.mark.parametrize("later", ["nothing", "untyped", "open", "group"])
+async def test_outputs_before_one_with_any_fields_are_stored(tmp_path: Path, later: str) -> None:
+    """A model in an output is stored and fits the next node, also before a child that may give any field."""
+
+    class Open(BaseModel):
+        model_config = ConfigDict(extra="allow")
+
+    class Nested(BaseModel):
+        num: Num
+        nums: list[Num]
+
+    children: list[Any] = [node("l", returning({"num": {"n": 1}, "nums": [{"n": 2}]}), Num, Nested)]
+    if later == "untyped":
+        children.append(bare("free", returning({"free": 1})))
+    elif later != "nothing":
+        opened = node("o", returning({"free": 1}), Num, Open)
+        children.append(opened if later == "open" else parallel(opened))
+    failing = [1]
+
+    async def last(state: Nested) -> Nested:
+        if failing:
+            raise PermissionError(failing.pop())
+        return state
+
+    nodes = [parallel(*children), node("last", last, Nested, Nested)]
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        assert (await quick(store=store, policy_map=NEVER).run(nodes, Num(), run_id="r")).failure
+        result = await quick(store=store).run(nodes, Num(), run_id="r", resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert result.final_state == Nested(num=Num(n=1), nums=[Num(n=2)])
 
 
 async def test_a_registered_contract_counts_in_a_group() -> None:

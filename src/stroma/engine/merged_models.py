@@ -27,7 +27,7 @@ def merged_model(
         if names is not None:
             fields.update(_declared_fields(cls))
     for cls, names in zip(classes, own, strict=True):
-        if names is None and _is_open(cls):
+        if names is None and is_open(cls):
             # It may give any field any value, and later outputs take precedence.
             fields = dict.fromkeys(fields, (Any, ...))
         declared = _declared_fields(cls)
@@ -35,7 +35,8 @@ def merged_model(
     return _make_model(name, fields, classes)
 
 
-def _is_open(cls: type[BaseModel]) -> bool:
+@functools.lru_cache(maxsize=1024)
+def is_open(cls: type[BaseModel]) -> bool:
     """Return True if the model may have any fields: extra ones, or the keys of a root dict."""
     if cls.__pydantic_root_model__:
         return not is_never_dict(core_schema_of(cls))
@@ -44,7 +45,7 @@ def _is_open(cls: type[BaseModel]) -> bool:
 
 def _declared_fields(cls: type[BaseModel]) -> dict[str, Any]:
     """Return its fields, for create_model(); none for a root dict. Excluded fields cross no boundary."""
-    if cls.__pydantic_root_model__ and _is_open(cls):
+    if cls.__pydantic_root_model__ and is_open(cls):
         return {}
     return {n: (info.annotation, info) for n, info in cls.model_fields.items() if not info.exclude}
 
@@ -64,7 +65,7 @@ def with_list(
 def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseModel]]) -> type[BaseModel]:
     config = ConfigDict(
         arbitrary_types_allowed=True,
-        extra="allow" if any(map(_is_open, bases)) else "ignore",
+        extra="allow" if any(map(is_open, bases)) else "ignore",
         # A value that was accepted as an enum member is read back from a store as a member.
         use_enum_values=any(cls.model_config.get("use_enum_values", False) for cls in bases),
     )

@@ -19,7 +19,7 @@ from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute, execute_in_turn
-from stroma.engine.merged_models import merged_model, with_list
+from stroma.engine.merged_models import is_open, merged_model, with_list
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.engine.tasks import gather
 from stroma.runner.items import (
@@ -134,12 +134,19 @@ class ParallelGroup(Group):
         run = self._bounded(run_child)
         outputs = await gather([run(index, child) for index, child in enumerate(self.children)])
         ends.check()
-        added = [*zip(map(_fields_of_output, outputs), self._own, strict=True)]
+        return self._merge(cast("list[BaseModel]", outputs))
+
+    def _merge(self, outputs: Sequence[BaseModel]) -> dict[str, Any]:
+        """Return the fields of all outputs, as plain data where the merged class cannot declare them."""
+        added = [*zip(outputs, self._own, strict=True)]
+        opened = [index for index, (output, own) in enumerate(added) if own is None and is_open(type(output))]
         merged: dict[str, Any] = {}
-        for fields, own in added:  # What a map passes on replaces no output of another child.
+        for output, own in added:  # What a map passes on replaces no output of another child.
             if own is not None:
-                merged.update(fields)
-        for fields, own in added:
+                merged.update(_fields_of_output(output, Schema.fields if opened else Schema.values))
+        for index, (output, own) in enumerate(added):
+            is_undeclared = bool(opened) and index < opened[-1]
+            fields = _fields_of_output(output, Schema.fields if is_undeclared else Schema.values)
             merged.update(fields if own is None else {name: fields[name] for name in own})
         return merged
 
@@ -283,13 +290,13 @@ class MapGroup(Group):
         return [LinesFile(path, run_id) for path in paths]
 
 
-def _fields_of_output(output: Any) -> dict[str, Any]:
+def _fields_of_output(output: Any, read: Callable[[Schema, BaseModel], dict[str, Any]]) -> dict[str, Any]:
     """Return the fields that a child adds to the merged state. Raises TypeError if there are none."""
     value = output.root if isinstance(output, UntypedState) else output
     if isinstance(value, dict):
         return _check_names(value)
     if isinstance(value, BaseModel):
-        return _fields_of_state(value, Schema.values)
+        return _fields_of_state(value, read)
     raise TypeError(
         f"a child of parallel() returned {type(value).__name__}; only dicts and models can be merged"
     )
