@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
+from stroma.checkpoint.decoding import RecordName, decode_json
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.identity import is_called, place_before, with_outer
 from stroma.contracts.codec import is_same_data
@@ -125,13 +126,19 @@ class RunRequest(NamedTuple):
         return restored
 
 
-def _maps_with_failures(commits: Mapping[tuple[int, str], Committed]) -> set[tuple[int, str]]:
-    """Return the places of the maps outside of flows that have failed items, loaded or not."""
-    return {
-        (position, branch.rpartition(".")[0]) if commit.is_failed_item else (position, branch)
+def count_failed_items(commits: Mapping[tuple[int, str], Committed]) -> dict[tuple[int, str], int]:
+    """Return how many items of each map failed; of those whose items are not loaded, by their own commit."""
+    loaded = Counter(
+        (position, branch.rpartition(".")[0])
         for (position, branch), commit in commits.items()
-        if commit.failed_items or (commit.is_failed_item and not is_called(branch))
-    }
+        if commit.is_failed_item
+    )
+    return {**loaded, **{at: commit.failed_items for at, commit in commits.items() if commit.failed_items}}
+
+
+def _maps_with_failures(commits: Mapping[tuple[int, str], Committed]) -> set[tuple[int, str]]:
+    """Return the places of the maps with failed items. Those in flows are recorded events."""
+    return {at for at in count_failed_items(commits) if not is_called(at[1])}
 
 
 def _without_failed(commits: Mapping[tuple[int, str], Committed]) -> dict[tuple[int, str], Committed]:
@@ -489,29 +496,6 @@ class RunFacts(NamedTuple):
 def effect_note(position: int, branch: str) -> str:
     """Return the key of the note about the calls of an effect. It outlives the discarding of its position."""
     return f"{position}:effect:{branch}"
-
-
-#: Kind of the notes about failed items.
-FAILED_ITEMS: Final = "failed"
-
-
-def failed_items_note(position: int, branch: str) -> str:
-    """Return the key of the note about the failed items of a map inside a flow or step.
-
-    The commit of any other map has their number.
-    """
-    return f"{position}:{FAILED_ITEMS}:{branch}"
-
-
-def noted_failed_items(notes: Mapping[str, bytes], run_id: str) -> dict[tuple[int, str], int]:
-    """Return how many items of maps failed, from the notes of a session. Raises CorruptCheckpoint."""
-    failed: dict[tuple[int, str], int] = {}
-    for key, data in notes.items():
-        position, kind, branch = [*key.split(":", 2), "", ""][:3]
-        if kind == FAILED_ITEMS:
-            name = RecordName(run_id, "note", key)
-            failed[decode_number(position, name), branch] = decode_number(data, name)
-    return failed
 
 
 #: Key of the note about the failed items of a whole execution, which its end stores.

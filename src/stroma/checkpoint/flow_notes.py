@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
 
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
-from stroma.checkpoint.entries import FAILED_ITEMS, OF_FLOW, StepCall
+from stroma.checkpoint.entries import OF_FLOW, StepCall
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.identity import with_outer
 from stroma.failures.classes import FailureClass
@@ -114,7 +114,7 @@ class FlowCut(NamedTuple):
             return decode_number(rest, RecordName(run_id, "note", key)) < self.number
         if kind in ("f", "m"):
             return bool(decode_flow_note(run_id, key, kind, data).event < self.number)
-        return kind in ("d", "seed") or (kind == FAILED_ITEMS and self.has_call(rest))
+        return kind in ("d", "seed")
 
 
 def cut_before(

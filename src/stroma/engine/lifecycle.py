@@ -19,7 +19,7 @@ from stroma.checkpoint.entries import (
     USAGE_NOTE,
     PriorUsage,
     RunControl,
-    noted_failed_items,
+    count_failed_items,
 )
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.schema import schema_of
@@ -154,11 +154,7 @@ def _begin(ctx: ReliabilityContext, session: Session, *, carry: bool) -> Session
         ctx.accept(session.control)
     journal.tried = dict(session.tried)
     if journal.restored:
-        journal.failed_maps = {
-            at: committed.failed_items
-            for at, committed in journal.restored.items()
-            if committed.step is not None and committed.failed_items
-        } | noted_failed_items(session.notes, ctx.run_id)
+        journal.failed_maps = count_failed_items(journal.restored)
     if session.continued or session.finished is not None:
         journal.prior_unrecorded = unrecorded = PriorUsage.of_no_attempt(session.notes, ctx.run_id)
         if carry:

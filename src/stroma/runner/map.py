@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from stroma._utils.text import one_line
 from stroma.checkpoint import Committed, PipelineChanged, StepCall, inside_of
-from stroma.checkpoint.entries import OF_MAP, failed_items_note
+from stroma.checkpoint.entries import OF_MAP
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node, first_in
 from stroma.contracts.schema import schema_of
@@ -172,15 +172,10 @@ class MapRun:
             raise
         await self._progress.report(ended=True)
         self._ctx.account.failed_items += self._progress.failed
-        failed, execution, session = self._progress.failed, self._execution, self._ctx.session
-        # Both are for a later process that restores the map.
-        if execution.step is None:
-            if self.outputs is None or failed:
-                execution.step = StepCall(failed, OF_MAP + str(self.count).encode())
-            return
-        key = failed_items_note(execution.position, execution.branch)
-        if (failed or key in session.notes) and not is_apart(self._ctx, execution.position, execution.branch):
-            session.note(key, str(failed).encode())
+        failed, execution = self._progress.failed, self._execution
+        # For a later process that restores the map.
+        if execution.step is None and (self.outputs is None or failed):
+            execution.step = StepCall(failed, OF_MAP + str(self.count).encode())
 
     # ------------------------------------------------------------------ starting items
 

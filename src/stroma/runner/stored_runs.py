@@ -118,9 +118,9 @@ def match_answer(
 ) -> Waiting:
     """Return the question that an answer is for, with the answer validated and encoded.
 
-    ``questions``: the questions of the run, answered ones too. ``secrets``: the answer may have secrets. Raises pydantic's ValidationError;
-    RequestRefused if no question is open or the class of the answer is not imported; ValueError if the id of
-    the question is needed, or the answer is of another kind.
+    ``questions``: the questions of the run, answered ones too. ``secrets``: the answer may have secrets.
+    Raises pydantic's ValidationError; RequestRefused if no question is open or the class of the answer is not
+    imported; ValueError if the id of the question is needed, or the answer is of another kind.
     """
     waiting = _find(questions, run_id, answer, question)
     if isinstance(answer, (NotDone, Unknown)):
