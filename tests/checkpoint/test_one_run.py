@@ -24,8 +24,14 @@ Line = dict[str, Any]
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("deletes", [False, True], ids=["kept", "deleted"])
-@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize(
+    ("kind", "deletes"),
+    [(kind, False) for kind in SHARED]
+    + [
+        pytest.param(kind, True, marks=[] if kind == "redis" else pytest.mark.nightly, id=f"{kind}-deletes")
+        for kind in SHARED
+    ],
+)
 async def test_operators_of_one_run(kind: str, deletes: bool, tmp_path: Path) -> None:
     """G5, G10: Whatever processes do to a run at once, no acknowledged commit is lost, one session writes at
     a time, no living owner loses the run, and a deletion leaves nothing."""

@@ -90,6 +90,7 @@ class TestJournal(JournalStoreTests):
             yield other
 
 
+@pytest.mark.nightly  # The plain calls send what the others send.
 class TestSyncJournal(JournalStoreTests):
     @pytest.fixture
     def store(self, server: RedisServer) -> Iterator[SyncRedisStore]:
@@ -120,7 +121,7 @@ class _SyncModel(_Model):
 
 TestModel = _Model.TestCase
 TestModel.settings = examples(30, stateful_step_count=30)
-TestSyncModel = _SyncModel.TestCase
+TestSyncModel = pytest.mark.nightly(_SyncModel.TestCase)
 TestSyncModel.settings = examples(10, stateful_step_count=30)
 
 

@@ -44,6 +44,7 @@ def test_the_code_on_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
         assert [line for line in printed if not _DECORATION.match(line)] == promised(code)
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", ADAPTERS, ids=lambda page: page.name)
 def test_the_durable_program_of_the_page_continues_where_it_was_killed(page: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tests.fixtures import store_fixture
 from tests.kit import TWICE, failing_with, noting
 from tests.limits.budget_helper import State
 from tests.limits.test_shared_budget import start, together
-from tests.shared_stores import SHARED, STORES, place
+from tests.shared_stores import ON_SERVERS, SHARED, STORES, place
 
 from stroma import (
     AsyncInMemoryStore,
@@ -483,7 +483,9 @@ def test_processes_share_the_places(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize(
+    "kind", ["sqlite", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in ON_SERVERS)]
+)
 def test_processes_share_the_requests(kind: str) -> None:
     """With a store, all processes together begin no more calls in a minute than the limit."""
     with place(kind) as where:

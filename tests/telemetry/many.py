@@ -1,4 +1,4 @@
-"""300 runs at once that succeed, fail, retry, wait, cool limits down and are cancelled, seen by all sets
+"""150 runs at once that succeed, fail, retry, wait, cool limits down and are cancelled, seen by all sets
 together.
 
     python -m tests.telemetry.many SEED STORE [STATSD]
@@ -55,7 +55,7 @@ from stroma.telemetry import (
     sentry_hooks,
 )
 
-RUNS = 300
+RUNS = 150
 MODELS = ("gpt-4o-mini", "gpt-4o")
 
 
