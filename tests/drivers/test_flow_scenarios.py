@@ -12,7 +12,6 @@ from tests.flows.steps import World
 
 from stroma import ExecutionResult, RunStatus
 
-
 #: The end and the records of each scenario that ran in this process, by name: the ways to run it share them.
 _EMBEDDED: dict[str, tuple[RunStatus, list[Any]]] = {}
 

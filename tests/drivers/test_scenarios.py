@@ -10,7 +10,6 @@ from tests.kit import node, same
 
 from stroma.checkpoint import AttemptRecord
 
-
 #: The records of each scenario that ran in this process, by name: the ways to run it share them.
 _EMBEDDED: dict[str, list[Any]] = {}
 
