@@ -205,7 +205,9 @@ def test_fork(stroma, inside, fails):
     assert (done.code, json.loads(done.out)) == (0, {"n": 80})
     new = re.match(r"run (\w{32}) starts at 'second' of x\n", done.err)
     assert stroma.calls() == ["first", "second", "third", "second", "third"]
-    assert re.search(r"\nparent +x, source of this fork\n", inside("show", new[1]).out)
+    shown = inside("show", new[1], "--timing").out
+    assert re.search(r"\nparent +x, source of this fork\n", shown)
+    assert re.search(r"\n0 +first +1 +forked +[+]0[.]\d{3} s ", shown)  # The time of the fork.
     assert json.loads(inside("show", "x", "--json").out)["run"]["status"] == "COMPLETED"
 
     plain = json.loads(inside("resume", "x", "sums.py:pipeline", "--from", "second", "--fork", "--json").out)

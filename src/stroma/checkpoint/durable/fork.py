@@ -78,6 +78,7 @@ def fork_run(
     ]
     identities = {position: identity for identity, position in rows.identities(origin.run, origin.execution)}
     fence = rows.begin(existing, opening._replace(pipeline=origin.pipeline, version=origin.version))
+    forked_ns = rows.now_ms() * 1_000_000
     for number, (position, branch, node_id, step) in enumerate(steps):
         if step is not edited:
             verify_step(step, source, position, node_id, branch)
@@ -85,9 +86,9 @@ def fork_run(
             step = edited if edited_node is not None else edited._replace(contract=step.contract)
         elif payloads.codec is not None:
             step = _reseal_step(payloads, step, old, new, position, branch)
-        # The number takes the place of its start, to keep the order of commits.
+        # The number keeps the order of commits.
         attempt = AttemptRecord(
-            position, number, branch, 1, node_id, 0, "forked", identity=identities.get(position)
+            position, forked_ns + number, branch, 1, node_id, 0, "forked", identity=identities.get(position)
         )
         rows.commit(fence, attempt, seal(position, branch, node_id, step))
     copied = RunRecords(rows, fence.run, opening.run_id, fence.execution, payloads)
