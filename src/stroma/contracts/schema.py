@@ -332,16 +332,6 @@ class Schema:
         is_decoded = decoded and decoded <= source.traits.decoded_fields
         return self.validators.decoded(raw) if is_decoded else self.validate(raw)
 
-    def take_over(self, value: BaseModel) -> BaseModel | None:
-        """Return an input that holds values of a validated model itself; None if this class needs copies."""
-        traits, source = self.traits, schema_of(type(value))
-        if source is self:
-            is_exact = not (traits.must_reconstruct or traits.excluded_fields or traits.overrides_validation)
-            return value if is_exact else None
-        if traits.can_renew and source.traits.can_renew and self._can_renew_from(source):
-            return self.validate(source._shallow(value))
-        return None
-
     def prepare_input(self, value: BaseModel) -> tuple[BaseModel, Snapshot]:
         """Return the validated input of a node from the state before it, and its snapshot."""
         values = value.__dict__

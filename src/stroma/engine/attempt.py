@@ -217,14 +217,12 @@ class NodeAttempt:
 
     def _take_input(self) -> Exception | None:
         """Validate the state before the node and take a snapshot. Return the violation, if any."""
-        (schema, _, contract), handover = self.schemas, self.ctx.handover
+        schema, _, contract = self.schemas
         try:
             if contract is None:
                 self.state, self.snapshot = self._copy_input()
-            elif handover.snapshot is None:
-                self.state, self.snapshot = schema.prepare_input(self.value)
             else:
-                self.state, self.snapshot = handover.take(self.value, schema)
+                self.state, self.snapshot = schema.prepare_input(self.value)
         except BaseException as error:
             # Any exception of a validator: nothing was awaited, so it is not a cancellation.
             if ends_run(error):
@@ -235,7 +233,7 @@ class NodeAttempt:
     def _reject_input(self, error: BaseException) -> Exception:
         """Return the violation of an input."""
         self.begin = perf_counter_ns()
-        value = self.ctx.handover.own(self.value)
+        value = self.value
         raw = schema_of(type(value)).state(value) if isinstance(value, BaseModel) else {"value": value}
         self.snapshot = raw
         schema, _, contract = self.schemas
@@ -243,7 +241,7 @@ class NodeAttempt:
 
     def _copy_input(self) -> tuple[BaseModel, Snapshot]:
         """Return the input of a node without a contract, or of a group, whose children copy it."""
-        schema, value = self.schemas[0], self.ctx.handover.own(self.value)
+        schema, value = self.schemas[0], self.value
         if type(self.node) is not Node:
             snapshot = schema.snapshot(value)
             self.run.taken = value, snapshot
@@ -406,7 +404,7 @@ class NodeAttempt:
             # With the commit: a cancellation that comes after it must not have the node called again.
             self._remember_output()
         if not run.branch:
-            ctx.handover.offer(self.model, self.saved)
+            ctx.handover.model = self.model
 
     def _remember_output(self) -> None:
         """Keep a child's output for another attempt of its group, which only node_policies can grant."""

@@ -16,7 +16,6 @@ from stroma.checkpoint.entries import OF_FLOW, PriorUsage, RunControl, Tried
 from stroma.checkpoint.identity import StepCalls
 from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.copying import PickledSnapshot, Snapshot
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.budget import CostTracker, Dimension, ExecutionBudget, limits, replace_limits
@@ -220,56 +219,15 @@ class Stopping:
 class Handover:
     """The last output that was committed at the top level.
 
-    The values of a large state are passed on without a copy, which would take twice the time. From then on
-    its snapshot replaces it.
-
     Attributes:
         is_active: outputs go from node to node, and not to plain code between them.
-        model: the output itself.
-        snapshot: of a large output; None for any other.
-        is_moved: a node has values of the model in its input, and may change them.
+        model: the output itself; None before the first.
         done: outputs of a group's children in an earlier attempt of it, for the next one.
     """
 
     is_active: bool = False
     model: BaseModel | None = None
-    snapshot: PickledSnapshot | bytes | None = None
-    is_moved: bool = False
     done: dict[tuple[int, str], BaseModel] = field(default_factory=dict)
-
-    def offer(self, model: BaseModel, snapshot: Snapshot | None = None) -> None:
-        """Take over an output that was committed, with its snapshot."""
-        self.model = model
-        self.is_moved = False
-        self.snapshot = None
-        if isinstance(snapshot, (PickledSnapshot, bytes)) and self.is_active:
-            self.snapshot = snapshot
-
-    def take(self, value: BaseModel, schema: Schema) -> tuple[BaseModel, Snapshot]:
-        """Return the input of a node after a large output, and its snapshot. Raises what validators raise."""
-        assert self.snapshot is not None
-        value = self.own(value)
-        state = schema.take_over(value) if value is self.model else None
-        if state is None:
-            return schema.prepare_input(value)
-        self.is_moved = True
-        schema.mark_shared(state)
-        return state, self.snapshot if state is value else schema.snapshot(state)
-
-    def own(self, state: BaseModel) -> BaseModel:
-        """Return a state with values that no node can change."""
-        if not self.is_moved or state is not self.model:
-            return state
-        assert self.snapshot is not None
-        schema = schema_of(type(state))
-        return schema.mark_exclusive(schema.restore(self.snapshot))
-
-    def state(self) -> BaseModel | None:
-        """Return the last output, with values that no node can change; None before the first."""
-        if self.model is None or self.is_moved:
-            return self.model and self.own(self.model)
-        self.snapshot = None  # The caller may change the model.
-        return self.model
 
 
 @final
@@ -567,7 +525,7 @@ class ReliabilityContext:
     @property
     def last_state(self) -> BaseModel | None:
         """Last output that was committed at the top level. Nothing else can change it."""
-        return self.handover.state()
+        return self.handover.model
 
     @property
     def notes(self) -> dict[Any, Any]:

@@ -60,7 +60,7 @@ async def restore(
             f"read back: {why}; resume from there (resume_from={target!r}) to run it again"
         ) from cause
     if not branch:
-        ctx.handover.offer(model)
+        ctx.handover.model = model
     if isinstance(node, Group) or not branch:  # The calls of a flow inside a flow are restored one by one.
         ctx.account.failed_items += _failed_items(ctx, position, branch)
     if ctx.fire.on_node_skipped is not None:

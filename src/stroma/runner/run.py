@@ -111,7 +111,7 @@ class RunExecution:
     @property
     def state(self) -> BaseModel:
         """The last committed state, else the initial one."""
-        last = self.ctx.handover.state()
+        last = self.ctx.handover.model
         return self.initial if last is None else last
 
     async def run(self) -> ExecutionResult:
@@ -297,7 +297,7 @@ class RunExecution:
                 f"run {ctx.run_id!r} has no checkpoint of node {before.node_id!r}, which precedes "
                 f"{self.nodes[start].node_id!r}; run the pipeline from its start, or from an earlier node"
             )
-        ctx.handover.offer(saved)
+        ctx.handover.model = saved
 
     async def _restore_outcome(self, finished: Finished) -> None:
         """Restore the outcome of a run that has ended, without a call."""

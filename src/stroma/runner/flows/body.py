@@ -87,7 +87,7 @@ async def commit_output(
     if ctx.fire.delivers:
         ctx.session.delivered(row)  # A flow has no hooks of its own.
     if not flow.branch:
-        ctx.handover.offer(model, saved)
+        ctx.handover.model = model
     return model if failure is None else Halt(failure, output=model, spent=True)
 
 
@@ -128,7 +128,6 @@ async def _run_flow(driver: FlowDriver, node: FlowNode, value: BaseModel) -> Bas
     except BaseException as error:
         if ends_run(error):
             raise
-        value = ctx.handover.own(value)
         raw = schema_of(type(value)).state(value)
         violation = as_violation(node.node_id, "input", raw, error, source.model)
         return driver.endings.halt(violation, node.node_id)
