@@ -126,10 +126,6 @@ class RedisEndpoint:
             explained = permanent_error(
                 f"{name} holds keys stroma:* of another program ({text}); use another database number"
             )
-        elif _mentions(error, "would overflow", "out of range"):
-            explained = permanent_error(
-                f"{name} cannot add the usage of the run ({text}); report less usage for one run"
-            )
         elif _mentions(error, "OOM ", "OutOfMemoryError"):
             explained = StoreError(
                 f"{name} is out of memory; raise maxmemory, or delete runs, then resume (no data was evicted)"
