@@ -92,7 +92,7 @@ def test_what_is_no_set_of_hooks_is_told_when_it_is_given(value: Any) -> None:
         (
             lambda: StromaRunner.quick(contract_retries={"a": -1}),
             ValueError,
-            r"contract_retries\['a'\] must be at least 0",
+            r"contract_retries\.a\n  Input should be greater than or equal to 0",
         ),
         (
             lambda: StromaRunner.quick(classifiers=[FailureClass.TERMINAL]),
