@@ -80,7 +80,7 @@ async def fill(store: Any, run_id: str) -> None:
     await settled(store.save(run_id, "saved", State(n=1)))
     session = await begin(store, run_id, State(n=1), deliver=True, tags=("a", "b"), lease_seconds=3600.0)
     session.note_call(0, "call")
-    session.note_traceparent("00-a-b-01")
+    session.note_attribution({"trace": "00-a-b-01"})
     session.note_attribution({"user": "alice"})
     for key, data in NOTES.items():
         session.note(key, data)

@@ -17,7 +17,7 @@ from tests.checkpoint.every_record import OF_NO_RUN, PLAIN, annotate_all, conten
 from tests.shared_stores import SHARED, opened, place, store_of
 from tests.store_suite.journal import State, begin, commit, finish, row, settled
 
-from stroma.checkpoint.durable.rows import FORKED, OF_EXECUTION, Annotation
+from stroma.checkpoint.durable.rows import OF_EXECUTION, Annotation
 from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.redis.format import EXECUTION_KEYS, RUN_KEYS
 from stroma.failures import FailureClass
@@ -116,7 +116,7 @@ async def test_a_new_run_has_nothing_of_the_old_one(at: tuple[str, str], way: st
         await (store.delete("r") if way == "delete" else store.gc(keep_for=timedelta(0)))
         # An owner that has not noticed yet.
         session.note_attribution({"user": MARK})
-        session.note_traceparent(MARK)
+        session.note_attribution({"trace": MARK})
         _ = session.append_events(9, MARK.encode())
         session = await begin(store, "r")
         assert_has_nothing(session)
@@ -134,7 +134,7 @@ async def test_a_fork_has_only_what_it_copies(at: tuple[str, str], tmp_path: Pat
         await commit(session, 0, State(text="public"))
         await finish(session)
         await store.fork("r", "f", 1)
-        assert sorted(kinds_of(store, "f")) == sorted({*FORKED, Annotation.EFFECT, Annotation.INPUT})
+        assert {*kinds_of(store, "f")} == {Annotation.ATTRIBUTION, Annotation.EFFECT, Annotation.INPUT}
         session = await begin(store, "f", State(text=MARK), if_exists="resume")
         assert (session.notes, session.waiting, session.undelivered) == ({}, {}, [])
         assert session.attribution["session"] == "r"
@@ -165,7 +165,7 @@ async def test_nothing_remains_of_a_run_in_memory(way: str) -> None:
     with store_of("async-memory") as store:
         session = await begin(store, "r", State(text=MARK + "!"), tags=(MARK + "!",), if_exists="restart")
         session.note("0:x:" + MARK, (MARK + "!").encode())
-        session.note_traceparent(MARK + "!")
+        session.note_attribution({"trace": MARK + "!"})
         session.note_attribution({"user": MARK + "!"})
         session.note_call(0, MARK + "!")
         session.record_failure_site(0, "", 1, 1, lambda: (MARK + "!").encode())

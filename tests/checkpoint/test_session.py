@@ -190,7 +190,7 @@ async def test_what_nobody_awaits_may_fail(store: SQLiteStore) -> None:
     asyncio.get_running_loop().set_exception_handler(lambda _, context: messages.append(context))
     stale = await begin(store)
     await begin(store, if_exists="resume", if_running="take_over")
-    pending = stale.note_traceparent("00-a-b-01")
+    pending = stale.note_attribution({"trace": "00-a-b-01"})
     stale.delivered(row())
     await asyncio.wait([pending])
     assert isinstance(pending.exception(), Fenced)

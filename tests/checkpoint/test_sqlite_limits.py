@@ -52,7 +52,6 @@ def test_the_positions_of_what_stands_beside_a_run_differ() -> None:
         "WAITING": -2,
         "REQUEST": -3,
         "INPUT": -4,
-        "TRACE": -5,
         "DUE_HOOKS": -6,
         "FAILURE_SITE": -7,
         "DEATHS": -8,

@@ -137,7 +137,7 @@ class SignalTests:
         """The trace context of the first process passes to the resumed execution and to no other."""
         first = await begin(store)
         assert first.traceparent is None
-        first.note_traceparent("00-" + "a" * 32 + "-" + "b" * 16 + "-01")
+        first.note_attribution({"trace": "00-" + "a" * 32 + "-" + "b" * 16 + "-01"})
         await commit(first, 0, State())
         await finish(first, "PARTIAL")
         again = await begin(store, if_exists="resume")

@@ -259,7 +259,7 @@ def test_the_trace_in_the_backend(store: SQLiteStore, serve: Any) -> None:
 
     async def run() -> None:
         session = await begin(store, "x")
-        session.note_traceparent(f"00-{'ab' * 16}-{'cd' * 8}-01")
+        session.note_attribution({"trace": f"00-{'ab' * 16}-{'cd' * 8}-01"})
         await commit(session, 0, Kept(n=1))
         session.abandon()
 

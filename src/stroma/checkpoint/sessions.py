@@ -59,15 +59,13 @@ class Session:
             called; otherwise None.
         waiting: approvals that its nodes wait for, or waited for, by (position, branch).
         notes: what :meth:`note` stored in this execution before, by key.
-        traceparent: trace context recorded by the last process that began a trace of the execution; None
-            before.
         lost_start_ms: start of the execution, in ms since the epoch, if its last process recorded no end;
             else None.
         lost_times: start of the first and end of the last attempt that such a process recorded, in ns since
             the epoch, by (position, branch); {} if it recorded no trace context.
-        attribution: ids of what the run belongs to, by "conversation", "user" and "session": those that were
-            noted before, in a fork those of its origin. "session": the first of the runs that were forked
-            from each other.
+        attribution: ids of what the run belongs to, by "conversation", "user", "session" and "trace": those
+            that were noted before, in a fork those of its origin. "session": the first of the runs that were
+            forked from each other. "trace": the W3C trace context of the last process that began a trace.
         undelivered: attempts of earlier processes whose end hooks may not have been called, the oldest first;
             without states. Always empty if all attempts are of this process.
         tried: failed attempts without a later commit, by (position, branch), if the previous process died.
@@ -90,7 +88,6 @@ class Session:
     prior: PriorUsage = PriorUsage()
     waiting: Mapping[tuple[int, str], Waiting] = {}
     notes: Mapping[str, bytes] = {}
-    traceparent: str | None = None
     lost_start_ms: int | None = None
     lost_times: Mapping[tuple[int, str], tuple[int, int]] = {}
     attribution: Mapping[str, str] = {}  # Nothing is put there.
@@ -98,6 +95,11 @@ class Session:
     control: RunControl = NO_CONTROL
     version: str = ""
     on_control: Callable[[RunControl], None] | None = None
+
+    @property
+    def traceparent(self) -> str | None:
+        """The trace context of the process before in this execution; None in the first one."""
+        return self.attribution.get("trace")
 
     def record(
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
@@ -140,14 +142,12 @@ class Session:
     def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
         """Store an output that broke its contract, with the attempt; see :class:`RejectedOutput`."""
 
-    def note_traceparent(self, traceparent: str) -> Future[None] | None:
-        """Store, without waiting, the W3C trace context of this execution for processes that resume it.
+    def note_attribution(self, ids: Mapping[str, str]) -> Future[None] | None:
+        """Store, without waiting, ids of what this execution belongs to, for processes that resume it.
 
-        Return an awaitable that ends once it is stored, or cannot be; None if there is nothing to wait for.
+        Return an awaitable that ends once they are stored, or cannot be; None if there is nothing to wait
+        for.
         """
-
-    def note_attribution(self, ids: Mapping[str, str]) -> None:
-        """Store, without waiting, ids of what this execution belongs to, for processes that resume it."""
 
     def append_events(self, last: int, lines: bytes) -> Awaitable[None] | None:
         """Store a batch of events up to a number of the session. Not refused if it is fenced off.

@@ -217,19 +217,15 @@ async def announce_start(ctx: ReliabilityContext, initial: BaseModel) -> None:
     session = ctx.journal.session
     if session.finished is not None:
         return
-    traceparent = ctx.all_traces()
-    if traceparent is not None and session.traceparent != traceparent:
-        noted = session.note_traceparent(traceparent)
-        if noted is not None and session.traceparent is not None:
+    config, known, trace = ctx.config, session.attribution, ctx.all_traces()
+    if trace or config.conversation or config.user:
+        ids = {"trace": trace, "conversation": config.conversation, "user": config.user}
+        new = {kind: value for kind, value in ids.items() if value and value != known.get(kind)}
+        noted = session.note_attribution(new) if new else None
+        if noted is not None and "trace" in new and "trace" in known:
             # Before a span is exported: where this process dies, the next one completes its trace and no
             # earlier one.
             await asyncio.wait([noted])
-    config, known = ctx.config, session.attribution
-    if config.conversation or config.user:
-        ids = {"conversation": config.conversation, "user": config.user}
-        new = {kind: value for kind, value in ids.items() if value and value != known.get(kind)}
-        if new:
-            session.note_attribution(new)
 
 
 async def end_and_announce(

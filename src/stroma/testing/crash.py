@@ -162,9 +162,7 @@ def _at(point: Point, run: RunningNode) -> Boundary:
 
 
 #: Methods of a session that do nothing after a simulated death, and those that end what calls them.
-_DROPPED: Final = frozenset(
-    {"append_events", "delivered", "mark_effect", "note", "note_attribution", "note_traceparent"}
-)
+_DROPPED: Final = frozenset({"append_events", "delivered", "mark_effect", "note", "note_attribution"})
 _REFUSED: Final = frozenset({"ask", "flush"})
 
 

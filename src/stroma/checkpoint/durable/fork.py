@@ -17,7 +17,7 @@ from stroma.checkpoint.durable.annotations import (
 )
 from stroma.checkpoint.durable.control import last_number, note_last
 from stroma.checkpoint.durable.integrity import input_step, seal, verify_step
-from stroma.checkpoint.durable.rows import FORKED, Annotation, Opening, Rows, RunEnd, Step, StepRow
+from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, RunEnd, Step, StepRow
 from stroma.checkpoint.entries import StepCall
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
 from stroma.checkpoint.flow_notes import FlowCut, cut_before
@@ -100,7 +100,7 @@ def fork_run(
     )
     rows.update(fence.run, {"parent": source})
     copied.put(Annotation.ATTRIBUTION, "session", source)
-    for row in recorded.all(*FORKED):
+    for row in recorded.all(Annotation.ATTRIBUTION):
         copied.put(Annotation(row.position), row.branch, row.node_id, row.step)
     why = f"forked from run {source!r} before " + (f"position {before}" if call is None else f"call {call!r}")
     error = payloads.seal_text(storable_text(why), new("error"))

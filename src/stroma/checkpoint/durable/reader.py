@@ -347,8 +347,9 @@ class ReadableStore(ABC):
 
         def query(rows: Rows) -> dict[str, str]:
             runs = [run for run_id in run_ids if (run := rows.find(run_id)) is not None]
-            traces = ((run, RunRecords.of(rows, run, self._payloads).one(Annotation.TRACE)) for run in runs)
-            return {run.run_id: trace.node_id for run, trace in traces if trace is not None}
+            records = [RunRecords.of(rows, run, self._payloads) for run in runs]
+            traces = {one.run_id: one.one(Annotation.ATTRIBUTION, "trace") for one in records}
+            return {run_id: trace.node_id for run_id, trace in traces.items() if trace is not None}
 
         return self.read(query, dict[str, str]())
 

@@ -33,14 +33,15 @@ class Annotation(IntEnum):
     WAITING = -2  #: an approval that a node waits for, and its answer; branch: "position:branch"
     REQUEST = -3  #: a request about the run that no owner has read; branch: its key, see ``control``
     INPUT = -4  #: the input of the execution
-    TRACE = -5  #: the trace context of the process that started the execution, as node id
     DUE_HOOKS = -6  #: an attempt whose end hooks may not have been called; branch: :func:`due_hooks_key`
     FAILURE_SITE = -7  #: where the last failed attempt at a place failed; branch: "position:branch"
     DEATHS = -8  #: number of deaths of the owner; see :meth:`DurableSession._recover`
     NOTE = -9  #: data of the driver of the execution; branch: its key, which begins with a position
     CONTROL = -10  #: a request that an owner has read and that holds; branch: its key
     REJECTED = -11  #: an output that broke its contract; branch: "position:start:branch"
-    ATTRIBUTION = -12  #: what the run belongs to, as node id; branch: "user", "session", "target" ...
+    ATTRIBUTION = (
+        -12
+    )  #: what the run belongs to, as node id; branch: "user", "session", "target", "trace" ...
     EFFECT = -13  #: a node whose effect an execution of the run has called; branch: its id
     MESSAGE = -14  #: a message to the run; branch: its number, see ``messages``
 
@@ -48,8 +49,6 @@ class Annotation(IntEnum):
 #: Annotations that belong to the run, and those that belong to one execution: a restart deletes them.
 _OF_RUN: Final = (Annotation.SAVED, Annotation.EFFECT)
 OF_EXECUTION: Final = tuple(kind for kind in Annotation if kind not in _OF_RUN)
-#: Annotations that a fork copies.
-FORKED: Final = (Annotation.ATTRIBUTION, Annotation.TRACE)
 
 
 def is_free(owner: str | None, left_seconds: float) -> bool:

@@ -402,19 +402,13 @@ class DurableSession(Session):
             )
         )
 
-    def note_traceparent(self, traceparent: str) -> asyncio.Future[None] | None:
-        """Store the trace context without waiting. Without it, a resumed run is not linked."""
-        return self._post_annotations({(Annotation.TRACE, ""): traceparent})
-
-    def note_attribution(self, ids: Mapping[str, str]) -> None:
+    def note_attribution(self, ids: Mapping[str, str]) -> asyncio.Future[None] | None:
         """Store ids of what the run belongs to, without waiting; they may be lost."""
-        self._post_annotations({(Annotation.ATTRIBUTION, kind): value for kind, value in ids.items()})
 
-    def _post_annotations(self, values: Mapping[tuple[Annotation, str], str]) -> asyncio.Future[None] | None:
         def write(rows: Rows) -> None:
             self._require_fence(rows)
-            for (kind, branch), value in values.items():
-                self._records(rows).put(kind, branch, value)
+            for kind, value in ids.items():
+                self._records(rows).put(Annotation.ATTRIBUTION, kind, value)
 
         return self._post(Transaction(self.run_id, write))
 

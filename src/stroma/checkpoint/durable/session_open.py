@@ -55,7 +55,7 @@ from stroma.failures.errors import PAUSED
 
 #: Annotations that every opening of an existing run reads.
 _OPENED: Final = (
-    *(Annotation.INPUT, Annotation.ATTRIBUTION, Annotation.TRACE, Annotation.WAITING, Annotation.NOTE),
+    *(Annotation.INPUT, Annotation.ATTRIBUTION, Annotation.WAITING, Annotation.NOTE),
     *KINDS,
 )
 _MAX_TIMED: Final = 10_000  # attempts of a dead process whose times are read
@@ -371,7 +371,6 @@ class RunOpener:
         if is_claimed and (opened.held.cancel or opened.held.pause):
             forget_requests(records, CANCEL, PAUSE)  # The caller takes them back.
         opened.attribution = {row.branch: row.node_id for row in read(Annotation.ATTRIBUTION)}
-        opened.traceparent = next((row.node_id for row in read(Annotation.TRACE)), None)
         if opened.traceparent is not None and opened.lost_start_ms is not None:
             attempts, _ = records.rows.attempt_page(
                 records.run, records.execution, limit=_MAX_TIMED, after=None
