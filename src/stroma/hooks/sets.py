@@ -22,7 +22,7 @@ class MapProgress:
         total: number of items; None while it is not known.
         failed: items that failed while the map continues (``on_item_failure="collect"``).
         restored: items that an earlier process finished.
-        rate: items per second of this process, over the last seconds.
+        rate: items per second of this process.
         seconds_left: None if unknown.
         elapsed_seconds: since this process started with the map.
         ended: True in the last report of this map.

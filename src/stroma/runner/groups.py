@@ -39,9 +39,10 @@ from stroma.runner.pipeline import check_bound
 def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
     """Run nodes side by side on copies of one state; their outputs merge in argument order, later ones win.
 
-    Each child is a full node: contracts, timeout, retries, usage, hooks, a record of its own. The first that
-    stops for good cancels its siblings, and the group fails with that child's exception; an effect that is
-    being called runs to its end first. Groups nest.
+    A map adds its outputs only: what it passes on unchanged replaces no output of another child. Each child
+    is a full node: contracts, timeout, retries, usage, hooks, a record of its own. The first that stops for
+    good cancels its siblings, and the group fails with that child's exception; an effect that is being called
+    runs to its end first. Groups nest.
 
     Args:
         nodes: the children: nodes or groups.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from time import monotonic, perf_counter_ns
@@ -39,7 +38,6 @@ DEFAULT_CONCURRENCY: Final = 64
 _MAX_EVENTS: Final = 1000
 _PAGE_ITEMS: Final = 200  # that are looked up in the journal at once
 _PROGRESS_SECONDS: Final = 0.2
-_RATE_SECONDS: Final = 15  # over which the rate of a progress report is measured
 
 
 class ChildEnds:
@@ -75,8 +73,6 @@ class ProgressReporter:
         self._source = source
         self._start = self._last_report = monotonic()
         self._is_reporting = False
-        #: (when, items done in this process) at the last reports.
-        self._marks: deque[tuple[float, int]] = deque([(self._start, 0)])
         self.done = self.failed = self.restored = 0
 
     async def count_item(self, *, failed: bool = False, restored: bool = False) -> None:
@@ -95,13 +91,8 @@ class ProgressReporter:
             return
         self._is_reporting = True
         try:
-            done_here = self.done - self.restored
-            while len(self._marks) > 1 and now - self._marks[0][0] > _RATE_SECONDS:
-                self._marks.popleft()
-            since, done_before = self._marks[0]
-            self._marks.append((now, done_here))
-            rate = (done_here - done_before) / (now - since) if now > since else 0.0
-            total = self._source.total
+            elapsed, total = now - self._start, self._source.total
+            rate = (self.done - self.restored) / elapsed if elapsed > 0 else 0.0
             progress = MapProgress(
                 done=self.done,
                 total=total,
@@ -109,7 +100,7 @@ class ProgressReporter:
                 restored=self.restored,
                 rate=rate,
                 seconds_left=None if total is None or not rate else (total - self.done) / rate,
-                elapsed_seconds=now - self._start,
+                elapsed_seconds=elapsed,
                 ended=ended,
             )
             await ctx.fire.fire("on_map_progress", node_id, ctx.run_id, node_id, progress)
