@@ -59,11 +59,6 @@ class Flow:
         """The version of the pipeline with which the run began; None if it had none."""
         return self._path.driver.ctx.session.version or None
 
-    @property
-    def is_closing(self) -> bool:
-        """True while the body is being cancelled because the run is suspended or stopped."""
-        return self._path.driver.closing
-
     # ------------------------------------------------------------------ steps
 
     @overload
@@ -145,21 +140,15 @@ class Flow:
     # ------------------------------------------------------------------ time, people and messages
 
     def sleep(
-        self,
-        seconds: float = 0,
-        *,
-        minutes: float = 0,
-        hours: float = 0,
-        days: float = 0,
-        until: datetime | None = None,
+        self, seconds: float = 0, *, minutes: float = 0, hours: float = 0, days: float = 0
     ) -> Coroutine[Any, Any, None]:
         """Wait for a time. It is durable: the process may exit meanwhile, and the wait does not start again.
 
-        ``until``: an aware datetime, in place of a duration. See ``RunConfig(inline_wait_seconds=...)``.
+        See ``RunConfig(inline_wait_seconds=...)``.
         """
         duration = seconds + 60 * (minutes + 60 * (hours + 24 * days))
         self._path.begin_call("flow.sleep")
-        wake_ms = wake_ms_of(self._path, duration, until)
+        wake_ms = wake_ms_of(self._path, duration)
         assert wake_ms is not None  # There is a duration.
         return call_sleep(self._path, wake_ms)
 
@@ -169,16 +158,15 @@ class Flow:
         *,
         reason: str,
         timeout: float | timedelta | None = None,  # It is durable.
-        until: datetime | None = None,
         key: str | None = None,
     ) -> Coroutine[Any, Any, AnswerT]:
         """Wait for the answer of a person, and return it as an ``answer``; ``runner.signal()`` sends it.
 
-        The run is suspended once no step is running. ``timeout`` in seconds, or ``until``:
+        The run is suspended once no step is running. ``timeout`` in seconds:
         raises TimeoutError if no answer came by then. ``key`` identifies the call in place of its number.
         """
         self._path.begin_call("flow.wait_for")
-        return call_wait_for(self._path, answer, reason, wake_ms_of(self._path, timeout, until), key)
+        return call_wait_for(self._path, answer, reason, wake_ms_of(self._path, timeout), key)
 
     def receive(
         self,
@@ -196,7 +184,7 @@ class Flow:
         ``key`` identifies the call in place of its number.
         """
         self._path.begin_call("flow.receive")
-        return call_receive(self._path, message, topic, wake_ms_of(self._path, timeout, None), key)
+        return call_receive(self._path, message, topic, wake_ms_of(self._path, timeout), key)
 
     # ------------------------------------------------------------------ values
 
