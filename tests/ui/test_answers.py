@@ -100,12 +100,12 @@ def test_fields_become_an_answer() -> None:
         "names": ["x", "y"],
         "inner": {"n": 1},
     }
-    wrong = {"approved": "maybe", "cents": "1.5", "share": "much", "inner": "{"}
+    wrong = {"approved": "maybe", "cents": "1,5", "share": "much", "inner": "{"}
     assert parsed(Review, wrong) == {
         "approved": "not one of the choices",
         "colour": "required",
         "level": "required",
-        "cents": "not a whole number",
+        "cents": "not a number",
         "share": "not a number",
         "inner": "not JSON",
     }
@@ -181,7 +181,7 @@ def test_an_answer_by_fields(store: SQLiteStore, serve: Any) -> None:
     sent |= {f"field:{name}": text for name, text in fields.items()}
     wrong = site.post("/approve", sent)
     assert wrong.status == 422
-    assert "not a whole number" in wrong.text
+    assert "not a number" in wrong.text
     assert "&lt;b&gt;kept&lt;/b&gt;" in wrong.text
     wrong = site.post("/approve", {**sent, "field:cents": "-7"})
     assert (wrong.status, answered(store, "x")) == (422, False)

@@ -109,17 +109,9 @@ def _parse(field: AnswerField, text: str) -> Any:
             raise ValueError("not one of the choices")
         return json.loads(text)
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
-        raise ValueError("not JSON" if field.input == "json" else f"not a {_NAMES[field.input]}") from error
-    if field.input == "integer" and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ValueError("not a whole number")
-    if field.input == "number" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise ValueError("not a number")
-    return value
-
-
-_NAMES: Final = {"integer": "whole number", "number": "number"}
+        raise ValueError("not JSON" if field.input == "json" else "not a number") from error
 
 
 def _field(
