@@ -158,7 +158,7 @@ EXAMPLES: dict[int, tuple[str, ...]] = {
     ),
     10: (
         "test_a_run_has_one_owner",
-        "test_eight_processes_at_once",
+        "test_five_processes_at_once",
         "test_a_stopped_process_loses_its_run",
         "test_an_owner_that_is_taken_over_from_stops",
         "test_operators_of_one_run",

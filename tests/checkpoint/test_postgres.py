@@ -123,7 +123,7 @@ async def test_reading_makes_nothing(server: PostgresServer, store: PostgresStor
     assert server.execute("SELECT to_regnamespace(%s)", schema) == [(None,)]
 
 
-def test_eight_processes_open_a_new_database_together(server: PostgresServer, schema: str) -> None:
+def test_processes_open_a_new_database_together(server: PostgresServer, schema: str) -> None:
     """Processes that are the first in a database at the same moment all get to work in it."""
     code = """
         async def main():
@@ -134,10 +134,10 @@ def test_eight_processes_open_a_new_database_together(server: PostgresServer, sc
         asyncio.run(main())
         store.close()
     """
-    for process in [child(code, server.dsn, schema, i) for i in range(8)]:
+    for process in [child(code, server.dsn, schema, i) for i in range(4)]:
         ended(process)
-    assert counted(server, schema, "runs") == 8
-    assert counted(server, schema, "steps") == 40
+    assert counted(server, schema, "runs") == 4
+    assert counted(server, schema, "steps") == 20
 
 
 def test_threads_make_the_tables_together(server: PostgresServer) -> None:

@@ -383,7 +383,7 @@ def test_the_queue_that_drives_runs_is_no_place(cluster: Cluster) -> None:
         cluster.worker(Pipeline("p", [node("c", pass_on), *pipeline.nodes]))
 
 
-@pytest.mark.parametrize("effect", [False, True])
+@pytest.mark.parametrize("effect", [pytest.param(False, marks=pytest.mark.nightly), True])
 async def test_a_killed_owner(temporal_server: TemporalServer, tmp_path: pathlib.Path, effect: bool) -> None:
     """After SIGKILL of the owner the next one awaits the call in flight: the function is called once."""
     async with fleet_of(temporal_server, tmp_path) as (fleet, runner, store):
