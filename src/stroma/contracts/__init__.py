@@ -5,35 +5,19 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.contracts.checks.types import CheckFailed, Finding
-    from stroma.contracts.contract import (
-        BoundaryValidator,
-        ContractRegistry,
-        ContractViolation,
-        NodeContract,
-        NotDone,
-        StepContract,
-        StepViolation,
-        Unknown,
-    )
-    from stroma.contracts.node import stroma_node, stroma_step
-    from stroma.contracts.tagged_json import NotSerialisable
-
-__all__ = [
-    "BoundaryValidator",
-    "CheckFailed",
-    "ContractRegistry",
-    "ContractViolation",
-    "Finding",
-    "NodeContract",
-    "NotDone",
-    "NotSerialisable",
-    "StepContract",
-    "StepViolation",
-    "Unknown",
-    "stroma_node",
-    "stroma_step",
-]
+    from stroma.contracts.checks.types import CheckFailed as CheckFailed
+    from stroma.contracts.checks.types import Finding as Finding
+    from stroma.contracts.contract import BoundaryValidator as BoundaryValidator
+    from stroma.contracts.contract import ContractRegistry as ContractRegistry
+    from stroma.contracts.contract import ContractViolation as ContractViolation
+    from stroma.contracts.contract import NodeContract as NodeContract
+    from stroma.contracts.contract import NotDone as NotDone
+    from stroma.contracts.contract import StepContract as StepContract
+    from stroma.contracts.contract import StepViolation as StepViolation
+    from stroma.contracts.contract import Unknown as Unknown
+    from stroma.contracts.node import stroma_node as stroma_node
+    from stroma.contracts.node import stroma_step as stroma_step
+    from stroma.contracts.tagged_json import NotSerialisable as NotSerialisable
 
 _HOMES = {
     "contracts.checks.types": ("CheckFailed", "Finding"),

@@ -5,19 +5,13 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.engine.config import NodeTimeout, RunConfig
-    from stroma.engine.context import ReliabilityContext
-    from stroma.engine.execution import NodeExecution, current_node, current_node_or_none, current_run
-
-__all__ = [
-    "NodeExecution",
-    "NodeTimeout",
-    "ReliabilityContext",
-    "RunConfig",
-    "current_node",
-    "current_node_or_none",
-    "current_run",
-]
+    from stroma.engine.config import NodeTimeout as NodeTimeout
+    from stroma.engine.config import RunConfig as RunConfig
+    from stroma.engine.context import ReliabilityContext as ReliabilityContext
+    from stroma.engine.execution import NodeExecution as NodeExecution
+    from stroma.engine.execution import current_node as current_node
+    from stroma.engine.execution import current_node_or_none as current_node_or_none
+    from stroma.engine.execution import current_run as current_run
 
 _HOMES = {
     "engine.config": ("NodeTimeout", "RunConfig"),

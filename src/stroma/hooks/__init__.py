@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.hooks.sets import HookError, MapProgress, NodeHooks, StepHooks
-
-__all__ = ["HookError", "MapProgress", "NodeHooks", "StepHooks"]
+    from stroma.hooks.sets import HookError as HookError
+    from stroma.hooks.sets import MapProgress as MapProgress
+    from stroma.hooks.sets import NodeHooks as NodeHooks
+    from stroma.hooks.sets import StepHooks as StepHooks
 
 _HOMES = {"hooks.sets": ("HookError", "MapProgress", "NodeHooks", "StepHooks")}
 

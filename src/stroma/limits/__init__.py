@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.limits.breaker import Breaker
-    from stroma.limits.rate_limit import Limit
-    from stroma.limits.shared_budget import BudgetState, SharedBudget
-
-__all__ = ["Breaker", "BudgetState", "Limit", "SharedBudget"]
+    from stroma.limits.breaker import Breaker as Breaker
+    from stroma.limits.rate_limit import Limit as Limit
+    from stroma.limits.shared_budget import BudgetState as BudgetState
+    from stroma.limits.shared_budget import SharedBudget as SharedBudget
 
 _HOMES = {
     "limits.breaker": ("Breaker",),

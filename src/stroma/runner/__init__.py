@@ -5,69 +5,43 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.checkpoint.manager import CheckpointManager
-    from stroma.contracts.contract import ContractRegistry, NodeContract
-    from stroma.contracts.node import stroma_node, stroma_step
-    from stroma.cost.budget import ExecutionBudget, NodeUsage
-    from stroma.cost.fallback import FallbackPolicy, resolve_model
-    from stroma.cost.prices import estimate_cost_usd
-    from stroma.engine.config import RunConfig
-    from stroma.engine.context import ReliabilityContext
-    from stroma.failures.classes import FailureClass
-    from stroma.failures.failure import Classifier, NodeContext, classify
-    from stroma.failures.policy import PolicyMap, default_policy_map
-    from stroma.hooks.sets import NodeHooks, StepHooks
-    from stroma.runner.events import StreamEvent
-    from stroma.runner.flows.endings import StepFailed
-    from stroma.runner.flows.flow import Flow, FlowFunction, stroma_flow
-    from stroma.runner.groups import map_over, parallel
-    from stroma.runner.items import Journal, JsonLines
-    from stroma.runner.pipeline import Pipeline
-    from stroma.runner.runner import StromaRunner
-    from stroma.runner.steps import StromaStep, execute_step
-    from stroma.runner.stream import RunStream
-    from stroma.trace.events import TraceEvent
-    from stroma.trace.result import ExecutionResult, RunStatus
-
-__all__ = [
-    "CheckpointManager",
-    "Classifier",
-    "ContractRegistry",
-    "ExecutionBudget",
-    "ExecutionResult",
-    "FailureClass",
-    "FallbackPolicy",
-    "Flow",
-    "FlowFunction",
-    "Journal",
-    "JsonLines",
-    "NodeContext",
-    "NodeContract",
-    "NodeHooks",
-    "NodeUsage",
-    "Pipeline",
-    "PolicyMap",
-    "ReliabilityContext",
-    "RunConfig",
-    "RunStatus",
-    "RunStream",
-    "StepFailed",
-    "StepHooks",
-    "StreamEvent",
-    "StromaRunner",
-    "StromaStep",
-    "TraceEvent",
-    "classify",
-    "default_policy_map",
-    "estimate_cost_usd",
-    "execute_step",
-    "map_over",
-    "parallel",
-    "resolve_model",
-    "stroma_flow",
-    "stroma_node",
-    "stroma_step",
-]
+    from stroma.checkpoint.manager import CheckpointManager as CheckpointManager
+    from stroma.contracts.contract import ContractRegistry as ContractRegistry
+    from stroma.contracts.contract import NodeContract as NodeContract
+    from stroma.contracts.node import stroma_node as stroma_node
+    from stroma.contracts.node import stroma_step as stroma_step
+    from stroma.cost.budget import ExecutionBudget as ExecutionBudget
+    from stroma.cost.budget import NodeUsage as NodeUsage
+    from stroma.cost.fallback import FallbackPolicy as FallbackPolicy
+    from stroma.cost.fallback import resolve_model as resolve_model
+    from stroma.cost.prices import estimate_cost_usd as estimate_cost_usd
+    from stroma.engine.config import RunConfig as RunConfig
+    from stroma.engine.context import ReliabilityContext as ReliabilityContext
+    from stroma.failures.classes import FailureClass as FailureClass
+    from stroma.failures.failure import Classifier as Classifier
+    from stroma.failures.failure import NodeContext as NodeContext
+    from stroma.failures.failure import classify as classify
+    from stroma.failures.policy import PolicyMap as PolicyMap
+    from stroma.failures.policy import default_policy_map as default_policy_map
+    from stroma.hooks.sets import NodeHooks as NodeHooks
+    from stroma.hooks.sets import StepHooks as StepHooks
+    from stroma.runner.events import StreamEvent as StreamEvent
+    from stroma.runner.flows.endings import StepFailed as StepFailed
+    from stroma.runner.flows.flow import Flow as Flow
+    from stroma.runner.flows.flow import FlowFunction as FlowFunction
+    from stroma.runner.flows.flow import stroma_flow as stroma_flow
+    from stroma.runner.groups import map_over as map_over
+    from stroma.runner.groups import parallel as parallel
+    from stroma.runner.items import Journal as Journal
+    from stroma.runner.items import JsonLines as JsonLines
+    from stroma.runner.pipeline import Pipeline as Pipeline
+    from stroma.runner.runner import StromaRunner as StromaRunner
+    from stroma.runner.steps import StromaStep as StromaStep
+    from stroma.runner.steps import execute_step as execute_step
+    from stroma.runner.stream import RunStream as RunStream
+    from stroma.trace.events import TraceEvent as TraceEvent
+    from stroma.trace.result import ExecutionResult as ExecutionResult
+    from stroma.trace.result import RunStatus as RunStatus
 
 _HOMES = {
     "checkpoint.manager": ("CheckpointManager",),

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.telemetry.attribution import AttributionProcessor
-    from stroma.telemetry.content import DENY_KEYS
-    from stroma.telemetry.datadog import datadog_hooks
-    from stroma.telemetry.logs import log_hooks
-    from stroma.telemetry.observer import ExporterHooks
-    from stroma.telemetry.opentelemetry import otel_hooks
-    from stroma.telemetry.prometheus import prometheus_hooks
-    from stroma.telemetry.sentry import sentry_hooks
+    from stroma.telemetry.attribution import AttributionProcessor as AttributionProcessor
+    from stroma.telemetry.content import DENY_KEYS as DENY_KEYS
+    from stroma.telemetry.datadog import datadog_hooks as datadog_hooks
+    from stroma.telemetry.logs import log_hooks as log_hooks
+    from stroma.telemetry.observer import ExporterHooks as ExporterHooks
+    from stroma.telemetry.opentelemetry import otel_hooks as otel_hooks
+    from stroma.telemetry.prometheus import prometheus_hooks as prometheus_hooks
+    from stroma.telemetry.sentry import sentry_hooks as sentry_hooks
 
 _HOMES = {
     "attribution": ("AttributionProcessor",),
@@ -35,15 +35,5 @@ _HOMES = {
     "sentry": ("sentry_hooks",),
 }
 
-__all__ = [
-    "DENY_KEYS",
-    "AttributionProcessor",
-    "ExporterHooks",
-    "datadog_hooks",
-    "log_hooks",
-    "otel_hooks",
-    "prometheus_hooks",
-    "sentry_hooks",
-]
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -11,17 +11,26 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.testing.checkpoints import CheckpointStoreTests
-    from stroma.testing.clock import FakeClock
-    from stroma.testing.contracts import assert_contract_holds
-    from stroma.testing.crash import POINTS, Boundary, Crashed, crash_at
-    from stroma.testing.faults import FaultPlan, Injected, Transient
-    from stroma.testing.loading import pipeline_in
-    from stroma.testing.recording import RecordedRun
-    from stroma.testing.replay_tape import Difference
-    from stroma.testing.replaying import Replay, replay, replay_sync
-    from stroma.testing.resumable import Resumability, assert_resumable, assert_resumable_sync
-    from stroma.testing.snapshots import trace_snapshot
+    from stroma.testing.checkpoints import CheckpointStoreTests as CheckpointStoreTests
+    from stroma.testing.clock import FakeClock as FakeClock
+    from stroma.testing.contracts import assert_contract_holds as assert_contract_holds
+    from stroma.testing.crash import POINTS as POINTS
+    from stroma.testing.crash import Boundary as Boundary
+    from stroma.testing.crash import Crashed as Crashed
+    from stroma.testing.crash import crash_at as crash_at
+    from stroma.testing.faults import FaultPlan as FaultPlan
+    from stroma.testing.faults import Injected as Injected
+    from stroma.testing.faults import Transient as Transient
+    from stroma.testing.loading import pipeline_in as pipeline_in
+    from stroma.testing.recording import RecordedRun as RecordedRun
+    from stroma.testing.replay_tape import Difference as Difference
+    from stroma.testing.replaying import Replay as Replay
+    from stroma.testing.replaying import replay as replay
+    from stroma.testing.replaying import replay_sync as replay_sync
+    from stroma.testing.resumable import Resumability as Resumability
+    from stroma.testing.resumable import assert_resumable as assert_resumable
+    from stroma.testing.resumable import assert_resumable_sync as assert_resumable_sync
+    from stroma.testing.snapshots import trace_snapshot as trace_snapshot
 
 _HOMES = {
     "checkpoints": ("CheckpointStoreTests",),
@@ -37,27 +46,5 @@ _HOMES = {
     "snapshots": ("trace_snapshot",),
 }
 
-__all__ = [
-    "POINTS",
-    "Boundary",
-    "CheckpointStoreTests",
-    "Crashed",
-    "Difference",
-    "FakeClock",
-    "FaultPlan",
-    "Injected",
-    "RecordedRun",
-    "Replay",
-    "Resumability",
-    "Transient",
-    "assert_contract_holds",
-    "assert_resumable",
-    "assert_resumable_sync",
-    "crash_at",
-    "pipeline_in",
-    "replay",
-    "replay_sync",
-    "trace_snapshot",
-]
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -5,21 +5,14 @@ from typing import TYPE_CHECKING
 from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.failures.classes import FailureClass
-    from stroma.trace.events import AttemptUsage, TraceEvent, TraceMark
-    from stroma.trace.result import ExecutionResult, Question, RunStatus
-    from stroma.trace.trace import ExecutionTrace
-
-__all__ = [
-    "AttemptUsage",
-    "ExecutionResult",
-    "ExecutionTrace",
-    "FailureClass",
-    "Question",
-    "RunStatus",
-    "TraceEvent",
-    "TraceMark",
-]
+    from stroma.failures.classes import FailureClass as FailureClass
+    from stroma.trace.events import AttemptUsage as AttemptUsage
+    from stroma.trace.events import TraceEvent as TraceEvent
+    from stroma.trace.events import TraceMark as TraceMark
+    from stroma.trace.result import ExecutionResult as ExecutionResult
+    from stroma.trace.result import Question as Question
+    from stroma.trace.result import RunStatus as RunStatus
+    from stroma.trace.trace import ExecutionTrace as ExecutionTrace
 
 _HOMES = {
     "failures.classes": ("FailureClass",),
