@@ -29,6 +29,7 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     Fenced,
+    Flow,
     ItemFailure,
     Journal,
     JsonLines,
@@ -45,6 +46,7 @@ from stroma import (
     StromaRunner,
     Suspend,
     current_node,
+    current_run,
     execute_step,
     map_over,
     parallel,
@@ -1310,6 +1312,29 @@ async def test_a_map_as_a_step_of_plain_code(tmp_path: Path, doubler: Doubler) -
         assert result.failure is None
     assert read(out) == doubled(range(20))
     assert [doubler.calls[n] for n in range(20)] == [1] * 12 + [2] + [1] * 7
+
+
+async def test_failed_items_inside_a_step_are_counted_again(store: Any, doubler: Doubler) -> None:
+    """A resume counts the failed items of a map that a step of a flow calls, without calling the step."""
+    runner = quick(store)
+    collecting = map_over("nums", doubler.node, into="made", on_item_failure="collect")
+    doubler.failing = {2}
+
+    @runner.node
+    async def step(state: State) -> State:
+        await execute_step(collecting.node_id, collecting, state, current_run())
+        return state
+
+    @runner.flow
+    async def steps(flow: Flow, state: State) -> Num:
+        await flow.step(step, state)
+        return await flow.wait_for(Num, reason="go on?")
+
+    waiting = await runner.run(steps, State(nums=[1, 2, 3]))
+    assert (waiting.status, waiting.failed_items) == (RunStatus.SUSPENDED, 1)
+    await runner.signal("run", Num(n=1))
+    result = await runner.resume(steps, "run")
+    assert (result.status, result.failed_items, doubler.calls.total()) == (RunStatus.RESUMED, 1, 3)
 
 
 def test_what_the_checker_says(doubler: Doubler) -> None:

@@ -61,7 +61,7 @@ async def restore(
         ) from cause
     if not branch:
         ctx.handover.model = model
-    if isinstance(node, Group) or not branch:  # The calls of a flow inside a flow are restored one by one.
+    if not (branch and isinstance(node, FlowNode)):  # The calls of an inner flow are restored one by one.
         ctx.account.failed_items += _failed_items(ctx, position, branch)
     if ctx.fire.on_node_skipped is not None:
         kind: Kind = "group" if isinstance(node, Group) else place.kind
