@@ -166,7 +166,11 @@ def test_a_question_that_somebody_else_answers_meanwhile(desk, inside, fails, mo
 
     monkeypatch.setattr(StromaRunner, "signal", signal_second)
     no = inside("approve", "x", "desk.py:pipeline", '{"approved": false}')
-    fails(no, 2, """answered already, with {"approved": true, "by": "nobody"}; an accepted answer stays""")
+    fails(
+        no,
+        2,
+        """already has the answer {"approved": true, "by": "nobody"}; an accepted answer cannot be changed""",
+    )
 
 
 def test_what_waits_for_nothing(desk, inside, fails):
@@ -176,15 +180,17 @@ def test_what_waits_for_nothing(desk, inside, fails):
     yes = '{"approved": true}'
     inside("approve", "x", "desk.py:pipeline", yes)
     done = inside("approve", "x", "desk.py:pipeline", '{"by": "nobody", "approved": true}')
-    assert (done.code, "node 'ask' (at 1) of run x is answered so already" in done.err) == (0, True)
+    assert (done.code, "node 'ask' (at 1) of run x already has this answer" in done.err) == (0, True)
     no = inside("approve", "x", "desk.py:pipeline", '{"approved": false}')
-    present = """answered already, with {"approved": true, "by": "nobody"}; an accepted answer stays"""
+    present = (
+        """already has the answer {"approved": true, "by": "nobody"}; an accepted answer cannot be changed"""
+    )
     fails(no, 2, "node 'ask' (at 1)", present, "stroma show x")
     ill_formed = inside("approve", "x", "desk.py:pipeline", '{"approved": "perhaps"}')
     fails(ill_formed, 2, "node 'ask' (at 1)", present, "stroma show x")
     inside("resume", "x", "desk.py:pipeline")
     done = inside("approve", "x", "desk.py:pipeline", yes)
-    assert (done.code, "is answered so already; the run is RESUMED" in done.err) == (0, True)
+    assert (done.code, "already has this answer; the run is RESUMED" in done.err) == (0, True)
     inside("run", "sums.py:pipeline", '{"start": 1}', "--run-id", "y")
     is_done = "is not waiting for an answer: it is COMPLETED"
     fails(inside("approve", "y", "desk.py:pipeline", yes), 2, is_done, "stroma show y")

@@ -41,6 +41,12 @@ FILES = {
         same = Pipeline("same", [parallel(node("a", echo, Count), node("b", echo, Count))])
         empty = Pipeline("empty", [])
     """,
+    "starts.py": """
+        from sums import *
+        from stroma import RunExists
+
+        raise RunExists("run 'x' has not ended")  # What runner.run(...) at the top level raises here.
+    """,
     "text.txt": "not Python",
     "my-pipe.py": "from sums import pipeline\n",
     "json.py": "from sums import pipeline\n",
@@ -80,6 +86,7 @@ def files(stroma):
         ("syntax.py:pipeline", 2, ["SyntaxError", 'syntax.py", line 1']),
         ("needs.py:pipeline", 3, ["needs a module that is not installed", "'surely_not_installed'"]),
         ("leaves.py:pipeline", 2, ["ended the process", "__main__"]),
+        ("starts.py:pipeline", 2, ["RunExists: run 'x' has not ended", "if __name__ == '__main__':"]),
         ("notanode.py:pipeline", 2, ["is not a stroma node; decorate it", 'notanode.py", line 3']),
     ],
 )

@@ -138,11 +138,11 @@ def test_an_effect_that_did_not_happen(shop, inside, ran, fails):
     """approve --not-done has the effect called again."""
     ran("x", target="shop.py:pipeline", given='{"n": 1}', code=7)
     shop.file("well", "")
-    for words in (["is answered;"], ["is answered so already;"]):
+    for words in (["is answered;"], ["already has this answer;"]):
         done = inside("approve", "x", "shop.py:pipeline", "--not-done", "--question", "0:1")
         assert (done.code, all(word in done.err for word in words)) == (0, True), done
     other = ("approve", "x", "shop.py:pipeline", "--done", '{"number": 1}', "--question", "0:1")
-    fails(inside(*other), 2, "is answered already, with --not-done")
+    fails(inside(*other), 2, "already has the answer --not-done")
     done = inside("resume", "x", "shop.py:pipeline", "-q")
     assert (done.code, json.loads(done.out)) == (0, {"number": 1})
     assert (shop.home / "charges").read_text() == "charge charge "
@@ -224,7 +224,8 @@ def test_a_call_in_flight_is_shown(shop, inside, paying, target):
     assert re.fullmatch(rf"{place}, lease until [\d :-]{{19}}; last record [\d :-]{{19}}", shown["owner"])
     assert "deaths" not in shown
     if "calls" in target:
-        assert shown["nodes"] == "2 calls done so far, 2 attempts"
+        assert shown["nodes"] == "2 calls done, 2 attempts"
+        assert "\n0          calls\n" in inside("show", "x", "--db", "p.db").out
         assert "2 calls" in inside("runs", "--db", "p.db").out
     process.kill()
     process.wait()

@@ -474,6 +474,8 @@ def test_a_fork_at_a_call_of_a_flow(stroma, inside, fails, ran):
     assert len(stroma.calls()) == 7
     fails(inside(*words, "second"), 2, "is not a node of letters.py:letters", "add --fork")
     fails(inside(*words, "nope", "--fork"), 4, "has no end of a call 'nope'")
+    no = inside(*words, "second", "--fork", "--state", '{"n": 1}')
+    fails(no, 2, "'second' is a call of a flow", "return it from the code of its node, then resume the run")
 
 
 MASKED = """

@@ -22,6 +22,7 @@ from stroma import (
     Suspend,
     parallel,
     stroma_flow,
+    stroma_node,
 )
 from stroma.contracts.schema import schema_of
 from stroma.runner.rehearsal import Rehearsal
@@ -194,6 +195,26 @@ async def test_changed_flows_differ(recorded: str, now: str, difference: str) ->
     assert len(decisions) == 1
     assert re.search(difference, decisions[0])
     assert flows.calls == []
+
+
+async def test_the_cause_of_other_calls_comes_first() -> None:
+    """A step whose output no longer fits its class is listed before the calls that are missing after it."""
+    run = await record(Flows(), InMemoryStore(), "question", ends=False)
+
+    class Wide(Num):
+        m: int
+
+    @stroma_node("add", input=Num, output=Wide)
+    async def add(state: Num) -> dict[str, int]:
+        raise AssertionError
+
+    @stroma_flow("question", input=Num, output=Num)
+    async def question(flow: Flow, state: Num) -> Num:
+        await flow.step(add, state)
+        return await flow.wait_for(Num, reason="how many?")
+
+    result = await replay(run, question)
+    assert [one.kind for one in result.differences] == ["contract", "decision"]
 
 
 @pytest.mark.parametrize("started", ["1", "2", None])

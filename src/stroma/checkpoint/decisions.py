@@ -70,7 +70,7 @@ def not_waiting(run_id: str, question_id: str, stored: Waiting | None) -> Reques
     """Return the error for an answer to a question that is not open. ``stored``: the one at its place."""
     number = question_id.rpartition(":")[2]
     if stored is not None and stored.id == question_id:
-        why = "it has another answer, and an accepted answer stays"
+        why = "it has another answer, and an accepted answer cannot be changed"
         if not stored.is_answered:
             why = "the run no longer waits for its answer"
         return RequestRefused(

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 from stroma._utils.text import clean
+from stroma.checkpoint.errors import RunExists
 from stroma.cli.errors import Code, Problem, command, describe_error, last_frame
 from stroma.cli.output import err, user_code
 from stroma.cli.stores import Database
@@ -207,9 +208,9 @@ def _is_from_user_code(error: BaseException) -> bool:
 
 def _load_problem(error: BaseException, what: str) -> Problem:
     where = last_frame(error)
+    unguarded = "put what runs the program under: if __name__ == '__main__':"
     if isinstance(error, SystemExit):
-        fix = "put what runs the program under: if __name__ == '__main__':"
-        return Problem(f"{what} ended the process: {describe_error(error)}", *where, fix)
+        return Problem(f"{what} ended the process: {describe_error(error)}", *where, unguarded)
     if isinstance(error, ModuleNotFoundError) and error.name:
         fix = f"install what provides {error.name!r} for this Python: {sys.executable} -m pip install ..."
         return Problem(
@@ -219,6 +220,7 @@ def _load_problem(error: BaseException, what: str) -> Problem:
             code=Code.ENVIRONMENT,
         )
     fix = "fix that line; set STROMA_DEBUG=1 to see the whole traceback"
+    fix = unguarded if isinstance(error, RunExists) else fix
     return Problem(f"{what} cannot be loaded: {describe_error(error)}", *where, fix)
 
 

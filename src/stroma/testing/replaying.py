@@ -101,7 +101,7 @@ async def replay(
     )
     if result.failure is not None and result.failure.reason == "changed":
         tape.stopped = result.failure.message
-        differences.append(Difference("decision", "", "", tape.stopped))
+        tape.differences.append(Difference("decision", "", "", tape.stopped))
     attempts = [
         one for one in store.attempts(result.run_id) if (one.position, one.branch) not in tape.unanswered
     ]

@@ -120,7 +120,7 @@ def approve(
         raise _other_answer(database, record, now) from error  # Somebody was faster.
     if resume and pipeline is not None:
         if not quiet:
-            err.line(f"{node_text(one)} is answered{'' if one.payload is None else ' so already'}")
+            err.line(f"{node_text(one)} {_answered(one)}")
         run_options = RunOptions(as_json=as_json, quiet=quiet)
         return resume_run(ResumedRun(Database.from_option(db), record, pipeline, target), run_options)
     remaining = unanswered([other for other in questions if other.id != one.id])
@@ -130,10 +130,14 @@ def approve(
     return Code.OK
 
 
+def _answered(one: Waiting) -> str:
+    return "is answered" if one.payload is None else "already has this answer"
+
+
 def _other_answer(database: Database, record: RunRecord, one: Waiting) -> Problem:
     """Return the problem of an answer to a question that has another one, or takes none any more."""
     answer = "--not-done" if one.payload == NOT_DONE else History(database.reader).answer_text(one)
-    why = f"is answered already, with {answer}; an accepted answer stays"
+    why = f"already has the answer {answer}; an accepted answer cannot be changed"
     if not one.is_answered:
         why = "is closed: the run no longer waits for its answer"
     return Problem(
@@ -237,8 +241,7 @@ def _report(
         if record.status in (*FAILED, "CANCELLED"):  # No worker continues it by itself.
             verb = f"the run is {record.status}; resume it"
         hint = f"{verb}: {database.hint('resume', id_word(run_id), target)}"
-    already = "" if one.payload is None else " so already"
-    err.line(f"{node_text(one)} of run {clean(run_id)} is answered{already}; {hint}")
+    err.line(f"{node_text(one)} of run {clean(run_id)} {_answered(one)}; {hint}")
     for other in remaining:
         err.line(f"  still waiting: {node_text(other)}: {clean(other.text, 500)}")
 

@@ -80,7 +80,7 @@ def _print_replay(outcome: Replay) -> None:
     spent = f"{format_usage(result.total_tokens, result.total_cost_usd)}"
     now = f"{outcome.status} now"
     if outcome.stopped is not None:
-        now = f"followed up to {clean(outcome.stopped, 300)}"
+        now = f"the replay ended: {clean(outcome.stopped, 300)}"
     err.line(f"run {run_id}: {outcome.recorded.status} then, {now} ({spent})")
     if outcome.differences:
         err.line(pluralize(len(outcome.differences), "difference"))

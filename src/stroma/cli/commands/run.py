@@ -236,7 +236,10 @@ def _fork(run: ResumedRun, options: RunOptions, start_at: str, input_text: str |
     database, record, pipeline, target = run
     position, call = find_call(pipeline, target, start_at)
     if call is not None and input_text is not None:
-        raise Problem(f"--state replaces the input of a node, and {start_at!r} is a call of a flow")
+        raise Problem(
+            f"--state replaces the input of a node, and {start_at!r} is a call of a flow",
+            "to replace an output of a flow, return it from the code of its node, then resume the run",
+        )
     compare_names(record, pipeline, quiet=options.quiet)
     edited = None if input_text is None else parse_input_at(pipeline, position, input_text)
     config, forks = _configure(pipeline, new_run_id(), options), record.run_id

@@ -60,7 +60,7 @@ def done_text(record: RunRecord) -> str:
     if not inside:
         return f"{record.nodes:,} finished"
     calls = pluralize(inside, "call")
-    return f"{record.nodes:,} finished, {calls} inside" if record.nodes else f"{calls} done so far"
+    return f"{record.nodes:,} finished, {calls} inside" if record.nodes else f"{calls} done"
 
 
 def _blocked_data(mark: BlockedMark, version: str | None) -> dict[str, Any]:

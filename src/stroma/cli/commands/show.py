@@ -387,7 +387,7 @@ _SHOWN_COMPLAINTS: Final = 10  # of each
 def _print_attempts(record: RunRecord, story: Story, view: _View) -> None:
     """Print a line for each selected attempt; repeated calls and the items of a map are one line."""
     out.line()
-    entries = outline(story.bars, story.waits if view.as_tree and view.selects_all else ())
+    entries = outline(story.bars, story.waits if view.as_tree and view.selects_all else (), story.pipeline)
     if view.selects_all and not view.unfold:
         entries = fold(entries, items=True)
     lines = list(lines_of(entries, lambda bar: view.selects(bar.node_id, bar.attempt)))
