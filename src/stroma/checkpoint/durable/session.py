@@ -136,9 +136,8 @@ class DurableSession(Session):
         self.run_id, self.address = run_id, address
         self._submit_to_store = submit
         self._payloads, self.stores_secrets = payloads, payloads.codec is not None
-        self._failure_sites: dict[tuple[int, str], tuple[int, int, bytes]] = {}
-        #: Outputs that broke their contract, until their attempts are stored: (start, stored form).
-        self._rejected: dict[tuple[int, str], tuple[int, bytes]] = {}
+        #: Functions that store what belongs to an attempt with it, by its position, branch and start.
+        self._attached: dict[tuple[int, str, int], list[Callable[[RunRecords, AttemptRecord], None]]] = {}
         self.charges: dict[tuple[int, str], Charge] = {}
         self.waiting: dict[tuple[int, str], Waiting] = {}
         #: Notes by kind of annotation and key that no transaction has stored yet.
@@ -245,24 +244,21 @@ class DurableSession(Session):
         Nothing is stored with a codec: source lines may contain what the codec encrypts.
         """
         if self._payloads.codec is None and (data := write()):
-            self._failure_sites[position, branch] = (attempt, started_ns, data)
+            write_site = partial(record_failure_site, number=attempt, started_ns=started_ns, data=data)
+            self._attached.setdefault((position, branch, started_ns), []).append(write_site)
 
     def record_rejected(self, position: int, branch: str, started_ns: int, data: bytes) -> None:
-        self._rejected[position, branch] = (started_ns, data)
+        write_output = partial(record_rejected, data=data)
+        self._attached.setdefault((position, branch, started_ns), []).append(write_output)
 
     def _submit_commit(self, commit: Commit, question: Waiting | None = None) -> Awaitable[Any]:
         """Commit an attempt with its annotations and the changes of its cells, in one transaction."""
         attempt, self.completed = commit.attempt, None
         place = attempt.position, attempt.branch
-        site = self._failure_sites.pop(place, None)
-        if site is not None and site[1] != attempt.started_ns:
-            site = None
-        is_alone = question is None and site is None and not self._deliver
-        if is_alone and not (self._rejected or self.charges or self._pending_notes):
+        attached = self._attached.get((*place, attempt.started_ns), ())
+        is_alone = question is None and not attached and not self._deliver
+        if is_alone and not (self.charges or self._pending_notes):
             return self._submit(commit)
-        rejected = self._rejected.get(place)
-        if rejected is not None and rejected[0] != attempt.started_ns:
-            rejected = None
         charge, notes = self.charges.get(place), dict(self._pending_notes)
         changes: list[tuple[str, Change[Any]]] = []
         if charge is not None:
@@ -273,14 +269,12 @@ class DurableSession(Session):
             records = self._records(rows)
             if self._deliver:
                 record_due_hooks(records, attempt)
-            if site is not None:
-                record_failure_site(records, attempt, *site)
+            for write in attached:
+                write(records, attempt)
             stored = None
             if question is not None:
                 rows.find(self.run_id, lock=True)  # Its answer may arrive between the read and the write.
                 stored = put_waiting(records, question)
-            if rejected is not None:
-                record_rejected(records, attempt, rejected[1])
             record_notes(records, notes)
             # Cells last, to hold their locks briefly: other runs wait for them.
             return stored, [CellChange(name, change)(rows) for name, change in changes]
@@ -291,8 +285,7 @@ class DurableSession(Session):
                 self._know(stored)
             if charge is not None:
                 charge.settled(answers)
-            if rejected is not None and self._rejected.get(place) is rejected:
-                del self._rejected[place]
+            self._attached.pop((*place, attempt.started_ns), None)
             self._forget_notes(notes)
 
         return self._submit(Transaction(self.run_id, operation, changes_cells=bool(changes)), then)

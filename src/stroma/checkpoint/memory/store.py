@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from stroma._utils.forks import process_lock
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.durable.annotations import record_notes, record_rejected
+from stroma.checkpoint.durable.annotations import record_notes
 from stroma.checkpoint.durable.conversion import to_attempt
 from stroma.checkpoint.durable.operations import fence_error
 from stroma.checkpoint.durable.owner import memory_owner
@@ -46,13 +46,12 @@ class MemorySession(DurableSession):
     stores_inputs = False
     _run: MemoryRun
     _references = None
-    _failure_sites: dict[Any, Any] = {}  # noqa: RUF012  # Nothing is put there.
 
     def __init__(
         self, run_id: str, rows: MemoryRows, payloads: Payloads, on_suspension: Callable[[str], None]
     ) -> None:
         self.run_id, self._payloads, self._rows = run_id, payloads, rows
-        self._rejected, self._pending_notes, self._identities = {}, {}, {}
+        self._attached, self._pending_notes, self._identities = {}, {}, {}
         self._on_suspension = on_suspension
 
     def open(self, request: RunRequest, opening: Opening, plain_input: Stored, rows: Rows) -> MemorySession:
@@ -96,10 +95,9 @@ class MemorySession(DurableSession):
             run.log.append(row)
             if output is not None and schema is not None:
                 run.commit(row, schema, output, call)
-            if self._rejected:
-                started_ns, data = self._rejected.pop((row.position, row.branch), (0, b""))
-                if started_ns == row.started_ns:
-                    record_rejected(self._records(self._rows), to_attempt(row), data)
+            if self._attached:
+                for write in self._attached.pop((row.position, row.branch, row.started_ns), ()):
+                    write(self._records(self._rows), to_attempt(row))
             if self._pending_notes:
                 record_notes(self._records(self._rows), self._pending_notes)
                 self._pending_notes = {}
