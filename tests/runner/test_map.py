@@ -796,7 +796,7 @@ async def test_failed_items_are_run_again(store: Any, tmp_path: Path, doubler: D
 
 @pytest.mark.parametrize("external", [False, True])
 async def test_failed_items_of_inner_maps_are_run_again(store: Any, doubler: Doubler, external: bool) -> None:
-    """retry_failed_items finds the failed items of a map inside a map, whatever the source of the outer one."""
+    """retry_failed_items finds the failed items of a map inside a map, whatever the source of its items."""
 
     class Row(BaseModel):
         nums: list[Num]

@@ -4,9 +4,11 @@ import asyncio
 import json
 import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, SecretBytes, SecretStr
 from tests.fixtures import store_fixture
 from tests.flows.program_world import runner_of
 from tests.flows.programs import Life, Program, flow_of, program_of
@@ -17,6 +19,7 @@ from stroma import (
     CheckpointManager,
     Flow,
     InMemoryStore,
+    SQLiteStore,
     StepFailed,
     StromaRunner,
     Suspend,
@@ -255,6 +258,46 @@ async def test_redaction_reaches_answers_and_messages() -> None:
         assert before != after
         assert not re.search(r'n.?.?": [1-9]', after)
         assert (await replay(redacted, flows.by_name[name], runner=flows.runner)).status == "COMPLETED"
+
+
+class Rot:
+    def encode(self, data: bytes) -> bytes:
+        return bytes(byte ^ 90 for byte in data)
+
+    decode = encode
+
+
+class Login(BaseModel):
+    password: SecretStr
+    key: SecretBytes = SecretBytes(b"hunter2")
+
+
+async def test_a_recording_in_a_file_has_no_secrets(tmp_path: Path) -> None:
+    """Secrets of inputs, outputs, answers and messages, which the store encrypts, are masked in a file."""
+    login = Login(password=SecretStr("hunter2"))
+    async with SQLiteStore(tmp_path / "runs.db", codec=Rot()) as store:
+        runner = StromaRunner.quick(store=store, run_id="r")
+
+        @runner.node
+        async def renew(state: Login) -> Login:
+            return state
+
+        @runner.flow
+        async def logins(flow: Flow, state: Login) -> Num:
+            for given in (state, await flow.wait_for(Login, reason="who?"), await flow.receive(Login)):
+                await flow.step(renew, given)
+            return Num()
+
+        await runner.run(logins, login)
+        await runner.signal("r", login)
+        await runner.send("r", login)
+        assert (await runner.resume(logins, "r")).status == "RESUMED"
+        RecordedRun.read(store, "r").save(tmp_path / "r.json")
+    text = (tmp_path / "r.json").read_text()
+    assert text.count("*" * 10) == 6
+    assert not re.search("hunter2|aHVudGVyMg", text)  # In base64, too.
+    replayed = await replay(RecordedRun.load(tmp_path / "r.json"), logins, runner=runner)
+    assert (replayed.status, replayed.differences) == ("COMPLETED", ())
 
 
 def test_recorded_programs_replay_the_same() -> None:

@@ -218,7 +218,7 @@ class UnencodedState:
 
     def encode(self) -> bytes:
         """Return its stored form. Raises NotSerialisable."""
-        return self.schema.encode(self.schema.restore(self.snapshot))
+        return self.schema.encode(self.schema.restore(self.snapshot), secrets=True)
 
 
 #: A state as a store has it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -34,8 +35,15 @@ def _stored(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
+def _plain(data: str | bytes) -> Any:
+    """Return a state in its stored form as plain JSON data, with masks in place of secrets."""
+    return json.loads(data, object_hook=lambda value: _MASKS.get(next(iter(value), ""), value))
+
+
+#: Masks of the stored forms of SecretStr and SecretBytes: a file is not encrypted.
+_MASKS: Final = {"$ss": {"$ss": "*" * 10}, "$sb": {"$sb": base64.b64encode(b"*" * 10).decode()}}
 #: A state in its stored form (UTF-8 JSON), which is part of the JSON of a file.
-Stored = Annotated[bytes, BeforeValidator(_stored), PlainSerializer(json.loads)]
+Stored = Annotated[bytes, BeforeValidator(_stored), PlainSerializer(_plain)]
 
 
 class _Recorded(BaseModel):
@@ -173,9 +181,14 @@ class RecordedRun(_Recorded):
     # ------------------------------------------------------------------ files
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data, schema "stroma.recorded-run/1"."""
+        """Return plain JSON data, schema "stroma.recorded-run/1", with masks in place of secrets."""
         attempts = [one.model_dump(mode="json", exclude_defaults=True) for one in self.attempts]
-        return {"schema": _SCHEMA, **self.model_dump(mode="json", exclude={"attempts"}), "attempts": attempts}
+        data = {"schema": _SCHEMA, **self.model_dump(mode="json", exclude={"attempts"}), "attempts": attempts}
+        for key, fields in self.events.items():
+            if ":m:" in key and not (message := MessageNote(*fields)).payload.startswith(" "):
+                payload = _stored(_plain(message.payload)).decode()
+                data["events"][key] = list(message._replace(payload=payload))
+        return data
 
     @classmethod
     def from_json(cls, data: Any) -> RecordedRun:
