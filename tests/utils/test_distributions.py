@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -13,7 +14,11 @@ import stroma
 def import_from(folder: Path) -> None:
     """Import the package, under another name, from a folder of packages that has its `__init__.py`."""
     spec = importlib.util.spec_from_file_location("stroma_elsewhere", folder / "stroma" / "__init__.py")
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[spec.name]
 
 
 @pytest.fixture
