@@ -5,6 +5,7 @@ Every public name can be imported from here; each is loaded when it is first ask
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from stroma._utils.distributions import warn_of_other_distribution
@@ -21,116 +22,35 @@ if TYPE_CHECKING:
     from stroma.runner import *
     from stroma.trace import *
 
+#: All names of these rooms are public, but for one that only modules have. Where two rooms have a name, the
+#: later one is its home.
+_ROOMS = ("runner", "trace", "failures", "contracts", "cost", "engine", "hooks", "limits")
+_NOT_HERE = ("PolicyMap",)
 _HOMES = {
-    "checkpoint": (
-        "AsyncCheckpointStore",
-        "AsyncInMemoryStore",
-        "CheckpointLost",
-        "CheckpointManager",
-        "CheckpointNotFound",
-        "CheckpointStore",
-        "CorruptCheckpoint",
-        "Fenced",
-        "InMemoryStore",
-        "PipelineChanged",
-        "PostgresStore",
-        "RedisStore",
-        "RequestRefused",
-        "RunBusy",
-        "RunExists",
-        "SQLiteStore",
-        "StoreError",
-        "SyncRedisStore",
-        "open_store",
-    ),
-    "contracts": (
-        "BoundaryValidator",
-        "CheckFailed",
-        "ContractRegistry",
-        "ContractViolation",
-        "Finding",
-        "NodeContract",
-        "NotDone",
-        "NotSerialisable",
-        "StepContract",
-        "StepViolation",
-        "Unknown",
-        "stroma_node",
-        "stroma_step",
-    ),
-    "cost": (
-        "BudgetExceeded",
-        "CostTracker",
-        "ExecutionBudget",
-        "FallbackPolicy",
-        "KNOWN_MODELS",
-        "ModelHint",
-        "NodeUsage",
-        "StepUsage",
-        "Usage",
-        "UsageError",
-        "estimate_cost_usd",
-        "resolve_model",
-        "update_prices",
-        "usage_from",
-    ),
-    "engine": (
-        "NodeExecution",
-        "NodeTimeout",
-        "ReliabilityContext",
-        "RunConfig",
-        "current_node",
-        "current_node_or_none",
-        "current_run",
-    ),
-    "failures": (
-        "CircuitOpen",
-        "Classifier",
-        "Failure",
-        "FailureClass",
-        "FailurePolicy",
-        "ItemFailure",
-        "LimitError",
-        "NodeContext",
-        "PlaceError",
-        "RetryBudget",
-        "RunFailed",
-        "SharedBudgetExceeded",
-        "StepContext",
-        "Suspend",
-        "WaitedTooLong",
-        "WorkerLost",
-        "classify",
-        "default_policy_map",
-    ),
-    "hooks": ("HookError", "MapProgress", "NodeHooks", "StepHooks"),
-    "limits": ("Breaker", "BudgetState", "Limit", "SharedBudget"),
-    "runner": (
-        "Flow",
-        "FlowFunction",
-        "Journal",
-        "JsonLines",
-        "Pipeline",
-        "RunStream",
-        "StepFailed",
-        "StreamEvent",
-        "StromaRunner",
-        "StromaStep",
-        "execute_step",
-        "map_over",
-        "parallel",
-        "stroma_flow",
-    ),
-    "trace": (
-        "AttemptUsage",
-        "ExecutionResult",
-        "ExecutionTrace",
-        "Question",
-        "RunStatus",
-        "TraceEvent",
-        "TraceMark",
-    ),
+    room: tuple(name for name in import_module(f"stroma.{room}").__all__ if name not in _NOT_HERE)
+    for room in _ROOMS
 }
+_HOMES["checkpoint"] = (
+    "AsyncCheckpointStore",
+    "AsyncInMemoryStore",
+    "CheckpointLost",
+    "CheckpointManager",
+    "CheckpointNotFound",
+    "CheckpointStore",
+    "CorruptCheckpoint",
+    "Fenced",
+    "InMemoryStore",
+    "PipelineChanged",
+    "PostgresStore",
+    "RedisStore",
+    "RequestRefused",
+    "RunBusy",
+    "RunExists",
+    "SQLiteStore",
+    "StoreError",
+    "SyncRedisStore",
+    "open_store",
+)
 
 
 warn_of_other_distribution(__file__)
