@@ -398,6 +398,6 @@ async def test_secrets_in_answers_and_messages(tmp_path: Path, asked_by: str) ->
         else:
             await asking.signal("r", login, question=waiting.questions[0].id)
         result = await asking.resume(work, "r")
-        assert result.failure and str(result.failure) == "PermissionError: wrong: **********"
+        assert str(result.failure) == "PermissionError: wrong: **********"
         record = store.get_run("r")
-        assert record and record.error and password not in record.error
+        assert password not in record.error
