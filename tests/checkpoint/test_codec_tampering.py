@@ -224,6 +224,9 @@ async def test_a_fork_is_sealed_for_its_own_run(open_store: Open) -> None:
         result = await runner.fork("r", nodes(calls), at="pay")
         assert result.status is RunStatus.RESUMED
         assert calls == [("pay", "alice", 2)]
+        result = await runner.fork("r", nodes(calls), at="pay", state=Order(to="alice", amount=9))
+        messages = [attempt.message for attempt in store.attempts(result.run_id)]
+        assert messages == [None, "output given at the fork", None]
 
 
 async def test_a_fork_says_where_it_comes_from(open_store: Open) -> None:

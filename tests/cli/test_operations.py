@@ -252,6 +252,9 @@ def test_a_person_gives_the_output_of_a_node_that_failed(stroma, inside, ran):
     before = stroma.calls()
     words = ["resume", "x", "sums.py:pipeline", "--from", "third", "--fork", "-q", "--state", '{"n": 40}']
     assert (json.loads(inside(*words).out), stroma.calls()) == ({"n": 40}, [*before, "third"])
+    rows = [line.split()[1:] for line in inside("show", "last").out.splitlines() if " forked " in line]
+    given = ["output", "given", "at", "the", "fork"]
+    assert rows == [["first", "1", "forked", "0.00", "s"], ["second", "1", "forked", "0.00", "s", *given]]
 
 
 def test_a_fork_of_a_pipeline_that_begins_with_a_group(stroma, inside):

@@ -82,14 +82,17 @@ def fork_run(
     for number, (position, branch, node_id, step) in enumerate(steps):
         if step is not edited:
             verify_step(step, source, position, node_id, branch)
+        message = None
         if edited is not None and (position, branch) == (before - 1, ""):
+            message = payloads.seal_text("output given at the fork", new("message", position, branch))
             step = edited if edited_node is not None else edited._replace(contract=step.contract)
         elif payloads.codec is not None:
             step = _reseal_step(payloads, step, old, new, position, branch)
         # The number keeps the order of commits.
         attempt = AttemptRecord(
-            position, forked_ns + number, branch, 1, node_id, 0, "forked", identity=identities.get(position)
+            position, forked_ns + number, branch, 1, node_id, 0, "forked", message=message
         )
+        attempt.identity = identities.get(position)
         rows.commit(fence, attempt, seal(position, branch, node_id, step))
     copied = RunRecords(rows, fence.run, opening.run_id, fence.execution, payloads)
     if cut is not None:
