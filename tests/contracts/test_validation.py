@@ -6,7 +6,7 @@ import enum
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Json, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Json, SecretStr, field_validator, model_validator
 from tests.fixtures import store_fixture
 from tests.kit import (
     NEVER,
@@ -74,6 +74,23 @@ async def test_a_violation_may_have_errors_of_any_kind() -> None:
     assert str(ContractViolation("a", "input", {}, ["too long", {"msg": "bad"}])) == (
         "Contract violation for 'a' (input): too long; bad"
     )
+
+
+async def test_the_repr_of_a_violation_has_no_values() -> None:
+    """The repr of a result, which a log may have, shows no value of an output that broke its contract."""
+
+    class Login(BaseModel):
+        password: SecretStr
+        number: int
+
+    @stroma_node("log_in", input=Login, output=Login)
+    async def log_in(state: Login) -> dict[str, object]:
+        return {"password": "hunter2", "number": "many"}
+
+    result = await quick().run([log_in], Login(password=SecretStr("hunter2"), number=1))
+    assert result.failure
+    assert repr(result.failure.exception) == f"ContractViolation({result.failure.message!r})"
+    assert "hunter2" not in repr(result)
 
 
 async def test_contract_repair_of_children() -> None:

@@ -190,6 +190,10 @@ class ContractViolation(Exception):
         text = "; ".join(shown) + (f"; ... and {rest} more" if rest > 0 else "")
         return f"Contract violation for {self.node_id!r} ({self.direction}): {text}"
 
+    def __repr__(self) -> str:
+        # Without the raw value, which may hold what no log should have.
+        return f"{type(self).__name__}({str(self)!r})"
+
     def __reduce__(self) -> Any:
         # Without the class: one that was made in a function cannot be pickled, nor what refers to it.
         attributes = {name: value for name, value in self.__dict__.items() if name != "schema"}
