@@ -95,7 +95,7 @@ def test_blocked_runs(tmp_path, stroma, inside):
     next_steps = inside("show", "held", *db).err
     assert "deploy code that fits, then a worker of its pipeline continues the run; or" in next_steps
     planned = inside("resume", "held", "states.py:pipeline", "--dry-run", *db).err
-    assert "blocked: some code could not continue it: the flow makes step 'audit'" in planned
+    assert "blocked: the code of a worker could not continue it: the flow makes step 'audit'" in planned
 
 
 def test_a_dry_run_counts_the_time_of_calls_once(tmp_path, stroma, inside):

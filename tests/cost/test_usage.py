@@ -430,7 +430,7 @@ async def test_a_model_said_beside_the_response_is_what_is_priced(monkeypatch: p
         ({"usage": {"prompt_tokens": -1}}, "node 'ask': the response has prompt_tokens=-1"),
         (object(), "node 'ask': a object carries no usage"),
         ("10", "node 'ask' returned '10' in the place of the tokens; return the output, (output, response)"),
-        (None, "node 'ask' reported None tokens"),
+        (None, "node 'ask' returned None in the place of the tokens; return the output, (output, response)"),
         (1.5, "node 'ask' reported 1.5 tokens"),
         (True, "node 'ask' reported True tokens"),
         (MagicMock(), "node 'ask': a MagicMock carries no usage"),

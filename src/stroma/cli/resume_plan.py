@@ -165,7 +165,7 @@ def print_plan(
     else:
         if record.blocked is not None:
             why = clean(record.blocked.message, 1000)
-            err.line(("blocked: ", "yellow"), f"some code could not continue it: {why}")
+            err.line(("blocked: ", "yellow"), f"the code of a worker could not continue it: {why}")
         if isinstance(find_node(pipeline.nodes[0]), FlowNode):
             compare = database.hint("replay", id_word(record.run_id), target)
             err.line("the calls of a flow were not compared; compare them with: ", compare)

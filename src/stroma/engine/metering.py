@@ -35,7 +35,7 @@ def count_returned(run: RunningNode, returned: tuple[Any, ...]) -> tuple[Any, Us
         output, used, produced, model = returned
     else:
         return returned, None  # The output contract will refuse it.
-    if isinstance(used, str):
+    if used is None or isinstance(used, str):
         misplaced = f"node {run.node_id!r} returned {shown(used)} in the place of the tokens"
         return output, UsageError(f"{misplaced}; {RETURN_SHAPES}")
     if model is not None and not isinstance(model, str):
