@@ -11,6 +11,7 @@ from tests.docs.blocks import ROOT, Shell, Wrong, commands, of_page, reader_env,
 CHAPTERS = sorted((ROOT / "docs" / "tutorial").glob("[0-9]*.md"))
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_a_newcomer_who_follows_the_tutorial_never_meets_an_error(tmp_path: Path) -> None:
     """Every file saved and every line typed, in order, in one empty folder: each prints what is shown."""

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SOURCE = Path(__file__).parents[2] / "src"
 
 USERS_FILE = """\
@@ -48,6 +50,7 @@ async def bad_marked(state: Query) -> Query:
 """
 
 
+@pytest.mark.nightly
 def test_a_node_typed_for_the_wrong_model_is_an_error(tmp_path: Path) -> None:
     """mypy as a user has it, without our settings and plugin, finds a node typed for the wrong model."""
     file = tmp_path / "users_file.py"

@@ -41,6 +41,6 @@ def test_killed_on_a_server(server: str, tmp_path: Path) -> None:
 
     with served(server) as (url, _):
         where: Any = url
-        figures = items.one_round(where, tmp_path, 1200, server, 1.5)
+        figures = items.one_round(where, tmp_path, 800, server, 1.5)
     assert figures.broken == []
-    assert figures.commits == 1200
+    assert figures.commits == 800

@@ -16,9 +16,8 @@ from stroma.testing import POINTS, FaultPlan, assert_resumable, assert_resumable
 #: Many processes one after the other, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(600)
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks on this system")
-HOW = [pytest.param(True, marks=forks, id="killed"), pytest.param(False, id="simulated")]
-#: Of many boundaries: a process for each takes long.
-HOW_MANY = [
+#: A process for each boundary takes long.
+HOW = [
     pytest.param(True, marks=[forks, pytest.mark.nightly], id="killed"),
     pytest.param(False, id="simulated"),
 ]
@@ -232,7 +231,7 @@ async def test_effects_on_files_are_seen_across_processes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", HOW_MANY)
+@pytest.mark.parametrize("processes", HOW)
 async def test_retries_are_boundaries_and_wait_for_nothing(processes):
     """A death between two attempts is tried, and no wait takes any time."""
     with FaultPlan().fail("a"):
@@ -259,7 +258,7 @@ async def test_a_pipeline_that_fails_is_not_proven():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", HOW_MANY)
+@pytest.mark.parametrize("processes", HOW)
 async def test_items_that_go_to_a_file_are_compared(processes, tmp_path):
     """An item that another process makes otherwise is found in files too; fields can be ignored."""
     (tmp_path / "in.jsonl").write_text('{"n":1}\n{"n":2}\n')
