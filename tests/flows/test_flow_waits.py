@@ -60,12 +60,12 @@ async def test_a_wait_beyond_the_calendar(store: Any, seconds: float) -> None:
 
 
 async def test_a_short_sleep_stays_in_the_process(store: Any) -> None:
-    """Up to inline_wait_seconds a flow waits in place; the end may be past, and the trace shows it."""
+    """Up to inline_wait_seconds a flow waits in place; ``until`` may be past, and the trace shows it."""
 
     @stroma_flow("f", input=Num, output=Num)
     async def f(flow: Flow, state: Num) -> Num:
         await flow.sleep(0.3)
-        await flow.sleep((datetime(2020, 1, 1, tzinfo=UTC) - flow.now()).total_seconds())
+        await flow.sleep(until=datetime(2020, 1, 1, tzinfo=UTC))
         return state
 
     result = await runner_on(store).run(f, Num())

@@ -140,15 +140,21 @@ class Flow:
     # ------------------------------------------------------------------ time, people and messages
 
     def sleep(
-        self, seconds: float = 0, *, minutes: float = 0, hours: float = 0, days: float = 0
+        self,
+        seconds: float = 0,
+        *,
+        minutes: float = 0,
+        hours: float = 0,
+        days: float = 0,
+        until: datetime | None = None,
     ) -> Coroutine[Any, Any, None]:
         """Wait for a time. It is durable: the process may exit meanwhile, and the wait does not start again.
 
-        See ``RunConfig(inline_wait_seconds=...)``.
+        ``until``: an aware datetime, in place of a duration. See ``RunConfig(inline_wait_seconds=...)``.
         """
         duration = seconds + 60 * (minutes + 60 * (hours + 24 * days))
         self._path.begin_call("flow.sleep")
-        wake_ms = wake_ms_of(self._path, duration)
+        wake_ms = wake_ms_of(self._path, duration, until)
         assert wake_ms is not None  # There is a duration.
         return call_sleep(self._path, wake_ms)
 
@@ -158,15 +164,16 @@ class Flow:
         *,
         reason: str,
         timeout: float | timedelta | None = None,  # It is durable.
+        until: datetime | None = None,
         key: str | None = None,
     ) -> Coroutine[Any, Any, AnswerT]:
         """Wait for the answer of a person, and return it as an ``answer``; ``runner.signal()`` sends it.
 
-        The run is suspended once no step is running. ``timeout`` in seconds:
+        The run is suspended once no step is running. ``timeout`` in seconds, or ``until``:
         raises TimeoutError if no answer came by then. ``key`` identifies the call in place of its number.
         """
         self._path.begin_call("flow.wait_for")
-        return call_wait_for(self._path, answer, reason, wake_ms_of(self._path, timeout), key)
+        return call_wait_for(self._path, answer, reason, wake_ms_of(self._path, timeout, until), key)
 
     def receive(
         self,
@@ -184,7 +191,7 @@ class Flow:
         ``key`` identifies the call in place of its number.
         """
         self._path.begin_call("flow.receive")
-        return call_receive(self._path, message, topic, wake_ms_of(self._path, timeout), key)
+        return call_receive(self._path, message, topic, wake_ms_of(self._path, timeout, None), key)
 
     # ------------------------------------------------------------------ values
 

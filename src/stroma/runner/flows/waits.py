@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel
@@ -32,8 +32,15 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 _NOTHING: Any = None  # The input of a wait.
 
 
-def wake_ms_of(path: FlowPath, duration: float | timedelta | None) -> int | None:
-    """Return the end of a wait, in ms since the epoch; None without one. A negative one is over at once."""
+def wake_ms_of(path: FlowPath, duration: float | timedelta | None, until: datetime | None) -> int | None:
+    """Return the end of a wait, in ms since the epoch; None without one. Raises ValueError for two ends.
+
+    A negative duration is over at once.
+    """
+    if until is not None:
+        if duration:
+            raise ValueError("pass a duration or until=, not both")
+        return to_ms(until, 0, "until")
     if duration is None:
         return None
     seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
