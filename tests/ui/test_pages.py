@@ -401,6 +401,7 @@ def test_forks(store: SQLiteStore, serve: Any) -> None:
     assert 'Forked from</b> <a class="mono" href="/run?id=parent">' in text
     assert rows(text)[0][3] == "forked restored"
     assert '<rect class="b-forked' in text
+    assert ">continued<" not in text  # Its first process did not continue another.
 
 
 def test_limits_that_are_closed(tmp_path: Path, serve: Callable[..., Site]) -> None:

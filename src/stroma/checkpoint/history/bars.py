@@ -201,12 +201,12 @@ def resumes_of(
     epoch, ended, cause = 0, 0.0, _DIED
     for one in sorted((one for one in attempts if one.epoch), key=lambda one: one.started_ns):
         began = (one.started_ns - first_ns) / 1e6
-        # The first process of a queued run did not continue it.
+        # The first process of a queued run or of a fork did not continue it.
         if one.epoch > epoch and began > ended and one.epoch > 1:
             causes = [bar.node_id for bar in waits if ended - 1 <= bar.began_ms <= began]
             causes += [f"{_DIED} during {call}" for at, call in cut_off if epoch <= at < one.epoch]
             stretches.append((ended, began, next(iter(causes), cause)))
-        epoch = max(epoch, one.epoch)
+        epoch = max(epoch, one.epoch + (one.outcome == "forked"))
         if began + one.duration_ms > ended:
             ended = began + one.duration_ms
             cause = _DIED if one.outcome in ("success", "forked") else f"{one.node_id}: {one.outcome}"
