@@ -140,6 +140,7 @@ def modules() -> Iterator[tuple[str, Path]]:
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
+@functools.cache
 def error_classes() -> list[ErrorClass]:
     """The public exception classes of the package: importable from `stroma`, or from a public module."""
     import stroma

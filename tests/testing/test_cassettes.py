@@ -7,7 +7,6 @@ from threading import Thread
 from typing import Any
 
 import vcr
-from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 from tests.kit import Note
 
@@ -63,6 +62,9 @@ async def test_recorded_responses_of_both_clients_are_replayed(tmp_path: Path) -
 
     @runner.node("name", input=Note, output=Note)
     async def name(state: Note) -> Any:
+        # It takes 2 s of each worker to import.
+        from anthropic import AsyncAnthropic
+
         client = AsyncAnthropic(base_url=url, api_key="sk-anthropic", max_retries=0)
         prompt: Any = [{"role": "user", "content": "name"}]
         response = await client.messages.create(model="claude-test", max_tokens=5, messages=prompt)
