@@ -216,8 +216,8 @@ def descriptions(doc: str) -> dict[str, str]:
     """Return what a docstring says of each parameter: entries of Args and Attributes, and paragraphs like ``name``: text."""
     entries: dict[str, str] = {}
     for section in re.findall(r"^(?:Args|Attributes):\n((?:(?: +.*)?(?:\n|\Z))+)", doc, re.MULTILINE):
-        for name, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE):
-            entries[name] = text
+        for names, text in re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", section, re.MULTILINE):
+            entries |= dict.fromkeys(names.split(", "), text)
     for paragraph in re.split(r"\n\s*\n", doc):
         parts = re.split(r"(?:^|(?<=[.;] ))``(\w+)``: ", " ".join(paragraph.split()))
         entries |= {
