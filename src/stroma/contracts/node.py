@@ -431,7 +431,11 @@ def stroma_node(
         contract: the whole contract, in place of the parameters below.
         input: model of the input. Default: that of the function's annotation.
         output: model of the output. Default: that of the annotation, or of the tuple that begins with one.
-        upcast, effect, reconcile, role, place: see NodeContract.
+        upcast: see NodeContract.
+        effect: see NodeContract.
+        reconcile: see NodeContract.
+        role: see NodeContract.
+        place: see NodeContract.
 
     Raises TypeError if the contract is not one, or the function's annotations name other models or none.
     """
