@@ -272,8 +272,8 @@ class _Copy(BoundedCopy):
 
     def _is_hidden(self, name: str, owner: Any) -> bool:
         model = self._model if owner is self._top else type(owner)
-        is_model = model is not None and issubclass(model, BaseModel)
-        if any(one in self._hidden for one in (name, *(_names_of(model).get(name, ()) if is_model else ()))):
+        names = _names_of(model) if model is not None and issubclass(model, BaseModel) else {}
+        if any(one in self._hidden for one in (name, *names.get(name, ()))):
             return True
         # A header: {"name": "authorization", "value": "..."}.
         is_pair = name in _VALUE_KEYS and isinstance(owner, dict)
