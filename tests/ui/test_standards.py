@@ -16,6 +16,9 @@ from tests.ui.test_security import attempts_of
 from stroma import Pipeline, SQLiteStore, StromaRunner, Suspend
 from stroma.ui.settings import Submission
 
+#: The tools of others take long to look at all pages.
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture
 def home() -> Path:
@@ -64,7 +67,6 @@ def pages(tmp_path: Path, serve: Any) -> list[str]:
     ]
 
 
-@pytest.mark.nightly
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_accessible(pages: list[str], home: Path, chromium: Browser, tmp_path: Path, dark: bool) -> None:
