@@ -98,7 +98,7 @@ def test_commands_of_the_demo(
     """The demo's own commands import nothing from the current directory."""
     monkeypatch.chdir(hostile)
     with Provider() as provider:
-        assert Demo(tmp_path, tmp_path).run(provider, ["--version"]) == 0
+        assert Demo(tmp_path).run(provider, ["--version"]) == 0
     assert ran(tmp_path) == []
 
 

@@ -277,13 +277,16 @@ ALWAYS = ["rich", "starlette", "uvicorn", "jinja2", "psycopg", "redis", "genai_p
 @pytest.mark.parametrize(
     ("words", "never"),
     [
-        (["--version"], ["pydantic", "sqlite3", "rich", "asyncio", "stroma.checkpoint", "stroma.runner"]),
-        (["--help"], ["pydantic", "rich", "asyncio", "stroma.runner"]),
+        (
+            ["--version"],
+            ["pydantic", "sqlite3", "rich", "asyncio", "stroma.checkpoint", "stroma.runner.runner"],
+        ),
+        (["--help"], ["pydantic", "rich", "asyncio", "stroma.runner.runner"]),
         (
             ["runs", "--failed", "--since", "1h"],
             [
                 *ALWAYS,
-                "stroma.runner",
+                "stroma.runner.runner",
                 "stroma.engine.loop",
                 "stroma.cli.commands.run",
                 "stroma.telemetry",

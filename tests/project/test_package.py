@@ -88,12 +88,12 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "stroma.runner" in loaded
-    rooms = words("adapters cli demo drivers limits telemetry testing ui middleware temporal wire")
+    rooms = words("adapters cli demo drivers telemetry testing ui middleware temporal wire")
     parts = words("""
         checkpoint.durable checkpoint.history checkpoint.memory.store checkpoint.payloads
         checkpoint.postgres checkpoint.records checkpoint.redis checkpoint.sql checkpoint.sqlite
-        contracts.checks contracts.repair_prompt contracts.untyped runner.groups runner.items runner.map
-        runner.steps runner.stream trace.gantt trace.html trace.story trace.terminal _utils.svg
+        contracts.checks contracts.repair_prompt contracts.untyped limits.gate limits.reservations
+        runner.groups runner.items runner.map runner.steps runner.stream trace.gantt trace.html trace.story trace.terminal _utils.svg
     """)
     for name in rooms + parts:
         assert f"stroma.{name}" not in loaded, name
@@ -105,19 +105,6 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
         "pydantic.networks",
         "pydantic.root_model",
     }
-
-
-def test_importing_makes_no_validator() -> None:
-    """For its first validator pydantic looks for plugins in all packages: that waits for a use."""
-    code = (
-        "import sys\n"
-        "from stroma import NodeContract, RunConfig, StromaRunner\n"
-        "StromaRunner.quick()\n"
-        "print(RunConfig.__pydantic_complete__, NodeContract.__pydantic_complete__, 'importlib.metadata' in "
-        "sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.stderr) == ("False False False", "")
 
 
 def test_lock_is_portable() -> None:

@@ -93,13 +93,13 @@ def test_a_schema_reference_imports_nothing() -> None:
     code = """
 import sys
 import concurrent.futures
-import stroma.checkpoint as checkpoint
+from stroma.checkpoint import resolve_schema
 before = set(sys.modules)
 for ref in ("antigravity:x", "concurrent.futures:ProcessPoolExecutor", "concurrent.futures.process:X",
             "stroma:parallel",
             "os.path:join", "this", "", ":", "a:b:c", "xmlrpc.client:ServerProxy"):
     try:
-        checkpoint.resolve_schema(ref)
+        resolve_schema(ref)
     except (LookupError, TypeError):
         continue
     print("resolved", ref)

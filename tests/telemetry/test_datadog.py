@@ -169,7 +169,7 @@ def test_redacted_content(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> 
     ]
     bad = next(span for span in findings if span["resource"] == "bad")
     assert bad["meta"]["error.message"] == "no for **********"
-    assert json.loads(bad["meta"]["stroma.input"]) == {"n": 0, "key": "**********"}
+    assert json.loads(bad["meta"]["stroma.input"]) == {"n": 0, "key": "[redacted]"}
     assert "hunter2" not in json.dumps(findings)
 
 

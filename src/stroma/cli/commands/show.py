@@ -430,7 +430,8 @@ def _add_timing(
     for line, row in zip(lines, cells, strict=True):
         bar = line.bar
         if bar is not None:
-            row["BEGAN"] = f"+{(began_ms + bar.began_ms) / 1000:.3f} s"
+            # The start of a run is known to the millisecond, that of an attempt more exactly.
+            row["BEGAN"] = f"+{max(0.0, began_ms + bar.began_ms) / 1000:.3f} s"
             row["WAITED"] = format_duration(waited[id(bar)] / 1000) if id(bar) in waited else ""
             row["TIME"] = duration(bar.took_ms)
             row["FUNCTIONS"] = "" if bar.function_ms is None else duration(bar.function_ms)
