@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, RootModel
+from pydantic import BaseModel, ConfigDict, RootModel
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, ONCE, TWICE, SimpleStore, context_on, failing_with, noting, passing
 from tests.kit import Item as Num
@@ -286,10 +286,13 @@ async def test_a_map_beside_a_node(store: Any, tmp_path: Path, doubler: Doubler)
     assert [doubler.calls[n] for n in range(10)] == [1] * 7 + [2, 1, 1]
 
 
-async def test_what_a_map_passes_on_replaces_no_output(store: Any, doubler: Doubler) -> None:
+@pytest.mark.parametrize("extra", ["ignore", "allow"])
+async def test_what_a_map_passes_on_replaces_no_output(store: Any, doubler: Doubler, extra: Any) -> None:
     """Fields that a map in parallel() passes on unchanged replace no output of its siblings."""
 
     class Two(BaseModel):
+        model_config = ConfigDict(extra=extra)
+
         left: list[Num] = [Num(n=1)]
         right: list[Num] = [Num(n=2)]
 
@@ -300,11 +303,18 @@ async def test_what_a_map_passes_on_replaces_no_output(store: Any, doubler: Doub
     async def beside(state: Two) -> Any:
         return {"left": [{"n": 9}]}
 
+    @stroma_node(input=Two, output=Num)
+    async def count(state: Two) -> Any:
+        return {"n": 5}
+
+    left_map = map_over("left", doubler.node, into="left")
     right = map_over("right", doubler.node, into="right")
+    doubled, given = [Made(twice=2)], [Num(n=9)]
     cases: list[tuple[Any, Any]] = [
-        (parallel(map_over("left", doubler.node, into="left"), right), [{"twice": 2}]),
-        (parallel(parallel(map_over("left", doubler.node, into="left")), right), [{"twice": 2}]),
-        (parallel(beside, right, map_over("left", doubler.node, into=Journal())), [{"n": 9}]),
+        (parallel(left_map, right), doubled),
+        (parallel(parallel(left_map), right), doubled),
+        (parallel(left_map, parallel(count, right)), doubled),
+        (parallel(beside, right, map_over("left", doubler.node, into=Journal())), given),
     ]
     for work, left in cases:
         runner = quick(store)
@@ -312,7 +322,8 @@ async def test_what_a_map_passes_on_replaces_no_output(store: Any, doubler: Doub
         assert not [finding for finding in found if finding.kind == "collision"]
         result = await runner.run([work], Two())
         assert result.status is RunStatus.COMPLETED, result.failure
-        assert result.final_state.model_dump() == {"left": left, "right": [{"twice": 4}]}
+        state: Any = result.final_state
+        assert (state.left, state.right) == (left, [Made(twice=4)])
 
 
 @pytest.mark.parametrize("of_models", [False, True])

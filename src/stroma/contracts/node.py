@@ -162,8 +162,6 @@ class Group:
         output_field: the field that receives the outputs of a map; "" if they stay out of the state.
         has_external_items: the items of a map do not come from the state.
         collects_failures: a map goes on when an item fails for good.
-        own_fields: the fields of the output that the group sets; it passes the others on as it received
-            them. None: it may set any field.
     """
 
     is_map = False
@@ -172,7 +170,6 @@ class Group:
     output_field = ""
     has_external_items = False
     collects_failures = False
-    own_fields: frozenset[str] | None = None
 
     def __init__(self, node_id: str, children: tuple[Node | Group, ...], max_concurrency: int | None) -> None:
         self.node_id = node_id
@@ -217,6 +214,10 @@ class Group:
         """Return the class of the group's output, for the class of its input and its children's outputs."""
         raise NotImplementedError
 
+    def own_fields(self, output_class: type[BaseModel]) -> frozenset[str] | None:
+        """Return the fields of the output that the group sets, not only passes on; None for any."""
+        return None
+
 
 def first_in(node: Node | Group) -> Node | Group:
     """Return the first node of a sequence, which receives its input; any other node or group unchanged."""
@@ -230,11 +231,6 @@ def last_in(node: Node | Group) -> Node | Group:
     while isinstance(node, Group) and node.is_sequence:
         node = node.children[-1]
     return node
-
-
-def own_fields_of(node: Node | Group) -> frozenset[str] | None:
-    """Return the fields of its output that a node or group sets; None for any."""
-    return node.own_fields if isinstance(node, Group) else None
 
 
 def output_class(contract: NodeContract[Any, Any] | None) -> type[BaseModel]:

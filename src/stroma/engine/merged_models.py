@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final, cast
+from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel, ConfigDict, create_model
 
@@ -23,16 +24,31 @@ def merged_model(
     ``own``: the fields that each child sets, None for any. Those that it passes on come before all others.
     """
     fields: dict[str, Any] = {}
+    for cls in classes:
+        fields.update(_declared_fields(cls))
     for cls, names in zip(classes, own, strict=True):
-        if names is not None:
-            fields.update(_declared_fields(cls))
-    for cls, names in zip(classes, own, strict=True):
-        if names is None and is_open(cls):
-            # It may give any field any value, and later outputs take precedence.
-            fields = dict.fromkeys(fields, (Any, ...))
         declared = _declared_fields(cls)
-        fields.update(declared if names is None else {n: declared[n] for n in names if n in declared})
-    return _make_model(name, fields, classes)
+        if names is None:  # It may give any field any value, and later outputs take precedence.
+            fields = dict.fromkeys(fields, (Any, ...)) | declared
+        else:
+            fields.update((name, declared[name]) for name in names)
+    model = _make_model(name, fields, classes)
+    _own_fields[model] = None if None in own else frozenset().union(*cast("tuple[frozenset[str], ...]", own))
+    return model
+
+
+def own_fields_of(model: type[BaseModel]) -> frozenset[str] | None:
+    """Return the fields that an output of this class sets; None for any.
+
+    The output of a group passes on all others, unchanged.
+    """
+    if model in _own_fields:
+        return _own_fields[model]
+    return None if is_open(model) else frozenset(_declared_fields(model))
+
+
+#: Of each class of merged_model(), the fields that one of the children sets.
+_own_fields: Final[WeakKeyDictionary[type[BaseModel], frozenset[str] | None]] = WeakKeyDictionary()
 
 
 @functools.lru_cache(maxsize=1024)

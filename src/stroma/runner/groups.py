@@ -13,13 +13,13 @@ from pydantic import BaseModel
 from stroma.checkpoint import inside_of
 from stroma.checkpoint.identity import sequence_id
 from stroma.contracts.copying import isolate
-from stroma.contracts.node import FlowNode, Group, Node, find_node, own_fields_of
+from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute, execute_in_turn
-from stroma.engine.merged_models import is_open, merged_model, with_list
+from stroma.engine.merged_models import merged_model, own_fields_of, with_list
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.engine.tasks import gather
 from stroma.runner.items import (
@@ -111,9 +111,6 @@ class ParallelGroup(Group):
     def __init__(self, children: tuple[Node | Group, ...], max_concurrency: int | None) -> None:
         node_id = f"parallel({', '.join(child.node_id for child in children)})"
         super().__init__(node_id, children, max_concurrency)
-        self._own = tuple(map(own_fields_of, children))
-        if None not in self._own:
-            self.own_fields = frozenset().union(*cast("tuple[frozenset[str], ...]", self._own))
 
     async def run(self, ctx: ReliabilityContext, execution: RunningNode, value: BaseModel) -> dict[str, Any]:
         """Execute the children; raise GroupStopped for the first that stopped for good."""
@@ -139,16 +136,15 @@ class ParallelGroup(Group):
 
     def _merge(self, outputs: Sequence[BaseModel]) -> dict[str, Any]:
         """Return the fields of all outputs, as plain data where the merged class cannot declare them."""
-        added = [*zip(outputs, self._own, strict=True)]
-        opened = [index for index, (output, own) in enumerate(added) if own is None and is_open(type(output))]
+        own = self._own_fields([type(output) for output in outputs])
+        last_open = max((index for index, names in enumerate(own) if names is None), default=-1)
         merged: dict[str, Any] = {}
-        for output, own in added:  # What a map passes on replaces no output of another child.
-            if own is not None:
-                merged.update(_fields_of_output(output, Schema.fields if opened else Schema.values))
-        for index, (output, own) in enumerate(added):
-            is_undeclared = bool(opened) and index < opened[-1]
-            fields = _fields_of_output(output, Schema.fields if is_undeclared else Schema.values)
-            merged.update(fields if own is None else {name: fields[name] for name in own})
+        for child, output in zip(self.children, outputs, strict=True):
+            if isinstance(child, Group):  # What a map passes on replaces no output of another child.
+                merged.update(_fields_of_output(output, Schema.values if last_open < 0 else Schema.fields))
+        for index, (output, names) in enumerate(zip(outputs, own, strict=True)):
+            fields = _fields_of_output(output, Schema.fields if index < last_open else Schema.values)
+            merged.update(fields if names is None else {name: fields[name] for name in names})
         return merged
 
     async def call_directly(self, state: BaseModel) -> dict[str, Any]:
@@ -175,7 +171,18 @@ class ParallelGroup(Group):
     def output_class(
         self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
     ) -> type[BaseModel]:
-        return merged_model(self.node_id, tuple(child_classes), self._own)
+        return merged_model(self.node_id, tuple(child_classes), self._own_fields(child_classes))
+
+    def _own_fields(self, classes: Sequence[type[BaseModel]]) -> tuple[frozenset[str] | None, ...]:
+        """Return the fields that each child sets, by the class of its output; None for any."""
+        children = zip(self.children, classes, strict=True)
+        return tuple(
+            child.own_fields(cls) if isinstance(child, Group) else own_fields_of(cls)
+            for child, cls in children
+        )
+
+    def own_fields(self, output_class: type[BaseModel]) -> frozenset[str] | None:
+        return own_fields_of(output_class)
 
 
 class SequenceGroup(Group):
@@ -239,7 +246,7 @@ class MapGroup(Group):
         self._failures_field = (
             f"{self.output_field}_failures" if self.output_field and collects_failures else ""
         )
-        self.own_fields = frozenset({self.output_field, self._failures_field} - {""})
+        self._own_fields = frozenset({self.output_field, self._failures_field} - {""})
 
     async def run(self, ctx: ReliabilityContext, execution: RunningNode, value: BaseModel) -> dict[str, Any]:
         state = _fields_of_state(value, Schema.values)
@@ -271,6 +278,9 @@ class MapGroup(Group):
         if not self.output_field:
             return input_class
         return with_list(self.node_id, input_class, self.output_field, child_classes[0], self._failures_field)
+
+    def own_fields(self, output_class: type[BaseModel]) -> frozenset[str] | None:
+        return self._own_fields
 
     def _source(self, state: BaseModel) -> Source:
         items = self._items

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from stroma.contracts.checks.records import Record, record_of_class
 from stroma.contracts.checks.types import Finding, Giver, Side
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.node import Group, Node, first_in, own_fields_of
+from stroma.contracts.node import Group, Node, first_in
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 
@@ -168,7 +168,7 @@ class _Walk:
                 origins = {}  # It may have given any of them anew.
                 sides = {}
                 continue
-            own = own_fields_of(child)
+            own = child.own_fields(one.model) if isinstance(child, Group) else None
             for name, side in record_of_class(one.model).fields.items():
                 by = one.origins.get(name, one.giver)
                 if own is not None and name not in own:  # As the map received it.
