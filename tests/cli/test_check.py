@@ -101,7 +101,7 @@ def test_effects_in_a_flow_are_checked(stroma, inside):
         done = inside("check", f"pay.py:{name}")
         assert done.code == 0
         assert "effect 'charge' has no reconcile" in done.out
-        assert f"{name}: 1 node, 0 errors, 1 warning" in done.err
+        assert f"{name}: flow with 1 node, 0 errors, 1 warning" in done.err
 
 
 def test_graph_draws_a_file(flows, inside):

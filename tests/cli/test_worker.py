@@ -14,7 +14,7 @@ import pytest
 from tests.cli.test_signals import wait_for
 from tests.kit import Num, failing_with
 
-from stroma import Flow, StromaRunner
+from stroma import Flow, PipelineChanged, StromaRunner
 from stroma.cli.stores import Database
 from stroma.cli.workers import LocalWorker, serve_health
 
@@ -141,7 +141,7 @@ def test_a_worker_process(shell: Any) -> None:
         _, err = worker.communicate(timeout=30)
         assert worker.returncode == 0, err
         assert re.search(
-            r"worker drained: after SIGTERM; in \S+ s: 5 stops of runs \(1 PARTIAL, 3 RESUMED, ", err
+            r"worker drained: after SIGTERM; continued runs 5 times in \S+ s \(1 PARTIAL, 3 RESUMED, ", err
         )
         assert "Traceback" not in err
     finally:
@@ -152,7 +152,10 @@ def test_a_worker_process(shell: Any) -> None:
 
 @pytest.mark.core
 async def test_the_line_of_a_suspended_run_has_the_reason(capsys: Any) -> None:
-    """A worker says why a run is suspended: a sleep, a question, a message, or the outcome of an effect."""
+    """A worker says why a run is suspended: a sleep, a question, a message, or the outcome of an effect.
+
+    When it ends, it counts how often it continued a run, and apart from that how often it could not.
+    """
     runner = StromaRunner.quick()
     charge = runner.node("charge", input=Num, output=Num, effect=True)(failing_with(TimeoutError))
 
@@ -168,6 +171,11 @@ async def test_the_line_of_a_suspended_run_has_the_reason(capsys: Any) -> None:
     worker = local_worker()
     for nodes in (nap, ask, [charge]):
         worker._report("r", await runner.run(nodes, Num()))
+    worker._report("r", PipelineChanged("the flow makes another call"))
+    assert re.fullmatch(
+        r"continued runs 3 times in \S+ s \(3 SUSPENDED\); could not continue a run 1 time",
+        worker._progress(time.monotonic()),
+    )
     sleeping, asking, paying = capsys.readouterr().err.splitlines()
     assert re.search(r"run r: SUSPENDED, sleeping until 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d$", sleeping)
     assert asking.endswith("run r: SUSPENDED, waiting for an answer: Go on?")

@@ -273,7 +273,9 @@ def test_tokens_that_are_refused_are_named(name: str) -> None:
     with pytest.raises(UsageError) as caught:
         tracker.record(NodeUsage(**fields))
     assert (
-        str(caught.value) == "node 'a' reported -3 tokens; report whole numbers of tokens, 0 to 1,000,000,000"
+        str(caught.value)
+        == "node 'a' reported -3 tokens; report whole numbers of tokens, 0 to 1,000,000,000, "
+        "or return the output alone"
     )
     assert tracker.summary() == {}
 

@@ -88,11 +88,17 @@ def shown(text: str) -> dict[int, list[str]]:
 
 
 def run_python(text: str, name: str) -> Iterator[tuple[int, str, list[str]]]:
-    """Run the blocks of a page one after the other in one module: line, code and printed lines."""
+    """Run the blocks of a page one after the other in one module: line, code and printed lines.
+
+    A block with its output below it runs as a program does, also what is below its ``__main__`` line.
+    """
+    programs = shown(text)
     module = types.ModuleType(f"page_{name}")
     sys.modules[module.__name__] = module  # Annotations are looked up there.
     try:
         for line, code in blocks(text):
+            if line in programs:
+                code = code.replace('if __name__ == "__main__":', "if True:")
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(compile("\n" * (line - 1) + code, f"{name}.md", "exec"), module.__dict__)
             yield line, code, out.getvalue().splitlines()

@@ -220,7 +220,11 @@ def test_failed_items_are_named(store: SQLiteStore, serve: Any) -> None:
     assert (result.status, result.failed_items) == ("COMPLETED", 2)
     site = serve(store)
     page = re.sub(r"<[^>]*>", " ", site.get("/run", id="map").text)
-    assert "Failed  2 items, the run continued without them; resume it with --retry-failed" in page
+    assert (
+        "Failed  2 items, the run continued without them; resume it with --retry-failed to run them again"
+        in page
+    )
+    assert page.count("stroma resume map FILE.py:NAME --retry-failed") == 2
     assert re.search(r"Attempts\s+5\s+4 failed", page)
     assert sum(one.attempts for one in site.store.tally(0, 1000)) == 5
 
@@ -246,7 +250,10 @@ def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:
 
 
 def test_a_rejected_output_is_shown(store: SQLiteStore, serve: Any) -> None:
-    """An attempt's page shows what broke its contract beside each complaint, also as a file, redacted."""
+    """An attempt's page shows what broke its contract beside each complaint, also as a file, redacted.
+
+    The page of a run that stopped there shows the values, too.
+    """
 
     class Strict(BaseModel):
         stars: int
@@ -272,7 +279,11 @@ def test_a_rejected_output_is_shown(store: SQLiteStore, serve: Any) -> None:
     ]
     file = f"{address.replace('/attempt', '/payload')}&side=rejected"
     assert json.loads(site.ask("GET", file).body)["value"] == {"stars": "<b>five", "notes": [1]}
+    got = "<code>stars</code> got <code>&quot;&lt;b&gt;five&quot;</code>"
+    assert got in site.get("/run", id="x").text
+    assert got in site.get("/export", id="x", format="html").text
     private = serve(store, redact=lambda state: dict.fromkeys(state, "hidden"))
+    assert got.replace("&lt;b&gt;five", "hidden") in private.get("/run", id="x").text
     for text in (private.ask("GET", address).text, private.ask("GET", file).text):
         assert "five" not in text
         assert "hidden" in text

@@ -48,7 +48,7 @@ def expired_error(run_id: str) -> str:
 
 
 def is_answered(stored: Waiting | None, question: Waiting) -> bool:
-    """Return True if the question that a session stores has an answer: an accepted answer stays."""
+    """Return True if the question that a session stores has an answer already."""
     return stored is not None and stored.payload is not None and stored.number == question.number
 
 

@@ -19,8 +19,6 @@ from stroma.contracts.examples import example_text
 from stroma.failures.classes import FailureClass
 from stroma.trace.story import awaited_topics
 
-#: Goes before the command that resumes a run with a larger budget.
-RESUME_WITH_MORE: Final = "resume with more"
 #: Goes before the command that resumes a run with open questions.
 WORKER_CONTINUES: Final = "then a worker of its pipeline continues the run; or continue it here"
 
@@ -73,7 +71,7 @@ def resume_advice(record: RunRecord, retry_after_seconds: float | None = None) -
     if kind == "SharedBudgetExceeded":
         return "when the shared budget has room, resume with"
     if kind == "BudgetExceeded":
-        return RESUME_WITH_MORE
+        return "resume with more"
     failure_class = None if record.cause is None else record.cause.failure_class
     if record.status not in FAILED or failure_class is None:
         return "resume with"

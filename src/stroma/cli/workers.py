@@ -127,6 +127,7 @@ class LocalWorker(PipelineWorker):
     health_address: tuple[str, int] | None
     _health: WorkerHealth = field(init=False)
     _outcomes: collections.Counter[str] = field(default_factory=collections.Counter)
+    _failed_tries: int = 0  # How often a run could not be continued.
 
     def __post_init__(self) -> None:
         self._health = WorkerHealth(reads_queue=self.health_address is not None)
@@ -179,7 +180,7 @@ class LocalWorker(PipelineWorker):
 
     def _report(self, run_id: str, outcome: ExecutionResult | Exception) -> None:
         if isinstance(outcome, Exception):
-            self._outcomes["not continued"] += 1  # The log has the exception.
+            self._failed_tries += 1  # The log has the exception.
             return
         status = str(outcome.status)
         self._outcomes[status] += 1
@@ -202,8 +203,10 @@ class LocalWorker(PipelineWorker):
     def _progress(self, started: float) -> str:
         counts = ", ".join(f"{number} {status}" for status, number in sorted(self._outcomes.items()))
         took = format_duration(time.monotonic() - started)
-        stops = f"{pluralize(self._outcomes.total(), 'stop')} of runs ({counts})" if counts else "no run"
-        return f"in {took}: {stops}"
+        times = pluralize(self._outcomes.total(), "time")
+        done = f"continued runs {times} in {took} ({counts})" if counts else f"continued no run in {took}"
+        tries = pluralize(self._failed_tries, "time")
+        return done + (f"; could not continue a run {tries}" if self._failed_tries else "")
 
 
 @dataclass(slots=True, kw_only=True)

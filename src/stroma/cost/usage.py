@@ -56,7 +56,7 @@ def check_usage(node_id: str, *counts: object) -> None:
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_TOKENS:
             raise UsageError(
                 f"node {node_id!r} reported {shown(count)} tokens; report whole numbers of tokens, "
-                f"0 to {MOST_TOKENS:,}"
+                f"0 to {MOST_TOKENS:,}, or return the output alone"
             )
 
 

@@ -823,7 +823,7 @@ class StromaRunner(Generic[DepsT]):
         an effect. ``schema``: the class of the answer, if it is not imported in this process under the name
         that it had when the question was asked.
 
-        An accepted answer stays, and the same answer to the same question may be sent again. Raises
+        An accepted answer cannot be changed; the same answer to the same question may be sent again. Raises
         pydantic's ValidationError, CheckpointNotFound, RequestRefused if the question is not open, ValueError
         if ``question`` is needed, StoreError.
         """

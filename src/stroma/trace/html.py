@@ -184,8 +184,14 @@ def cause(story: Story, address: str = "") -> str:
     if box is None:
         return ""
     tokens, cost = story.wasted
-    fields = "".join(f"<code>{as_xml(path)}</code> " for path in box.fields[:20])
-    named = f"<p><b>Field</b> {fields}</p>" if fields else ""
+    fields = [(path, "") for path in box.fields[:20]]
+    if box.rejected is not None:
+        fields = [(one.field, box.rejected.text_of(one)) for one in box.rejected.complaints[:20]]
+    codes = [
+        f"<code>{as_xml(clean(path, 200))}</code>" + (f" got <code>{as_xml(value)}</code>" if value else "")
+        for path, value in fields
+    ]
+    named = f"<p><b>Field</b> {' '.join(codes)}</p>" if codes else ""
     node = as_xml(clean(box.node_id, 200))
     node = f'<a href="{as_xml(address)}">{node}</a>' if address else node
     verb = "After a fix, resume with" if box.failure_class == FailureClass.TERMINAL else "Resume with"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from typing import Any, Final, NamedTuple, final
 
+from stroma._utils.text import clean
+
 #: Stands for a value that an output does not have.
 MISSING: Final[Any] = object()
 _MAX_BYTES: Final = 4 * 1024 * 1024
@@ -51,6 +53,13 @@ class RejectedOutput(NamedTuple):
             else:
                 return MISSING
         return value
+
+    def text_of(self, complaint: Complaint) -> str:
+        """Return the value that a complaint is about, or the object that lacks it; "" if unknown."""
+        value = self.at(complaint.path)
+        if value is MISSING:
+            value = self.at(complaint.path[:-1])
+        return "" if value is MISSING else clean(json.dumps(value, ensure_ascii=False, default=str), 160)
 
     def to_json(self) -> dict[str, Any]:
         """Return the output in the form of the JSON schemas."""

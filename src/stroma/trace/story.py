@@ -77,7 +77,12 @@ class InProgress:
 
 @dataclass(frozen=True, slots=True)
 class StopCause:
-    """The cause that stopped a run. ``resume_command``: "" if the run cannot be resumed."""
+    """The cause that stopped a run.
+
+    Attributes:
+        resume_command: "" if the run cannot be resumed.
+        rejected: the output that broke its contract, if it is stored.
+    """
 
     node_id: str
     at: str
@@ -86,6 +91,7 @@ class StopCause:
     message: str
     reason: str | None = None
     resume_command: str = ""
+    rejected: RejectedOutput | None = None
 
     @property
     def fields(self) -> list[str]:

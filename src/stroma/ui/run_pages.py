@@ -205,7 +205,8 @@ class RunPages:
 
     def _resume_command(self, record: RunRecord, attempts: list[AttemptRecord]) -> str:
         """Return how to resume a run: a command, or of plain code the keywords for its program."""
-        if record.status in (*COMPLETE, QUEUED):
+        is_over = record.status in COMPLETE and not self._store.facts_of(record.run_id).failed_items
+        if is_over or record.status == QUEUED:
             return ""
         if any(one.identity for one in attempts):
             return f"run_id={record.run_id!r}, resume=True"

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Waiting
+from stroma.checkpoint.history.facts import resume_options
 from stroma.checkpoint.records import RunRecord
 from stroma.contracts.checks.lineage import Lineage
 from stroma.trace.redaction import Redact
@@ -47,8 +48,9 @@ _NOT_SERVED: Final = Served()
 
 
 def _command(name: str, run: RunRecord | None) -> str:
-    words = [run.run_id] if run is not None and name == "resume" else []
-    return " ".join(["stroma", name, *words, "FILE.py:NAME"])
+    if run is None or name != "resume":
+        return f"stroma {name} FILE.py:NAME"
+    return " ".join(["stroma", name, run.run_id, "FILE.py:NAME", *resume_options(run)])
 
 
 @dataclass(frozen=True, slots=True)

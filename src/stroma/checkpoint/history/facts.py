@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from stroma._utils.text import clean, format_utc, pluralize
-from stroma.checkpoint.entries import Intent, RunFacts, Waiting
+from stroma.checkpoint.entries import Finished, Intent, RunFacts, Waiting
 from stroma.checkpoint.queue import COMPLETE, QUEUED
 from stroma.checkpoint.records import FAILED, RunRecord
 from stroma.trace.events import place_text
@@ -36,6 +36,16 @@ def status_of(record: RunRecord) -> str:
 def is_resumable(record: RunRecord) -> bool:
     """Return True for a started, unfinished run without an owner."""
     return record.status not in (*COMPLETE, QUEUED) and record.holder is None
+
+
+def resume_options(record: RunRecord) -> tuple[str, ...]:
+    """Return the options without which `stroma resume` would not continue a run."""
+    if record.status in COMPLETE:  # Failed items of its maps can run again.
+        return ("--retry-failed",)
+    end = Finished(record.status, record.error)
+    if end.reason == "poison":
+        return ("--force",)
+    return ("--budget-usd", "USD") if (record.error or "").startswith("BudgetExceeded: ") else ()
 
 
 def count_causes(records: Iterable[RunRecord]) -> list[tuple[tuple[str, str | None, str | None], int]]:

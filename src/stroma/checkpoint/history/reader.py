@@ -276,7 +276,7 @@ class History:
             cost_usd=record.cost_usd,
             began_ms=record.started_ms,
             seconds=record.seconds,
-            box=_cause_box(record, resume_command),
+            box=self._cause_box(record, resume_command),
             facts=list(facts_of(record, facts, waiting, self.describe_answer)),
             waits=waits,
             resumes=resumes_of(attempts, waits, facts.effects.values(), first_ns) if is_whole else (),
@@ -297,8 +297,26 @@ class History:
             bar.idempotency_key = attempt.idempotency_key(record.run_id, record.execution)
         if states:
             self._add_states(record, story, attempts)
+        elif story.box is not None:
+            story = replace(story, box=replace(story.box, rejected=None))
         facts = [fact for fact in story.facts if states or fact[0] != "answered"]
         return replace(story, left_out=1 if has_more else 0, facts=facts)
+
+    def _cause_box(self, record: RunRecord, resume_command: str) -> StopCause | None:
+        """Return the box of the cause that stopped a run; None if no failure did."""
+        cause = record.cause
+        if cause is None or record.status not in FAILED:
+            return None
+        return StopCause(
+            cause.node_id,
+            place_text(cause.position, cause.branch),
+            cause.attempt,
+            str(cause.failure_class),
+            cause.text or record.error or "",
+            cause.reason,
+            resume_command,
+            self.rejected_of(record.run_id, cause) if cause.reason == "contract" else None,
+        )
 
     def _add_states(self, record: RunRecord, story: Story, attempts: list[AttemptRecord]) -> None:
         inputs = Inputs(self, record.run_id, attempts)
@@ -313,18 +331,6 @@ class History:
                 bar.output_state = self.output_at(record.run_id, attempt.position, attempt.branch).value
             elif size is not None:
                 bar.output_state = {"omitted": f"{size:,} bytes"}
-
-
-def _cause_box(record: RunRecord, resume_command: str) -> StopCause | None:
-    """Return the box of the cause that stopped a run; None if no failure did."""
-    cause = record.cause
-    if cause is None or record.status not in FAILED:
-        return None
-    at = place_text(cause.position, cause.branch)
-    message = cause.text or record.error or ""
-    return StopCause(
-        cause.node_id, at, cause.attempt, str(cause.failure_class), message, cause.reason, resume_command
-    )
 
 
 class Inputs:

@@ -13,7 +13,7 @@ from stroma.cli.output import emit_fields, err, out
 from stroma.contracts.checks.check import check_nodes
 from stroma.contracts.checks.types import Finding
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import find_node
+from stroma.contracts.node import FlowNode, find_node
 from stroma.runner.pipeline import leaves_in, steps_of
 
 
@@ -28,9 +28,9 @@ def check(target: str, as_json: bool) -> int:
     """
     pipeline = load_pipeline(target)
     nodes = [find_node(node) for node in pipeline.nodes]
-    registry = ContractRegistry()
+    registry, steps = ContractRegistry(), steps_of(nodes)
     retried = () if pipeline.config is None else pipeline.config.retried_ids
-    findings = check_nodes(nodes, registry, retried=retried, steps=steps_of(nodes))
+    findings = check_nodes(nodes, registry, retried=retried, steps=steps)
     errors = sum(finding.severity == "error" for finding in findings)
     code = Code.FAILED if errors else Code.OK
     if as_json:
@@ -51,7 +51,10 @@ def check(target: str, as_json: bool) -> int:
             text = f"node {clean(wanting.node_id, 100)!r} takes a context, and the pipeline has none"
             err.line(("note: ", "yellow"), f"{text}; set RunConfig(context=...) on the pipeline")
     count = f"{pluralize(errors, 'error')}, {pluralize(len(findings) - errors, 'warning')}"
-    err.line(f"{clean(pipeline.name, 100)}: {pluralize(len(nodes), 'node')}, {count}")
+    size = pluralize(len(nodes), "node")
+    if nodes and isinstance(nodes[0], FlowNode):
+        size = f"flow with {pluralize(sum(not isinstance(one, FlowNode) for one in steps), 'node')}"
+    err.line(f"{clean(pipeline.name, 100)}: {size}, {count}")
     return code
 
 

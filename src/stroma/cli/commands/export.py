@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from stroma.checkpoint.history.facts import resume_options
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.queue import COMPLETE
 from stroma.checkpoint.records import AttemptRecord, RunRecord
@@ -56,7 +57,8 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
     if form == "html":
         hint = ""
         if record.status not in COMPLETE:
-            hint = database.command("resume", id_word(record.run_id), database.target_of(record))
+            words = id_word(record.run_id), database.target_of(record)
+            hint = database.command("resume", *words, options=resume_options(record))
         return document(history.story(record, max_attempts=_DRAWN, states=states, resume_command=hint))
     attempts, _ = history.attempts(record.run_id, _ALL)
     waiting = history.store.waiting(record.run_id)

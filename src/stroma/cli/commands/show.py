@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,7 +13,7 @@ from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Statement, Waiting
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.history.bars import find_progress, in_order, place_of, sum_waste
-from stroma.checkpoint.history.facts import effect_state, is_at_work, unanswered
+from stroma.checkpoint.history.facts import effect_state, is_at_work, resume_options, unanswered
 from stroma.checkpoint.history.reader import History, Inputs
 from stroma.checkpoint.history.redaction import Payload
 from stroma.checkpoint.queue import COMPLETE, QUEUED
@@ -26,11 +25,11 @@ from stroma.cli.formatting import format_age, format_local_time, id_word, locali
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import load_redact, redact_option
 from stroma.cli.stores import TARGET, Database, db_option
-from stroma.cli.suspended import RESUME_WITH_MORE, resume_advice, waiting_data, waiting_hints
+from stroma.cli.suspended import resume_advice, waiting_data, waiting_hints
 from stroma.runner.follow import decode_events
 from stroma.trace.events import place_text
 from stroma.trace.outline import duration, fold, outline, shown_place
-from stroma.trace.rejected import MISSING, RejectedOutput
+from stroma.trace.rejected import RejectedOutput
 from stroma.trace.story import Bar, Story, waits
 from stroma.trace.terminal import RunLine, lines_of
 
@@ -358,9 +357,8 @@ def _print_next_steps(
     if is_plain_code:
         err.line(f"continue it with its program, under run_id={record.run_id!r} and resume=True")
         return
-    advice = resume_advice(record)
-    options = ("--budget-usd", "USD") if advice == RESUME_WITH_MORE else ()
-    _print_hint(f"{advice}: {database.hint('resume', name, target, options=options)}", place)
+    command = database.hint("resume", name, target, options=resume_options(record))
+    _print_hint(f"{resume_advice(record)}: {command}", place)
 
 
 def _print_hint(command: str, place: str) -> None:
@@ -458,10 +456,7 @@ def _print_rejected(attempt: AttemptRecord, rejected: RejectedOutput) -> None:
     node = f"{clean(attempt.node_id, 100)} at {shown_place(place_of(attempt))}, attempt {attempt.attempt}"
     out.line((f"rejected output of {node}", "bold"))
     for one in rejected.complaints[:_SHOWN_COMPLAINTS]:
-        value = rejected.at(one.path)
-        if value is MISSING:  # The object that lacks the field.
-            value = rejected.at(one.path[:-1])
-        came = "" if value is MISSING else f"; got {clean(json.dumps(value, ensure_ascii=False), 160)}"
+        came = f"; got {value}" if (value := rejected.text_of(one)) else ""
         out.fitted(f"  {clean(one.field, 100)}: ", (clean(one.message, 300), "red"), came)
     more = rejected.more + max(0, len(rejected.complaints) - _SHOWN_COMPLAINTS)
     if more:

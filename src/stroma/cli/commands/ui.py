@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from stroma._utils.child_process import child_command, child_environment
 from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.history.facts import resume_options
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem
@@ -191,8 +192,10 @@ def _hint(database: Database, target_of: dict[str, str]) -> Callable[[str, RunRe
     def command(name: str, run: RunRecord | None) -> str:
         if run is None:
             return database.hint(name, *(target_of.values() or (TARGET,)))
-        words = [id_word(run.run_id)] if name == "resume" else []
-        return database.hint(name, *words, target_of.get(run.pipeline) or database.target_of(run))
+        target = target_of.get(run.pipeline) or database.target_of(run)
+        if name != "resume":
+            return database.hint(name, target)
+        return database.hint(name, id_word(run.run_id), target, options=resume_options(run))
 
     return command
 

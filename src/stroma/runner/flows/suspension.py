@@ -168,7 +168,7 @@ class FlowWaits:
         return None
 
     async def withdraw(self, *questions: Waiting) -> None:
-        """Have no further answer accepted: the body does not wait for one. An accepted answer stays."""
+        """Have no further answer accepted: the body does not wait for one. Accepted ones stay valid."""
         for question in questions:
             await self.see_through(partial(self.ctx.session.ask, question._replace(payload=WITHDRAWN)))
 
