@@ -63,7 +63,10 @@ pipeline = Pipeline("states", [n])
 
 
 def test_blocked_runs(tmp_path, stroma, inside):
-    """`runs --blocked` lists the runs that code could not continue, with the message and the code."""
+    """`runs --blocked` lists the runs that code could not continue, with the message and the code.
+
+    `resume --dry-run` says if that is the code at hand.
+    """
 
     stroma.file("states.py", STATES)
 
@@ -95,7 +98,16 @@ def test_blocked_runs(tmp_path, stroma, inside):
     next_steps = inside("show", "held", *db).err
     assert "deploy code that fits, then a worker of its pipeline continues the run; or" in next_steps
     planned = inside("resume", "held", "states.py:pipeline", "--dry-run", *db).err
-    assert "blocked: the code of a worker could not continue it: the flow makes step 'audit'" in planned
+    blocked = "could not continue it: the flow makes step 'audit'"
+    text = rf"^blocked: code 2\+abc {blocked}; this is code (\w+), which fits$"
+    this = re.search(text, planned, re.MULTILINE)
+    assert this is not None, planned
+    with SQLiteStore(db[1]) as store:
+        asyncio.run(
+            store.block("held", "the flow makes step 'audit'", this[1], None, time.time_ns() // 1_000_000)
+        )
+    planned = inside("resume", "held", "states.py:pipeline", "--dry-run", *db).err
+    assert f"blocked: this code ({this[1]}) {blocked}\n" in planned
 
 
 def test_a_dry_run_counts_the_time_of_calls_once(tmp_path, stroma, inside):

@@ -158,7 +158,10 @@ async def test_an_input_contract_that_fails_now(store, nodes, calls):
 
 
 async def test_a_schema_that_has_changed(store, nodes, calls):
-    """A field that is new is told, though the recorded output fits; an upcast makes it one that is known."""
+    """An output that only its upcast changed is listed, and the code counts as behaving as it did.
+
+    Without an upcast, a schema that has changed is a difference, though the recorded output fits.
+    """
     recorded = await record(store, nodes)
     _, text = await differences(recorded, [calls.node("read", paid, output_model=Renamed), *nodes[1:]])
     assert text == [("schema", "read"), ("output", "read")]
@@ -168,8 +171,19 @@ async def test_a_schema_that_has_changed(store, nodes, calls):
     )
     uncalled = stroma_node("read", contract)(failing_with(AssertionError, "it is not called"))
     result, text = await differences(recorded, [uncalled, *nodes[1:]])
-    assert text == [("output", "read")]
+    assert text == [("upcast", "read")]
     assert 'output.note is new: "new"' in result.differences[0].message
+    result.assert_same()
+    left = NodeContract(
+        node_id="left", input_schema=Order, output_schema=Renamed, upcast=lambda raw: {**raw, "note": "new"}
+    )
+    group = parallel(
+        stroma_node("left", left)(failing_with(AssertionError, "it is not called")), calls.node("right", paid)
+    )
+    result, text = await differences(recorded, [*nodes[:2], group, nodes[3]])
+    later = ("upcast", "map_over(items, item)")
+    assert text == [("upcast", "parallel(left, right)"), ("upcast", "left"), later]
+    result.assert_same()
 
 
 async def test_nodes_that_are_gone_or_new(store, nodes, calls):

@@ -229,6 +229,26 @@ def test_failed_items_are_named(store: SQLiteStore, serve: Any) -> None:
     assert sum(one.attempts for one in site.store.tally(0, 1000)) == 5
 
 
+@pytest.mark.parametrize(
+    ("error", "option"),
+    [
+        ("BudgetExceeded: max_cost_usd", " --budget-usd USD"),
+        ("poison: the process died 3 times", " --force"),
+        ("ValueError: no", ""),
+    ],
+)
+def test_the_command_of_a_page_has_the_option_that_the_run_needs(
+    store: SQLiteStore, serve: Any, error: str, option: str
+) -> None:
+    """The page of a run offers the resume command with the option without which it would not continue."""
+
+    async def write() -> None:
+        await finish(await begin(store, "r"), "FAILED", error)
+
+    asyncio.run(write())
+    assert f"stroma resume r FILE.py:NAME{option}<" in serve(store).get("/run", id="r").text
+
+
 def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:
     """Input that broke a contract is shown with the field marked that did."""
 

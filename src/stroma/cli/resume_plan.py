@@ -28,7 +28,7 @@ from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.restore import check_place, check_unfinished_call, read_output
-from stroma.runner.pipeline import Pipeline
+from stroma.runner.pipeline import Pipeline, code_of
 from stroma.trace.outline import shown_place
 
 
@@ -163,10 +163,17 @@ def print_plan(
     elif record.status in COMPLETE and start_at is None:
         err.line(f"the run is {record.status}; a resume would call nothing")
     else:
+        is_flow = isinstance(find_node(pipeline.nodes[0]), FlowNode)
         if record.blocked is not None:
-            why = clean(record.blocked.message, 1000)
-            err.line(("blocked: ", "yellow"), f"the code of a worker could not continue it: {why}")
-        if isinstance(find_node(pipeline.nodes[0]), FlowNode):
+            this, mark = code_of(pipeline).name, record.blocked
+            which = f"code {clean(mark.codes[-1], 120)}" if mark.codes else "another version of the code"
+            text = f"could not continue it: {clean(mark.message, 1000)}"
+            if this in mark.codes[-1:]:
+                text = f"this code ({this}) {text}"
+            else:
+                text = f"{which} {text}; this is code {this}{'' if is_flow else ', which fits'}"
+            err.line(("blocked: ", "yellow"), text)
+        if is_flow:
             compare = database.hint("replay", id_word(record.run_id), target)
             err.line("the calls of a flow were not compared; compare them with: ", compare)
         options = ("--from", start_at) if start_at is not None else ()

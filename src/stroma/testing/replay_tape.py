@@ -32,7 +32,7 @@ from stroma.testing.recording import RecordedAttempt, RecordedRun, is_failed_ite
 from stroma.trace.events import AttemptUsage
 from stroma.trace.result import RunStatus
 
-Kind = Literal["input", "missing", "new", "contract", "schema", "decision", "output", "status"]
+Kind = Literal["input", "missing", "new", "contract", "schema", "decision", "output", "upcast", "status"]
 #: Longer than any wait that ends.
 _FOR_EVER: Final = 1e9
 #: The same beside a flow, which looks for messages four times a second.
@@ -53,7 +53,8 @@ class Difference:
     Attributes:
         kind: "input" (rejected now), "missing" and "new" (nodes), "contract" (an output or input breaks it
             now, or no longer does), "schema" (it has changed, and the output still fits), "decision"
-            (attempts, stops, budgets), "output" (changed by a group or a validator), "status".
+            (attempts, stops, budgets), "output" (changed by a group or a validator), "upcast" (an output that
+            only its upcast changed, which is not another behaviour), "status".
         at: position and place in groups: "2", "2.0"; "" for the whole run.
     """
 
@@ -88,6 +89,8 @@ class Tape(Interceptor):
     events: dict[tuple[int, str], str] = field(default_factory=dict)
     #: Branch of the last recorded call by position and plain branch.
     last_branches: dict[tuple[int, str], str] = field(default_factory=dict)
+    #: Places whose output an upcast has read, and those of the groups around them.
+    upcasts: set[tuple[int, str]] = field(default_factory=set)
     stopped: str | None = None
 
     def __post_init__(self) -> None:
@@ -274,7 +277,15 @@ class Tape(Interceptor):
             raise as_violation(
                 run.node_id, "output", Schema.decode_raw(one.output), error, schema.model
             ) from error
+        if upcast is not None:
+            self._note_upcast(run.position, run.branch)
         return model.root if isinstance(model, UntypedState) else model
+
+    def _note_upcast(self, position: int, branch: str) -> None:
+        self.upcasts.add((position, branch))
+        outer, _, index = branch.rpartition(".")
+        if index.isdecimal():  # A group has no code that could change more than its children did.
+            self._note_upcast(position, outer)
 
     def diagnosed(self, run: RunningNode, failure: Failure) -> Failure:
         error = failure.exception

@@ -70,7 +70,7 @@ def record(run_: str, target: str, path: Path, force: bool, db: str | None) -> i
     if hide is None and not database.reader._payloads.plain:
         err.line(("note: ", "yellow"), "the store encrypts states; what is written here is not encrypted")
     outcome = replay_run(redacted_run, pipeline)
-    if outcome.differences:
+    if not outcome.is_same:
         raise _differs(
             outcome,
             redacted=redacted_run != whole,

@@ -38,8 +38,8 @@ def replay(run_: str, target: str, as_json: bool, db: str | None) -> int:
     """Replay a recorded run by the current code, with the recorded outputs. No node is called.
 
     Contracts, classification, retries, budgets and the order of nodes are those of the current code. Exit
-    code 6 if it behaves differently. Nothing is written to the store. RUN is a run id, a prefix of one, or
-    "last".
+    code 6 if it behaves differently; a line "upcast" shows what only an upcast changed, and does not count.
+    Nothing is written to the store. RUN is a run id, a prefix of one, or "last".
     """
     database = Database.from_option(db)
     recorded = recorded_run(database, run_)
@@ -49,7 +49,7 @@ def replay(run_: str, target: str, as_json: bool, db: str | None) -> int:
         emit(_data(outcome, pipeline))
     else:
         _print_replay(outcome)
-    return Code.DIFFERENT if outcome.differences else Code.OK
+    return Code.OK if outcome.is_same else Code.DIFFERENT
 
 
 def recorded_run(database: Database, run_: str) -> RecordedRun:
@@ -82,10 +82,11 @@ def _print_replay(outcome: Replay) -> None:
     if outcome.stopped is not None:
         now = f"the replay ended: {clean(outcome.stopped, 300)}"
     err.line(f"run {run_id}: {outcome.recorded.status} then, {now} ({spent})")
-    if outcome.differences:
-        err.line(pluralize(len(outcome.differences), "difference"))
+    count = pluralize(len(outcome.differences), "difference")
+    if not outcome.is_same:
+        err.line(count)
     else:
-        err.line("the code behaves as it did")
+        err.line("the code behaves as it did" + (f", with {count} by upcasts" if outcome.differences else ""))
 
 
 def _data(outcome: Replay, pipeline: Pipeline) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def _data(outcome: Replay, pipeline: Pipeline) -> dict[str, Any]:
         "pipeline": pipeline.name,
         "then": outcome.recorded.status,
         "now": str(outcome.status),
-        "same": not outcome.differences,
+        "same": outcome.is_same,
         "stopped": outcome.stopped,
         "tokens": outcome.result.total_tokens,
         "cost_usd": outcome.result.total_cost_usd,
