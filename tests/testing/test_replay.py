@@ -334,6 +334,28 @@ async def test_runs_that_failed_are_followed(store, calls):
         assert result.status == recorded.status
 
 
+@pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize("ticks", range(0, 24, 4))
+async def test_siblings_that_end_together(store, calls, ticks, retries):
+    """Siblings of a group that end at the same instant end in a replay as they are recorded."""
+    import asyncio
+
+    async def late(state):
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        raise PermissionError("no")
+
+    beside = parallel(
+        calls.node("left", grow), map_over("items", calls.node("item", double, Item, Item), into="out")
+    )
+    work = parallel(parallel(calls.node("late", late)), beside, calls.node("later", late))
+    with FakeClock():
+        await patient(retries=retries, store=store).run([work], ORDER, run_id="r")
+    recorded = RecordedRun.read(store, "r")
+    assert recorded.status == "PARTIAL"
+    assert (await differences(recorded, [work], patient(retries=retries)))[1] == []
+
+
 async def test_a_run_that_waits_for_a_person(store, calls):
     """A suspended run is one again."""
 

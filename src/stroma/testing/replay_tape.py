@@ -23,7 +23,7 @@ from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
 from stroma.engine.context import Call, Interceptor, ReliabilityContext
 from stroma.engine.execution import RunningNode
-from stroma.engine.restore import read_output, schema_difference
+from stroma.engine.restore import output_schema, read_output, schema_difference
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed, Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose
@@ -91,6 +91,8 @@ class Tape(Interceptor):
     last_branches: dict[tuple[int, str], str] = field(default_factory=dict)
     #: Places whose output an upcast has read, and those of the groups around them.
     upcasts: set[tuple[int, str]] = field(default_factory=set)
+    #: Branches that are about to fail, by the place of their group, and an event that lets them.
+    failing: dict[tuple[int, str], tuple[set[str], asyncio.Event]] = field(default_factory=dict)
     stopped: str | None = None
 
     def __post_init__(self) -> None:
@@ -197,7 +199,13 @@ class Tape(Interceptor):
             node.is_map and (node.has_external_items or not node.output_field)
         ):
             # Its children are compared one by one.
-            output = await call(state)
+            try:
+                output = await call(state)
+            except Exception:
+                await self._outlast_siblings(run, attempts or ())
+                raise
+            if _is_cancelled(run, attempts or ()):
+                await self._wait(run)
             self._add_latency(run, attempts)
             return output
         one = await self._answer(run, attempts)
@@ -206,19 +214,19 @@ class Tape(Interceptor):
         if usage != AttemptUsage():
             run.counted = usage
         if one.output is None:
+            await self._outlast_siblings(run, attempts or ())
             raise _failure_of(one)
-        return Schema.decode_raw(one.output) if isinstance(node, Group) else self._read(run, node, one)
+        return self._read(run, node, one, state)
 
     async def _answer(self, run: RunningNode, attempts: list[RecordedAttempt] | None) -> RecordedAttempt:
         """Return the recorded result of an attempt. Raises _NoAnswer."""
         if attempts is None:
             self._stop(run, "new", "the run had no such node, so nothing can be handed on")
         is_live = self._is_live(run)
-        is_cancelled = run.attempt <= len(attempts) and attempts[run.attempt - 1].outcome == "cancelled"
-        if is_cancelled or (is_live and run.attempt > len(attempts)):
+        is_cancelled = _is_cancelled(run, attempts)
+        if is_cancelled or (run.attempt > len(attempts) and (is_live or self._is_in_stopped_group(run))):
             # The cause of the cancellation cancels it again, or there is no recorded output.
-            with contextlib.suppress(TimeoutError):
-                await asyncio.sleep(_IN_FLOW if is_live else _FOR_EVER)
+            await self._wait(run)
         elif is_live:  # Its siblings end before it if they did.
             await asyncio.sleep(attempts[run.attempt - 1].duration_ms / 1000)
         if run.attempt > len(attempts):
@@ -243,6 +251,43 @@ class Tape(Interceptor):
             self._stop(run, "contract", "its input broke its contract, and is taken now")
         return one
 
+    async def _wait(self, run: RunningNode) -> None:
+        """Wait longer than anything else that ends."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.sleep(_IN_FLOW if self._is_live(run) else _FOR_EVER)
+
+    def _is_in_stopped_group(self, run: RunningNode) -> bool:
+        """Return True if the recorded group around a call has no output."""
+        group = None if run.parent is None else self._at(run.parent)
+        return group is not None and any(one.output is None for one in group[-1:])
+
+    async def _outlast_siblings(self, run: RunningNode, attempts: Sequence[RecordedAttempt]) -> None:
+        """Wait until the siblings end that ended before this failure, or with it, stopped their group."""
+        if _is_cancelled(run, attempts):  # They stopped the group before this failure did.
+            await self._wait(run)
+        if not self._is_in_stopped_group(run) or run.attempt != len(attempts):
+            return
+        then, prefix = self.then[run.position], run.branch.rpartition(".")[0]
+        source = self.source_of(run.position, prefix)
+        branches: dict[str, list[str]] = {"success": [], "failure": []}
+        for (position, branch), recorded in self.places.items():
+            before, _, index = branch.rpartition(".")
+            if position == then and before == source and recorded[-1].outcome in branches:
+                branches[recorded[-1].outcome].append(f"{prefix}.{index}" if prefix else index)
+        failing, all_ended = self.failing.setdefault((run.position, prefix), (set(), asyncio.Event()))
+        failing.add(run.branch)
+        for exponent in range(20):  # 17 minutes, which pass only if nothing else can run.
+            pending: Any = run.ctx.session.committed(run.position, branches["success"])
+            committed = await pending
+            if failing.issuperset(branches["failure"]) and committed.keys() >= set(branches["success"]):
+                all_ended.set()
+                await asyncio.sleep(0)  # The others fail first, as they waited first.
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.001 * 2**exponent):
+                    await all_ended.wait()
+                    return
+
     def _is_live(self, run: RunningNode) -> bool:
         """Return True for a call of a flow whose end is not a recorded event, and for the nodes inside it."""
         if not is_called(run.branch):
@@ -265,10 +310,10 @@ class Tape(Interceptor):
         if attempts and not run.branch and run.attempt <= len(attempts):
             run.ctx.cost_tracker.latency_ns += int(attempts[run.attempt - 1].duration_ms * 1e6)
 
-    def _read(self, run: RunningNode, node: Node | Group, one: RecordedAttempt) -> Any:
+    def _read(self, run: RunningNode, node: Node | Group, one: RecordedAttempt, state: BaseModel) -> Any:
         """Decode an output by the current schema. Raises ContractViolation if it does not fit."""
-        contract = self.registry.find(node.node_id) or (node.contract if isinstance(node, Node) else None)
-        schema = schema_of(UntypedState if contract is None else contract.output_schema)
+        contract = self.registry.find(node.node_id) or node.contract if isinstance(node, Node) else None
+        schema = output_schema(run.ctx, node, state)
         upcast = None if contract is None or one.contract == schema.fingerprint else contract.upcast
         try:
             model = read_output(schema, one.committed(), upcast)
@@ -279,7 +324,9 @@ class Tape(Interceptor):
             ) from error
         if upcast is not None:
             self._note_upcast(run.position, run.branch)
-        return model.root if isinstance(model, UntypedState) else model
+        if isinstance(model, UntypedState):
+            return model.root
+        return schema.values(model) if isinstance(node, Group) else model
 
     def _note_upcast(self, position: int, branch: str) -> None:
         self.upcasts.add((position, branch))
@@ -371,6 +418,10 @@ def _nodes_in(node: Node | Group, branch: str = "") -> Iterable[tuple[str, Node]
 def _plain(branch: str) -> str:
     """Return a branch without the numbers of calls whose place had the output of another path."""
     return ".".join(identity.partition("@")[0] for identity in branch.split("."))
+
+
+def _is_cancelled(run: RunningNode, attempts: Sequence[RecordedAttempt]) -> bool:
+    return run.attempt <= len(attempts) and attempts[run.attempt - 1].outcome == "cancelled"
 
 
 def _reached(recorded: RecordedRun, position: int | None) -> bool:

@@ -190,6 +190,7 @@ def _compare_attempts(tape: Tape, attempts: list[AttemptRecord], redact: Redact 
         for one in tape.recorded.attempts
         if (one.position, one.branch) in places
     ]
+    then, attempts = _begun_in_both(then, attempts), _begun_in_both(attempts, then)
     differences: list[Difference] = []
     for pair in compare(then, attempts, _payload):
         if pair.same or pair.a is None or pair.b is None:
@@ -204,6 +205,16 @@ def _compare_attempts(tape: Tape, attempts: list[AttemptRecord], redact: Redact 
         is_upcast = (last.position, last.branch) in tape.upcasts
         differences.append(_difference(pair, at, text(pair), is_upcast=is_upcast))
     return differences
+
+
+def _begun_in_both(attempts: list[AttemptRecord], others: list[AttemptRecord]) -> list[AttemptRecord]:
+    """Return attempts without those that were cancelled at once, before the other run began them."""
+    begun = {(one.position, one.branch, one.attempt) for one in others}
+    return [
+        one
+        for one in attempts
+        if one.outcome != "cancelled" or (one.position, one.branch, one.attempt) in begun
+    ]
 
 
 def _payload(one: AttemptRecord) -> Payload:
