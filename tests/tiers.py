@@ -52,8 +52,6 @@ SLOW_PATHS = (
     "tests/checkpoint/test_redis",
     "tests/checkpoint/test_scale.py",
     "tests/cli/test_temporal.py",
-    "tests/cli/test_gc.py",
-    "tests/cli/test_maps.py",
     "tests/cli/test_servers.py",
     "tests/cli/test_signals.py",
     "tests/demo/test_provider.py",

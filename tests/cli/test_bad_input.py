@@ -8,6 +8,7 @@ import sys
 import pytest
 from tests.cli.terminal import run_on_terminal
 
+from stroma import SQLiteStore
 from stroma.cli import stores
 
 GOOD = '{"start": 1}'
@@ -95,26 +96,19 @@ def test_targets(files, inside, fails, target, code, words):
     fails(inside("run", target, GOOD), code, *words)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
-    [
-        "many.py:holder.inner",
-        "my-pipe.py:pipeline",
-        "json.py:pipeline",
-        "package.flows:pipeline",
-    ],
+    ["many.py:holder.inner", "my-pipe.py:pipeline", "json.py:pipeline", "package.flows:pipeline"],
 )
-def test_targets_that_load(files, target):
+def test_targets_that_load(files, inside, target):
     """A nested name, a file with any name and a module inside a package all load."""
-    done = files("run", target, GOOD, "-q")
+    done = inside("run", target, GOOD, "-q")
     assert (done.code, done.out and json.loads(done.out)) == (0, {"n": 4}), done
 
 
-@pytest.mark.slow
-def test_debug_shows_the_traceback(files):
+def test_debug_shows_the_traceback(files, inside):
     """With STROMA_DEBUG=1 the whole traceback is shown before the message."""
-    done = files("run", "broken.py:pipeline", GOOD, env={"STROMA_DEBUG": "1"})
+    done = inside("run", "broken.py:pipeline", GOOD, env={"STROMA_DEBUG": "1"})
     assert done.code == 2
     assert done.err.startswith("Traceback")
     assert "stroma: " in done.err
@@ -153,14 +147,10 @@ def test_inputs(files, inside, fails, value, code, words):
     assert not list(files.home.rglob("*.db"))
 
 
-def test_inputs_that_fit(files, inside):
+def test_inputs_that_fit(files, inside, fails):
     """A file with a byte order mark, stdin, a field's name in place of its alias: each is read."""
     assert json.loads(inside("run", "sums.py:pipeline", "@input.json", "-q").out) == {"n": 12}
     assert json.loads(inside("run", "sums.py:pipeline", "-", "-q", stdin=b'{"n": 2}').out) == {"n": 6}
-
-
-def test_bytes_that_are_no_text(inside, fails):
-    """Input in another encoding is no JSON, and says which byte."""
     done = inside("run", "sums.py:pipeline", "-", stdin=b'{"start": "\xe9"}')
     fails(done, 2, "stdin is not JSON: 'utf-8' codec can't decode byte 0xe9 in position 11")
 
@@ -196,6 +186,7 @@ def test_first_nodes_without_one_contract(files, inside, fails):
         (["run", "sums.py:pipeline", GOOD, "--resume"], "--resume needs --run-id"),
         (["run", "sums.py:pipeline", GOOD, "--db", "mysql://x"], "--db mysql://x"),
         (["runs", "--db", "memory://"], "is not durable: it is lost when its process ends"),
+        (["budget", "x", "--cost-usd", "nan", "--db", "runs.db"], "Input should be a finite number"),
     ],
 )
 def test_usage(inside, fails, words, report):
@@ -221,14 +212,17 @@ def test_no_stdin(stroma):
 def test_files_that_are_no_store(stroma, inside, fails):
     """A text file, another program's database, a damaged store, a directory: told apart and unchanged."""
     text = stroma.file("text.db", "x" * 5000)
-    for words in (["run", "sums.py:pipeline", GOOD, "-q"], ["runs"], ["show", "last"]):
+    run = ("run", "sums.py:pipeline", GOOD, "-q")
+    for words in (run, ["runs"], ["show", "last"]):
         fails(inside(*words, "--db", "text.db"), 3, "is not an SQLite database")
     assert text.read_text() == "x" * 5000
     with sqlite3.connect(stroma.home / "theirs.db") as theirs:
         theirs.execute("CREATE TABLE t (x)")
-    fails(inside("run", "sums.py:pipeline", GOOD, "-q", "--db", "theirs.db"), 3, "of another program")
-    fails(inside("run", "sums.py:pipeline", GOOD, "-q", "--db", "no/dir/x.db"), 3, "there is no directory")
+    fails(inside(*run, "--db", "theirs.db"), 3, "of another program")
+    fails(inside(*run, "--db", "no/dir/x.db"), 3, "there is no directory")
     fails(inside("runs", "--db", "."), 3, "--db . is a directory")
+    done = inside(*run, env={"XDG_DATA_HOME": str(stroma.home / "text.db")})
+    fails(done, 3, "cannot create the directory of the store", "--db FILE")
     assert stroma.calls() == []
 
     assert inside("run", "sums.py:pipeline", GOOD, "--db", "store.db").code == 0
@@ -239,26 +233,13 @@ def test_files_that_are_no_store(stroma, inside, fails):
     fails(inside("runs", "--db", "store.db"), 3, "store.db is damaged")
 
 
-def test_a_directory_that_may_not_be_written(stroma, inside, fails):
-    """A default store that cannot be made says so, and how to name another one."""
-    stroma.file("plain", "")
-    done = inside("run", "sums.py:pipeline", GOOD, "-q", env={"XDG_DATA_HOME": str(stroma.home / "plain")})
-    fails(done, 3, "cannot create the directory of the store", "--db FILE")
-
-
-@pytest.mark.slow
-def test_a_locked_store(stroma, fails):
+def test_a_locked_store(stroma, inside, fails, ran, monkeypatch):
     """A store that another process holds is waited for, and then named."""
-    assert stroma("run", "sums.py:pipeline", GOOD, "--db", "x.db").code == 0
-    code = (
-        "import sys; from stroma.checkpoint.sqlite.store import SQLiteStore; from stroma.cli import main\n"
-        "SQLiteStore._patience_seconds = 0.2\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
+    ran("a", "--db", "x.db")
+    monkeypatch.setattr(SQLiteStore, "_patience_seconds", 0.2)
     holder = sqlite3.connect(stroma.home / "x.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
-    words = ["run", "sums.py:pipeline", GOOD, "--db", "x.db", "-q"]
-    done = stroma.python(code, *words)
+    done = inside("run", "sums.py:pipeline", GOOD, "--db", "x.db", "-q")
     holder.execute("ROLLBACK")
     holder.close()
     assert done.code == 3
@@ -387,19 +368,3 @@ def test_a_mistake_is_named_in_plain_words(stroma, inside, words, code, report):
     done = inside(*words)
     assert (done.code, report in done.err) == (code, True), done
     assert not (stroma.home / "nope.db").exists()
-
-
-def test_values_that_a_store_cannot_take(inside, ran, fails):
-    """A filter that is not UTF-8 is wrong use, and no number of runs is too large."""
-    ran("x")
-    done = inside("runs", "--search", "a\udcff")
-    fails(done, 2, "argument 'a\\udcff' is not UTF-8 text; pass it in UTF-8")
-    assert "COMPLETED" in inside("runs", "--limit", str(10**23)).out
-
-
-def test_a_budget_that_is_not_a_number(inside, ran):
-    """A limit of a run must be finite, and the message names it in one line."""
-    ran("x")
-    done = inside("budget", "x", "--cost-usd", "nan", "--db", "runs.db")
-    assert done.code == 2
-    assert done.err.splitlines()[0] == "stroma: max_cost_usd: Input should be a finite number"

@@ -9,7 +9,7 @@ GOOD = '{"start": 1}'
 
 
 @pytest.mark.slow
-def test_a_run_that_kept_dying_is_forced(stroma):
+def test_a_run_that_kept_dying_is_forced(stroma, inside):
     """A run given up as poison stays FAILED under a plain resume and calls nothing; --force resumes it."""
     stroma.file(
         "deadly.py",
@@ -29,34 +29,37 @@ def test_a_run_that_kept_dying_is_forced(stroma):
     )
     assert stroma("run", "deadly.py:pipeline", GOOD, "--run-id", "x").code == -9
     assert stroma("resume", "x", "deadly.py:pipeline").code == -9
-    given_up = stroma("resume", "x", "deadly.py:pipeline", env={"WELL": "1"})
+    given_up = inside("resume", "x", "deadly.py:pipeline", env={"WELL": "1"})
     assert given_up.code == 1
     assert "poison: the process died 2 times under this run" in given_up.err
     assert stroma.calls() == ["deadly", "deadly"]
-    assert "poison" in stroma("runs").out
-    forced = stroma("resume", "x", "deadly.py:pipeline", "--force", "-q", env={"WELL": "1"})
+    assert "poison" in inside("runs").out
+    forced = inside("resume", "x", "deadly.py:pipeline", "--force", "-q", env={"WELL": "1"})
     assert (forced.code, json.loads(forced.out)) == (0, {"n": 2})
 
 
 @pytest.mark.slow
-def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
+def test_a_run_whose_owner_is_gone_is_interrupted(stroma, inside, ran):
     """A run whose process died is INTERRUPTED for `runs`, `show` and `resume`, and not RUNNING."""
     env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
     assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x1", env=env).code == -9
     for request in ((), ("--status", "INTERRUPTED")):
-        (run,) = json.loads(stroma("runs", "--json", *request).out)["runs"]
+        (run,) = json.loads(inside("runs", "--json", *request).out)["runs"]
         assert (run["run_id"], run["status"], run["holder"]) == ("x1", "INTERRUPTED", None)
-    assert json.loads(stroma("runs", "--json", "--status", "RUNNING").out)["runs"] == []
-    listed = stroma("runs")
+    assert json.loads(inside("runs", "--json", "--status", "RUNNING").out)["runs"] == []
+    listed = inside("runs")
     assert "  owner lost; last record " in listed.out
     assert listed.err == "resume a run without owner: stroma resume RUN FILE.py:NAME\n"
-    shown = stroma("show", "x1").out
+    shown = inside("show", "x1").out
     assert "INTERRUPTED" in shown
     assert re.search(r"owner     process \d+ on \S+ is gone; last record ", shown)
-    planned = stroma("resume", "x1", "sums.py:pipeline", "--dry-run", "--json")
+    planned = inside("resume", "x1", "sums.py:pipeline", "--dry-run", "--json")
     assert json.loads(planned.out)["status"] == "INTERRUPTED"
-    assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x2").code == 0
-    listed = stroma("show", "x").err
+    done = inside("tail", "x1", "--follow")
+    assert (done.code, done.out.splitlines()[-1]) == (0, "INTERRUPTED  owner lost")
+    assert "resume it: stroma resume x1 sums.py:pipeline" in done.err
+    ran("x2")
+    listed = inside("show", "x").err
     assert "x1  sums  INTERRUPTED" in listed, listed
     assert "x2  sums  COMPLETED" in listed, listed
 

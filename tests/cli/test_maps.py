@@ -35,10 +35,10 @@ MANY = """
     """
 
 
-def test_many_items_are_one_line(stroma):
+def test_many_items_are_one_line(stroma, inside):
     """Of a map with many items one line has the progress, with the first failures."""
     stroma.file("many.py", MANY)
-    done = stroma("run", "many.py:pipeline", "{}", "--run-id", "m")
+    done = inside("run", "many.py:pipeline", "{}", "--run-id", "m")
     assert done.code == 0, done.err
     assert "half[0]" not in done.err
     assert re.search(r"map_over\(in\.jsonl, half\) +items +0 of 300 items\n", done.err)
@@ -53,7 +53,7 @@ def test_many_items_are_one_line(stroma):
     assert len((stroma.home / "out.jsonl").read_text().splitlines()) == 270
 
 
-def test_the_item_that_stopped_a_map_is_named(stroma):
+def test_the_item_that_stopped_a_map_is_named(stroma, inside):
     """Of items that failed alike, the message names the one without a retry left."""
     stroma.file(
         "alike.py",
@@ -73,43 +73,45 @@ def test_the_item_that_stopped_a_map_is_named(stroma):
                             config=RunConfig(policy_map=retry))
         """,
     )
-    done = stroma("run", "alike.py:pipeline", '{"nums": [0, 1]}', "-q")
+    done = inside("run", "alike.py:pipeline", '{"nums": [0, 1]}', "-q")
     assert "node 'half' (at 0.1, attempt 3) in map_over(nums, half): RECOVERABLE" in " ".join(
         done.err.split()
     )
 
 
-def test_failed_items_are_run_again(stroma, fails):
+def test_failed_items_are_run_again(stroma, inside, fails):
     """resume leaves failed items as they are; --retry-failed runs just those and what follows."""
     stroma.file("many.py", MANY)
-    done = stroma("run", "many.py:pipeline", "{}", "--run-id", "m", "--json", "-q")
+    done = inside("run", "many.py:pipeline", "{}", "--run-id", "m", "--json", "-q")
     assert json.loads(done.out)["totals"]["failed_items"] == 30
     assert json.loads(done.out)["totals"]["attempts"] == 302
-    entry = stroma("resume", "m", "many.py:pipeline", "--json", "-q", env={"WELL": "1"})
+    entry = inside("resume", "m", "many.py:pipeline", "--json", "-q", env={"WELL": "1"})
     assert (entry.code, json.loads(entry.out)["totals"]["failed_items"]) == (0, 30), entry.err
     assert len(stroma.calls()) == 301
-    again = stroma("resume", "m", "many.py:pipeline", "--retry-failed", "--json", env={"WELL": "1"})
+    planned = inside("resume", "m", "many.py:pipeline", "--dry-run", "--json")
+    assert (planned.code, json.loads(planned.out)["resumable"]) == (0, True), planned
+    again = inside("resume", "m", "many.py:pipeline", "--retry-failed", "--json", env={"WELL": "1"})
     assert (again.code, json.loads(again.out)["totals"]["failed_items"]) == (0, 0), again.err
     assert re.search(r"items +300 of 300 items", again.err)
     assert sorted(stroma.calls()[301:]) == sorted(["after", *(f"half-{n}" for n in range(7, 300, 10))])
     assert len((stroma.home / "out.jsonl").read_text().splitlines()) == 300
     fails(
-        stroma("resume", "m", "many.py:pipeline", "--retry-failed", "--from", "after"),
+        inside("resume", "m", "many.py:pipeline", "--retry-failed", "--from", "after"),
         2,
         "--retry-failed and --from exclude each other",
     )
 
 
-def test_few_items_are_told_one_by_one(stroma):
+def test_few_items_are_told_one_by_one(stroma, inside):
     """A map with few items is told item by item."""
     stroma.file("many.py", MANY)
-    done = stroma("run", "many.py:pipeline", "{}", env={"ITEMS": "5"})
+    done = inside("run", "many.py:pipeline", "{}", env={"ITEMS": "5"})
     assert done.code == 0, done.err
     assert re.search(r"    half\[4\] +ok ", done.err)
     assert " items " not in done.err
 
 
-def test_lines_name_the_item(stroma):
+def test_lines_name_the_item(stroma, inside):
     """Each line of a node in an item has the index of the item, also if a node was restored."""
     stroma.file(
         "turns.py",
@@ -134,25 +136,17 @@ def test_lines_name_the_item(stroma):
     def names(lines: str) -> list[str]:
         return re.findall(r"^\S+ +(\S.*?)  +(?:start|ok|restored|FAILED)\b", lines, re.MULTILINE)
 
-    done = stroma("run", "turns.py:pipeline", '{"nums": [7, 8]}', "--run-id", "t")
+    done = inside("run", "turns.py:pipeline", '{"nums": [7, 8]}', "--run-id", "t")
     assert done.code == 1, done.err
     group = "map_over(nums, [read, rate])"
     first = ["read[0]", "rate[0]", "[read, rate][0]"]
     second = [name.replace("[0]", "[1]") for name in first]
     assert names(done.err) == ["load", "load", group, *first, *second, group]
-    again = stroma("resume", "t", "turns.py:pipeline", env={"WELL": "1"})
+    again = inside("resume", "t", "turns.py:pipeline", env={"WELL": "1"})
     assert again.code == 0, again.err
     rest = ["[read, rate][0]", "read[1]", "rate[1]", "[read, rate][1]"]
     assert names(again.err) == ["load", group, *rest, group]
     assert stroma.calls() == ["read-7", "read-8"]
-
-
-def test_a_resume_can_be_checked(stroma):
-    """A dry run finds that a run with collected failures, whose items are stored apart, can resume."""
-    stroma.file("many.py", MANY)
-    assert stroma("run", "many.py:pipeline", "{}", "--run-id", "m", "-q").code == 0
-    planned = stroma("resume", "m", "many.py:pipeline", "--dry-run", "--json")
-    assert (planned.code, json.loads(planned.out)["resumable"]) == (0, True), planned
 
 
 @pytest.mark.slow

@@ -52,18 +52,6 @@ def test_following_a_queued_run(stroma, inside):
 
 
 @pytest.mark.slow
-def test_a_run_whose_process_died(stroma, inside):
-    """--follow ends when the owner of the run is lost, and prints how to resume it."""
-    env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
-    killed = stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x", env=env)
-    assert killed.code == -9
-    done = inside("tail", "x", "--follow")
-    assert done.code == 0
-    assert done.out.splitlines()[-1] == "INTERRUPTED  owner lost"
-    assert "resume it: stroma resume x sums.py:pipeline" in done.err
-
-
-@pytest.mark.slow
 def test_all_runs(stroma):
     """Without a RUN, --follow prints every run that begins, with its id, until it is stopped."""
     watch = stroma.popen("tail", "--follow")

@@ -1,4 +1,4 @@
-"""`stroma run` sends telemetry where it is told to, and all of it has left when the command ends."""
+"""`stroma run` sends telemetry where it is told to, once, and all of it has left when the command ends."""
 
 import http.server
 import json
@@ -9,14 +9,45 @@ from typing import Any
 import pytest
 from tests.receivers.datadog import DatadogAgent, StatsdSocket
 from tests.receivers.otlp import OtlpReceiver
-from tests.receivers.processes import fetch, free_port
+from tests.receivers.processes import free_port
 from tests.receivers.sentry import SentryServer
 
 pytest_plugins = ["tests.receivers.fixtures"]
 
-GOOD = '{"start": 1}'
-FAIL = {"SECOND": "raise ValueError('no')"}
-TARGET = ("run", "sums.py:pipeline", GOOD)
+TARGET = ("run", "sums.py:pipeline", '{"start": 1}')
+#: A pipeline with an exporter of its own.
+OWN = """
+    import os
+    from pydantic import BaseModel
+    from stroma import NodeContract, Pipeline, RunConfig, stroma_node
+    from stroma.telemetry import datadog_hooks, otel_hooks, prometheus_hooks, sentry_hooks
+
+    class Text(BaseModel):
+        text: str = "x"
+
+    @stroma_node("ask", NodeContract(node_id="ask", input_schema=Text, output_schema=Text))
+    async def ask(state: Text):
+        exec(os.environ.get("ASK", "pass"), globals())
+        return {"text": "x"}, 1000, 0, "gpt-4o-mini"
+
+    hooks = eval(os.environ["HOOKS"], globals())
+    pipeline = Pipeline("p", [ask], config=RunConfig(hooks=hooks))
+"""
+OWN_TARGET = ("run", "own.py:pipeline", '{"text": "a"}')
+#: Code of a node that prints the metrics that are served while it runs.
+SHOW_METRICS = (
+    "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:%d/metrics').read().decode())"
+)
+by_option_or_variable = pytest.mark.parametrize("by", ["option", "variable"])
+
+
+@pytest.fixture
+def inside(inside: Any, stroma: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call the command in this process; it sets no provider for later tests."""
+    monkeypatch.setattr("opentelemetry.trace.set_tracer_provider", lambda provider: None)
+    monkeypatch.setattr("opentelemetry.metrics.set_meter_provider", lambda provider: None)
+    stroma.file("own.py", OWN)
+    return inside
 
 
 def test_otlp(stroma: Any, otlp: OtlpReceiver) -> None:
@@ -30,36 +61,34 @@ def test_otlp(stroma: Any, otlp: OtlpReceiver) -> None:
     assert sum(point["value"] for point in otlp.points("stroma.node.executions")) == 3
 
 
-def test_otlp_by_the_environment(stroma: Any, otlp: OtlpReceiver) -> None:
-    """OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_SERVICE_NAME are enough; OTEL_SDK_DISABLED switches it off."""
-    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp.url, "OTEL_SERVICE_NAME": "letters"}
-    assert stroma(*TARGET, env={**env, "OTEL_SDK_DISABLED": "true"}).code == 0
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ({"OTEL_SERVICE_NAME": "letters"}, "letters"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=mail,team=a"}, "mail"),
+        ({}, "stroma"),
+    ],
+)
+def test_otlp_by_the_environment(inside: Any, otlp: OtlpReceiver, env: dict[str, str], name: str) -> None:
+    """OTEL_EXPORTER_OTLP_ENDPOINT is enough, and a variable names the service; it is stroma by default."""
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp.url, **env}
+    assert inside(*TARGET, env={**env, "OTEL_SDK_DISABLED": "true"}).code == 0
     assert otlp.spans() == []
-    assert stroma(*TARGET, env=env).code == 0
-    assert otlp.span("invoke_workflow sums")["resource"]["service.name"] == "letters"
+    assert inside(*TARGET, env=env).code == 0
+    resource = otlp.span("invoke_workflow sums")["resource"]
+    assert resource["service.name"] == name
+    assert resource.get("team") == ("a" if name == "mail" else None)
 
 
-def test_an_address_of_traces_alone(stroma: Any, otlp: OtlpReceiver) -> None:
+def test_an_address_of_traces_alone(inside: Any, otlp: OtlpReceiver) -> None:
     """Where only traces have an address, or metrics are switched off, no metrics are sent to anywhere."""
     only = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{otlp.url}/v1/traces"}
     off = {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp.url, "OTEL_METRICS_EXPORTER": "none"}
     for number, env in enumerate((only, off), 1):
-        done = stroma(*TARGET, "-q", env=env)
+        done = inside(*TARGET, "-q", env=env)
         assert (done.code, done.err) == (0, "printed by a node\n")
         assert len(otlp.spans()) == 6 * number  # The run, three nodes, and the calls of two of them.
     assert otlp.points("stroma.node.executions") == []
-
-
-@pytest.mark.parametrize(
-    ("attributes", "name"), [("service.name=mail,team=a", "mail"), ("team=a", "stroma"), (None, "stroma")]
-)
-def test_the_name_of_the_service(stroma: Any, otlp: OtlpReceiver, attributes: str | None, name: str) -> None:
-    """It is stroma, unless OTEL_RESOURCE_ATTRIBUTES says another."""
-    env = {} if attributes is None else {"OTEL_RESOURCE_ATTRIBUTES": attributes}
-    assert stroma(*TARGET, "--otel", otlp.url, env=env).code == 0
-    resource = otlp.span("invoke_workflow sums")["resource"]
-    assert resource["service.name"] == name
-    assert resource.get("team") == (None if attributes is None else "a")
 
 
 def test_sigterm_flushes(stroma: Any, otlp: OtlpReceiver) -> None:
@@ -77,52 +106,34 @@ def test_sigterm_flushes(stroma: Any, otlp: OtlpReceiver) -> None:
 
 
 @pytest.mark.slow
-def test_prometheus(stroma: Any) -> None:
-    """--prometheus HOST:PORT serves the metrics while the run goes on."""
+@pytest.mark.parametrize(
+    "hooks",
+    [
+        "()",
+        "prometheus_hooks()",
+        "prometheus_hooks(registry=__import__('prometheus_client').CollectorRegistry())",
+    ],
+    ids=["none of its own", "default", "own registry"],
+)
+def test_prometheus(stroma: Any, hooks: str) -> None:
+    """--prometheus serves the metrics of the run, those of the pipeline's own ``prometheus_hooks()`` too."""
+    stroma.file("own.py", OWN)
     port = free_port()
-    env = {"SECOND_AWAITS": "asyncio.sleep(60)"}
-    process = stroma.popen(*TARGET, "--prometheus", f"localhost:{port}", env=env)
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        if "second" in line and "start" in line:
-            break
-    assert f"http://localhost:{port}/metrics" in seen
-    page = fetch(f"http://127.0.0.1:{port}/metrics").decode()
-    assert 'stroma_runs_in_progress{pipeline="sums"} 1.0' in page
-    assert (
-        'stroma_node_executions_total{failure_class="",node_id="first",outcome="success",'
-        'pipeline="sums",reason=""} 1.0' in page
-    )
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode == 130
+    env = {"HOOKS": hooks, "ASK": SHOW_METRICS % port}
+    done = stroma(*OWN_TARGET, "--prometheus", f"localhost:{port}", env=env)
+    assert done.code == 0, done
+    assert f"http://localhost:{port}/metrics" in done.err
+    assert 'stroma_runs_in_progress{pipeline="p"} 1.0' in done.err
 
 
-@pytest.mark.parametrize("by", ["option", "variable"])
-def test_sentry(stroma: Any, sentry_server: SentryServer, by: str) -> None:
+@by_option_or_variable
+def test_sentry(inside: Any, sentry_server: SentryServer, by: str) -> None:
     """--sentry DSN, or SENTRY_DSN: a failed run is one issue, which has arrived when the command ends."""
     options = ("--sentry", sentry_server.dsn) if by == "option" else ()
-    env = {**FAIL, **({} if options else {"SENTRY_DSN": sentry_server.dsn})}
-    assert stroma(*TARGET, *options, env=env).code == 1
+    env = {"SECOND": "raise ValueError('no')", **({} if options else {"SENTRY_DSN": sentry_server.dsn})}
+    assert inside(*TARGET, *options, env=env).code == 1
     (event,) = sentry_server.events
     assert event["fingerprint"] == ["stroma", "sums", "second", "AMBIGUOUS", "ValueError"]
-
-
-def test_datadog(stroma: Any, datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
-    """--datadog HOST:PORT: spans reach the agent, metrics its DogStatsD port."""
-    env = {"DD_DOGSTATSD_PORT": str(statsd.port), "DD_REMOTE_CONFIGURATION_ENABLED": "false"}
-    done = stroma(*TARGET, "--datadog", f"127.0.0.1:{datadog_agent.port}", env=env)
-    assert done.code == 0, done
-    (trace,) = datadog_agent.traces(at_least=1)
-    assert sorted((span["name"], span["resource"]) for span in trace) == [
-        ("stroma.node", "first"),
-        ("stroma.node", "second"),
-        ("stroma.node", "third"),
-        ("stroma.run", "sums"),
-    ]
-    runs = [line for line in statsd.statistics() if line.name == "stroma.runs"]
-    assert [(line.value, line.tags["status"]) for line in runs] == [("1", "COMPLETED")]
 
 
 @pytest.mark.slow
@@ -133,7 +144,6 @@ def test_a_backend_that_is_down(stroma: Any) -> None:
     assert (done.code, json.loads(done.out)) == (0, {"n": 4})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "text"),
     [
@@ -151,14 +161,85 @@ def test_wrong_addresses(inside: Any, option: tuple[str, str], text: str) -> Non
     assert done.out == ""
 
 
-@pytest.mark.slow
-def test_a_port_that_is_taken(stroma: Any) -> None:
+def test_a_port_that_is_taken(stroma: Any, inside: Any) -> None:
     """--prometheus on a port in use is an error of the environment; nothing was called."""
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as taken:
-        done = stroma(*TARGET, "--prometheus", str(taken.server_address[1]))
+        done = inside(*TARGET, "--prometheus", str(taken.server_address[1]))
     assert done.code == 3
     assert "pass another port" in done.err
     assert stroma.calls() == []
+
+
+@by_option_or_variable
+@pytest.mark.parametrize("provider", ["", "tracer=__import__('provider').provider, "], ids=["", "its own"])
+def test_otlp_counts_once(
+    inside: Any, stroma: Any, otlp: OtlpReceiver, monkeypatch: pytest.MonkeyPatch, by: str, provider: str
+) -> None:
+    """``otel_hooks()`` of a pipeline and --otel, or its variable, are one, with the pipeline's settings.
+
+    An option takes the place of a pipeline's own provider, a variable does not: spans arrive once.
+    """
+    stroma.file(
+        "provider.py",
+        """
+        import os
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+
+        provider = TracerProvider()
+        exporter = OTLPSpanExporter(endpoint=os.environ["OURS"] + "/v1/traces")
+        provider.add_span_processor(SimpleSpanProcessor(exporter))
+        """,
+    )
+    monkeypatch.syspath_prepend(str(stroma.home))
+    env = {"HOOKS": f"otel_hooks({provider}content='redacted')", "OURS": otlp.url}
+    options = ("--otel", otlp.url) if by == "option" else ()
+    if not options:
+        env["OTEL_EXPORTER_OTLP_ENDPOINT"] = otlp.url
+    # Hooks without a provider send to the global one, which the command sets in its own process.
+    done = (inside if provider else stroma)(*OWN_TARGET, *options, env=env)
+    assert done.code == 0, done
+    (span,) = [span for span in otlp.spans() if span["name"].startswith("invoke_workflow")]
+    assert span["attributes"]["input.value"] == '{"text": "a"}'
+    if not provider:
+        assert sum(point["value"] for point in otlp.points("stroma.node.executions")) == 1
+
+
+@pytest.mark.slow
+@by_option_or_variable
+@pytest.mark.parametrize("started", [False, True], ids=["no client", "a client of its own"])
+def test_sentry_counts_once(stroma: Any, sentry_server: SentryServer, by: str, started: bool) -> None:
+    """``sentry_hooks()`` of a pipeline and --sentry, or SENTRY_DSN, are one: a failure is one issue."""
+    stroma.file("own.py", OWN)
+    options = ("--sentry", sentry_server.dsn) if by == "option" else ()
+    init = f"__import__('sentry_sdk').init({sentry_server.dsn!r}, default_integrations=False) and "
+    env = {"HOOKS": f"{init if started else ''}sentry_hooks()", "ASK": "raise ValueError('no')"}
+    if not options:
+        env["SENTRY_DSN"] = sentry_server.dsn
+    assert stroma(*OWN_TARGET, *options, env=env).code == 1
+    assert len(sentry_server.events) == 1
+
+
+@pytest.mark.parametrize("by", ["option", "variable", "option without hooks"])
+def test_datadog_counts_once(stroma: Any, datadog_agent: DatadogAgent, statsd: StatsdSocket, by: str) -> None:
+    """--datadog, or DD_TRACE_AGENT_URL, and ``datadog_hooks()`` of a pipeline are one: spans and metrics."""
+    stroma.file("own.py", OWN)
+    address = f"127.0.0.1:{datadog_agent.port}"
+    env = {
+        "HOOKS": "()" if "without" in by else f"datadog_hooks(statsd='127.0.0.1:{statsd.port}')",
+        "DD_DOGSTATSD_PORT": str(statsd.port),
+        "DD_REMOTE_CONFIGURATION_ENABLED": "false",
+    }
+    if "without" not in by:  # A pipeline's hooks import the tracer, which reads its address then.
+        env["DD_TRACE_AGENT_URL"] = f"http://{address}"
+    options = () if by == "variable" else ("--datadog", address)
+    done = stroma(*OWN_TARGET, *options, env=env)
+    assert done.code == 0, done
+    spans = [(span["name"], span["resource"]) for trace in datadog_agent.traces(at_least=1) for span in trace]
+    assert sorted(spans) == [("stroma.node", "ask"), ("stroma.run", "p")]
+    runs = [line for line in statsd.statistics() if line.name == "stroma.runs"]
+    assert [(line.value, line.tags["status"]) for line in runs] == [("1", "COMPLETED")]
 
 
 def test_assets(inside: Any, tmp_path: Path) -> None:
