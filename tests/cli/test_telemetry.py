@@ -193,10 +193,12 @@ def test_otlp_counts_once(
         """,
     )
     monkeypatch.syspath_prepend(str(stroma.home))
-    env = {"HOOKS": f"otel_hooks({provider}content='redacted')", "OURS": otlp.url}
+    nowhere = "http://127.0.0.1:9"
+    env = {"HOOKS": f"otel_hooks({provider}content='redacted')", "OURS": nowhere}
     options = ("--otel", otlp.url) if by == "option" else ()
     if not options:
-        env["OTEL_EXPORTER_OTLP_ENDPOINT"] = otlp.url
+        env["OURS"] = otlp.url
+        env["OTEL_EXPORTER_OTLP_ENDPOINT"] = nowhere if provider else otlp.url
     # Hooks without a provider send to the global one, which the command sets in its own process.
     done = (inside if provider else stroma)(*OWN_TARGET, *options, env=env)
     assert done.code == 0, done
@@ -223,7 +225,10 @@ def test_sentry_counts_once(stroma: Any, sentry_server: SentryServer, by: str, s
 
 @pytest.mark.parametrize("by", ["option", "variable", "option without hooks"])
 def test_datadog_counts_once(stroma: Any, datadog_agent: DatadogAgent, statsd: StatsdSocket, by: str) -> None:
-    """--datadog, or DD_TRACE_AGENT_URL, and ``datadog_hooks()`` of a pipeline are one: spans and metrics."""
+    """--datadog, or DD_TRACE_AGENT_URL, and ``datadog_hooks()`` of a pipeline are one: spans and metrics.
+
+    The pipeline's file may import the tracer, which reads its address then.
+    """
     stroma.file("own.py", OWN)
     address = f"127.0.0.1:{datadog_agent.port}"
     env = {
@@ -231,9 +236,9 @@ def test_datadog_counts_once(stroma: Any, datadog_agent: DatadogAgent, statsd: S
         "DD_DOGSTATSD_PORT": str(statsd.port),
         "DD_REMOTE_CONFIGURATION_ENABLED": "false",
     }
-    if "without" not in by:  # A pipeline's hooks import the tracer, which reads its address then.
-        env["DD_TRACE_AGENT_URL"] = f"http://{address}"
-    options = () if by == "variable" else ("--datadog", address)
+    options = ("--datadog", address)
+    if by == "variable":
+        env["DD_TRACE_AGENT_URL"], options = f"http://{address}", ()
     done = stroma(*OWN_TARGET, *options, env=env)
     assert done.code == 0, done
     spans = [(span["name"], span["resource"]) for trace in datadog_agent.traces(at_least=1) for span in trace]

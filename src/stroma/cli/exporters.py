@@ -116,8 +116,12 @@ class Exporters:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Exporters:
-        """Remove the options for telemetry from ``options`` and return them."""
-        return cls(**{name: options.pop(name, None) for name in ("otel", "prometheus", "sentry", "datadog")})
+        """Remove the telemetry options from ``options`` and return them; call it before a target loads."""
+        exporters = cls(**{name: options.pop(name, None) for name in _SYSTEMS})
+        if exporters.datadog is not None:
+            # The tracer reads its address when it is imported, perhaps by the pipeline's file.
+            os.environ["DD_TRACE_AGENT_URL"] = f"http://{exporters.datadog}"
+        return exporters
 
     def hooks(
         self, own: Sequence[NodeHooks] = (), *, quiet: bool, environ: Mapping[str, str] = os.environ
@@ -259,8 +263,6 @@ class Exporters:
 
         statsd = os.environ.get("DD_AGENT_HOST", "localhost")
         if self.datadog is not None:
-            # The tracer is configured when it is imported.
-            os.environ["DD_TRACE_AGENT_URL"] = f"http://{self.datadog}"
             statsd = self.datadog.rpartition(":")[0]
         os.environ.setdefault("DD_INSTRUMENTATION_TELEMETRY_ENABLED", "false")
         port = os.environ.get("DD_DOGSTATSD_PORT", "8125")
