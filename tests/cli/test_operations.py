@@ -220,7 +220,7 @@ def test_fork(stroma, inside, fails):
     fails(
         inside(*words, "{}"),
         2,
-        "--state does not fit the output of node 'second' for 'third'",
+        "--state does not fit the output of node 'second'",
         "n: Field required",
     )
 
@@ -246,8 +246,8 @@ def test_what_cannot_be_forked(stroma, inside, fails, ran):
     assert len(json.loads(inside("runs", "--json").out)["runs"]) == 3
 
 
-def test_a_person_gives_the_output_of_a_node_that_failed(stroma, inside, ran):
-    """With --state, a fork starts after a node that has no output; its state is stored as that output."""
+def test_a_person_gives_the_output_of_a_node_that_failed(stroma, inside, fails, ran):
+    """With --state or --output, a fork starts after a node without an output, which is the given one."""
     ran("x", code=1, SECOND="raise TimeoutError")
     before = stroma.calls()
     words = ["resume", "x", "sums.py:pipeline", "--from", "third", "--fork", "-q", "--state", '{"n": 40}']
@@ -255,6 +255,15 @@ def test_a_person_gives_the_output_of_a_node_that_failed(stroma, inside, ran):
     rows = [line.split()[1:] for line in inside("show", "last").out.splitlines() if " forked " in line]
     given = ["output", "given", "at", "the", "fork"]
     assert rows == [["first", "1", "forked", "0.00", "s"], ["second", "1", "forked", "0.00", "s", *given]]
+    words[4], words[-2:] = "second", ["--output", '{"n": 50}']
+    assert (json.loads(inside(*words).out), stroma.calls()[-1]) == ({"n": 50}, "third")
+    calls = stroma.calls()
+    words[1], words[4] = json.loads(inside("show", "last", "--json").out)["run"]["run_id"], "third"
+    assert (json.loads(inside(*words).out), stroma.calls()) == ({"n": 50}, calls), (
+        "the last node is not called"
+    )
+    fails(inside(*words, "--state", "{}"), 2, "--state and --output exclude each other")
+    fails(inside(*words[:5], *words[6:]), 2, "--output needs --fork")
 
 
 def test_a_fork_of_a_pipeline_that_begins_with_a_group(stroma, inside):

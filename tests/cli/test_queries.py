@@ -397,7 +397,15 @@ def test_a_fork_at_a_call_of_a_flow(stroma, inside, fails, ran):
     fails(inside(*words, "second"), 2, "is not a node of letters.py:letters", "add --fork")
     fails(inside(*words, "nope", "--fork"), 4, "has no end of a call 'nope'")
     no = inside(*words, "second", "--fork", "--state", '{"n": 1}')
-    fails(no, 2, "'second' is a call of a flow", "return it from the code of its node, then resume the run")
+    fails(no, 2, "'second' is a call of a flow", "to give the output of that call, pass --output")
+    ran("y", target="letters.py:letters", code=1, SECOND="raise TimeoutError")
+    calls, words = stroma.calls(), ("resume", "y", *words[2:])
+    for place in ("second", "0.second#0"):
+        done = inside(*words, place, "--fork", "--output", '{"n": 7}')
+        assert (done.code, stroma.calls()) == (0, [*calls, "second", "second"]), done
+        calls = stroma.calls()
+    fails(inside(*words, "second", "--fork", "--output", "{}"), 2, "does not fit the output of node 'second'")
+    fails(inside(*words, "nope", "--fork", "--output", "{}"), 2, "names no node 'nope'")
 
 
 MASKED = """

@@ -6,10 +6,19 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, runner_on
-from tests.kit import Num
+from tests.kit import Num, failing_with
 from tests.shared_stores import STORES
 
-from stroma import CheckpointNotFound, Flow, Pipeline, RunStatus, StepFailed, stroma_flow
+from stroma import (
+    CheckpointNotFound,
+    Flow,
+    Pipeline,
+    RunStatus,
+    StepFailed,
+    parallel,
+    stroma_flow,
+    stroma_node,
+)
 
 pytestmark = pytest.mark.asyncio
 store = store_fixture(*STORES)
@@ -81,6 +90,66 @@ async def test_a_flow_in_a_pipeline_is_forked_at_a_call(store: Any) -> None:
     assert world.calls == ["mail.add 8", "last 9"]
 
 
+@pytest.mark.parametrize("at", ["bad", "0.inner#2.bad#1"])
+async def test_the_output_of_a_call_that_failed_can_be_given(store: Any, at: str) -> None:
+    """A fork has the given output of the call that stopped the flow, and calls nothing again."""
+    world = World()
+    add, bad = world.step("add"), world.step("bad")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(add, await flow.step(bad, await flow.step(add, state)))
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        first = await flow.step(bad, state)
+        await flow.sleep(0.001)
+        await flow.step(add, first)
+        world.failing.add("bad")
+        return await flow.run(inner, state)
+
+    runner = runner_on(store)
+    for _ in range(2):  # A resume calls it again.
+        assert (await runner.run(f, Num())).status is RunStatus.PARTIAL
+    world.calls.clear()
+    fork = await runner.fork("r", f, at=at, output=Num(n=40), new_run_id="fork")
+    assert (fork.status, fork.output, world.calls) == (RunStatus.RESUMED, Num(n=41), ["add 40"])
+    given = [one.node_id for one in store.attempts("fork") if one.message == "output given at the fork"]
+    assert given == ["bad"]
+    again = await runner.fork("fork", f, at="inner#2.add#2")
+    assert (again.output, world.calls) == (Num(n=41), ["add 40"] * 2), "the fork has it as any other output"
+
+
+@pytest.mark.parametrize("kind", ["map", "caught", "gathered"])
+async def test_an_output_is_given_where_the_body_got_the_failure(store: Any, kind: str) -> None:
+    """An item of a map, one of several tasks, and a call whose failure the body caught can be given, too."""
+    world = World()
+    world.failing.add("bad")
+    add, bad = world.step("add"), world.step("bad")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        if kind == "map":
+            return Num(n=sum(one.n for one in await flow.map(bad, [state])))
+        if kind == "gathered":
+            both = await asyncio.gather(flow.step(add, state), flow.step(bad, state))
+            return Num(n=sum(one.n for one in both))
+        try:
+            return await flow.step(bad, state)
+        except StepFailed:
+            return await flow.step(add, state)
+
+    runner = runner_on(store)
+    await runner.run(f, Num())
+    world.calls.clear()
+    fork = await runner.fork("r", f, at="bad", output=Num(n=40))
+    assert (fork.status, fork.output, world.calls) == (
+        RunStatus.RESUMED,
+        Num(n=40 + (kind == "gathered")),
+        [],
+    )
+
+
 async def test_mistakes(store: Any) -> None:
     """An unknown call, and a state for a call, are refused before anything is stored."""
     _, f = world_of_calls()
@@ -90,5 +159,15 @@ async def test_mistakes(store: Any) -> None:
         await runner.fork("r", f, at="wriet", new_run_id="fork")
     with pytest.raises(ValueError, match="is a call of a flow, which makes its inputs"):
         await runner.fork("r", f, at="add", state=Num(), new_run_id="fork")
+
+    @stroma_flow("grouped", input=Num, output=Num)
+    async def grouped(flow: Flow, state: Num) -> Num:
+        return await flow.step(
+            parallel(stroma_node("bad", input=Num, output=Num)(failing_with(KeyError))), state
+        )
+
+    await runner_on(store, run_id="g").run(grouped, Num())
+    with pytest.raises(CheckpointNotFound, match="is inside a group, so its output cannot be given"):
+        await runner.fork("g", grouped, at="bad", output=Num(), new_run_id="fork")
     with pytest.raises(CheckpointNotFound):
         await runner.resume(f, "fork")

@@ -228,7 +228,7 @@ async def test_a_fork_goes_on_from_a_node(store: Any) -> None:
 
 
 async def test_a_person_gives_the_output_of_a_node_that_failed(store: Any) -> None:
-    """A fork with a state starts after a node without an output, and has that state as it."""
+    """A fork starts after a node that failed, and has the given state or output as that node's output."""
     work = Work()
     nodes = [
         work.nodes[0],
@@ -241,6 +241,14 @@ async def test_a_person_gives_the_output_of_a_node_that_failed(store: Any) -> No
     assert store.get_run("r").status == "PARTIAL"
     again = await quick(store, resume=True).run(nodes, Num(), run_id="f")
     assert (again.final_state, work.calls) == (Num(n=41), ["a", "c"])
+    given = await quick(store).fork("r", nodes, at="broken", output=Num(n=50))
+    assert (given.final_state, work.calls) == (Num(n=51), ["a", "c", "c"])
+    last = await quick(store).fork("r", nodes[:2], at="broken", output=Num(n=50))
+    assert (last.status, last.final_state) == (RunStatus.RESUMED, Num(n=50))
+    only = await quick(store).fork("r", nodes[:1], at="a", output=Num(n=9))
+    assert (only.status, only.final_state, work.calls) == (RunStatus.RESUMED, Num(n=9), ["a", "c", "c"])
+    with pytest.raises(ValueError, match="exclude each other"):
+        await quick(store).fork("r", nodes, at="c", state=Num(), output=Num())
 
 
 async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -> None:

@@ -96,10 +96,13 @@ class FlowCut(NamedTuple):
 
     Attributes:
         number: of the event that this end is.
-        numbers: those of the events by the branch of their call.
+        branch, node_id: of this call.
+        numbers: those of the events by the branch of their call; the highest one of others under "".
     """
 
     number: int
+    branch: str
+    node_id: str
     numbers: Mapping[str, int]
 
     def has_call(self, branch: str) -> bool:
@@ -123,34 +126,45 @@ def cut_before(
     position: int,
     steps: Iterable[tuple[str, str, StepCall | None]],
     notes: Mapping[str, bytes],
+    stopped: tuple[str, str] | None,
 ) -> FlowCut:
     """Return the part of a flow that comes before the first call of a node, or before the call at a place.
 
-    ``steps``: branch, node id and StepCall of its outputs. Raises CheckpointNotFound, CorruptCheckpoint.
+    ``steps``: branch, node id and StepCall of its outputs. ``stopped``: branch and node id of the call whose
+    failure stopped the run, which is no event: all events come before it. Raises CheckpointNotFound,
+    CorruptCheckpoint.
     """
     numbers: dict[str, int] = {}
-    wanted: list[int] = []
+    ends: list[tuple[int, str, str]] = []
     for branch, node_id, step in steps:
         if step is not None and step.number < OF_FLOW:
             numbers[branch] = OF_FLOW - step.number
-            if call in (node_id, branch, unquote(branch)):
-                wanted.append(numbers[branch])
+            ends.append((numbers[branch], branch, node_id))
     for key, data in notes.items():
         at, kind, rest = [*key.split(":", 2), "", ""][:3]
         if at != str(position):
             continue
-        if kind == "e" and (branch := decode_flow_note(run_id, key, kind, data)[0]):
-            numbers[branch] = decode_number(rest, RecordName(run_id, "note", key))
+        if kind == "e":  # Timers have no branch.
+            branch = decode_flow_note(run_id, key, kind, data)[0]
+            numbers[branch] = max(
+                numbers.get(branch, 0), decode_number(rest, RecordName(run_id, "note", key))
+            )
+        elif kind == "d":
+            discarded = decode_flow_note(run_id, key, kind, data)
+            numbers[""] = max([numbers.get("", 0), *(last for _, last in discarded)])
         elif kind == "m":
             numbers[rest] = decode_flow_note(run_id, key, kind, data).event
         elif kind == "f":
             failure = decode_flow_note(run_id, key, kind, data)
             numbers[rest] = failure.event
-            if call in (failure.node, rest, unquote(rest)):
-                wanted.append(failure.event)
+            ends.append((failure.event, rest, failure.node))
+    if stopped is not None:
+        ends.append((max([0, *numbers.values()]) + 1, *stopped))
+    place = call.removeprefix(f"{position}.")
+    wanted = [end for end in ends if call == end[2] or place in (end[1], unquote(end[1]))]
     if not wanted:
         raise CheckpointNotFound(
             f"run {run_id!r} has no end of a call {call!r} at position {position}; see its calls with "
             "`stroma show`"
         )
-    return FlowCut(min(wanted), numbers)
+    return FlowCut(*min(wanted), numbers)

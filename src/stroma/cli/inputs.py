@@ -21,8 +21,9 @@ from stroma.contracts.examples import NoExampleError, example_for
 from stroma.contracts.node import FlowNode, Group, Node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
-from stroma.runner.pipeline import Pipeline
+from stroma.runner.pipeline import Pipeline, steps_of
 from stroma.runner.stored_runs import decode_input
+from stroma.trace.outline import parse_call
 
 
 class Input(BaseModel):
@@ -120,17 +121,36 @@ def parse_input_at(pipeline: Pipeline, position: int, argument: str) -> BaseMode
     """
     if not position:
         return parse_input(pipeline, argument)
-    before, node = (find_node(one) for one in pipeline.nodes[position - 1 : position + 1])
-    if isinstance(before, Group):
+    # It replaces the output of the node before, so it must satisfy that contract.
+    return _parse_output(find_node(pipeline.nodes[position - 1]), argument, "--state")
+
+
+def parse_output(pipeline: Pipeline, position: int, call: str | None, argument: str) -> BaseModel:
+    """Parse --output: that of the node at a position, or of a call of the flow there. Raises Problem."""
+    node = find_node(pipeline.nodes[position])
+    if call is not None:
+        last = parse_call(call.rpartition(".")[2])
+        node_id = call if last is None else last.name
+        steps = {one.node_id: one for one in steps_of([node])}
+        if node_id not in steps:
+            raise Problem(
+                f"flow {clean(node.node_id, 100)!r} names no node {clean(node_id, 100)!r}, so the class of "
+                "its output is not known here",
+                "check the id, or call runner.fork(..., output=) in Python",
+            )
+        node = steps[node_id]
+    return _parse_output(node, argument, "--output")
+
+
+def _parse_output(node: Node | Group, argument: str, called: str) -> BaseModel:
+    name = clean(node.node_id, 200)
+    if isinstance(node, Group):
         raise Problem(
-            f"--state cannot replace the output of {clean(before.node_id, 200)!r}: "
-            "a group's output is built from its children's",
+            f"{called} cannot replace the output of {name!r}: a group's output is built from its children's",
             "start at the group, or at a later node",
         )
-    # It replaces the output of the node before, so it must satisfy that contract.
-    model = UntypedState if before.contract is None else before.contract.output_schema
-    requirement = f"the output of node {clean(before.node_id, 100)!r} for {clean(node.node_id, 100)!r}"
-    return parse_as(model, argument, "--state", requirement)
+    model = UntypedState if node.contract is None else node.contract.output_schema
+    return parse_as(model, argument, called, f"the output of node {name!r}")
 
 
 def input_model(pipeline: Pipeline) -> type[BaseModel]:

@@ -71,6 +71,7 @@ class LocalRun:
         record: the stored run to resume, if any.
         start_at: where to resume it, or where to fork another run.
         forks: id of the run to fork.
+        output: the output of its first node or call, which is not called then.
     """
 
     target: str
@@ -82,6 +83,7 @@ class LocalRun:
     start_at: str | None
     options: RunOptions
     forks: str | None = None
+    output: BaseModel | None = None
 
     def execute(self) -> int:
         """Run, print the report, and return the exit code. Raises Problem."""
@@ -90,10 +92,9 @@ class LocalRun:
         show_warnings(quiet=quiet)
         progress = Progress(quiet=True) if quiet else self._shown_progress()
         if self.forks is not None and not quiet:
-            err.line(
-                f"run {clean(self.config.run_id)} starts at {clean(self.start_at or '', 100)!r} of "
-                f"{clean(self.forks)}"
-            )
+            where = "at" if self.output is None else "with the given output of"
+            at = f"{clean(self.start_at or '', 100)!r} of {clean(self.forks)}"
+            err.line(f"run {clean(self.config.run_id)} starts {where} {at}")
         own = flatten(self.config.hooks)
         exporters = self.options.exporters.hooks(own, quiet=quiet)
         hooks = [*Exporters.merge(exporters, own), progress.hooks(), note_target(self.target)]
@@ -219,6 +220,7 @@ class LocalRun:
             self.pipeline,
             at=self.start_at,
             state=self.state,
+            output=self.output,
             new_run_id=self.config.run_id,
             input_schema=input_model(self.pipeline),
             traceparent=traceparent,

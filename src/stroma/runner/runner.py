@@ -774,6 +774,7 @@ class StromaRunner(Generic[DepsT]):
         *,
         at: str,
         state: BaseModel | None = None,
+        output: BaseModel | None = None,
         new_run_id: str | None = None,
         input_schema: type[BaseModel] | None = None,
         **options: Any,
@@ -783,31 +784,42 @@ class StromaRunner(Generic[DepsT]):
         ``at``: the first position with this id runs next; or the first call of this node in a flow, or the
         call at this place, such as "write#4": the flow gets again what it got before the end of that call.
         ``state``: the input of the position, in place of the recorded one, or of an output of the node before
-        that is missing because that node failed. The other run stays as it is.
+        that is missing because that node failed. ``output``: the output of the node or call ``at`` itself,
+        which is not called: if it failed, and nothing else can produce its output. Of several calls of a node
+        it is that of the one whose failure stopped the run. The other run stays as it is.
         ``input_schema``: the class of its input, if the pipeline starts with a group. Raises
-        CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is not a
-        model.
+        CheckpointNotFound, RunExists, ValueError for an unknown node and for both ``state`` and ``output``,
+        TypeError for one that is not a model.
         """
-        if state is not None:
-            check_state("the state of a fork", state)
+        if state is not None and output is not None:
+            raise ValueError("state= and output= exclude each other; pass one")
+        for given in (state, output):
+            if given is not None:
+                check_state("the state of a fork", given)
         nodes = _listed(node_sequence)
         records = nodes_of(nodes)
         flow = next((one for one in records if isinstance(one, FlowNode)), None)
         call = None if flow is None or at in [one.node_id for one in records] else at
         if call is not None and state is not None:
             why = f"{at!r} is a call of a flow, which makes its inputs"
-            raise ValueError(f"state= replaces the input of a position, and {why}")
+            raise ValueError(
+                f"state= replaces the input of a position, and {why}; output= gives the output of that call"
+            )
         before = find_position(records, at if flow is None or call is None else flow.node_id, "at")
+        if output is not None:  # The run continues after it.
+            state, before = output, before + (call is None)
         config = self._config_of(nodes)
         refuse_unknown_ids(config, records, self.registry, config.pipeline)  # Before the fork is stored.
         fork_id = new_run_id or fresh_run_id()
-        of_state = type(state) if state and not before else None
+        # The input of the new run, if it is not that of the other one.
+        initial = None if before or call is not None else state
+        of_state = None if initial is None else type(initial)
         original = input_schema_of(records, self.registry, input_schema or of_state)
         await self._stored.fork(run_id, fork_id, records, before, state, call)
-        initial = state
-        if initial is None or before:
+        if initial is None:
             initial = await self._stored.read_input(fork_id, original)
-        start: RunKeywords[Any] = {"resume": True} if call is not None else {"resume_from": at}
+        is_resume = call is not None or output is not None
+        start: RunKeywords[Any] = {"resume": True} if is_resume else {"resume_from": at}
         return await self._run(
             nodes, initial, cast("RunKeywords[Any]", {**options, **start, "run_id": fork_id})
         )

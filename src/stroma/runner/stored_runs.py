@@ -366,14 +366,15 @@ class StoredRuns:
     ) -> None:
         """Record a run that continues another one at a position, or at a call of the flow there.
 
-        ``state`` is the input of the position. It replaces the output before it, which may be missing.
+        ``state`` is the input of the position, and replaces the output before it, which may be missing; with
+            ``call`` it is the output of that call.
         """
         from stroma.contracts.untyped import UntypedState  # Root models load slowly.
 
         replaced: dict[str, Any] = {}
         if state is not None:
             schema = schema_of(type(state))
-            last = nodes[position - 1] if position else None
+            last = nodes[position - 1] if position and call is None else None
             if isinstance(last, Node):
                 contract = self._registry.find(last.node_id) or last.contract
                 schema = schema_of(output_class(contract))
@@ -383,7 +384,7 @@ class StoredRuns:
                 if schema.model is UntypedState
                 else schema.convert(state)
             )
-            replaced["edited" if position else "state"] = (schema, value)
+            replaced["edited" if position or call is not None else "state"] = (schema, value)
         await self.journal("fork").fork(run_id, fork_id, position, call=call, **replaced)
 
     async def answer(

@@ -11,6 +11,7 @@ from stroma.checkpoint.decoding import RecordName, decode_json, decode_number, s
 from stroma.checkpoint.durable.integrity import is_intact, seal
 from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, Step, StepRow
 from stroma.checkpoint.entries import UnknownCall, Waiting, is_effect_note
+from stroma.checkpoint.identity import parse_mark
 from stroma.checkpoint.payloads import UNREADABLE, PayloadPlace, Payloads
 from stroma.checkpoint.records import ATTEMPT_SHAPE, AttemptRecord, stored_values
 from stroma.failures.classes import FailureClass
@@ -70,6 +71,15 @@ class RunRecords(NamedTuple):
     def delete(self, *kinds: Annotation, branch: str | None = None) -> None:
         """Delete the annotations of these kinds; branch None: in all branches."""
         self.rows.delete_annotations(self.run, *kinds, branch=branch)
+
+
+def place_of_cause(run_id: str, mark: str) -> tuple[int, str]:
+    """Return position and branch in the mark of the attempt that stopped a run. Raises CorruptCheckpoint."""
+    try:
+        _, position, _, _, branch = parse_mark(mark, 4, has_text=True)
+    except ValueError:
+        raise RecordName(run_id, "field", "cause").damaged() from None
+    return position, branch
 
 
 def require_intact(annotations: Iterable[StepRow], run_id: str) -> list[StepRow]:

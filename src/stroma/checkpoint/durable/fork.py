@@ -10,6 +10,7 @@ from stroma.checkpoint.decoding import storable_text
 from stroma.checkpoint.durable.annotations import (
     Notes,
     RunRecords,
+    place_of_cause,
     read_notes,
     read_waiting,
     record_notes,
@@ -17,8 +18,8 @@ from stroma.checkpoint.durable.annotations import (
 )
 from stroma.checkpoint.durable.control import last_number, note_last
 from stroma.checkpoint.durable.integrity import input_step, seal, verify_step
-from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, RunEnd, Step, StepRow
-from stroma.checkpoint.entries import StepCall
+from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, RunEnd, RunRow, Step, StepRow
+from stroma.checkpoint.entries import OF_FLOW, StepCall
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists
 from stroma.checkpoint.flow_notes import FlowCut, cut_before
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
@@ -38,8 +39,8 @@ def fork_run(
     """Copy what a run committed before a position into a new run; ``edited`` replaces the last output.
 
     ``edited_node``: id of the node of that output; without it the run must have one. ``call``: copy what the
-    flow at that position got before the end of this call, too. Raises CheckpointNotFound, RunExists,
-    CorruptCheckpoint.
+    flow at that position got before the end of this call, too; ``edited`` is then the output of the call.
+    Raises CheckpointNotFound, RunExists, CorruptCheckpoint.
     """
     origin = rows.find(source)
     stored = None
@@ -49,7 +50,7 @@ def fork_run(
         raise CheckpointNotFound(f"there is no run {source!r} to fork; check the id and the store")
     steps = list(rows.steps(origin.run, origin.execution))
     needed = before - 1
-    if edited is not None and edited_node is not None:
+    if edited is not None and edited_node is not None and call is None:
         steps = [row for row in steps if (row.position, row.branch) != (needed, "")]
         steps.append(StepRow(needed, "", edited_node, edited))
         needed -= 1 if before > 1 else 0
@@ -70,12 +71,28 @@ def fork_run(
     if call is not None:
         notes = read_notes(recorded, recorded.all(Annotation.NOTE), None)
         calls = [(row.branch, row.node_id, _call_of(row.step)) for row in steps if row.position == before]
-        cut = cut_before(source, call, before, calls, notes)
+        stopped = _stopped_call(rows, origin, before)
+        if edited is not None and stopped is not None and call == stopped[1]:
+            call = stopped[0]  # Not an earlier call of the node, which has an output.
+        cut = cut_before(source, call, before, calls, notes, stopped)
     steps = [
         row
         for row in steps
         if row.position < before or (cut is not None and row.position == before and cut.has_call(row.branch))
     ]
+    given = (before - 1, "")
+    if edited is not None and cut is not None:
+        given = (before, cut.branch)
+        outer, _, index = cut.branch.rpartition(".")
+        if index.isdecimal() and not outer.rpartition(".")[2].startswith("*"):
+            raise CheckpointNotFound(
+                f"call {call!r} of run {source!r} is inside a group, so its output cannot be given; fork at "
+                "the group"
+            )
+        place = PayloadPlace(opening.run_id, 1, "output", before - 1)
+        output = payloads.move(edited.output, place, new("output", *given), "the output given at the fork")
+        edited = edited._replace(output=output, number=OF_FLOW - cut.number)
+        steps.append(StepRow(*given, cut.node_id, edited))
     identities = {position: identity for identity, position in rows.identities(origin.run, origin.execution)}
     fence = rows.begin(existing, opening._replace(pipeline=origin.pipeline, version=origin.version))
     forked_ns = rows.now_ms() * 1_000_000
@@ -83,9 +100,10 @@ def fork_run(
         if step is not edited:
             verify_step(step, source, position, node_id, branch)
         message = None
-        if edited is not None and (position, branch) == (before - 1, ""):
+        if edited is not None and (position, branch) == given:
             message = payloads.seal_text("output given at the fork", new("message", position, branch))
-            step = edited if edited_node is not None else edited._replace(contract=step.contract)
+            is_new = edited_node is not None or cut is not None
+            step = edited if is_new else edited._replace(contract=step.contract)
         elif payloads.codec is not None:
             step = _reseal_step(payloads, step, old, new, position, branch)
         # The number keeps the order of commits.
@@ -108,6 +126,15 @@ def fork_run(
     why = f"forked from run {source!r} before " + (f"position {before}" if call is None else f"call {call!r}")
     error = payloads.seal_text(storable_text(why), new("error"))
     rows.finish(fence, RunEnd("INTERRUPTED", error, rows.now_ms() + FORK_DUE_MS))
+
+
+def _stopped_call(rows: Rows, origin: RunRow, position: int) -> tuple[str, str] | None:
+    """Return branch and node id of the call of the flow at a position whose failure stopped the run."""
+    if origin.cause is None:
+        return None
+    at, branch = place_of_cause(origin.run_id, origin.cause)
+    attempts = rows.attempts_at(origin.run, origin.execution, at, branch) if at == position and branch else ()
+    return next(((branch, one.node_id) for one in attempts if one.mark == origin.cause), None)
 
 
 def _call_of(step: Step) -> StepCall | None:

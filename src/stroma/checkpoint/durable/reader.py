@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
-from stroma.checkpoint.durable.annotations import RunRecords, find_rejected, name_of, read_notes, read_waiting
+from stroma.checkpoint.durable.annotations import (
+    RunRecords,
+    find_rejected,
+    name_of,
+    place_of_cause,
+    read_notes,
+    read_waiting,
+)
 from stroma.checkpoint.durable.control import read_control
 from stroma.checkpoint.durable.conversion import open_events, open_message, open_output, open_step_input
 from stroma.checkpoint.durable.integrity import is_intact, lost_error, verify_step
@@ -28,7 +35,6 @@ from stroma.checkpoint.entries import (
 )
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.events import EventPage, EventPlace
-from stroma.checkpoint.identity import parse_mark
 from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import (
@@ -428,11 +434,8 @@ def _find_cause(records: RunRecords, run: RunRow, failed: list[AttemptRecord]) -
     if run.status in FAILED:
         possible = [one for one in failed if one.mark == run.cause]
         if run.cause is not None and not possible and len(failed) == _MAX_FAILED:
-            try:
-                _, position, _, _, branch = parse_mark(run.cause, 4, has_text=True)
-            except ValueError:
-                raise RecordName(run.run_id, "field", "cause").damaged() from None
-            attempts = records.rows.attempts_at(run.run, run.execution, position, branch)
+            place = place_of_cause(run.run_id, run.cause)
+            attempts = records.rows.attempts_at(run.run, run.execution, *place)
             possible = [one for one in attempts if one.mark == run.cause]
     elif run.status in ("RUNNING", "SUSPENDED"):
         last = {(one.position, one.branch): one for one in reversed(failed)}

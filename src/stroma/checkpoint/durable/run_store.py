@@ -430,8 +430,8 @@ class RunStore(ReadableStore):
 
         ``edited`` replaces the last output, that of the node ``edited_node``, which may have none; ``state``
         replaces the input. ``call``: a call of the flow at that position, by its node id or its place: what
-        the flow got before the end of that call is copied too. Raises CheckpointNotFound, RunExists,
-        StoreError, NotSerialisable.
+        the flow got before the end of that call is copied too, and ``edited`` is the output of that call.
+        Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable.
         """
         check_id(run_id, "run id")
         check_id(new_run_id, "run id")

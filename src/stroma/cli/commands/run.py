@@ -18,7 +18,7 @@ from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.control import hand_to_workers
 from stroma.cli.commands.runs import filter_options, print_runs
 from stroma.cli.errors import Code, Problem, describe_error
-from stroma.cli.inputs import find_call, parse_input, parse_input_at, stored_input
+from stroma.cli.inputs import find_call, parse_input, parse_input_at, parse_output, stored_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.local_run import LocalRun
 from stroma.cli.options import RunOptions, run_id_option, run_options
@@ -88,6 +88,7 @@ def run(
 )
 @click.option("--force", is_flag=True, help="Also resume a run that was abandoned after repeated crashes.")
 @click.option("--state", metavar="JSON", help="With --fork: new input of that node; or @FILE, or -.")
+@click.option("--output", metavar="JSON", help="With --fork: output of that node, in place of calling it.")
 @click.option("--dry-run", is_flag=True, help="Print restored outputs, savings and calls; run nothing.")
 @filter_options
 @run_options
@@ -99,6 +100,7 @@ def resume(
     retry_failed: bool,
     force: bool,
     state: str | None,
+    output: str | None,
     dry_run: bool,
     db: str | None,
     **click_options: Any,
@@ -116,7 +118,12 @@ def resume(
     first, unless they have an owner, are complete, or are queued.
     """
     options = RunOptions.from_click(**click_options)
-    _check_options(start_at, options, fork=fork, retry_failed=retry_failed, has_state=state is not None)
+    _check_options(start_at, options, fork=fork, retry_failed=retry_failed)
+    given = [name for name, text in (("--state", state), ("--output", output)) if text is not None]
+    if given and not fork:
+        raise click.UsageError(f"{given[0]} needs --fork: outputs of an existing run cannot be changed")
+    if len(given) > 1:
+        raise click.UsageError("--state and --output exclude each other; pass one")
     database = Database.from_option(db, quiet=options.quiet)
     records, target = _select(database, words, query)
     is_one = query == RunQuery() and len(records) == 1
@@ -139,7 +146,7 @@ def resume(
             compare_names(record, pipeline, quiet=options.quiet)
         stored = ResumedRun(database, record, pipeline, target)
         if start_at is not None and fork and not dry_run:
-            return _fork(stored, options, start_at, state)
+            return _fork(stored, options, start_at, state, output)
         if start_at is not None and find_call(pipeline, target, start_at)[1] is not None:
             raise Problem(
                 f"--from {start_at!r} is not a node of {target}, which is a flow",
@@ -192,16 +199,12 @@ def _select(
     return [one for one in reversed(matching) if is_resumable(one)], target
 
 
-def _check_options(
-    start_at: str | None, options: RunOptions, *, fork: bool, retry_failed: bool, has_state: bool
-) -> None:
+def _check_options(start_at: str | None, options: RunOptions, *, fork: bool, retry_failed: bool) -> None:
     """Raise UsageError for options of ``resume`` that exclude or need each other."""
     if fork and start_at is None:
         raise click.UsageError("--fork needs --from, the node where the new run starts")
     if retry_failed and start_at is not None:
         raise click.UsageError("--retry-failed and --from exclude each other; pass one")
-    if has_state and not fork:
-        raise click.UsageError("--state needs --fork: outputs of an existing run cannot be changed")
     if start_at is not None and options.if_running == "attach":
         raise click.UsageError("--attach and --from exclude each other; pass one")
 
@@ -232,18 +235,22 @@ def resume_run(
     return LocalRun(target, pipeline, config, state, database, record, start_at, options).execute()
 
 
-def _fork(run: ResumedRun, options: RunOptions, start_at: str, input_text: str | None) -> int:
+def _fork(
+    run: ResumedRun, options: RunOptions, start_at: str, input_text: str | None, output_text: str | None
+) -> int:
     database, record, pipeline, target = run
     position, call = find_call(pipeline, target, start_at)
     if call is not None and input_text is not None:
         raise Problem(
             f"--state replaces the input of a node, and {start_at!r} is a call of a flow",
-            "to replace an output of a flow, return it from the code of its node, then resume the run",
+            "to give the output of that call, pass --output",
         )
     compare_names(record, pipeline, quiet=options.quiet)
     edited = None if input_text is None else parse_input_at(pipeline, position, input_text)
+    output = None if output_text is None else parse_output(pipeline, position, call, output_text)
     config, forks = _configure(pipeline, new_run_id(), options), record.run_id
-    return LocalRun(target, pipeline, config, edited, database, None, start_at, options, forks).execute()
+    fork = LocalRun(target, pipeline, config, edited, database, None, start_at, options, forks, output)
+    return fork.execute()
 
 
 def _add_tags(config: RunConfig, tags: tuple[str, ...]) -> RunConfig:
