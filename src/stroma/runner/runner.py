@@ -793,9 +793,9 @@ class StromaRunner(Generic[DepsT]):
         """
         if state is not None and output is not None:
             raise ValueError("state= and output= exclude each other; pass one")
-        for given in (state, output):
-            if given is not None:
-                check_state("the state of a fork", given)
+        for model in (state, output):
+            if model is not None:
+                check_state("the state of a fork", model)
         nodes = _listed(node_sequence)
         records = nodes_of(nodes)
         flow = next((one for one in records if isinstance(one, FlowNode)), None)

@@ -80,9 +80,9 @@ def fork_run(
         for row in steps
         if row.position < before or (cut is not None and row.position == before and cut.has_call(row.branch))
     ]
-    given = (before - 1, "")
+    edited_place = (before - 1, "")
     if edited is not None and cut is not None:
-        given = (before, cut.branch)
+        edited_place = (before, cut.branch)
         outer, _, index = cut.branch.rpartition(".")
         if index.isdecimal() and not outer.rpartition(".")[2].startswith("*"):
             raise CheckpointNotFound(
@@ -90,9 +90,11 @@ def fork_run(
                 "the group"
             )
         place = PayloadPlace(opening.run_id, 1, "output", before - 1)
-        output = payloads.move(edited.output, place, new("output", *given), "the output given at the fork")
+        output = payloads.move(
+            edited.output, place, new("output", *edited_place), "the output given at the fork"
+        )
         edited = edited._replace(output=output, number=OF_FLOW - cut.number)
-        steps.append(StepRow(*given, cut.node_id, edited))
+        steps.append(StepRow(*edited_place, cut.node_id, edited))
     identities = {position: identity for identity, position in rows.identities(origin.run, origin.execution)}
     fence = rows.begin(existing, opening._replace(pipeline=origin.pipeline, version=origin.version))
     forked_ns = rows.now_ms() * 1_000_000
@@ -100,7 +102,7 @@ def fork_run(
         if step is not edited:
             verify_step(step, source, position, node_id, branch)
         message = None
-        if edited is not None and (position, branch) == given:
+        if edited is not None and (position, branch) == edited_place:
             message = payloads.seal_text("output given at the fork", new("message", position, branch))
             is_new = edited_node is not None or cut is not None
             step = edited if is_new else edited._replace(contract=step.contract)

@@ -119,10 +119,10 @@ def resume(
     """
     options = RunOptions.from_click(**click_options)
     _check_options(start_at, options, fork=fork, retry_failed=retry_failed)
-    given = [name for name, text in (("--state", state), ("--output", output)) if text is not None]
-    if given and not fork:
-        raise click.UsageError(f"{given[0]} needs --fork: outputs of an existing run cannot be changed")
-    if len(given) > 1:
+    values = [name for name, text in (("--state", state), ("--output", output)) if text is not None]
+    if values and not fork:
+        raise click.UsageError(f"{values[0]} needs --fork: outputs of an existing run cannot be changed")
+    if len(values) > 1:
         raise click.UsageError("--state and --output exclude each other; pass one")
     database = Database.from_option(db, quiet=options.quiet)
     records, target = _select(database, words, query)
