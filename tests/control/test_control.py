@@ -471,6 +471,29 @@ async def test_a_limit_set_for_a_run_says_where_to_raise_it(store: Any) -> None:
     assert (await gate.runner.resume(nodes, "r")).status == "RESUMED"
 
 
+async def test_questions_are_listed_beside_the_budget(one_store: Any) -> None:
+    """A run that waits for its budget lists its open questions too, and its record says "budget"."""
+    gate = gate_of(one_store, budget=ExecutionBudget(max_tokens_total=10), on_budget="wait")
+
+    @gate.runner.node
+    async def ask(state: Num) -> Num:
+        return current_node().wait_for(Num, reason="how many?")
+
+    nodes = Pipeline("asking", [parallel(ask, gate.node("spend", tokens=8), gate.node("more", tokens=8))])
+    await gate.runner.run(nodes, Num(), run_id="r")
+    for _ in range(2):
+        result = await gate.runner.resume(nodes, "r", input_schema=Num)
+        assert sorted(result.suspended) == ["budget", "how many?"]
+        assert [question.reason for question in result.questions] == ["how many?"]
+    await gate.runner.run(nodes, Num(), run_id="r", resume=True)
+    assert record_of(gate).error == "budget"
+    async for event in gate.runner.follow("r"):
+        if event.kind == "run_suspended":
+            assert event.details is not None
+            assert event.details["suspended"] == ["budget", "how many?"]
+            break
+
+
 @pytest.mark.parametrize("kind", ["list", "flow", "group", "map"])
 async def test_a_run_waits_for_its_budget(store: Any, kind: str) -> None:
     """G6. With on_budget="wait" it is SUSPENDED with reason "budget"; after a raise a worker resumes it."""

@@ -67,7 +67,7 @@ class Heard:
 
 @pytest.mark.parametrize("why", ["budget", "paused"])
 async def test_the_open_questions_of_a_run_that_stops_for_another_reason(store: Any, why: str) -> None:
-    """A flow that stops for its budget or a pause returns all of its open questions, with their ids."""
+    """A flow that stops for its budget or a pause lists its open questions too, with their ids."""
     reached, opened = asyncio.Event(), asyncio.Event()
     budget = ExecutionBudget(max_tokens_total=1)
     runner = runner_on(store, on_budget="wait", budget=budget, inline_wait_seconds=0, resume=False)
@@ -91,7 +91,7 @@ async def test_the_open_questions_of_a_run_that_stops_for_another_reason(store: 
         await runner.pause("r")
     opened.set()
     result = await run
-    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, [why])
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, [why, "hm?"])
     assert [one.reason for one in result.questions] == ["hm?"]
     outcome: Any = await runner.drive("r")
     assert outcome.questions == tuple(result.questions)

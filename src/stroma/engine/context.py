@@ -117,11 +117,9 @@ class Account:
 
     def note_open_questions(self, all_waiting: Iterable[Waiting]) -> None:
         """Add the questions without an answer, also those that did not stop the run, to the result."""
-        reasons = self.suspended
         for waiting in all_waiting:
             if waiting.payload is None:
                 self.note_question(waiting)
-        self.suspended = reasons or self.suspended
 
     def describe_suspension(self) -> str | None:
         """Return what a suspended run waits for, as its record has it; None for nothing.

@@ -191,7 +191,7 @@ async def _describe_suspension(stored: StoredRuns, record: RunRecord) -> dict[st
     reasons = [question.reason for question in questions]
     return {
         "status": record.status,
-        "suspended": reasons or [record.error],
+        "suspended": [record.error, *reasons] if record.waits_for or not reasons else reasons,
         "questions": [asdict(question) for question in questions],
         "due_ms": record.due_ms,
     }

@@ -316,10 +316,9 @@ class RunExecution:
         if completed or status in _CUT_SHORT:
             return
         if status is RunStatus.SUSPENDED:
-            ctx.account.note_open_questions(ctx.session.waiting.values())
-            if finished.error in (PAUSED, BUDGET):
-                ctx.account.suspended = (finished.error,)
-            elif not ctx.account.suspended:
+            if finished.error not in (PAUSED, BUDGET):
+                ctx.account.note_open_questions(ctx.session.waiting.values())
+            if not ctx.account.suspended:
                 ctx.account.note_suspended(finished.error or "waiting for an answer")
             return
         cause = (await StoredRuns(ctx.registry, ctx.checkpoint_manager).get(ctx.run_id)).cause
@@ -346,14 +345,13 @@ class RunExecution:
     async def _close(self) -> ExecutionResult:
         """Store the end of the run, call its end hooks and return its result. Raises HookError."""
         ctx, status, failure = self.ctx, self._status, self._failure
-        if status is RunStatus.SUSPENDED:
+        error = ctx.account.describe_suspension() if failure is None else str(failure)
+        if status is RunStatus.SUSPENDED:  # Its record has what stopped it, its result all questions.
             ctx.account.note_open_questions(ctx.session.waiting.values())
+            error = error or ctx.account.describe_suspension()
         else:
             ctx.journal.wake_ms = None  # Other work of the run is not finished, and waits for no time.
         result = ctx.build_result(status, self.state, failure)
-        error = None if failure is None else str(failure)
-        if error is None and ctx.account.suspended:
-            error = ctx.account.describe_suspension()
         if self._has_setback or ctx.journal.session.notes:
             self._note_setbacks()
         if failure is not None:
