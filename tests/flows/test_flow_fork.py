@@ -114,8 +114,10 @@ async def test_the_output_of_a_call_that_failed_can_be_given(store: Any, at: str
     world.calls.clear()
     fork = await runner.fork("r", f, at=at, output=Num(n=40), new_run_id="fork")
     assert (fork.status, fork.output, world.calls) == (RunStatus.RESUMED, Num(n=41), ["add 40"])
-    given = [one.node_id for one in store.attempts("fork") if one.message == "output given at the fork"]
-    assert given == ["bad"]
+    forked = [one for one in store.attempts("fork") if one.outcome == "forked"]
+    forked.sort(key=lambda one: one.started_ns)
+    assert [one.node_id for one in forked] == ["bad", "add", "add", "bad"], "as the flow got them"
+    assert [one.message for one in forked] == [None] * 3 + ["output given at the fork"]
     again = await runner.fork("fork", f, at="inner#2.add#2")
     assert (again.output, world.calls) == (Num(n=41), ["add 40"] * 2), "the fork has it as any other output"
 

@@ -98,6 +98,7 @@ def fork_run(
     identities = {position: identity for identity, position in rows.identities(origin.run, origin.execution)}
     fence = rows.begin(existing, opening._replace(pipeline=origin.pipeline, version=origin.version))
     forked_ns = rows.now_ms() * 1_000_000
+    steps.sort(key=lambda row: (row.position, max(0, OF_FLOW - (row.step.number or 0))))
     for number, (position, branch, node_id, step) in enumerate(steps):
         if step is not edited:
             verify_step(step, source, position, node_id, branch)
@@ -108,7 +109,7 @@ def fork_run(
             step = edited if is_new else edited._replace(contract=step.contract)
         elif payloads.codec is not None:
             step = _reseal_step(payloads, step, old, new, position, branch)
-        # The number keeps the order of commits.
+        # The number keeps the order of commits, and of the calls of flows.
         attempt = AttemptRecord(
             position, forked_ns + number, branch, 1, node_id, 0, "forked", message=message
         )
