@@ -1,6 +1,7 @@
 """A node that waits for a person: the run stops, and goes on with the answer, days later and elsewhere."""
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     Flow,
+    InMemoryStore,
     RequestRefused,
     RunStatus,
     SQLiteStore,
@@ -28,6 +30,7 @@ from stroma import (
     stroma_flow,
     stroma_node,
 )
+from stroma.testing import RecordedRun
 
 ITEMS = Items(items=[Num(n=1), Num(n=2), Num(n=3)])
 
@@ -364,9 +367,10 @@ class Login(BaseModel):
     password: SecretStr
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("asked_by", ["node", "flow", "message", "effect"])
-async def test_secrets_in_answers_and_messages(tmp_path: Path, asked_by: str) -> None:
-    """A store with a codec takes the secrets of answers and messages; no message of a failure shows them."""
+async def test_secrets_in_answers_and_messages(tmp_path: Path, asked_by: str, in_memory: bool) -> None:
+    """Memory, or a store with a codec, takes secrets in answers and messages; no failure shows them."""
     password = "hunter2hunter2"
     login = Login(password=SecretStr(password))
 
@@ -389,7 +393,8 @@ async def test_secrets_in_answers_and_messages(tmp_path: Path, asked_by: str) ->
         raise PermissionError(f"wrong: {given.password.get_secret_value()}")
 
     work: Any = [node("log_in", log_in)] if asked_by == "node" else logins
-    async with SQLiteStore(tmp_path / "runs.db", codec=Rot()) as store:
+    durable: Any = SQLiteStore(tmp_path / "runs.db", codec=Rot())
+    async with contextlib.nullcontext(InMemoryStore()) if in_memory else durable as store:
         asking = StromaRunner.quick(store=store, policy_map=NEVER)
         waiting = await asking.run(work, Num(), run_id="r")
         assert waiting.status is RunStatus.SUSPENDED
@@ -401,3 +406,4 @@ async def test_secrets_in_answers_and_messages(tmp_path: Path, asked_by: str) ->
         assert str(result.failure) == "PermissionError: wrong: **********"
         record = store.get_run("r")
         assert password not in record.error
+        assert password not in str(RecordedRun.read(store, "r").to_json())

@@ -160,6 +160,7 @@ class _MemoryStore(RunStore):
     address = ""
     #: Nobody has asked for this store: guards delete what ended long ago, so that memory does not grow.
     is_default = False
+    keeps_secrets = True  # Nothing leaves this process.
     _has_warned = False
     _payloads = Payloads()
 
