@@ -40,6 +40,8 @@ from stroma import (
 )
 from stroma.checkpoint import RunRequest
 from stroma.contracts.schema import schema_of
+from stroma.runner.stored_runs import StoredRuns
+from stroma.testing.checkpoints import settled
 
 store = store_fixture(*IN_PROCESS)
 
@@ -667,3 +669,21 @@ async def test_what_run_many_is_given_may_raise(store: Any) -> None:
     with pytest.raises(TypeError, match=r"run_many\(\) got .* 'contxt'; did you mean 'context'"):
         await runner.run_many(work.nodes, [Num()], **misspelt)
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_run_that_is_deleted_before_a_resume_opens_it(store: Any, monkeypatch: Any) -> None:
+    """A run that is deleted while a resume begins is CheckpointNotFound, and does not begin anew."""
+    runner = StromaRunner.quick(store=store, policy_map=NEVER)
+    work = [node("broken", failing_with(PermissionError))]
+    await runner.run(work, Num(), run_id="r")
+    read_input = StoredRuns.read_input
+
+    async def read_and_delete(*arguments: Any) -> Any:
+        state = await read_input(*arguments)
+        await settled(store.delete("r"))
+        return state
+
+    monkeypatch.setattr(StoredRuns, "read_input", read_and_delete)
+    with pytest.raises(CheckpointNotFound, match="'r' was deleted"):
+        await runner.resume(work, "r")
+    assert await settled(store.get_run("r")) is None

@@ -23,7 +23,7 @@ from stroma.trace.result import Question
 if TYPE_CHECKING:
     from stroma.trace.rejected import RejectedOutput
 
-IfExists = Literal["new", "restart", "resume", "return", "error", "attach", "read"]
+IfExists = Literal["new", "restart", "resume", "return", "error", "attach", "read", "continue"]
 IfRunning = Literal["error", "attach", "take_over"]
 
 
@@ -36,6 +36,7 @@ class RunRequest(NamedTuple):
             returns it unchanged. "restart" starts a new execution; "new" too, unless the last one has not
             ended, or any one has called an effect. "error" refuses, "attach" returns the result of the owner
             that was waited for, "read" returns the outcome of a run that has ended, and refuses any other.
+            "continue" is "resume" of a run that the caller has found: CheckpointNotFound if it is gone.
         if_running: what to do with a run that has another owner: "take_over" fences it off, anything else is
             RunBusy.
         lease_seconds: how long the run stays with an owner that does not renew its lease.

@@ -293,13 +293,13 @@ class Dispatch(NamedTuple):
             fails in the middle of the run leaves it INTERRUPTED.
         max_seconds: end the run at the first step boundary after this time; None: no limit.
         claim: token of the claim of the worker; RunExists if the run has no such claim.
-        reads: return the outcome of a run that has ended or is suspended, and raise RunExists for any other.
+        if_exists: "read" or "continue", see RunRequest; None: that of the config.
     """
 
     due_ms: int | None = None
     max_seconds: float | None = None
     claim: str | None = None
-    reads: bool = False
+    if_exists: Literal["read", "continue"] | None = None
 
 
 #: A person opens the run.

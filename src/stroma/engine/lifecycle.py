@@ -66,7 +66,7 @@ async def open_run(
             pipeline=ctx.pipeline,
             initial_state=initial_state,
             schema=schema_of(type(initial_state)),
-            if_exists="read" if dispatch.reads else "resume" if resumed else config.if_exists,
+            if_exists=dispatch.if_exists or ("resume" if resumed else config.if_exists),
             discard_from=discard_from,
             accept=accept,
             if_running=config.if_running,

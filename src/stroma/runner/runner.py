@@ -377,7 +377,7 @@ class StromaRunner(Generic[DepsT]):
             config = override_config(config, options)
         nodes = nodes_of(node_sequence)
         check_state("the initial state", initial_state, nodes[0] if nodes else None)
-        if dispatch.reads:
+        if dispatch.if_exists == "read":
             require_runnable(nodes, self.registry)
         else:
             require_runnable(nodes, self.registry, self._caller)
@@ -450,7 +450,8 @@ class StromaRunner(Generic[DepsT]):
         schema = input_schema_of(nodes_of(nodes), self.registry, input_schema)
         state = await self._stored.read_input(run_id, schema)
         fixed: RunKeywords[Any] = {"run_id": run_id, "resume": True}
-        return await self._run(nodes, state, cast("RunKeywords[Any]", options | fixed))
+        dispatch = Dispatch(if_exists="continue")
+        return await self._run(nodes, state, cast("RunKeywords[Any]", options | fixed), dispatch)
 
     def stream(
         self,
@@ -751,7 +752,7 @@ class StromaRunner(Generic[DepsT]):
             reader = StromaRunner(self.registry, self.checkpoint_manager, RunConfig(run_id=run_id))
             nodes, schema, *_ = served[record.pipeline]
             state = await self._stored.read_input(run_id, schema)
-            return await reader._run(nodes, state, {}, Dispatch(reads=True))
+            return await reader._run(nodes, state, {}, Dispatch(if_exists="read"))
 
         calls = HandleCalls(read, self.follow, self.send, self.cancel)
         return RunHandle(run_id, self._stored, self._waits_here, calls)

@@ -203,7 +203,7 @@ class RunOpener:
         run = rows.find(self._run_id, lock=True)
         annotations: dict[int, list[StepRow]] = {}
         if run is None or not run.execution:
-            if request.due_ms is not None or request.if_exists == "read":
+            if request.due_ms is not None or request.if_exists in ("read", "continue"):
                 raise CheckpointNotFound(f"run {self._run_id!r} was deleted; check the id and the store")
             action = "begin"
         else:
