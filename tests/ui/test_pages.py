@@ -292,7 +292,11 @@ def test_a_rejected_output_is_shown(store: SQLiteStore, serve: Any) -> None:
             "Input should be a valid integer, unable to parse string as an integer",
             "<code>&quot;&lt;b&gt;five&quot;</code>",
         ),
-        ("<code>why</code>", "Field required", ""),
+        (
+            "<code>why</code>",
+            "Field required",
+            "<code>{&quot;stars&quot;: &quot;&lt;b&gt;five&quot;, &quot;notes&quot;: [1]}</code>",
+        ),
     ]
     assert re.findall(r'<li class="broke">(.*?)</li>', page) == [
         '<span class="key">stars</span>: &quot;&lt;b&gt;five&quot;'

@@ -29,7 +29,7 @@ from stroma._utils.text import (
 )
 from stroma.failures.classes import FailureClass
 from stroma.trace.outline import bar_title, select_bars, shown_place, tone_of
-from stroma.trace.rejected import MISSING, Complaint, RejectedOutput
+from stroma.trace.rejected import Complaint, RejectedOutput
 from stroma.trace.story import Bar, Story, fields_named
 from stroma.trace.timeline import HATCHES, LEGEND, Timeline
 
@@ -117,16 +117,12 @@ def rejected_output(rejected: RejectedOutput) -> str:
 
 
 def _complaint(rejected: RejectedOutput, one: Complaint) -> str:
-    value = rejected.at(one.path)
-    came = "" if value is MISSING else f"<code>{as_xml(clean(_json(value), 200))}</code>"
+    value = rejected.text_of(one)
+    came = f"<code>{as_xml(value)}</code>" if value else ""
     return (
         f"<tr><td><code>{as_xml(clean(one.field, 200))}</code></td><td>{as_xml(clean(one.message, 400))}</td>"
         f"<td>{came}</td></tr>"
     )
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def fragment(story: Story, *, states: bool = True) -> str:

@@ -29,10 +29,8 @@ from stroma.cli.options import RunOptions
 from stroma.cli.output import emit_fields, err
 from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import WORKER_CONTINUES, approve_hint, find_schema, waiting_data
-from stroma.contracts.codec import is_same_data
 from stroma.contracts.contract import ContractRegistry, NotDone
 from stroma.runner.runner import StromaRunner
-from stroma.runner.stored_runs import match_answer
 
 
 @click.command()
@@ -108,8 +106,6 @@ def approve(
         if one.payload is None:
             raise
         raise _other_answer(database, record, one) from None
-    if one.payload is not None and not _is_same(questions, record, one, (answer, model)):
-        raise _other_answer(database, record, one)
     runner = StromaRunner(ContractRegistry(), CheckpointManager(database.store))
     try:
         database.run(runner.signal(record.run_id, answer, question=one.id, schema=model))
@@ -117,7 +113,7 @@ def approve(
         now = next((each for each in database.reader.waiting(record.run_id) if each.id == one.id), None)
         if now is None or now.payload is None:
             raise
-        raise _other_answer(database, record, now) from error  # Somebody was faster.
+        raise _other_answer(database, record, now) from error
     if resume and pipeline is not None:
         if not quiet:
             err.line(f"{node_text(one)} {_answered(one)}")
@@ -144,12 +140,6 @@ def _other_answer(database: Database, record: RunRecord, one: Waiting) -> Proble
         f"{node_text(one)} of run {clean(record.run_id)} {why}",
         f"details: {database.hint('show', id_word(record.run_id))}",
     )
-
-
-def _is_same(questions: list[Waiting], record: RunRecord, one: Waiting, answer: tuple[Any, Any]) -> bool:
-    """Return True if a question has this answer already."""
-    again = match_answer(questions, record.run_id, answer[0], question=one.id, schema=answer[1], secrets=True)
-    return again.payload is not None and one.payload is not None and is_same_data(again.payload, one.payload)
 
 
 def _is_json(text: str) -> bool:
