@@ -167,12 +167,14 @@ def test_the_page_about_defaults_has_every_parameter(generate: Any) -> None:
 
 
 def test_every_public_error_is_on_the_page(generate: Any) -> None:
-    """docs/errors.md has every public exception class with base, place, cause and fix."""
+    """docs/errors.md, and its docstring, has base, place, cause and fix of every public exception class."""
     text = (ROOT / "docs" / "errors.md").read_text("utf-8")
     result = public_errors()
     assert {"StoreError", "ContractViolation", "BudgetExceeded", "HookError", "HookTimeout"} <= set(result)
     assert set(result) == {error.name for error in generate.error_classes()}
     for name, cls in result.items():
+        described = inspect.getdoc(cls) or ""
+        assert [part for part in ("Where: ", "Cause: ", "Fix: ") if part not in described] == [], name
         if cls.__module__.startswith("stroma.cli"):
             continue  # Its messages are listed under the command line.
         section = re.search(rf"^## {name}\n(.*?)(?=^## )", text, re.MULTILINE | re.DOTALL)
@@ -184,25 +186,6 @@ def test_every_public_error_is_on_the_page(generate: Any) -> None:
             assert re.search(rf"^- \*\*{part}\.\*\* \S.{{20,}}\.$", section[1], re.MULTILINE), (name, part)
         row = re.search(rf"^\| \[{name}\]\(#{name.lower()}\) \| (.*?) \| ", text, re.MULTILINE)
         assert row[1] == ", ".join(f"`{base.__name__}`" for base in cls.__bases__)
-
-
-def test_every_public_error_says_how_it_is_mended() -> None:
-    """The docstring of each says where it arises, why, and what to do."""
-    for name, cls in public_errors().items():
-        text = inspect.getdoc(cls) or ""
-        assert [part for part in ("Where: ", "Cause: ", "Fix: ") if part not in text] == [], name
-
-
-def test_every_message_in_the_source_is_on_the_page(generate: Any) -> None:
-    """Every text that an error is raised with in the source is listed."""
-    text = (ROOT / "docs" / "errors.md").read_text("utf-8")
-    messages = generate.messages()
-    assert len(messages) > 80
-    own = generate.examples()
-    for message in messages:
-        elsewhere = message.error in generate.BUILT_IN and re.match(r"stroma\.(cli|demo)", message.module)
-        if message.error not in own and not elsewhere:
-            assert message.text in text, f"{message}; {ANEW}"
 
 
 def test_every_reason_has_its_meaning(generate: Any) -> None:
@@ -242,10 +225,27 @@ WITHOUT_MEND = {
 }
 
 
-def test_messages_name_the_fix(generate: Any) -> None:
-    """Every text of our own errors says what must be, or ends with the fix, but for those listed."""
-    ours = {e.name for e in generate.error_classes()} - {"Problem", *generate.examples()}
-    texts = {message.text for message in generate.messages() if message.error in ours}
+def test_messages_name_the_fix_in_the_words_of_the_pages(generate: Any) -> None:
+    """Every text that an error is raised with is on the page about errors and has no banned word.
+
+    That of an error of our own says what must be, or ends with the fix, but for those listed.
+    """
+    page = (ROOT / "docs" / "errors.md").read_text("utf-8")
+    messages, own = generate.messages(), generate.examples()
+    assert len(messages) > 300
+    for message in messages:
+        elsewhere = message.error in generate.BUILT_IN and re.match(r"stroma\.(cli|demo)", message.module)
+        if message.error not in own and not elsewhere:
+            assert message.text in page, f"{message}; {ANEW}"
+    wrong = [
+        f"{message.module}: {match[0]!r} in {message.text!r}: write {better}"
+        for message in messages
+        for pattern, better in BANNED_PROSE.items()
+        if not pattern.startswith("^") and (match := re.search(pattern, message.text))
+    ]
+    assert not wrong, "\n".join(wrong)
+    ours = {e.name for e in generate.error_classes()} - {"Problem", *own}
+    texts = {message.text for message in messages if message.error in ours}
     listed = {text for text in texts if any(part in text for part in WITHOUT_MEND)}
     mended = {text for text in texts if re.search(r"; (or )?[a-z`{]+\b| must (be|return) ", text)}
     assert texts - mended - listed == set(), "name the fix after a semicolon"
@@ -630,19 +630,6 @@ class Strict(BaseModel):
 
 async def settled(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
-
-
-def test_messages_use_the_words_of_the_pages(generate: Any) -> None:
-    """Messages of errors and of the command line have no banned word."""
-    messages = [(message.module, message.text) for message in generate.messages()]
-    assert len(messages) > 300
-    wrong = [
-        f"{module}: {match[0]!r} in {text!r}: write {better}"
-        for module, text in messages
-        for pattern, better in BANNED_PROSE.items()
-        if not pattern.startswith("^") and (match := re.search(pattern, text))
-    ]
-    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The tiers are what they claim to be: see tests/conftest.py."""
 
 import ast
-import functools
 import json
 import re
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 SLOW = {"slow", "nightly"}
 
 
-@functools.cache
 def marks_of(path: Path) -> list[tuple[str, set[str]]]:
     """Return the docstring and the marks of each test in a file; a test has the marks of its class too."""
 
@@ -35,13 +33,14 @@ def marks_of(path: Path) -> list[tuple[str, set[str]]]:
 
 
 def test_every_guarantee_has_a_test_in_the_core_tier() -> None:
-    """Each of the guarantees is named by a core test, which needs no process or server."""
+    """Each guarantee is named by a core test, which needs no process or server, and is not marked slow."""
     page = (ROOT / "docs" / "guarantees.md").read_text("utf-8")
     promised = set(re.findall(r"^## (G\d+)$", page, re.MULTILINE))
     held: set[str] = set()
     for path in (ROOT / "tests").rglob("test_*.py"):
         name = path.relative_to(ROOT).as_posix()
         for docstring, marks in marks_of(path):
+            assert not ("core" in marks and marks & SLOW), (path, docstring)
             if (
                 ("core" in marks or name in CORE_PATHS)
                 and not marks & SLOW
@@ -50,13 +49,6 @@ def test_every_guarantee_has_a_test_in_the_core_tier() -> None:
                 held |= set(re.findall(r"\bG\d+\b", docstring))
     assert promised
     assert promised <= held
-
-
-def test_no_test_is_both_slow_and_core() -> None:
-    """A core test runs on every Python within a minute, so none is marked slow or nightly."""
-    for path in (ROOT / "tests").rglob("test_*.py"):
-        for docstring, marks in marks_of(path):
-            assert not ("core" in marks and marks & SLOW), (path, docstring)
 
 
 def test_paths_of_tiers_exist() -> None:

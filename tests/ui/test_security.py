@@ -423,9 +423,9 @@ def test_fifty_megabytes(store: SQLiteStore, serve: Any) -> None:
 
 @pytest.mark.slow
 def test_a_run_of_many_attempts(tmp_path: Path, serve: Any) -> None:
-    """A run of 200,000 attempts is shown a page at a time, and each attempt can be opened."""
+    """A run of 20,000 attempts is shown a page at a time, and each attempt can be opened."""
     path = tmp_path / "large.db"
-    large_stores.fill(f"sqlite:///{path}", 1, 200_000)
+    large_stores.fill(f"sqlite:///{path}", 1, 20_000)
     with SQLiteStore(path) as store:
         site = serve(store)
         first = site.get("/run", id="run-000000")
