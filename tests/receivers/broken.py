@@ -13,15 +13,14 @@ Mode = Literal["refuses", "hangs", "fails", "resets"]
 
 class BrokenBackend:
     """A TCP server on loopback that refuses connections, takes them and never answers, answers each request
-    with an error (`status`), or resets the connection after it has read something.
+    with 500, or resets the connection after it has read something.
 
     Attributes:
         connections: how many came; none is seen where they are refused.
     """
 
-    def __init__(self, mode: Mode, *, status: int = 500) -> None:
+    def __init__(self, mode: Mode) -> None:
         self.mode = mode
-        self.status = status
         self.connections = 0
         self._open: list[socket.socket] = []
         self._listener = socket.socket()
@@ -55,22 +54,18 @@ class BrokenBackend:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             else:
                 while _read_request(connection):
-                    answer = f"HTTP/1.1 {self.status} Broken\r\nContent-Length: 0\r\n\r\n"
-                    connection.sendall(answer.encode())
+                    connection.sendall(b"HTTP/1.1 500 Broken\r\nContent-Length: 0\r\n\r\n")
         connection.close()
-
-    def close(self) -> None:
-        # accept() and recv() in other threads do not notice close() alone.
-        for end in (self._listener, *self._open):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
 
     def __enter__(self) -> BrokenBackend:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        # accept() and recv() in other threads do not notice close() alone.
+        for end in (self._listener, *self._open):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
 
 
 def _read_request(connection: socket.socket) -> bool:

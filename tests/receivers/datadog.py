@@ -85,7 +85,7 @@ class DatadogAgent:
         env = {key: value for key, value in os.environ.items() if not key.startswith(("DD_", "PYTHON"))}
         self._child.start([str(program), *ports, *options], lambda: answers(f"{self.url}/info"), env)
 
-    def traces(self, at_least: int = 0, *, seconds: float = 20) -> list[list[dict[str, Any]]]:
+    def traces(self, at_least: int) -> list[list[dict[str, Any]]]:
         """All traces since `clear()` as lists of spans as ddtrace sent them; waits for so many."""
         traces: list[list[dict[str, Any]]] = []
 
@@ -93,7 +93,7 @@ class DatadogAgent:
             traces[:] = fetch_json(f"{self.url}/test/session/traces")
             return len(traces) >= at_least
 
-        wait_until(check, f"{at_least} traces at the agent", seconds=seconds)
+        wait_until(check, f"{at_least} traces at the agent")
         return traces
 
     def clear(self) -> None:
@@ -111,14 +111,11 @@ class DatadogAgent:
             **variables,
         }
 
-    def close(self) -> None:
-        self._child.close()
-
     def __enter__(self) -> DatadogAgent:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._child.close()
 
 
 class Statistic(NamedTuple):
@@ -131,7 +128,7 @@ class Statistic(NamedTuple):
 
 
 class StatsdSocket:
-    """A bound UDP socket. `lines()` returns everything that was sent to it before."""
+    """A bound UDP socket. `statistics()` returns everything that was sent to it before."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -155,34 +152,24 @@ class StatsdSocket:
                 self._changed.notify_all()
         self._socket.close()
 
-    def lines(self, at_least: int = 0, *, seconds: float = 20) -> list[str]:
-        """All lines so far; waits for as many as are asked for."""
+    def _send(self, data: bytes) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(data, (self.host, self.port))
+
+    def statistics(self) -> list[Statistic]:
+        """All lines so far, taken apart. A line of several values (`d` packs them) becomes several."""
         with self._changed:
             due = self._marks + 1
             # Datagrams on loopback arrive in order: what was sent before this one is in when it is.
-            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-                sender.sendto(self._mark, (self.host, self.port))
-            self._changed.wait_for(
-                lambda: self._marks >= due and len(self._lines) >= at_least, timeout=seconds
-            )
-            assert self._marks >= due, "the socket's thread is stuck"
-            assert len(self._lines) >= at_least, f"{len(self._lines)} lines, not {at_least}: {self._lines}"
-            return list(self._lines)
-
-    def statistics(self, at_least: int = 0) -> list[Statistic]:
-        """The same, taken apart. A line of several values (`d` packs them) becomes several."""
-        return [result for line in self.lines(at_least) for result in _parse(line)]
-
-    def close(self) -> None:
-        # An empty datagram ends the thread, which closes the socket.
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"", (self.host, self.port))
+            self._send(self._mark)
+            assert self._changed.wait_for(lambda: self._marks >= due, timeout=20), "its thread is stuck"
+            return [result for line in self._lines for result in _parse(line)]
 
     def __enter__(self) -> StatsdSocket:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._send(b"")  # An empty datagram ends the thread, which closes the socket.
 
 
 def _parse(line: str) -> list[Statistic]:

@@ -19,19 +19,13 @@ if TYPE_CHECKING:
     from tests.receivers.sentry import RecordedSentry, SentryServer
 
 
-@pytest.fixture(scope="session")
-def _otlp_process() -> Iterator[OtlpReceiver]:
+@pytest.fixture
+def otlp() -> Iterator[OtlpReceiver]:
+    """A receiver of OTLP over HTTP."""
     from tests.receivers.otlp import OtlpReceiver
 
     with OtlpReceiver() as receiver:
         yield receiver
-
-
-@pytest.fixture
-def otlp(_otlp_process: OtlpReceiver) -> OtlpReceiver:
-    """The OTLP receiver, empty and well-behaved."""
-    _otlp_process.clear()
-    return _otlp_process
 
 
 @pytest.fixture(scope="session")

@@ -1,96 +1,136 @@
-"""A receiver of OTLP over HTTP, in a process of its own."""
+"""A receiver of OTLP over HTTP, for exporters in this process and in others."""
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
+import gzip
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from tests.kit import environment
-from tests.receivers.processes import fetch_json
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+_DECOMPRESS = {"identity": bytes, "gzip": gzip.decompress, "deflate": zlib.decompress}
 
 
-class OtlpReceiver:
-    """Takes what OTLP/HTTP exporters send, and can be told to behave badly.
+class OtlpReceiver(ThreadingHTTPServer):
+    """Takes what OTLP/HTTP exporters send in protobuf, and can refuse it.
 
     Attributes:
-        url: for `OTEL_EXPORTER_OTLP_ENDPOINT`; the signals are at `/v1/traces`, `/v1/metrics` and `/v1/logs`.
+        url: for `OTEL_EXPORTER_OTLP_ENDPOINT`; the signals are at `/v1/traces` and `/v1/metrics`.
     """
 
+    daemon_threads = True
+    # Exporters of many processes may come at once.
+    request_queue_size = 128
+
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "tests.receivers.otlp_process"]
-        self._process = subprocess.Popen(
-            command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        ports = self._process.stdout.readline().split()
-        assert len(ports) == 2, "the receiver ended at once; its error is above"
-        self.port, control = int(ports[0]), int(ports[1])
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._control = f"http://127.0.0.1:{control}"
+        super().__init__(("127.0.0.1", 0), _Posts)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self._spans: list[dict[str, Any]] = []
+        self._points: dict[str, dict[str, Any]] = {}
+        self.statuses: list[int] = []
+        self._refusals = 0
 
-    def _kept(self, signal: str, at_least: int, seconds: float) -> list[dict[str, Any]]:
-        url = f"{self._control}/{signal}?at_least={at_least}&seconds={seconds}"
-        result: list[dict[str, Any]] = fetch_json(url, seconds=seconds + 20)
-        assert len(result) >= at_least, f"{len(result)} {signal} in {seconds} s, not {at_least}: {result}"
-        return result
+    def refuse(self, posts: int) -> None:
+        """Answer the next posts with 503, to be sent again at once, and keep nothing of them."""
+        self._refusals = posts
 
-    def spans(self, at_least: int = 0, *, seconds: float = 20) -> list[dict[str, Any]]:
-        """All spans so far, in the order of their arrival; waits for as many as are asked for."""
-        return self._kept("spans", at_least, seconds)
+    def spans(self) -> list[dict[str, Any]]:
+        """All spans so far, in the order of their arrival."""
+        return list(self._spans)
 
     def span(self, name: str) -> dict[str, Any]:
         """The one span of that name."""
         (result,) = [span for span in self.spans() if span["name"] == name]
         return result
 
-    def metrics(self, at_least: int = 0, *, seconds: float = 20) -> list[dict[str, Any]]:
-        """The newest point of each cumulative series, and every delta point."""
-        return self._kept("metrics", at_least, seconds)
-
     def points(self, name: str) -> list[dict[str, Any]]:
-        """The points of one metric."""
-        return [point for point in self.metrics() if point["name"] == name]
+        """The newest point of each series of one metric."""
+        return [point for point in self._points.values() if point["name"] == name]
 
-    def logs(self, at_least: int = 0, *, seconds: float = 20) -> list[dict[str, Any]]:
-        return self._kept("logs", at_least, seconds)
-
-    def posts(self, at_least: int = 0, *, seconds: float = 20) -> list[dict[str, Any]]:
-        """Each post with its path, its size and the status that it was answered with."""
-        return self._kept("posts", at_least, seconds)
-
-    def _tell(self, **report: Any) -> None:
-        fetch_json(self._control, report)
-
-    def fail(self, posts: int, *, status: int = 503, retry_after: float | None = None) -> None:
-        """Answer the next posts with this status, and keep nothing of them. `retry_after` is in seconds."""
-        self._tell(fail=posts, status=status, retry_after=retry_after)
-
-    def slow(self, seconds: float) -> None:
-        """Answer each post only after this time, until told otherwise."""
-        self._tell(delay=seconds)
-
-    def refuse(self) -> None:
-        """Refuse connections, and drop those that are open, until `listen()`."""
-        self._tell(refuse=True)
-
-    def listen(self) -> None:
-        self._tell(refuse=False)
-
-    def clear(self) -> None:
-        """Forget what came, and behave well again."""
-        self._tell(clear=True, refuse=False)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+    def take(self, path: str, body: bytes) -> int:
+        """Record what a post has, and return the status of its answer."""
+        if self._refusals:
+            self._refusals -= 1
+            return 503
+        if path == "/v1/traces":
+            self._spans += _decode_spans(ExportTraceServiceRequest.FromString(body))
+        elif path == "/v1/metrics":
+            # A cumulative series is sent whole each time: only its newest point counts.
+            for point in _decode_metrics(ExportMetricsServiceRequest.FromString(body)):
+                self._points[str([point["name"], point["resource"], point["attributes"]])] = point
+        else:
+            return 404
+        return 200
 
     def __enter__(self) -> OtlpReceiver:
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.shutdown()
+        self.server_close()
+
+
+class _Posts(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: OtlpReceiver
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        status = self.server.take(
+            self.path, _DECOMPRESS[self.headers.get("Content-Encoding", "identity")](body)
+        )
+        self.server.statuses.append(status)
+        self.send_response(status)
+        self.send_header("Content-Length", "0")
+        if status == 503:
+            self.send_header("Retry-After", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+def _value(encoded: Any) -> Any:
+    kind = encoded.WhichOneof("value")
+    if kind == "array_value":
+        return [_value(item) for item in encoded.array_value.values]
+    if kind == "kvlist_value":
+        return _attributes(encoded.kvlist_value.values)
+    return None if kind is None else getattr(encoded, kind)
+
+
+def _attributes(pairs: Iterable[Any]) -> dict[str, Any]:
+    return {pair.key: _value(pair.value) for pair in pairs}
+
+
+def _decode_spans(request: Any) -> Iterator[dict[str, Any]]:
+    """Yield spans with their ids in hex."""
+    for resource in request.resource_spans:
+        for span in (span for scope in resource.scope_spans for span in scope.spans):
+            yield {
+                "name": span.name,
+                "trace_id": span.trace_id.hex(),
+                "span_id": span.span_id.hex(),
+                "parent_span_id": span.parent_span_id.hex(),
+                "attributes": _attributes(span.attributes),
+                "events": [event.name for event in span.events],
+                "resource": _attributes(resource.resource.attributes),
+            }
+
+
+def _decode_metrics(request: Any) -> Iterator[dict[str, Any]]:
+    """Yield points: the value of a sum or gauge, the count of a histogram."""
+    for resource in request.resource_metrics:
+        for metric in (metric for scope in resource.scope_metrics for metric in scope.metrics):
+            for point in getattr(metric, metric.WhichOneof("data")).data_points:
+                kind = point.WhichOneof("value") if hasattr(point, "as_double") else "count"
+                yield {
+                    "name": metric.name,
+                    "attributes": _attributes(point.attributes),
+                    "value": None if kind is None else getattr(point, kind),
+                    "resource": _attributes(resource.resource.attributes),
+                }

@@ -8,15 +8,12 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-
-T = TypeVar("T")
 
 # A machine's proxy settings are not about loopback.
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -30,33 +27,30 @@ def free_port() -> int:
         return port
 
 
-def wait_until(check: Callable[[], T], what: str, *, seconds: float = 20) -> T:
-    """Poll until `check` returns something true, and return that; `what` names it in the error."""
-    deadline = time.monotonic() + seconds
-    while True:
-        result = check()
-        if result:
-            return result
-        assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
+def wait_until(check: Callable[[], bool], what: str) -> None:
+    """Poll until `check` is true; `what` names it in the error."""
+    deadline = time.monotonic() + 20
+    while not check():
+        assert time.monotonic() < deadline, f"after 20 s still not: {what}"
         time.sleep(0.02)
 
 
-def fetch(url: str, data: bytes | None = None, *, seconds: float = 20, **parameters: str) -> bytes:
+def fetch(url: str, **parameters: str) -> bytes:
     """The body of an answer; a failed request is an `OSError`, which is what urllib raises."""
     if parameters:
         url = f"{url}?{urllib.parse.urlencode(parameters)}"
-    with _opener.open(urllib.request.Request(url, data), timeout=seconds) as answer:
+    with _opener.open(url, timeout=20) as answer:
         body: bytes = answer.read()
         return body
 
 
-def fetch_json(url: str, data: Any = None, **options: Any) -> Any:
-    return json.loads(fetch(url, None if data is None else json.dumps(data).encode(), **options))
+def fetch_json(url: str, **parameters: str) -> Any:
+    return json.loads(fetch(url, **parameters))
 
 
 def answers(url: str) -> bool:
     with contextlib.suppress(OSError):
-        fetch(url, seconds=2)
+        fetch(url)
         return True
     return False
 
