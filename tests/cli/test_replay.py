@@ -46,6 +46,22 @@ def test_what_is_printed(recorded, golden):
     assert recorded.calls() == []
 
 
+def test_a_right_upcast_passes_a_gate_on_the_exit_code(recorded, inside):
+    """A replay that only an upcast changed prints what it changed, and ends with 0."""
+    upcast = """None
+
+class Named(Sum):
+    unit: str
+
+third = stroma_node("third", input=Sum, output=Named, upcast=lambda raw: raw | {"unit": "EUR"})(last)
+"""
+    change(recorded, 'node("third", last)\n', upcast, "upcast.py")
+    done = inside("replay", "run-a", "upcast.py:pipeline")
+    assert (done.code, done.out) == (0, 'upcast    2 third  output.unit is new: "EUR"\n'), done
+    assert done.err.endswith("the code behaves as it did, with 1 difference by upcasts\n")
+    assert json.loads(inside("replay", "run-a", "upcast.py:pipeline", "--json").out)["same"] is True
+
+
 def test_what_is_wrong_with_the_arguments(recorded, inside, fails):
     """A run that is not there and a missing pipeline are each one message."""
     fails(inside("replay", "none", "sums.py:pipeline"), 4, "no run whose id begins with 'none'")
