@@ -33,8 +33,9 @@ from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.rows import Annotation, Opening, Rows, Step
 from stroma.checkpoint.durable.session import DurableSession
-from stroma.checkpoint.entries import USAGE_NOTE, PriorUsage, Waiting, effect_note
+from stroma.checkpoint.entries import USAGE_NOTE, PriorUsage, SentMessage, Waiting, effect_note
 from stroma.checkpoint.flow_notes import decode_flow_note
+from stroma.checkpoint.redis.format import step_row
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
 from stroma.failures.tracebacks import read_failure_site
@@ -362,6 +363,9 @@ def test_damage_of_any_record(kind: str) -> None:
         damaged()
         assert {name: read(store) for name, read in {**READS, **LISTS, **OTHERS}.items()} == whole
         if kind == "redis":
+            redis.Redis.from_url(where).hset("stroma:{r}:saved", "nobody", "x y\n")
+            with pytest.raises(CorruptCheckpoint, match="the saved state 'nobody' of run 'r' is damaged"):
+                store.map_items("r", "nobody", 0, 1)
             redis.Redis.from_url(where).hset("stroma:{r}:run", "tokens", "x")
             assert "the field 'tokens' of run 'r' is damaged" in str(outcome(LISTS["list"], store))
         asyncio.run(store.delete("r"))
@@ -372,6 +376,35 @@ def _reseal(where: str) -> None:
     with contextlib.closing(sqlite3.connect(where, isolation_level=None)) as db:
         db.text_factory = lambda data: data.decode("utf-8", "surrogateescape")
         reseal(db)
+
+
+def test_a_damaged_place_of_a_commit_in_redis_is_named() -> None:
+    """A row whose place cannot be read is a damaged commit of its run."""
+    with pytest.raises(CorruptCheckpoint, match="the commit 'x:0' of run 'r' is damaged"):
+        step_row("r", "x:0", b"")
+
+
+async def test_a_message_that_cannot_be_decrypted_is_named(tmp_path: Path) -> None:
+    """A message that the codec does not open is CorruptCheckpoint with its number and its run."""
+
+    class Codec:
+        is_broken = False
+
+        def encode(self, data: bytes) -> bytes:
+            return data[::-1]
+
+        def decode(self, data: bytes) -> bytes:
+            if self.is_broken:
+                raise ValueError("another key")
+            return data[::-1]
+
+    codec = Codec()
+    async with SQLiteStore(tmp_path / "runs.db", codec=codec) as store:
+        session = await begin(store)
+        await settled(store.send("run", SentMessage(0, "", "id", b"1")))
+        codec.is_broken = True
+        with pytest.raises(CorruptCheckpoint, match="the message '000000000001' of run 'run'"):
+            await settled(session.messages(0))
 
 
 class Pair(NamedTuple):

@@ -545,6 +545,14 @@ async def test_a_damaged_limit(data: bytes) -> None:
     assert f"limit '{name}'" in result.failure.message
 
 
+def test_the_end_of_a_call_under_a_damaged_limit() -> None:
+    """A call that ends under a limit that cannot be read names the limit."""
+    ended = rates.release_call("api", "token", None, rates.CallReport(), learns=False)
+    for change in (ended, rates.end_lease("api", "token")):
+        with pytest.raises(StoreError, match="the data of limit 'api' in the store is damaged"):
+            change(b"\xff", 0)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -1102,10 +1102,22 @@ async def test_a_source_that_blocks_does_not_hold_up_a_failure(doubler: Doubler)
         finally:
             closed.append(1)
 
+    class Endless:
+        def __aiter__(self) -> "Endless":
+            return self
+
+        async def __anext__(self) -> Any:
+            await asyncio.sleep(0)
+            return {"n": 1}
+
+        async def aclose(self) -> None:
+            closed.append(2)
+
     doubler.failing = {1}
-    work = map_over(gives, doubler.node, into=Journal())
-    result = await asyncio.wait_for(quick(AsyncInMemoryStore()).run([work], State()), 60)
-    assert (result.failure.message, closed) == ("no", [1])
+    for number, source in ((1, gives), (2, lambda state: Endless())):
+        work = map_over(source, doubler.node, into=Journal())
+        result = await asyncio.wait_for(quick(AsyncInMemoryStore()).run([work], State()), 60)
+        assert (result.failure.message, closed) == ("no", [1, 2][:number])
 
 
 def test_what_is_refused_when_a_map_is_made(doubler: Doubler) -> None:

@@ -113,8 +113,8 @@ class MessageTests:
         await finish(await begin(store), "SUSPENDED")
         assert await due_runs(store, 1 << 50) == []
         await send(store, "a")
-        assert await due_runs(store, 2) == ["run"]
-        session = await begin(store, if_exists="resume", due_ms=2)
+        assert await due_runs(store, 0) == ["run"]
+        session = await begin(store, if_exists="resume", due_ms=0)
         await send(store, "b")
         assert await read(session) == [(1, "a"), (2, "b")]
         await finish(session, "SUSPENDED")

@@ -366,6 +366,15 @@ def test_an_exception_that_tells_nothing_stands_for_itself() -> None:
         assert Secrets(values=[HELD]).mask_error(error) is error
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_groups_are_shown_a_hundred_levels_deep(more: int) -> None:
+    """A group is shown with its members down to the limit; a deeper one is named without them."""
+    error: Exception = ValueError("y")
+    for _ in range(MAX_DEPTH + more):
+        error = ExceptionGroup("x", [error])
+    assert ("too many causes" in str(Secrets().mask_error(error))) is bool(more)
+
+
 def test_the_messages_of_a_traceback_are_single_lines() -> None:
     """A message, note or member with a line break cannot forge a line of a log."""
     forged = "no\nCRITICAL forged"

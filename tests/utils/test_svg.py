@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stroma._utils.svg import Box, Line, Link, as_xml, svg
+from stroma._utils.svg import Box, Line, Link, as_xml, steps_svg, svg
 from stroma._utils.text import visible
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -108,6 +108,26 @@ def test_links_go_around_the_boxes_between() -> None:
     assert len(lanes) == 3
     assert lanes[0] == lanes[1] != lanes[2]
     assert bottom < min(lanes) < max(lanes) < float(root.get("height", ""))
+
+
+def test_a_link_between_neighbours_stays_between_them() -> None:
+    """A link to the next column bends in the gap between the two boxes, and leaves neither of them again."""
+    boxes = [
+        Box("0", "a", "node", "", (), (Line("x", "str"),)),
+        Box("1", "b", "node", "", (Line("y", "str"),)),
+    ]
+    root = ET.fromstring(svg(boxes, [Link("0", "x", "1", "y")], title="t"))
+    path = next(path for path in root.iter(f"{SVG}path") if "C" in path.get("d", ""))
+    start, *bends, end = [float(x) for x in re.findall(r"([\d.]+) [\d.]+", path.get("d", ""))]
+    assert all(start < bend < end for bend in bends)
+
+
+def test_tips_of_arcs_point_at_their_step() -> None:
+    """The tip of an arc between steps lies beside the step that it leads to, and points at it."""
+    boxes = [Box(name, name, "node") for name in "abc"]
+    root = ET.fromstring(steps_svg(boxes, [("a", "c", 1), ("c", "a", 2), ("b", "b", 3)], title="t"))
+    tips = [path.get("d", "") for path in root.iter(f"{SVG}path") if path.get("class") == "tip"]
+    assert [re.sub(r"M[\d.]+ [\d.]+", "", tip) for tip in tips] == ["v10l-7 -5z", "v10l7 -5z", "v10l7 -5z"]
 
 
 def test_nothing_at_all_is_a_picture_too() -> None:
