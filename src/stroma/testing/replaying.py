@@ -209,11 +209,11 @@ def _compare_attempts(tape: Tape, attempts: list[AttemptRecord], redact: Redact 
 
 def _begun_in_both(attempts: list[AttemptRecord], others: list[AttemptRecord]) -> list[AttemptRecord]:
     """Return attempts without those that were cancelled at once, before the other run began them."""
-    begun = {(one.position, one.branch, one.attempt) for one in others}
+    places = {(one.position, one.branch, one.attempt) for one in others}
     return [
         one
         for one in attempts
-        if one.outcome != "cancelled" or (one.position, one.branch, one.attempt) in begun
+        if one.outcome != "cancelled" or (one.position, one.branch, one.attempt) in places
     ]
 
 
