@@ -1,10 +1,11 @@
 """How any value is written for people and machines, and which secrets are found in it."""
 
 import dataclasses
+import itertools
 import json
 import uuid
-from collections import UserDict
-from collections.abc import Callable
+from collections import UserDict, deque
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
@@ -164,6 +165,7 @@ WRAPPERS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "model": (lambda x: Model(x=x), lambda x: {"x": x}),
     "dataclass": (Record, lambda x: {"x": x}),
     "slots": (Slotted, lambda x: {"x": x}),
+    "deque": (lambda x: deque([x]), lambda x: [x]),
 }
 
 
@@ -202,3 +204,16 @@ def test_a_list_that_contains_itself_has_an_end() -> None:
     loop: list[Any] = []
     loop.append(loop)
     assert inside(jsonable(loop), 101) == "<list>"
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("wrap", [lambda one: one, lambda one: [one], lambda one: deque([one])])
+def test_an_iterator_is_named_and_not_read(wrap: Any) -> None:
+    """An iterator may be endless, and belongs to the code that has it: its data is its name."""
+
+    def numbers() -> Iterator[int]:
+        yield from itertools.count()
+
+    endless = numbers()
+    assert "generator" in json.dumps(jsonable(wrap(endless)))
+    assert next(endless) == 0

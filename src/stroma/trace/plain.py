@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from enum import Enum
 from itertools import islice
@@ -37,7 +38,7 @@ def jsonable(value: Any, depth: int = 0) -> Any:
             k if isinstance(k, str) else str(jsonable(k, depth + 1)): jsonable(v, depth + 1)
             for k, v in islice(value.items(), None if issubclass(type(value), dict) else _MOST_ITEMS)
         }
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return [jsonable(v, depth + 1) for v in value]
     if isinstance(value, (set, frozenset)):
         return sorted((jsonable(v, depth + 1) for v in value), key=lambda v: (type(v).__name__, str(v)))
@@ -52,9 +53,11 @@ def jsonable(value: Any, depth: int = 0) -> Any:
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     try:
-        return to_jsonable_python(value)
+        if not isinstance(value, Iterator):  # It may be endless, and belongs to its code.
+            return to_jsonable_python(value)
     except Exception:
-        try:
-            return _ADDRESS.sub("", repr(value))
-        except Exception:
-            return f"<{type(value).__name__}>"
+        pass
+    try:
+        return _ADDRESS.sub("", repr(value))
+    except Exception:
+        return f"<{type(value).__name__}>"
