@@ -42,7 +42,6 @@ class FlowScenario:
 
     Attributes:
         answers: what people say, one after each suspension: the answer, and the text of its question.
-        at_once: two steps must run at the same time.
         is_race: which call is made by which task differs from run to run.
     """
 
@@ -55,7 +54,6 @@ class FlowScenario:
     reason: str | None = None
     answers: list[tuple[BaseModel, str | None]] = field(default_factory=list)
     state: BaseModel = field(default_factory=lambda: Num(n=0))
-    at_once: bool = False
     is_race: bool = False
 
 
@@ -80,23 +78,8 @@ def a_body(body: Callable[[World, Flow, Any], Any]) -> Callable[[World], FlowFun
 
 
 @a_body
-async def one_step(world: World, flow: Flow, state: Num) -> Num:
-    add = world.step("add")
-    return await flow.step(add, state)
-
-
-@a_body
 async def no_step(world: World, flow: Flow, state: Num) -> Num:
     return Num(n=7)
-
-
-@a_body
-async def branch(world: World, flow: Flow, state: Num) -> Num:
-    add, double = world.step("add"), world.step("double", lambda n: n * 2)
-    state = await flow.step(add, state)
-    if state.n % 2:
-        return await flow.step(double, state)
-    return state
 
 
 @a_body
@@ -138,13 +121,6 @@ def retried(world: World) -> Any:
         return await flow.step(flaky_node, state)
 
     return a_flow(body)
-
-
-@a_body
-async def gathered(world: World, flow: Flow, state: Num) -> Num:
-    add, double = world.step("add"), world.step("double", lambda n: n * 2)
-    one, two = await asyncio.gather(flow.step(add, Num(n=1)), flow.step(double, Num(n=4)))
-    return Num(n=one.n * 100 + two.n)
 
 
 def task_group(world: World) -> Any:
@@ -379,16 +355,6 @@ def parallel_inside(world: World) -> Any:
     return a_flow(body)
 
 
-def map_over_inside(world: World) -> Any:
-    each = map_over("numbers", world.step("add"), into="numbers")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        found = await flow.step(each, Nums(numbers=[Num(n=1), Num(n=2)]))
-        return Num(n=sum(one.n for one in found.numbers))
-
-    return a_flow(body)
-
-
 def map_over_several_inside(world: World) -> Any:
     each = map_over("numbers", [world.step("add"), world.step("double")], into="numbers", max_concurrency=1)
 
@@ -446,17 +412,6 @@ async def keyed(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
     found = await asyncio.gather(*(flow.step(add, Num(n=n), key=f"page {n}/é") for n in range(3)))
     return Num(n=sum(one.n for one in found))
-
-
-@a_body
-async def key_twice(world: World, flow: Flow, state: Num) -> Num:
-    add = world.step("add")
-    await flow.step(add, state, key="one")
-    try:
-        await flow.step(add, state, key="one")
-    except ValueError as error:
-        return Num(n=int("used by two calls" in str(error)))
-    return state
 
 
 @a_body
@@ -604,28 +559,6 @@ def in_a_pipeline(world: World) -> Any:
     return [add, a_flow(body), add]
 
 
-def two_flows(world: World) -> Any:
-    add = world.step("add")
-
-    async def body(flow: Flow, state: Num) -> Num:
-        return await flow.step(add, state)
-
-    return [stroma_flow("one", input=Num, output=Num)(body), stroma_flow("two", input=Num, output=Num)(body)]
-
-
-def called_part(world: World) -> Any:
-    add = world.step("add")
-
-    @stroma_flow("part", input=Num, output=Num)
-    async def part(flow: Flow, state: Num) -> Num:
-        return await flow.step(add, state)
-
-    async def body(flow: Flow, state: Num) -> Num:
-        return await part(flow, await part(flow, state))
-
-    return a_flow(body)
-
-
 @a_body
 async def same_node_twice_at_once(world: World, flow: Flow, state: Num) -> Num:
     add = world.step("add")
@@ -634,13 +567,8 @@ async def same_node_twice_at_once(world: World, flow: Flow, state: Num) -> Num:
     return Num(n=int("".join(str(one.n) for one in found)))
 
 
-_DONE = RunStatus.COMPLETED
-
 FLOW_SCENARIOS: dict[str, FlowScenario] = {
-    "one step": FlowScenario(one_step, {"n": 1}, ["add 0"]),
     "no step": FlowScenario(no_step, {"n": 7}, []),
-    "branch taken": FlowScenario(branch, {"n": 2}, ["add 0", "double 1"]),
-    "branch not taken": FlowScenario(branch, {"n": 2}, ["add 1"], state=Num(n=1)),
     "loop": FlowScenario(loop, {"n": 4}, ["add 0", "add 1", "add 2", "add 3"]),
     "failure that is caught": FlowScenario(caught, {"n": 13}, ["bad 0", "add 12"], failing={"bad"}),
     "failure that is not": FlowScenario(
@@ -649,7 +577,6 @@ FLOW_SCENARIOS: dict[str, FlowScenario] = {
     "retries": FlowScenario(
         retried, {"n": 3}, ["flaky 1", "flaky 2", "flaky 3"], config={"policy_map": THRICE}
     ),
-    "gather": FlowScenario(gathered, {"n": 208}, ["add 1", "double 4"]),
     "task group": FlowScenario(
         task_group, {"n": 36}, ["add 0", "add 1", "add 10", "add 11", "add 20", "add 21"]
     ),
@@ -657,9 +584,9 @@ FLOW_SCENARIOS: dict[str, FlowScenario] = {
         gather_with_failures, {"n": 1}, ["add 0", "bad 0"], failing={"bad"}
     ),
     "task group that fails": FlowScenario(
-        failing_task_group, {"n": 1}, ["slow 1", "bad 0", "slow 2"], failing={"bad"}, at_once=True
+        failing_task_group, {"n": 1}, ["slow 1", "bad 0", "slow 2"], failing={"bad"}
     ),
-    "first of two": FlowScenario(first_completed, {"n": 211}, ["slow 10", "quick 1"], at_once=True),
+    "first of two": FlowScenario(first_completed, {"n": 211}, ["slow 10", "quick 1"]),
     "workers on a queue": FlowScenario(queue, {"n": 15}, [f"add {n}" for n in range(5)], is_race=True),
     "map": FlowScenario(mapped, {"n": 10}, [f"add {n}" for n in range(4)]),
     "map of nothing": FlowScenario(empty_map, {"n": 0}, []),
@@ -672,7 +599,6 @@ FLOW_SCENARIOS: dict[str, FlowScenario] = {
     "flows inside at once": FlowScenario(two_children, {"n": 26}, ["add 1", "add 5"]),
     "pipeline inside": FlowScenario(pipeline_inside, {"n": 2}, ["add 0", "double 1"]),
     "parallel as a step": FlowScenario(parallel_inside, {"n": 13}, ["left", "right", "add 12"]),
-    "map_over as a step": FlowScenario(map_over_inside, {"n": 5}, ["add 1", "add 2"]),
     "map_over of several nodes as a step": FlowScenario(
         map_over_several_inside, {"n": 7}, ["add 1", "double 2", "add 2", "double 3"]
     ),
@@ -680,7 +606,6 @@ FLOW_SCENARIOS: dict[str, FlowScenario] = {
     "sleeps at once": FlowScenario(slept_side_by_side, {"n": 1}, ["add 0"]),
     "time limit around a sleep": FlowScenario(timeout_of_a_sleep, {"n": 1}, []),
     "keys": FlowScenario(keyed, {"n": 6}, ["add 0", "add 1", "add 2"]),
-    "one key for two calls": FlowScenario(key_twice, {"n": 1}, ["add 0"]),
     "body that raises": FlowScenario(body_raises, None, ["add 0"], RunStatus.FAILED, reason="bug"),
     "output of another class": FlowScenario(wrong_output, None, [], RunStatus.FAILED, reason="contract"),
     "input of another class": FlowScenario(wrong_input_of_a_step, {"n": 1}, []),
@@ -735,8 +660,6 @@ FLOW_SCENARIOS: dict[str, FlowScenario] = {
     ),
     "recorded values": FlowScenario(values, {"n": 1}, ["add 0"]),
     "flow between nodes": FlowScenario(in_a_pipeline, {"n": 4}, ["add 0", "add 1", "add 2", "add 3"]),
-    "two flows": FlowScenario(two_flows, {"n": 2}, ["add 0", "add 1"]),
-    "flow called as a part": FlowScenario(called_part, {"n": 2}, ["add 0", "add 1"]),
     "calls before they are awaited": FlowScenario(
         same_node_twice_at_once, {"n": 423}, ["add 3", "add 1", "add 2"]
     ),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
-from tests.kit import NEVER, THRICE, Num, Positive, Words, node
+from tests.kit import NEVER, THRICE, Num, Positive, Words, bare, node
 
 from stroma import (
     ExecutionBudget,
@@ -40,11 +40,6 @@ class Texts(BaseModel):
 
 class Length(BaseModel):
     length: int
-
-
-class Lengths(BaseModel):
-    texts: list[str]
-    lengths: list[Length]
 
 
 class End(NamedTuple):
@@ -120,11 +115,9 @@ def giving(calls: list[str], node_id: str, *outputs: Any) -> Any:
     return node(node_id, func)
 
 
-def half(calls: list[str], node_id: str, name: str, promised: type[BaseModel], *, fails: bool = False) -> Any:
+def half(calls: list[str], node_id: str, name: str, promised: type[BaseModel]) -> Any:
     async def func(state: Num) -> dict[str, int]:
         calls.append(node_id)
-        if fails:
-            raise ValueError("no half")
         return {name: state.n + 1}
 
     return node(node_id, func, Num, promised)
@@ -138,14 +131,12 @@ def joined(calls: list[str]) -> Any:
     return node("join", func, Both, Num)
 
 
-def lengths(calls: list[str], *, failing_at: str | None = None) -> Any:
+def lengths(calls: list[str]) -> Any:
     class Text(BaseModel):
         text: str
 
     async def func(state: Text) -> dict[str, int]:
         calls.append("length")
-        if state.text == failing_at:
-            raise ValueError(f"{state.text} has no length")
         return {"length": len(state.text)}
 
     return node("length", func, Text, Length)
@@ -210,13 +201,12 @@ def branching(calls: list[str]) -> list[Any]:
     return [node("split", split, Text, Words), both, node("sum", total, Parts, Length)]
 
 
-def waiting_sibling(calls: list[str], node_id: str) -> Any:
-    async def func(state: Num) -> dict[str, int]:
+def endless(calls: list[str], node_id: str, output: type[BaseModel] = Num) -> Any:
+    async def func(state: Num) -> Any:
         calls.append(node_id)
         await asyncio.Event().wait()
-        return {"right": 0}
 
-    return node(node_id, func, Num, Right)
+    return node(node_id, func, Num, output)
 
 
 def failing_beside(calls: list[str], node_id: str, other: str) -> Any:
@@ -350,16 +340,9 @@ SCENARIOS: dict[str, Scenario] = {
         lambda calls: [spending(calls, "a", -1), counted(calls, "b")], failed("a", {"n": 1}, "UsageError")
     ),
     "a timeout": Scenario(
-        lambda calls: [sleeping(calls, "a")],
+        lambda calls: [endless(calls, "a")],
         partial("a", {"n": 0}, RECOVERABLE, "TimeoutError"),
         config={"node_timeouts": {"a": 50}, "policy_map": NEVER},
-    ),
-    "side by side": Scenario(
-        lambda calls: [
-            parallel(half(calls, "l", "left", Left), half(calls, "r", "right", Right)),
-            joined(calls),
-        ],
-        completed("join l r", {"n": 2}),
     ),
     "the later one wins": Scenario(
         lambda calls: [parallel(counted(calls, "a", 1), counted(calls, "b", 2))], completed("a b", {"n": 2})
@@ -376,7 +359,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "a child that fails": Scenario(
         lambda calls: [
-            parallel(failing_beside(calls, "l", "r"), waiting_sibling(calls, "r")),
+            parallel(failing_beside(calls, "l", "r"), endless(calls, "r", Right)),
             counted(calls, "b"),
         ],
         partial("l r", {"n": 0}, AMBIGUOUS, "ValueError"),
@@ -404,54 +387,10 @@ SCENARIOS: dict[str, Scenario] = {
         tokens=120,
         config={"budget": ExecutionBudget(max_tokens_total=100)},
     ),
-    "items": Scenario(
-        lambda calls: [map_over("texts", lengths(calls), into="lengths", max_concurrency=2)],
-        completed(
-            "length length length",
-            {"texts": ["a", "bc", "def"], "lengths": [{"length": 1}, {"length": 2}, {"length": 3}]},
-        ),
-        state=Texts(texts=["a", "bc", "def"]),
-    ),
     "no items": Scenario(
         lambda calls: [map_over("texts", lengths(calls), into="lengths")],
         completed("", {"texts": [], "lengths": []}),
         state=Texts(texts=[]),
-    ),
-    "an item that fails": Scenario(
-        lambda calls: [map_over("texts", lengths(calls, failing_at="bc"), into="lengths", max_concurrency=1)],
-        partial("length length", {"texts": ["a", "bc", "def"]}, AMBIGUOUS, "ValueError"),
-        state=Texts(texts=["a", "bc", "def"]),
-        config={"policy_map": NEVER},
-    ),
-    "items that fail while others go on": Scenario(
-        lambda calls: [
-            map_over(
-                "texts",
-                lengths(calls, failing_at="bc"),
-                into="lengths",
-                max_concurrency=1,
-                on_item_failure="collect",
-            )
-        ],
-        completed(
-            "length length length",
-            {
-                "texts": ["a", "bc", "def"],
-                "lengths": [{"length": 1}, {"length": 3}],
-                "lengths_failures": [
-                    {
-                        "index": 1,
-                        "node_id": "length",
-                        "failure_class": FailureClass.AMBIGUOUS,
-                        "message": "ValueError: bc has no length",
-                        "reason": None,
-                        "attempts": 1,
-                    }
-                ],
-            },
-        ),
-        state=Texts(texts=["a", "bc", "def"]),
-        config={"policy_map": NEVER},
     ),
     "items that are none": Scenario(
         lambda calls: [map_over("nothing", lengths(calls), into="lengths")],
@@ -535,7 +474,9 @@ SCENARIOS: dict[str, Scenario] = {
         tokens=15,
         config={"budget": ExecutionBudget(max_tokens_total=14)},
     ),
-    "no contract": Scenario(lambda calls: [bare(calls), counted(calls, "b")], completed("a b", {"n": 6})),
+    "no contract": Scenario(
+        lambda calls: [without_contract(calls), counted(calls, "b")], completed("a b", {"n": 6})
+    ),
     "a sync node": Scenario(lambda calls: [in_a_thread(calls)], completed("a", {"n": 1})),
     "what one node tells the next": Scenario(
         lambda calls: [telling(calls), usage_node(calls)],
@@ -553,15 +494,6 @@ def telling_model(calls: list[str]) -> Any:
     return node("b", func)
 
 
-def sleeping(calls: list[str], node_id: str) -> Any:
-    async def func(state: Num) -> dict[str, int]:
-        calls.append(node_id)
-        await asyncio.Event().wait()
-        return {}
-
-    return node(node_id, func)
-
-
 def flaky_half(calls: list[str], node_id: str) -> Any:
     async def func(state: Num) -> dict[str, int]:
         calls.append(node_id)
@@ -572,14 +504,12 @@ def flaky_half(calls: list[str], node_id: str) -> Any:
     return node(node_id, func, Num, Right)
 
 
-def bare(calls: list[str]) -> Any:
+def without_contract(calls: list[str]) -> Any:
     async def func(state: Any) -> dict[str, int]:
         calls.append("a")
         return {"n": state.n + 5}
 
-    func._stroma_node_id = "a"
-    func._stroma_contract = None
-    return func
+    return bare("a", func)
 
 
 def in_a_thread(calls: list[str]) -> Any:
