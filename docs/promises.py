@@ -164,7 +164,7 @@ EXAMPLES: dict[int, tuple[str, ...]] = {
         "test_operators_of_one_run",
     ),
     11: (
-        "test_stored_data_imports_nothing",
+        "test_names_of_classes_import_nothing",
         "test_answered_in_another_process",
         "test_no_module_of_ours_can_execute_data",
         "test_a_schema_reference_imports_nothing",

@@ -62,22 +62,11 @@ def test_killed_before_it_knew(journal: tuple[str, str], tmp_path: Path, way: st
         assert store.get_run("r").status == "CANCELLED"
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("method", ["cancel", "pause", "set_budget"])
 async def test_fences_off_an_owner_that_lost_its_lease(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    """A request about a run whose live owner could not renew its lease fences it: nothing more is stored."""
-    async with SQLiteStore(tmp_path / "runs.db") as store, SQLiteStore(tmp_path / "runs.db") as other:
-        await _request_late_owner(store, other, monkeypatch, method)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["cancel", "pause", "set_budget"])
-async def test_fences_off_in_every_store(
     journal: tuple[str, str], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """The same for every store that processes can share."""
+    """A request about a run whose live owner could not renew its lease fences it: nothing more is stored."""
     with opened(*journal) as store, opened(*journal) as other:
         await _request_late_owner(store, other, monkeypatch, method)
 

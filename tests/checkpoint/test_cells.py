@@ -18,7 +18,7 @@ from tests.shared_stores import DURABLE, SHARED, STORES, opened, place, store_of
 from tests.store_suite.cells import CellStoreTests, count
 from tests.tiers import SLOW_PARAMETERS, examples
 
-from stroma.checkpoint import CellStore, PostgresStore, RedisStore, SQLiteStore
+from stroma.checkpoint import CellStore, PostgresStore, RedisStore
 from stroma.limits.reservations import ProcessCells
 
 
@@ -31,18 +31,6 @@ class TestCells(CellStoreTests):
         with store_of(request.param) as store:
             assert isinstance(store, CellStore)
             yield store
-
-
-@pytest.mark.slow
-def test_reading_makes_nothing(tmp_path: Any) -> None:
-    """Asking for a cell of a store that is not there makes none."""
-    with SQLiteStore(tmp_path / "runs.db") as store:
-        assert store.read_cell("a")[0] is None
-    assert list(tmp_path.iterdir()) == []
-    with store_of("postgres") as store:
-        assert store.read_cell("a")[0] is None
-        result = shared_postgres().execute("SELECT to_regclass(%s)", f"{store.schema}.cells")
-        assert result == [(None,)]
 
 
 _COUNTER = textwrap.dedent(

@@ -40,11 +40,6 @@ async def _due(store: Any, now_ms: int, pipeline: str = "p", limit: int = 100) -
     return await due_runs(store, now_ms, pipeline, limit)
 
 
-async def test_an_empty_store_has_no_due_runs(store: Any) -> None:
-    """A worker may look before the first run."""
-    assert await _due(store, 1000) == []
-
-
 async def test_a_suspended_run_is_due_from_its_time_on(store: Any) -> None:
     """A suspended run is due from its wake time on, for its own pipeline, until a process claims it."""
     await _end(await _open(store), "SUSPENDED", 5000)

@@ -177,7 +177,7 @@ async def test_columns_of_a_wrong_type(tmp_path: Path, kind: str) -> None:
     "ref", ["antigravity:x", "os:system", "builtins:eval", "sys:modules", ":", "", "stroma:__getattr__"]
 )
 async def test_names_of_classes_import_nothing(tmp_path: Path, ref: str) -> None:
-    """The class that a stored state names is sought in imported modules; anything but a model is refused."""
+    """G11: The class that a stored state names is sought in imported modules; only a model is accepted."""
     path = tmp_path / "runs.db"
     async with SQLiteStore(path) as store:
         await store.save("r", "a", Anything(n=1))

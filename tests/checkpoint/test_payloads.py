@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, SecretBytes, SecretStr
 from tests.kit import NEVER, Note, context_of, failing_with, stuck
+from tests.shared_stores import opened
 from tests.store_suite.journal import JournalStoreTests
 
 from stroma import (
@@ -400,24 +401,26 @@ async def test_old_runs_are_collected(tmp_path: Path) -> None:
 
 
 @pytest.mark.core
-async def test_blobs_that_nobody_names_are_collected(tmp_path: Path) -> None:
+async def test_blobs_that_nobody_names_are_collected(journal: tuple[str, str], tmp_path: Path) -> None:
     """gc() deletes the blobs of deleted runs; those that a row names, and young ones, stay."""
     calls = ["", ""]
     blobs = DirectoryBlobs(tmp_path / "blobs")
-    async with SQLiteStore(tmp_path / "runs.db", blobs=blobs, blob_bytes=1000) as store:
+    async with opened(*journal, blobs=blobs, blob_bytes=1000) as store:
         await runner(store).run(_big(calls, 5000), Note(), run_id="one")
         await runner(store).run(_big(calls, 6000), Note(text="z" * 2000), run_id="two")
-        assert len(list(blobs.names())) == 3
+        await store.save("three", "a", Note(text="s" * 2000))
+        assert len(list(blobs.names())) == 4
         await store.delete("one")
         assert await store.gc(keep_for=timedelta(days=1)) == (0, 0)
         for file in blobs.path.glob("??/*"):
             os.utime(file, (time.time() - 7200, time.time() - 7200))
         assert await store.gc(keep_for=timedelta(days=1)) == (0, 1)
-        assert len(list(blobs.names())) == 2
+        assert len(list(blobs.names())) == 3
         again = await runner(store, if_exists="return").run(
             _big(calls, 6000), Note(text="z" * 2000), run_id="two"
         )
         assert again.final_state == Note(text="6000")
+        assert await store.load_typed("three", "a", Note) == Note(text="s" * 2000)
 
 
 async def test_a_blob_that_is_put_while_others_are_collected_stays(tmp_path: Path) -> None:

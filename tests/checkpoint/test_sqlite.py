@@ -22,12 +22,10 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.checkpoint.damage import reseal
 from tests.kit import ended, start_python
 from tests.shared_stores import subclass_of
 from tests.store_suite.journal import State, begin, row, settled
 
-import stroma
 from stroma import StromaRunner
 from stroma.checkpoint import (
     AsyncInMemoryStore,
@@ -42,8 +40,6 @@ from stroma.checkpoint.sqlite import file as sqlite_file
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
-
-SRC = str(pathlib.Path(stroma.__file__).parents[1])
 
 
 class Holds(BaseModel):
@@ -68,7 +64,10 @@ def raw(path: pathlib.Path) -> contextlib.closing[sqlite3.Connection]:
 
 def child(code: str, *args: object) -> subprocess.Popen[str]:
     """A process that runs code with this module's helpers at hand."""
-    return start_python(*args, code="from tests.checkpoint.test_sqlite import *\n" + textwrap.dedent(code))
+    return start_python(
+        *args,
+        code=f"import asyncio, os, sys\nfrom tests.checkpoint.test_sqlite import *\n{textwrap.dedent(code)}",
+    )
 
 
 class Faulty(sqlite3.Connection):
@@ -206,6 +205,7 @@ WRITER = """
     asyncio.run(main())
 """
 
+
 ENDLESS = """
     async def one(store, run_id):
         session = await begin(store, run_id)
@@ -267,42 +267,6 @@ class TestProcesses:
                     == len(positions)
                 )
                 assert all(model == State(n=p) for (p, _), (_, model) in restored(session).items())
-
-    @pytest.mark.slow
-    def test_a_forked_child_opens_the_file_anew(self, path: pathlib.Path) -> None:
-        """After a fork both processes write, each through a connection and thread of its own."""
-        code = """
-            import gc
-
-            async def write(store, run_id):
-                session = await begin(store, run_id)
-                for position in range(20):
-                    await commit(session, position)
-
-            store = SQLiteStore(sys.argv[1])
-            unused = SQLiteStore(sys.argv[1])
-            asyncio.run(write(store, "before"))
-            asyncio.run(write(unused, "unused"))
-            pid = os.fork()
-            if pid == 0:
-                del unused
-                gc.collect()
-                asyncio.run(write(store, "child"))
-                store.close()
-                sys.exit(0)
-            asyncio.run(write(store, "parent"))
-            assert os.waitpid(pid, 0)[1] == 0
-            asyncio.run(write(store, "after"))
-            asyncio.run(write(unused, "unused after"))
-            store.close()
-        """
-        ended(child(code, path))
-        runs = SQLiteStore(path).list_runs()
-        assert {run.run_id: run.nodes for run in runs} == dict.fromkeys(
-            ("before", "unused", "child", "parent", "after", "unused after"), 20
-        )
-        with raw(path) as db:
-            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
     @pytest.mark.slow
     def test_a_child_forked_during_a_transaction_writes(self, path: pathlib.Path) -> None:
@@ -375,19 +339,6 @@ class TestProcesses:
         assert not path.exists()
 
     @pytest.mark.slow
-    def test_the_thread_does_not_keep_the_interpreter_alive(self, path: pathlib.Path) -> None:
-        """A program that forgets to close its store ends all the same, with everything kept."""
-        code = """
-            async def main():
-                await commit(await begin(store), 0)
-
-            store = SQLiteStore(sys.argv[1])
-            asyncio.run(main())
-        """
-        ended(child(code, path))
-        assert SQLiteStore(path).find_run("last") == ["run"]
-
-    @pytest.mark.slow
     def test_a_full_disk_is_survived(self, path: pathlib.Path) -> None:
         """When the file may not grow, that is a named error; once there is room, the same process goes on."""
         code = """
@@ -416,17 +367,6 @@ class TestProcesses:
 
 
 class TestThreads:
-    async def test_several_event_loops_use_one_store(self, store: SQLiteStore) -> None:
-        """Event loops in several threads write through one store at once; each is woken in its own loop."""
-
-        async def work(i: int) -> None:
-            session = await begin(store, f"run{i}")
-            for position in range(20):
-                await commit(session, position, i)
-
-        await asyncio.gather(*(asyncio.to_thread(asyncio.run, work(i)) for i in range(6)), work(6))
-        assert {(run.run_id, run.nodes) for run in store.list_runs()} == {(f"run{i}", 20) for i in range(7)}
-
     async def test_a_loop_that_closed_meanwhile_disturbs_nobody(self, path: pathlib.Path) -> None:
         """If the loop of a caller is gone when its commit ends, the commit stands and others are served."""
         hold = threading.Event()
@@ -743,22 +683,6 @@ class TestReading:
             await asyncio.sleep(0)
         await writing
         assert seen == sorted(seen)
-
-    async def test_stored_data_imports_nothing(self, store: SQLiteStore, path: pathlib.Path) -> None:
-        """G11: Loading a state looks its class up among imported modules only."""
-        await store.save("run", "node", State(n=1))
-        for ref, printed in (
-            ("this:Zen", "not imported"),
-            ("os:path", "not a BaseModel"),
-            ("os:no", "has no"),
-        ):
-            with raw(path) as db:
-                db.execute("UPDATE steps SET schema_ref = ?", (ref,))
-                reseal(db)
-            with pytest.raises(StoreError, match=rf"{printed}.*load_typed"):
-                await store.load("run", "node")
-        assert "this" not in sys.modules
-        assert await store.load_typed("run", "node", State) == State(n=1)
 
 
 class TestUrls:

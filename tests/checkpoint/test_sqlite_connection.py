@@ -162,30 +162,6 @@ def test_a_file_that_was_replaced_is_opened_anew(bench: Bench) -> None:
     assert len(bench.opened) == 2
 
 
-def test_the_connection_is_closed(bench: Bench) -> None:
-    """Once or more often, with or without a word of SQLite; another operation opens the file anew."""
-    bench.connection.close()
-    bench.apply(put("a"))
-    bench.connection.close()
-    assert bench.connection.handle() is None
-    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-        bench.opened[0].execute("SELECT 1")
-    bench.connection.close()
-    bench.apply(put("b"))
-    assert bench.cells() == ["a", "b"]
-
-    class Refuses:
-        def execute(self, statement: str) -> None:
-            raise error_of(sqlite3.SQLITE_BUSY)
-
-        def close(self) -> None:
-            raise error_of(sqlite3.SQLITE_BUSY)
-
-    bench.connection._db = Refuses()
-    bench.connection.close()
-    assert bench.connection.handle() is None
-
-
 def test_an_operation_that_fails_harms_no_other_one(bench: Bench) -> None:
     """It alone is undone, and told why, in words that name the store; trying it again helps no one."""
     bench.ready()
@@ -267,16 +243,6 @@ def test_a_transaction_that_fails(bench: Bench, word: str, code: int, why: str) 
     jobs, _ = bench.apply(put("c"))
     assert outcomes_of(jobs) == ["put c"]
     assert len(bench.opened) == 1
-
-
-def test_what_failed_by_itself_keeps_its_reason(bench: Bench) -> None:
-    bench.ready()
-    bench.fails["COMMIT"] = [error_of(sqlite3.SQLITE_FULL)]
-    jobs, _ = bench.apply(failing(ValueError("why")), put("a"))
-    assert [str(job.error) for job in jobs] == [
-        f"{bench.path} cannot store the data: ValueError: why",
-        f"the disk is full: {bench.path} cannot grow; free some space, then resume",
-    ]
 
 
 def test_a_file_that_cannot_be_opened(bench: Bench, tmp_path: Path) -> None:

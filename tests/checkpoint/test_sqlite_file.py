@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import sqlite3
 from collections.abc import Callable
@@ -14,7 +13,6 @@ import pytest
 from tests.shared_stores import subclass_of
 
 from stroma.checkpoint import SQLiteStore, StoreError
-from stroma.checkpoint.durable import worker
 from stroma.checkpoint.sql.tables import SCHEMA_VERSION
 from stroma.checkpoint.sqlite.file import Connect, DatabaseFile, connect, is_fatal
 
@@ -136,56 +134,6 @@ def test_after_which_errors_nothing_may_be_written(code: int | None, fatal: bool
     assert is_fatal(error_of(code)) is fatal
 
 
-class Time:
-    """``now``: read by monotonic(); each sleep takes one second of it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.slept = 100.0, list[float]()
-        monkeypatch.setattr(worker, "time", self)
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += 1.0
-
-
-@pytest.mark.parametrize(
-    "code",
-    [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_BUSY_SNAPSHOT, sqlite3.SQLITE_BUSY_RECOVERY],
-)
-def test_a_lock_is_waited_for_in_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """At its last moment it is tried once more; tries are at most two random milliseconds apart."""
-    clock, tries = Time(monkeypatch), list[float]()
-
-    def call() -> None:
-        tries.append(clock.now)
-        raise error_of(code)
-
-    with pytest.raises(sqlite3.OperationalError):
-        database(tmp_path / "runs.db", patience=20.0).retry_while_locked(call)
-    assert tries == [100.0 + second for second in range(21)]
-    assert len(clock.slept) == 20
-    assert all(0 <= seconds <= 0.002 for seconds in clock.slept)
-    assert len(set(clock.slept)) > 1
-
-
-@pytest.mark.parametrize(
-    "error", [error_of(sqlite3.SQLITE_FULL), error_of(None), error_of(sqlite3.SQLITE_IOERR)]
-)
-def test_only_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    clock = Time(monkeypatch)
-
-    def call() -> None:
-        raise error
-
-    with pytest.raises(sqlite3.OperationalError) as caught:
-        database(tmp_path / "runs.db", patience=5.0).retry_while_locked(call)
-    assert caught.value is error
-    assert clock.slept == []
-
-
 @pytest.mark.parametrize(("synchronous", "number", "fullfsync"), [("full", 2, 1), ("normal", 1, 0)])
 def test_the_settings_of_the_writer(tmp_path: Path, synchronous: str, number: int, fullfsync: int) -> None:
     db = database(tmp_path / "runs.db", synchronous).open()
@@ -201,49 +149,6 @@ def test_the_settings_of_the_writer(tmp_path: Path, synchronous: str, number: in
     assert events == ["wal", number, fullfsync, 64 * 1024 * 1024, 0, 0]
     assert db.isolation_level is None
     db.close()
-
-
-def test_a_reader_cannot_write(tmp_path: Path) -> None:
-    file = database(tmp_path / "runs.db")
-    file.open().close()
-    text = fails(lambda: _write(file))
-    assert str(text) == (
-        f"cannot open {file.path} to write (attempt to write a readonly database); check its directory, and "
-        "the permissions of both"
-    )
-
-
-def _write(file: DatabaseFile) -> None:
-    with file.open_to_read() as db:
-        db.execute("INSERT INTO cells VALUES ('c', 'c', x'01')")
-
-
-def test_a_reader_is_closed_at_the_end(tmp_path: Path) -> None:
-    """After an error, too."""
-    file = database(tmp_path / "runs.db")
-    file.open().close()
-    with file.open_to_read() as db:
-        assert db.execute("SELECT count(*) FROM runs").fetchone() == (0,)
-    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-        db.execute("SELECT 1")
-    with pytest.raises(ZeroDivisionError), file.open_to_read() as other:
-        raise ZeroDivisionError
-    assert other is not None
-    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-        other.execute("SELECT 1")
-
-
-def test_what_the_system_refuses_has_its_cause(tmp_path: Path) -> None:
-    """Of a reader, too."""
-
-    def opens(_: str) -> sqlite3.Connection:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    file = database(tmp_path / "runs.db", opens=opens)
-    for call in (file.open, lambda: read(file)):
-        error = fails(call)
-        assert str(error) == f"{file.path}: [Errno 24] Too many open files"
-        assert isinstance(error.__cause__, OSError)
 
 
 def other_program(db: sqlite3.Connection) -> None:
@@ -360,50 +265,6 @@ def test_a_file_that_is_up_to_date_is_opened_while_somebody_writes(tmp_path: Pat
     assert read(file)
     writer.execute("ROLLBACK")
     writer.close()
-
-
-class HalfDone(sqlite3.Connection):
-    """A reader that finds a file whose last writer died, until a writer has opened it."""
-
-    code = 0
-
-    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        if HalfDone.code and "sqlite_master" in sql:
-            raise error_of(HalfDone.code)
-        return super().execute(sql, *values)
-
-
-@pytest.mark.parametrize(
-    ("code", "mended"),
-    [
-        (sqlite3.SQLITE_READONLY_ROLLBACK, True),
-        (sqlite3.SQLITE_READONLY_RECOVERY, True),
-        (sqlite3.SQLITE_READONLY, False),
-        (sqlite3.SQLITE_CANTOPEN, False),
-    ],
-)
-def test_a_reader_has_a_file_put_right_whose_writer_died(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, mended: bool
-) -> None:
-    """Whatever else is in its way it tells."""
-    path, requests = tmp_path / "runs.db", list[str]()
-    database(path).open().close()
-    monkeypatch.setattr(HalfDone, "code", code)
-
-    def opens(uri: str) -> sqlite3.Connection:
-        requests.append(uri[-2:])
-        if uri.endswith("rw"):
-            HalfDone.code = 0
-            return connect(uri)
-        return sqlite3.connect(uri, uri=True, isolation_level=None, factory=HalfDone)
-
-    file = database(path, opens=opens)
-    if mended:
-        assert read(file)
-        assert requests == ["ro", "rw"]
-    else:
-        assert isinstance(fails(lambda: read(file)).__cause__, sqlite3.OperationalError)
-        assert requests == ["ro"]
 
 
 @pytest.mark.parametrize("name", ["", ":memory:", "a\0b", b""])

@@ -216,6 +216,18 @@ class OwnershipTests:
         await settled(store.gc(keep_for=timedelta(0)))
         assert store.get_run("run") is None
 
+    async def test_only_what_has_ended_is_collected(self, store: Any) -> None:
+        """gc() deletes runs that ended; resumable ones only if told to, and never one that is in progress."""
+        held = await begin(store, "held")
+        await finish(await begin(store, "failed"), "FAILED")
+        await finish(await begin(store, "partial"), "PARTIAL")
+        assert (await settled(store.gc(keep_for=timedelta(hours=1), unfinished=True))).runs == 0
+        await asyncio.sleep(0.002)  # later, by the clock of the store
+        assert (await settled(store.gc(keep_for=timedelta(0)))).runs == 1
+        assert {run.run_id for run in store.list_runs()} == {"held", "partial"}
+        assert (await settled(store.gc(keep_for=timedelta(0), unfinished=True))).runs == 1
+        await commit(held, 0, State())
+
     async def test_a_run_that_is_taken_up_is_not_collected(self, store: Any) -> None:
         """Of a concurrent gc() and resume one wins: the run is deleted first, or stays complete."""
 
