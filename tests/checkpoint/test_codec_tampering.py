@@ -229,6 +229,14 @@ async def test_a_fork_is_sealed_for_its_own_run(open_store: Open) -> None:
         assert messages == [None, "output given at the fork", None]
 
 
+async def test_a_fork_says_where_it_comes_from(open_store: Open) -> None:
+    """Until a fork is resumed, its run can be read and says which run it was forked from, and where."""
+    async with open_store(codec=codec()) as store:
+        await run(store, [], "alice", 1, "r", fails=True)
+        await store.fork("r", "fork", 2)
+        assert store.get_run("fork").error == "forked from run 'r' before position 2"
+
+
 async def test_plain_payloads_are_read_until_they_are_migrated(open_store: Open) -> None:
     """plain_until_migrated=True reads what is older than the codec; without it, that is refused by name."""
     async with open_store() as store:

@@ -61,6 +61,12 @@ class Secretive(BaseModel):
     key: SecretStr = SecretStr("hunter2")
 
 
+class Loose(BaseModel):
+    n: int = 0
+    text: str = ""
+    key: Any = SecretStr("hunter2")
+
+
 def large(kind: type[BaseModel], n: int, size: int = 2 * LARGE) -> dict[str, Any]:
     text = f"{n}é\n" + "x" * size
     outputs: dict[type[BaseModel], dict[str, Any]] = {
@@ -69,6 +75,7 @@ def large(kind: type[BaseModel], n: int, size: int = 2 * LARGE) -> dict[str, Any
         Nested: {"inner": {"text": text}, "anything": (1, {"a": b"b"})},
         Aliased: {"Text": text},
         Secretive: {"text": text},
+        Loose: {"text": text},
     }
     return {"n": n, **outputs[kind]}
 
@@ -142,6 +149,15 @@ async def test_a_trace_of_references_is_the_trace(kind: type[BaseModel], store: 
     for one, other in zip(mine.trace.walk(), theirs.trace.walk(), strict=True):
         assert (one.input_state, one.output_state) == (other.input_state, other.output_state)
     assert mine.final_state == theirs.final_state
+
+
+async def test_a_secret_keeps_no_input_in_memory(tmp_path: pathlib.Path) -> None:
+    """An input with a secret that a codec encrypts is read from its blob, as any other."""
+    with open_store("sqlite", str(tmp_path / "runs.db"), tmp_path / "blobs", Xor()) as store:
+        runner = StromaRunner.quick(store=store, policy_map=ONCE)
+        result = await runner.run(nodes_of(runner, Loose, [1]), Loose(), run_id="r")
+    inputs = [row.input for row in rows_of(result)][1:]
+    assert all(isinstance(getattr(one, "source", one), StoredSnapshot) for one in inputs)
 
 
 @pytest.mark.slow

@@ -35,6 +35,18 @@ async def test_an_output_belongs_to_the_attempt_that_committed_it() -> None:
     assert records == [(3, None), (4, schema.encode(State(n=2)))]
 
 
+async def test_a_row_of_another_schema_is_not_read_by_its_own() -> None:
+    """What is loaded is what was committed, whatever reads the row's pictures."""
+    store, schema = AsyncInMemoryStore(), schema_of(State)
+    session = await begin(store)
+    odd = row(0, output=("x", 1, 0.5, b""), schema=schema)._replace(
+        schemas=None, children=None, function_ns=0
+    )
+    await settled(session.record(odd, schema, State(n=7)))
+    assert store.attempts("run")[0].output == schema.encode(State(n=7))
+    assert await store.load("run", "node") == State(n=7)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("store", IN_PROCESS)
 async def test_an_attempt_whose_place_is_committed_again_stays(store: str, tmp_path: Path) -> None:

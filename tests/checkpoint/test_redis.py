@@ -751,6 +751,16 @@ class TestServer:
                 assert not raised.value.transient
                 assert "wrong" not in str(raised.value).replace("WRONGPASS", "").replace("wrong pass", "")
 
+    async def test_what_the_server_cannot_add_up(self, store: RedisStore) -> None:
+        """A sum beyond 64 bits is refused whole: nothing of that attempt is kept, and the next one is."""
+        session = await begin(store)
+        await commit(session, 0, State(), tokens=3, cost=9_000_000.0)
+        with pytest.raises(StoreError, match="overflow"):
+            await commit(session, 1, State(), tokens=3, cost=9_000_000.0)
+        await commit(session, 1, State(), tokens=2, cost=0.5)
+        run = store.get_run("run")
+        assert (run.tokens, run.cost_usd, run.nodes, len(store.attempts("run"))) == (5, 9_000_000.5, 2, 2)
+
     async def test_a_replica_takes_no_writes(self) -> None:
         """A server that became a replica is tried again while a failover may pass; then the error says so."""
         with RedisServer() as server:

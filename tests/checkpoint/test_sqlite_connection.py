@@ -162,6 +162,30 @@ def test_a_file_that_was_replaced_is_opened_anew(bench: Bench) -> None:
     assert len(bench.opened) == 2
 
 
+def test_the_connection_is_closed(bench: Bench) -> None:
+    """Once or more often, with or without a word of SQLite; another operation opens the file anew."""
+    bench.connection.close()
+    bench.apply(put("a"))
+    bench.connection.close()
+    assert bench.connection.handle() is None
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        bench.opened[0].execute("SELECT 1")
+    bench.connection.close()
+    bench.apply(put("b"))
+    assert bench.cells() == ["a", "b"]
+
+    class Refuses:
+        def execute(self, statement: str) -> None:
+            raise error_of(sqlite3.SQLITE_BUSY)
+
+        def close(self) -> None:
+            raise error_of(sqlite3.SQLITE_BUSY)
+
+    bench.connection._db = Refuses()
+    bench.connection.close()
+    assert bench.connection.handle() is None
+
+
 def test_an_operation_that_fails_harms_no_other_one(bench: Bench) -> None:
     """It alone is undone, and told why, in words that name the store; trying it again helps no one."""
     bench.ready()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 from collections.abc import Callable
@@ -149,6 +150,34 @@ def test_the_settings_of_the_writer(tmp_path: Path, synchronous: str, number: in
     assert events == ["wal", number, fullfsync, 64 * 1024 * 1024, 0, 0]
     assert db.isolation_level is None
     db.close()
+
+
+def test_a_reader_is_closed_at_the_end(tmp_path: Path) -> None:
+    """After an error, too."""
+    file = database(tmp_path / "runs.db")
+    file.open().close()
+    with file.open_to_read() as db:
+        assert db.execute("SELECT count(*) FROM runs").fetchone() == (0,)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        db.execute("SELECT 1")
+    with pytest.raises(ZeroDivisionError), file.open_to_read() as other:
+        raise ZeroDivisionError
+    assert other is not None
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        other.execute("SELECT 1")
+
+
+def test_what_the_system_refuses_has_its_cause(tmp_path: Path) -> None:
+    """Of a reader, too."""
+
+    def opens(_: str) -> sqlite3.Connection:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    file = database(tmp_path / "runs.db", opens=opens)
+    for call in (file.open, lambda: read(file)):
+        error = fails(call)
+        assert str(error) == f"{file.path}: [Errno 24] Too many open files"
+        assert isinstance(error.__cause__, OSError)
 
 
 def other_program(db: sqlite3.Connection) -> None:

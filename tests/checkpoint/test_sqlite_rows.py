@@ -1,40 +1,137 @@
-"""Rows of a SQLite store: leases, with a clock that stands still, and the places of annotations."""
+"""Rows of a SQLite store: fences, leases with clocks that stand still, deletion, places of annotations."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stroma.checkpoint.durable.integrity import input_step
+from stroma.checkpoint.durable.integrity import checksum, input_step
 from stroma.checkpoint.durable.owner import Owner, boot_id, new_owner
-from stroma.checkpoint.durable.rows import Annotation, Opening
+from stroma.checkpoint.durable.rows import Annotation, Opening, RunEnd, Step
+from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.queue import ClaimRequest, RunLimits
+from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.sqlite import connection as _sqlite_rows
 from stroma.checkpoint.sqlite.connection import SqliteRows
 from stroma.checkpoint.sqlite.file import DatabaseFile, connect
 
+INPUT, OTHER = b'{"n":1}', b'{"n":2}'
 OURS = str(new_owner(None))
 THEIRS = str(new_owner(None)._replace(boot="another start of the machine"))
-#: By the clock that leases go by.
-NOW_MS = 500_000
+
+
+class Clock:
+    """``now``: ms since the epoch; ``lease``: ms by the clock that leases go by."""
+
+    now = 1000
+    lease = 500_000
 
 
 @pytest.fixture
-def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqliteRows]:
-    monkeypatch.setattr(_sqlite_rows, "_clock_ms", lambda: NOW_MS)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(_sqlite_rows, "_now_ms", lambda: clock.now)
+    monkeypatch.setattr(_sqlite_rows, "_clock_ms", lambda: clock.lease)
     monkeypatch.setattr(_sqlite_rows, "_BOOT", Owner.read(OURS).boot)
+    return clock
+
+
+@pytest.fixture
+def rows(tmp_path: Path, clock: Clock) -> Iterator[SqliteRows]:
     db = DatabaseFile(str(tmp_path / "runs.db"), "normal", connect, 15.0).open()
     yield SqliteRows(db)
     db.close()
 
 
-def opening(owner: str) -> Opening:
-    return Opening("r", "p", owner, 30.0, input_step("c", b"{}"))
+def opening(run_id: str = "r", **facts: Any) -> Opening:
+    inputs: dict[str, Any] = {
+        "pipeline": "p",
+        "owner": OURS,
+        "lease_seconds": 30.0,
+        "input": input_step("c", INPUT),
+        "tags": (),
+    }
+    return Opening(run_id, **{**inputs, **facts})
+
+
+def attempt(
+    position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any
+) -> AttemptRecord:
+    inputs: dict[str, Any] = {
+        "node_id": f"node {position}",
+        "duration_ns": 7,
+        "outcome": "success",
+        "failure_class": None,
+        "message": None,
+        "reason": None,
+        "tokens": 5,
+        "output_tokens": 3,
+        "cost_pico": 11,
+        "model": "m",
+        "function_ns": 7,
+    }
+    return AttemptRecord(position, started, branch, number, **{**inputs, **facts})
+
+
+def step(data: bytes = b"{}", number: int | None = None, input_data: bytes | None = None) -> Step:
+    return Step("contract", "module:Model", data, checksum(data), number, input_data)
+
+
+def table(rows: SqliteRows, name: str, order: str = "1, 2, 3") -> list[tuple[Any, ...]]:
+    """Return the rows of a table without index keys; a run is without its place in the queue, its mark, its
+    parent and its tags."""
+    cursor = rows.db.execute(f"SELECT * FROM {name} ORDER BY {order}")
+    keys = ("run_key", "branch_key")
+    shown = [at for at, (column, *_) in enumerate(cursor.description) if column not in keys]
+    found = [tuple(row[at] for at in shown) for row in cursor]
+    if name == "runs":
+        assert {row[-13:-3] for row in found} <= {(0, None, None, None, None, "", None, None, None, None)}
+        return [row[:-13] for row in found]
+    return found
+
+
+@pytest.mark.parametrize(
+    "change", [{"run": 2}, {"epoch": 2}, {"epoch": 0}, {"owner": THEIRS}, {"acknowledged": 1}]
+)
+def test_the_fence(rows: SqliteRows, clock: Clock, change: dict[str, Any]) -> None:
+    """Whoever has another run, epoch or owner, or more acknowledged attempts, writes and renews nothing."""
+    fence = rows.begin(None, opening())
+    before = table(rows, "runs")
+    clock.now = clock.lease = 10**9
+    other = replace(fence, **change)
+    assert not rows.commit(other, attempt(), step())
+    assert not rows.finish(other, RunEnd("FAILED", "why"))
+    rows.renew([other])
+    assert table(rows, "runs") == before
+    assert len(table(rows, "steps")) == 1  # The input.
+
+
+def test_the_end_gives_up_the_lease(rows: SqliteRows) -> None:
+    """A run that has ended has no lease, also after a late renewal."""
+    fence = rows.begin(None, opening())
+    assert rows.finish(fence, RunEnd("PARTIAL", "why"))
+    rows.renew([fence])
+    result = rows.find("r")
+    assert (result.left_seconds, result.holder) == (-1.0, None)
+
+
+def test_leases_are_renewed_each_for_its_time(rows: SqliteRows, clock: Clock) -> None:
+    """That is no sign of life of the run itself: when it was last written to stays."""
+    fences = [
+        rows.begin(None, opening("r")),
+        rows.begin(None, opening("s", lease_seconds=5.0)),
+        rows.begin(None, opening("t")),
+    ]
+    clock.now, clock.lease = 2000, 600_000
+    rows.renew(fences[:2])
+    ages = [(one[7], one[13]) for one in table(rows, "runs")]
+    assert ages == [(1000, 630_000), (1000, 605_000), (1000, 530_000)]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +140,7 @@ def opening(owner: str) -> Opening:
 def test_what_is_left_of_a_lease(rows: SqliteRows, until: int, left: float) -> None:
     """To its last millisecond it has a holder, and not any longer."""
     owner = str(Owner.read(OURS)._replace(pid=os.getpid() + 1, space=0))
-    fence = rows.begin(None, opening(owner))
+    fence = rows.begin(None, opening(owner=owner))
     rows.db.execute("UPDATE runs SET lease_until_ms = ?", (until,))
     result = rows.find("r")
     assert result.left_seconds == left
@@ -52,7 +149,7 @@ def test_what_is_left_of_a_lease(rows: SqliteRows, until: int, left: float) -> N
 
 
 def test_a_lease_of_another_start_of_the_machine_has_expired(rows: SqliteRows) -> None:
-    rows.begin(None, opening(THEIRS))
+    rows.begin(None, opening(owner=THEIRS))
     found = rows.find("r")
     assert (found.left_seconds, found.holder) == (-1.0, None)
     request = ClaimRequest("token", 1.0, 10, 0, {"p": RunLimits()})
@@ -78,9 +175,39 @@ def test_leases_go_by_the_clock_of_the_machine_since_its_start(monkeypatch: pyte
     _is_time_of_day(_sqlite_rows._clock_ms)
 
 
+def test_runs_are_dated_by_the_time_of_day() -> None:
+    _is_time_of_day(_sqlite_rows._now_ms)
+
+
 def _is_time_of_day(now: Any) -> None:
     low = time.time_ns() // 1_000_000
     assert low <= now() <= time.time_ns() // 1_000_000
+
+
+def test_a_run_is_deleted_from_all_tables(rows: SqliteRows) -> None:
+    """Other runs stay whole; its key is never used again."""
+    for run_id in ("r", "s"):
+        fence = rows.begin(None, opening(run_id, tags=("t",)))
+        rows.commit(fence, attempt(), step())
+        rows.annotate(fence.run, Annotation.SAVED, "n", "n", step())
+    rows.delete("s")
+    names = ("runs", "attempts", "steps")
+    numbers = [{one[0] if name != "steps" else one[1] for one in table(rows, name)} for name in names]
+    assert numbers == [{1}] * 3
+    assert len(table(rows, "steps")) == 3
+    rows.delete("nobody")
+    assert rows.begin(None, opening("s")).run == 3
+
+
+def test_the_payloads_that_stand_in_blobs(rows: SqliteRows) -> None:
+    """Outputs, what steps were given, and inputs: what begins with the mark of a blob, of all runs."""
+    one, two, three, four = (BLOB + digit * 32 for digit in (b"1", b"2", b"3", b"4"))
+    fence = rows.begin(None, opening(input=input_step("c", one)))
+    rows.commit(fence, attempt(0, 1), step(two, 1, three))
+    rows.commit(fence, attempt(1, 2), step(b"{}" + two, 1, b"plain"))
+    fence = rows.begin(None, opening("s", input=input_step("c", BLOB[:-1])))
+    rows.annotate(fence.run, Annotation.SAVED, "n", "n", step(four))
+    assert sorted(rows.blobs()) == [one, two, three, four]
 
 
 def test_the_positions_of_what_stands_beside_a_run_differ() -> None:
