@@ -191,13 +191,6 @@ def test_cancel(stroma, inside, fails):
     assert "it is RESUMED" in inside("cancel", "x").err
 
 
-@pytest.mark.slow
-def test_cancel_says_who_was_asked(stroma, inside):
-    """In words, too."""
-    with at_work(stroma, HANG) as process:
-        assert inside("cancel", "x").err.startswith(f"process {process.pid} on ")
-
-
 def test_fork(stroma, inside, fails):
     """--fork begins a new run at a node of another one, which stays as it is; show names its parent."""
     inside("run", "sums.py:pipeline", GOOD, "--run-id", "x")
