@@ -232,7 +232,7 @@ async def test_a_pause_ends_the_wait_for_a_retry(store: Any) -> None:
 
 
 async def test_a_pause_gives_no_further_retries(store: Any) -> None:
-    """Attempts before a pause count after the resume: a node that is paused often is not called more often."""
+    """Attempts before a pause count after the resume: a node paused often is not called more often."""
     gate = gate_of(store, policy_map=_retries(2, 3600))
     waiting = asyncio.Event()
 
