@@ -257,9 +257,13 @@ class Tape(Interceptor):
             await asyncio.sleep(_IN_FLOW if self._is_live(run) else _FOR_EVER)
 
     def _is_in_stopped_group(self, run: RunningNode) -> bool:
-        """Return True if the recorded group around a call has no output."""
-        group = None if run.parent is None else self._at(run.parent)
-        return group is not None and any(one.output is None for one in group[-1:])
+        """Return True if the innermost recorded group around a call has no output."""
+        around = run.parent
+        while around is not None:
+            if group := self._at(around):
+                return group[-1].output is None
+            around = around.parent
+        return False
 
     async def _outlast_siblings(self, run: RunningNode, attempts: Sequence[RecordedAttempt]) -> None:
         """Wait until the siblings end that ended before this failure, or with it, stopped their group."""
