@@ -288,10 +288,10 @@ class RunOpener:
     def _recover(self, records: RunRecords, run: RunRow) -> None:
         """Continue the execution, or end it if its process died too often.
 
-        Retries go on where a process died, or a pause stopped it. A death is a run with status RUNNING whose owner has died, if that owner records its end.
-        It is counted when the run is taken over, so that it costs no write before. Consecutive deaths share
-        one annotation: their number, the epoch of the first one (contract), and the epoch of the session that
-        counted last (schema_ref).
+        Retries go on where a process died, or a pause stopped it. A death is a run with status RUNNING whose
+        owner has died, if that owner records its end. It is counted when the run is taken over, so that it
+        costs no write before. Consecutive deaths share one annotation: their number, the epoch of the first
+        one (contract), and the epoch of the session that counted last (schema_ref).
         """
         opened, request, rows = self._opened, self._request, records.rows
         owner = Owner.read(run.owner)
