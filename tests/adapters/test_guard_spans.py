@@ -97,6 +97,26 @@ def test_a_run_and_its_steps_stand_in_the_framework_s_own_trace(kind: str) -> No
     assert not trace.get_current_span().get_span_context().is_valid, "the run has ended"
 
 
+async def test_async_steps_stand_in_the_same_tree() -> None:
+    """The span of an async step is current in its function, as that of a sync one is."""
+    spans = Spans()
+    guard, span = spans.guard, spans.framework.start_as_current_span
+
+    @guard.step("model")
+    async def model() -> str:
+        return "answer"
+
+    @guard.step("agent")
+    async def agent() -> str:
+        with span("framework.chat"):
+            return await model()
+
+    async with guard.run():
+        with span("framework.run"):
+            await agent()
+    assert spans.parents == TREE
+
+
 def test_a_step_in_a_thread_without_context_stands_under_its_run() -> None:
     """Frameworks begin threads of their own: no step there begins a trace."""
     spans = Spans()

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, JsonValue
 from tests.kit import NEVER, Num
 
-from stroma import Flow, InMemoryStore, NodeContract, StromaRunner, stroma_flow, stroma_node
+from stroma import Flow, InMemoryStore, NodeContract, RunStatus, StromaRunner, stroma_flow, stroma_node
 from stroma.testing import assert_resumable
 
 
@@ -82,3 +82,30 @@ async def ended_in_a_flow(body: Body, respond: Callable[[list[Any]], Any] = str)
     result = await StromaRunner.quick().run(_flow_of(body, respond), Num())
     assert result.failure is not None, result.output
     return result.failure.message
+
+
+async def answer_in_rounds(flow: Any, *rounds: list[Any], **config: Any) -> tuple[list[list[str]], Any]:
+    """Run a flow, which stops to ask as often as there are ``rounds`` of answers, to its end.
+
+    Return the questions of each round, and the flow's output.
+    """
+    options: dict[str, Any] = {"store": InMemoryStore(), "run_id": "r", "resume": True, **config}
+    runner = StromaRunner.quick(**options)
+    asked: list[list[str]] = []
+    for answers in rounds:
+        result = await runner.run(flow, Num())
+        assert result.status is RunStatus.SUSPENDED, result.failure
+        asked.append(result.suspended)
+        # The last question first: an answer belongs to its question, not to its place.
+        for question, answer in reversed(list(zip(result.questions, answers, strict=True))):
+            await runner.signal("r", answer, question=question.id)
+    result = await runner.run(flow, Num())
+    assert result.status is RunStatus.RESUMED, result.failure
+    return asked, result.output
+
+
+async def survive(flow: Any) -> int:
+    """Raise AssertionError unless a flow that is killed at any record ends as undisturbed, and repeats no
+    call that ended. Return at how many records it was killed."""
+    runner = StromaRunner.quick(policy_map=NEVER)
+    return len((await assert_resumable(flow, Num(), runner=runner, processes=False)).boundaries)

@@ -5,6 +5,7 @@ After a change here run `./dev run python docs/generate.py`.
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from tests.providers.server import Answer
 
@@ -51,25 +52,25 @@ def streamed_by_anthropic(kind: str) -> Answer:
     return Answer(body=f"event: error\ndata: {json.dumps(error)}\n\n")
 
 
-def _openai(
-    what: str, raised: str, failure_class: FailureClass, reason: str, answer: Answer | None = None
-) -> Case:
-    """Return a case; without an answer it is the one that ``what`` says."""
-    if answer is None:
-        status, _, code = what.partition(" ")
-        code = code.removeprefix("with ").strip("`")
-        answer = streamed_by_openai(code) if status == "stream" else by_openai(int(status), code or None)
+def _openai(what: str, raised: str, failure_class: FailureClass, reason: str, **body: Any) -> Case:
+    """Return a case whose answer has the status, or the stream, and the code of ``what``, and this body."""
+    status, _, code = what.partition(" ")
+    code = code.removeprefix("with ").strip("`")
+    if status == "stream":
+        answer = streamed_by_openai(body.get("kind", code), body.get("code"))
+    else:
+        answer = by_openai(int(status), **{"code": None if "“" in code else code or None, **body})
     return Case("openai", what, answer, raised, failure_class, reason)
 
 
-def _anthropic(
-    what: str, raised: str, failure_class: FailureClass, reason: str, answer: Answer | None = None
-) -> Case:
-    """Return a case; without an answer it is the one that ``what`` says."""
-    if answer is None:
-        status, _, kind = what.partition(" ")
-        kind = kind.removeprefix("with ").strip("`") or "api_error"
-        answer = streamed_by_anthropic(kind) if status == "stream" else by_anthropic(int(status), kind)
+def _anthropic(what: str, raised: str, failure_class: FailureClass, reason: str, **body: Any) -> Case:
+    """Return a case whose answer has the status, or the stream, and the kind of ``what``, and this body."""
+    status, _, kind = what.partition(" ")
+    kind = kind.removeprefix("with ").partition(",")[0].strip("`") or "api_error"
+    if status == "stream":
+        answer = streamed_by_anthropic(kind)
+    else:
+        answer = by_anthropic(int(status), "invalid_request_error" if "“" in kind else kind, **body)
     return Case("anthropic", what, answer, raised, failure_class, reason)
 
 
@@ -94,21 +95,13 @@ PROVIDER_CASES = [
     _openai("400", "BadRequestError", T, "bad_request"),
     _openai("400 `context_length_exceeded`", "BadRequestError", T, "context_length"),
     _openai("400 `string_above_max_length`", "BadRequestError", T, "context_length"),
-    _openai(
-        "400 “maximum context length”", "BadRequestError", T, "context_length", by_openai(400, message=VLLM)
-    ),
+    _openai("400 “maximum context length”", "BadRequestError", T, "context_length", message=VLLM),
     _openai("400 `content_policy_violation`", "BadRequestError", T, "content_policy"),
     _openai("400 `content_filter`", "BadRequestError", T, "content_policy"),
     _openai("400 `moderation_blocked`", "BadRequestError", T, "content_policy"),
     _openai("400 `billing_hard_limit_reached`", "BadRequestError", T, "quota"),
     _openai("401 `invalid_api_key`", "AuthenticationError", T, "auth"),
-    _openai(
-        "403",
-        "PermissionDeniedError",
-        T,
-        "permission",
-        by_openai(403, "unsupported_country_region_territory"),
-    ),
+    _openai("403", "PermissionDeniedError", T, "permission", code="unsupported_country_region_territory"),
     _openai("404 `model_not_found`", "NotFoundError", T, "not_found"),
     _openai("408", "APIStatusError", R, "timeout"),
     _openai("409", "ConflictError", R, "conflict"),
@@ -116,29 +109,11 @@ PROVIDER_CASES = [
     _openai("413 `rate_limit_exceeded`", "APIStatusError", T, "too_large"),
     _openai("422", "UnprocessableEntityError", T, "bad_request"),
     _openai("425", "APIStatusError", R, "too_early"),
-    _openai(
-        "429 `rate_limit_exceeded`",
-        "RateLimitError",
-        R,
-        "rate_limit",
-        by_openai(429, "rate_limit_exceeded", kind="tokens"),
-    ),
-    _openai(
-        "429 `insufficient_quota`",
-        "RateLimitError",
-        T,
-        "quota",
-        by_openai(429, "insufficient_quota", kind="insufficient_quota"),
-    ),
-    _openai("500", "InternalServerError", R, "server_error", by_openai(500, kind="server_error")),
+    _openai("429 `rate_limit_exceeded`", "RateLimitError", R, "rate_limit", kind="tokens"),
+    _openai("429 `insufficient_quota`", "RateLimitError", T, "quota", kind="insufficient_quota"),
+    _openai("500", "InternalServerError", R, "server_error", kind="server_error"),
     _openai("502", "InternalServerError", R, "server_error"),
-    _openai(
-        "503",
-        "InternalServerError",
-        R,
-        "overloaded",
-        by_openai(503, message="The engine is currently overloaded"),
-    ),
+    _openai("503", "InternalServerError", R, "overloaded", message="The engine is currently overloaded"),
     _openai("504", "InternalServerError", R, "timeout"),
     _openai("529", "InternalServerError", R, "overloaded"),
     _openai("stream with `server_error`", "APIError", R, "server_error"),
@@ -147,53 +122,25 @@ PROVIDER_CASES = [
         "APIError",
         R,
         "rate_limit",
-        streamed_by_openai("requests", "rate_limit_exceeded"),
+        kind="requests",
+        code="rate_limit_exceeded",
     ),
-    _openai(
-        "stream with `insufficient_quota`",
-        "APIError",
-        T,
-        "quota",
-        streamed_by_openai("x", "insufficient_quota"),
-    ),
+    _openai("stream with `insufficient_quota`", "APIError", T, "quota", kind="x", code="insufficient_quota"),
     _openai(
         "stream with `invalid_api_key`",
         "APIError",
         T,
         "auth",
-        streamed_by_openai("invalid_request_error", "invalid_api_key"),
+        kind="invalid_request_error",
+        code="invalid_api_key",
     ),
     _openai("stream with `invalid_request_error`", "APIError", T, "bad_request"),
     *transport("openai", "APIConnectionError", "APIConnectionError", "APIConnectionError", "APITimeoutError"),
     _anthropic("400 `invalid_request_error`", "BadRequestError", T, "bad_request"),
-    _anthropic(
-        "400 “prompt is too long”",
-        "BadRequestError",
-        T,
-        "context_length",
-        by_anthropic(400, "invalid_request_error", TOO_LONG),
-    ),
-    _anthropic(
-        "400 “exceed context limit”",
-        "BadRequestError",
-        T,
-        "context_length",
-        by_anthropic(400, "invalid_request_error", OVER_LIMIT),
-    ),
-    _anthropic(
-        "400 “content filtering policy”",
-        "BadRequestError",
-        T,
-        "content_policy",
-        by_anthropic(400, "invalid_request_error", BLOCKED),
-    ),
-    _anthropic(
-        "400 “credit balance is too low”",
-        "BadRequestError",
-        T,
-        "quota",
-        by_anthropic(400, "invalid_request_error", CREDIT),
-    ),
+    _anthropic("400 “prompt is too long”", "BadRequestError", T, "context_length", message=TOO_LONG),
+    _anthropic("400 “exceed context limit”", "BadRequestError", T, "context_length", message=OVER_LIMIT),
+    _anthropic("400 “content filtering policy”", "BadRequestError", T, "content_policy", message=BLOCKED),
+    _anthropic("400 “credit balance is too low”", "BadRequestError", T, "quota", message=CREDIT),
     _anthropic("400 `overloaded_error`", "BadRequestError", R, "overloaded"),
     _anthropic("401 `authentication_error`", "AuthenticationError", T, "auth"),
     _anthropic("402 `billing_error`", "PaymentRequiredError", T, "quota"),
@@ -210,21 +157,21 @@ PROVIDER_CASES = [
         "EnforcedSpendLimitReachedError",
         T,
         "quota",
-        by_anthropic(429, "rate_limit_error", error_code="enforced_spend_limit_reached"),
+        error_code="enforced_spend_limit_reached",
     ),
     _anthropic(
         "429 `rate_limit_error`, `contract_spend_limit_reached`",
         "ContractSpendLimitReachedError",
         T,
         "quota",
-        by_anthropic(429, "rate_limit_error", error_code="contract_spend_limit_reached"),
+        error_code="contract_spend_limit_reached",
     ),
     _anthropic(
         "429 `rate_limit_error`, `ramp_limit_exceeded`",
         "RampLimitExceededError",
         R,
         "rate_limit",
-        by_anthropic(429, "rate_limit_error", error_code="ramp_limit_exceeded"),
+        error_code="ramp_limit_exceeded",
     ),
     _anthropic("500 `api_error`", "InternalServerError", R, "server_error"),
     _anthropic("500 `overloaded_error`", "InternalServerError", R, "overloaded"),

@@ -1,6 +1,7 @@
 """What Google, Mistral, Cohere, AWS, requests, aiohttp and gRPC do: see `cases.py`."""
 
 import json
+import re
 from typing import Any
 
 from tests.providers.cases import VLLM, A, Case, R, T, transport
@@ -51,8 +52,20 @@ _TRIAL = "You are using a Trial key, which is limited to 1000 API calls / month.
 _DENIED = "too many tokens: the request has 300000 tokens, the limit is 256000"
 
 
-def _google(what: str, answer: Answer, raised: str, *means: Any) -> Case:
-    return Case("google-genai", what, answer, raised, *means)
+def _google(
+    what: str,
+    failure_class: FailureClass,
+    reason: str | None,
+    *details: Any,
+    message: str = "no",
+    delay: float | None = None,
+) -> Case:
+    """Return a case whose answer has the status, or the stream, and the word of ``what``, and details."""
+    number, word = re.findall(r"(\d+)(?: `(\w+)`)?", what)[0]
+    status, is_stream = int(number), what.startswith("stream")
+    answer = streamed_by_google(status, word) if is_stream else by_google(status, word, message, *details)
+    raised = "ClientError" if status < 500 else "ServerError"
+    return Case("google-genai", what, answer, raised, failure_class, reason, delay)
 
 
 def _aws(
@@ -99,66 +112,34 @@ _COHERE = {
 }
 
 MORE_CASES = [
-    *[
-        _google(str(status), by_google(status), "ClientError" if status < 500 else "ServerError", means, why)
-        for status, means, why in _STATUSES
-    ],
-    _google(
-        "400 `INVALID_ARGUMENT`, “maximum number of tokens”",
-        by_google(400, "INVALID_ARGUMENT", _TOO_MANY),
-        "ClientError",
-        T,
-        "context_length",
-    ),
+    *[_google(str(status), means, why) for status, means, why in _STATUSES],
+    _google("400 `INVALID_ARGUMENT`, “maximum number of tokens”", T, "context_length", message=_TOO_MANY),
     _google(
         "400 `INVALID_ARGUMENT`, `API_KEY_INVALID`",
-        by_google(400, "INVALID_ARGUMENT", "API key not valid.", _reason("API_KEY_INVALID")),
-        "ClientError",
         T,
         "auth",
+        _reason("API_KEY_INVALID"),
+        message="API key not valid.",
     ),
-    _google(
-        "403 `PERMISSION_DENIED`, `BILLING_DISABLED`",
-        by_google(403, "PERMISSION_DENIED", "no", _reason("BILLING_DISABLED")),
-        "ClientError",
-        T,
-        "quota",
-    ),
+    _google("403 `PERMISSION_DENIED`, `BILLING_DISABLED`", T, "quota", _reason("BILLING_DISABLED")),
     _google(
         "429 `RESOURCE_EXHAUSTED`, `retryDelay` 34.07 s",
-        by_google(
-            429, "RESOURCE_EXHAUSTED", "no", _quota("GenerateRequestsPerMinutePerProjectPerModel"), _DELAY
-        ),
-        "ClientError",
         R,
         "rate_limit",
-        34.074824224,
+        _quota("GenerateRequestsPerMinutePerProjectPerModel"),
+        _DELAY,
+        delay=34.074824224,
     ),
     _google(
         "429 `RESOURCE_EXHAUSTED`, a quota `PerDay`",
-        by_google(
-            429, "RESOURCE_EXHAUSTED", "no", _quota("GenerateRequestsPerDayPerProjectPerModel-FreeTier")
-        ),
-        "ClientError",
         T,
         "quota",
+        _quota("GenerateRequestsPerDayPerProjectPerModel-FreeTier"),
     ),
-    _google("499 `CANCELLED`", by_google(499, "CANCELLED"), "ClientError", A, None),
-    _google(
-        "stream with 503 `UNAVAILABLE`",
-        streamed_by_google(503, "UNAVAILABLE"),
-        "ServerError",
-        R,
-        "overloaded",
-    ),
-    _google(
-        "stream with 429 `RESOURCE_EXHAUSTED`",
-        streamed_by_google(429, "RESOURCE_EXHAUSTED"),
-        "ClientError",
-        R,
-        "rate_limit",
-    ),
-    _google("no JSON", Answer(body="no json"), "UnknownApiResponseError", A, None),
+    _google("499 `CANCELLED`", A, None),
+    _google("stream with 503 `UNAVAILABLE`", R, "overloaded"),
+    _google("stream with 429 `RESOURCE_EXHAUSTED`", R, "rate_limit"),
+    Case("google-genai", "no JSON", Answer(body="no json"), "UnknownApiResponseError", A, None),
     *transport("google-genai", *_HTTPX),
     *[
         Case("mistralai", str(status), by_mistral(status), _MISTRAL.get(status, "SDKError"), means, why)

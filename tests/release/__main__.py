@@ -92,9 +92,8 @@ def private() -> list[str]:
 
 def names_of(requirements: str) -> dict[str, str]:
     """The pinned requirements by name, each with its hashes."""
-    entries = re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?==.*(?:\n    --hash=.*)*", requirements, re.MULTILINE)
-    blocks = re.findall(r"^(?:[\w.-]+)(?:\[[\w,]+\])?==.*(?:\n    --hash=.*)*", requirements, re.MULTILINE)
-    return dict(zip(entries, blocks, strict=True))
+    pinned = re.finditer(r"^([\w.-]+)(?:\[[\w,]+\])?==.*(?:\n    --hash=.*)*", requirements, re.MULTILINE)
+    return {entry[1]: entry[0] for entry in pinned}
 
 
 class Environments:

@@ -52,11 +52,6 @@ async def gives_dict(state: Query) -> dict[str, Any]:
     return {"urls": [state.text]}
 
 
-@runner.node("precise dict", input=Query, output=Hits)
-async def gives_precise_dict(state: Query) -> dict[str, list[str]]:
-    return {"urls": [state.text]}
-
-
 @runner.node("typed dict", input=Query, output=Hits)
 async def gives_typed_dict(state: Query) -> HitsDict:
     return {"urls": [state.text]}
@@ -70,16 +65,6 @@ async def gives_mapping(state: Query) -> Mapping[str, object]:
 @runner.node("tokens", input=Query, output=Hits)
 async def gives_tokens(state: Query) -> tuple[dict[str, Any], int]:
     return {"urls": []}, 10
-
-
-@runner.node("model and tokens", input=Query, output=Hits)
-async def gives_model_and_tokens(state: Query) -> tuple[Hits, int]:
-    return Hits(urls=[]), 10
-
-
-@runner.node("tokens of a model", input=Query, output=Hits)
-async def gives_tokens_of_model(state: Query) -> tuple[Hits, int, str]:
-    return Hits(urls=[]), 10, "gpt-4o"
 
 
 @runner.node("usage", input=Query, output=Hits)
@@ -132,11 +117,6 @@ async def takes_context(state: Query, ctx: dict[str, Any]) -> Hits:
     return Hits(urls=[ctx["base"]])
 
 
-@runner.node("context, dict", input=Query, output=Hits)
-async def takes_context_gives_dict(state: Query, ctx: dict[str, Any]) -> dict[str, Any]:
-    return {"urls": [ctx["base"]]}
-
-
 @runner.node("a wider input", input=LongQuery, output=Hits)
 async def takes_wider(state: Query) -> Hits:
     return Hits(urls=[state.text])
@@ -147,22 +127,12 @@ async def takes_keyword_only(state: Query, *, top: int = 3) -> Hits:
     return Hits(urls=[state.text] * top)
 
 
-@runner.node("keywords", input=Query, output=Hits)
-async def takes_keywords(state: Query, **more: Any) -> Hits:
-    return Hits(urls=[state.text])
-
-
 # ---------------------------------------------------------------------- sync nodes
 
 
 @runner.node("sync", input=Query, output=Hits)
 def sync_model(state: Query) -> Hits:
     return Hits(urls=[state.text])
-
-
-@runner.node("sync, dict", input=Query, output=Hits)
-def sync_dict(state: Query) -> dict[str, Any]:
-    return {"urls": [state.text]}
 
 
 @runner.node("sync, usage", input=Query, output=Hits)
@@ -173,11 +143,6 @@ def sync_usage(state: Query) -> tuple[Hits, int]:
 @runner.node("sync, context", input=Query, output=Hits)
 def sync_context(state: Query, ctx: dict[str, Any]) -> Hits:
     return Hits(urls=[ctx["base"]])
-
-
-@runner.node("sync, context, dict", input=Query, output=Hits)
-def sync_context_dict(state: Query, ctx: dict[str, Any]) -> dict[str, Any]:
-    return {"urls": [ctx["base"]]}
 
 
 # ---------------------------------------------------------------------- other callables, other decorators

@@ -38,16 +38,6 @@ async def wrong_input(state: Other) -> Hits:
     return Hits(urls=[])
 
 
-@runner.node("async, dict", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-async def wrong_input_dict(state: Other) -> dict[str, Any]:
-    return {"urls": []}
-
-
-@runner.node("async, usage", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-async def wrong_input_usage(state: Other) -> tuple[Hits, int]:
-    return Hits(urls=[]), 1
-
-
 @runner.node("async, context", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
 async def wrong_input_context(state: Other, ctx: dict[str, Any]) -> Hits:
     return Hits(urls=[])
@@ -55,16 +45,6 @@ async def wrong_input_context(state: Other, ctx: dict[str, Any]) -> Hits:
 
 @runner.node("sync", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
 def wrong_input_sync(state: Other) -> Hits:
-    return Hits(urls=[])
-
-
-@runner.node("sync, dict", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-def wrong_input_sync_dict(state: Other) -> dict[str, Any]:
-    return {"urls": []}
-
-
-@stroma_node("search", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-async def wrong_input_by_models(state: Other) -> Hits:
     return Hits(urls=[])
 
 
@@ -86,11 +66,6 @@ async def wrong_output(state: Query) -> Other:
     return Other(number=1)
 
 
-@runner.node("async, context", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-async def wrong_output_context(state: Query, ctx: dict[str, Any]) -> Other:
-    return Other(number=1)
-
-
 @runner.node("async, optional", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
 async def wrong_output_optional(state: Query) -> Hits | None:
     return None
@@ -101,11 +76,6 @@ async def wrong_output_text(state: Query) -> str:
     return "x"
 
 
-@runner.node("async, list", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-async def wrong_output_list(state: Query) -> list[str]:
-    return []
-
-
 @runner.node("async, none", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
 async def wrong_output_none(state: Query) -> None:
     return None
@@ -113,11 +83,6 @@ async def wrong_output_none(state: Query) -> None:
 
 @runner.node("sync", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
 def wrong_output_sync(state: Query) -> Other:
-    return Other(number=1)
-
-
-@runner.node("sync, context", input=Query, output=Hits)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-def wrong_output_sync_context(state: Query, ctx: dict[str, Any]) -> Other:
     return Other(number=1)
 
 

@@ -253,16 +253,6 @@ def crew_of(llm: Script) -> Crew:
     return Crew(agents=[agent], tasks=[task])
 
 
-@holds("same answer", "sync and async")
-def test_a_crew_gives_the_same_answer_with_and_without_the_guard() -> None:
-    """LLM, tool, LLM: steps of one run."""
-    guard = guard_of()
-    plain = crew_of(Script.of(ACTION, ANSWER)).kickoff()
-    guarded = attach(crew_of(Script.of(ACTION, ANSWER)), guard, {"weather": (City, Text)}).kickoff()
-    assert guarded.raw == plain.raw == "It is 4 C"
-    assert lines_of(guard) == ["llm success 10", "weather success", "llm success 10"]
-
-
 def test_a_crew_is_stopped_by_the_budget_though_its_loop_calls_again() -> None:
     """CrewAI calls its LLM again after an error: no such call is made, and the guard says what stopped it."""
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=15))

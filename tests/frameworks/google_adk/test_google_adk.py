@@ -443,25 +443,6 @@ def test_a_spent_budget_ends_a_live_session() -> None:
 
 
 @holds("control flow")
-def test_a_run_that_waits_for_a_confirmation_is_suspended() -> None:
-    """ADK's own way to wait for a person, before a tool that needs one."""
-    calls: list[str] = []
-
-    def book(city: str) -> str:
-        """Book a trip."""
-        calls.append(city)
-        return city
-
-    guard = guard_of()
-    tool = FunctionTool(book, require_confirmation=True)
-    agent = agent_of(Script.of(("book", {"city": "Oslo"}), "asked", "asked"), guard, [tool])
-    with contextlib.suppress(IndexError):
-        ask(agent, guard=guard)
-    assert calls == []
-    assert result_of(guard).status is RunStatus.SUSPENDED
-
-
-@holds("control flow")
 def test_a_confirmed_run_goes_on_under_its_run_id(tmp_path: Path) -> None:
     """ADK's own response continues the run."""
     calls: list[str] = []

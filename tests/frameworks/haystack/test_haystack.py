@@ -211,26 +211,6 @@ def test_cached_tokens_have_their_price(cached: Any, cost: float) -> None:
     assert result_of(guard).total_cost_usd == pytest.approx(cost)
 
 
-def test_a_pipeline_inside_a_component_is_part_of_the_run() -> None:
-    """Its components are steps inside the component's step."""
-    guard = guard_of()
-    inner = pipeline_of(Script("deep"))
-
-    @component
-    class Around:
-        def __init__(self) -> None:
-            self.pipeline = inner
-
-        @component.output_types(answer=str)
-        def run(self, text: str) -> Any:
-            return {"answer": self.pipeline.run({"ask": {"text": text}})["llm"]["replies"][0].text}
-
-    outer = Pipeline()
-    outer.add_component("around", Around())
-    assert attach(outer, guard).run({"around": {"text": "x"}})["around"]["answer"] == "deep"
-    assert lines_of(guard) == ["around success", "  ask success", "  llm success 10"]
-
-
 def test_parts_of_an_async_pipeline_are_one_run() -> None:
     guard = guard_of()
     pipeline = attach(pipeline_of(Script("hi"), "run_async"), guard)
@@ -369,16 +349,6 @@ def test_a_tool_of_a_single_run_is_counted() -> None:
     run(pipeline, "run_async", {"agent": {**ASKED["agent"], "tools": [tool_of("west", ledger)]}})
     assert spent(seen, guard) == (1, sum(ledger))
     assert "west" in {event.node_id for event in seen.results[0].trace.walk()}
-
-
-class Hidden:
-    """A generator that is no component, so that no guard finds it in its agent."""
-
-    def __init__(self, ledger: list[int]) -> None:
-        self._generate: Any = Provider.run.__get__(Provider(ledger))
-
-    def run(self, messages: list[ChatMessage], tools: Any = None) -> Any:
-        return self._generate(messages, tools)
 
 
 def test_a_component_that_is_added_later_is_guarded() -> None:

@@ -18,6 +18,7 @@ from langgraph.graph.message import add_messages, push_message
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send, interrupt
 from pydantic import BaseModel, JsonValue
+from tests.frameworks.body_kit import answer_in_rounds, survive
 from tests.kit import NEVER, Item, Num
 
 from stroma import (
@@ -35,7 +36,6 @@ from stroma.adapters import UnknownNode
 from stroma.adapters.langgraph import InterruptAnswer, durable
 from stroma.contracts.examples import example_of
 from stroma.runner.flows.flow import current_flow
-from stroma.testing import assert_resumable
 
 
 class Answer(BaseModel):
@@ -119,10 +119,11 @@ def steps_of(store: InMemoryStore, run_id: str = "r") -> list[str]:
 
 
 def graph_of(*nodes: Any, schema: Any = State, **options: Any) -> Any:
-    """A graph of nodes one after the other."""
+    """A graph of nodes one after the other: functions, or pairs of a name and a graph."""
+    named = [node if isinstance(node, tuple) else (node.__name__, node) for node in nodes]
     builder = StateGraph(schema)
-    builder.add_sequence([(node.__name__, node) for node in nodes])
-    builder.add_edge(START, nodes[0].__name__)
+    builder.add_sequence(named)
+    builder.add_edge(START, named[0][0])
     return builder.compile(**options)
 
 
@@ -141,25 +142,15 @@ def answers(*parts: Any) -> Any:
     )
 
 
-async def test_nodes_are_steps() -> None:
-    """G12: Each call of a node, async or plain, is a step; branches run side by side, edges in the body."""
+async def test_nodes_are_steps_and_survive_death_at_every_boundary() -> None:
+    """G5, G12: Each call of a node is a step; killed at any record, in branches and loops, none that ended is
+    repeated."""
     world, store = World(), InMemoryStore()
-    graph = durable(world.builder().compile())
-    value = await run(flow_of(graph, {"n": 0, "log": []}), store=store, run_id="r")
+    flow = flow_of(durable(world.builder().compile()), {"n": 0, "log": []})
+    value = await run(flow, store=store, run_id="r")
     assert value == {"n": 2, "log": 2 * ["start", "left", "right", "count"]}
     assert steps_of(store) == world.calls == 2 * ["start", "left", "right", "count"]
-
-
-async def test_a_graph_survives_death_at_every_boundary() -> None:
-    """G5: Killed at any record, in branches and loops, the flow resumes and repeats no node that ended."""
-    graph = durable(World().builder().compile())
-    found = await assert_resumable(
-        flow_of(graph, {"n": 0, "log": []}),
-        Num(),
-        runner=StromaRunner.quick(policy_map=NEVER),
-        processes=False,
-    )
-    assert len(found.boundaries) > 20
+    assert await survive(flow) > 20
 
 
 async def test_outside_of_a_flow_it_is_the_graph_as_it_was() -> None:
@@ -186,11 +177,9 @@ async def test_ids_have_the_names_of_graphs() -> None:
     def outer(state: State) -> Any:
         return {"n": state["n"] * 10}
 
-    builder = StateGraph(State)
-    builder.add_sequence([("outer", outer), ("sub", graph_of(inner))])
-    builder.add_edge(START, "outer")
     store = InMemoryStore()
-    value = await run(flow_of(durable(builder.compile(name="g")), {"n": 1}), store=store, run_id="r")
+    graph = durable(graph_of(outer, ("sub", graph_of(inner)), name="g"))
+    value = await run(flow_of(graph, {"n": 1}), store=store, run_id="r")
     assert value == {"n": 11, "log": []}
     assert steps_of(store) == ["g.outer", "g.sub.inner"]
 
@@ -209,11 +198,8 @@ async def test_a_durable_graph_is_a_node_of_another_one() -> None:
     async def calls(state: State) -> Any:
         return await inner.ainvoke({"n": state["n"]})
 
-    builder = StateGraph(State)
-    builder.add_sequence([("sub", inner), ("calls", calls)])
-    builder.add_edge(START, "sub")
     store, policy = InMemoryStore(), asyncio.get_event_loop_policy()
-    graph = durable(builder.compile(), {"calls": False})
+    graph = durable(graph_of(("sub", inner), calls), {"calls": False})
     assert await run(flow_of(graph, {"n": 1}), store=store, run_id="r") == {"n": 210, "log": []}
     assert steps_of(store) == ["inner.work", "inner.work"]
     loop = asyncio.get_running_loop()
@@ -249,7 +235,7 @@ async def test_sends_and_commands_cross() -> None:
     flow = flow_of(durable(builder.compile()), {"log": []})
     value = await run(flow)
     assert value == {"log": ["plan", "work 0", "work 1", "work 2", "left", "last"]}
-    await assert_resumable(flow, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+    await survive(flow)
 
 
 class Plan(BaseModel):
@@ -279,13 +265,11 @@ async def test_models_and_dataclasses_cross() -> None:
         assert state.done == [("tea", 1)]
         return END
 
-    builder = StateGraph(Typed)
-    builder.add_sequence([plan, work])
-    builder.add_edge(START, "plan")
+    builder = graph_of(plan, work, schema=Typed).builder
     builder.add_conditional_edges("work", check)
     flow = flow_of(durable(builder.compile()), Typed())
     assert await run(flow) == {"plan": {"topic": "tea", "parts": ["a", "b"]}, "done": [["tea", 1]]}
-    await assert_resumable(flow, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+    await survive(flow)
 
 
 async def test_a_node_cannot_change_what_only_a_replay_would_not_see() -> None:
@@ -438,7 +422,7 @@ async def test_messages_have_the_same_ids_on_replay() -> None:
     graph = durable(graph_of(answer, edit, last, schema=MessagesState))
     flow = flow_of(graph, {"messages": [{"role": "user", "content": "hi"}]})
     assert await run(flow) == {"messages": ["final", "other", "last of 2"]}
-    await assert_resumable(flow, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+    await survive(flow)
 
 
 async def test_delta_channels_have_the_same_ids_on_replay() -> None:
@@ -462,7 +446,7 @@ async def test_delta_channels_have_the_same_ids_on_replay() -> None:
     graph = durable(graph_of(answer, remove, schema=schema))
     flow = flow_of(graph, {"messages": [{"role": "user", "content": "hi"}]})
     assert await run(flow) == {"messages": ["answer to hi"]}
-    await assert_resumable(flow, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+    await survive(flow)
 
 
 async def test_policies_and_timeouts_go_by_the_ids_of_steps() -> None:
@@ -488,7 +472,7 @@ async def test_messages_that_a_node_pushes_are_in_the_state() -> None:
 
     flow = flow_of(durable(graph_of(push, schema=MessagesState)), {"messages": [("user", "hi")]})
     assert await run(flow) == {"messages": ["hi", "pushed", "returned"]}
-    await assert_resumable(flow, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+    await survive(flow)
 
 
 async def test_an_effect_is_asked_about_before_it_is_called_again() -> None:
@@ -515,7 +499,7 @@ async def test_an_effect_is_asked_about_before_it_is_called_again() -> None:
 
 
 async def test_an_interrupt_is_a_question_of_the_flow() -> None:
-    """The run is suspended with each node's question; interrupt() returns the answers, no checkpointer."""
+    """Each node's question suspends the run; interrupt() returns the answers, without a checkpointer."""
     calls: list[str] = []
 
     def ask(state: State) -> Any:
@@ -529,20 +513,13 @@ async def test_an_interrupt_is_a_question_of_the_flow() -> None:
         return {"log": ["beside"]}
 
     builder = StateGraph(State)
-    builder.add_node("ask", ask)
-    builder.add_node("beside", beside)
-    builder.add_edge(START, "ask")
-    builder.add_edge(START, "beside")
+    for node in (ask, beside):
+        builder.add_node(node)
+        builder.add_edge(START, node.__name__)
     flow = flow_of(durable(builder.compile()), {})
-    runner = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True)
-    result = await runner.run(flow, Num())
-    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["first?"])
-    await runner.signal("r", InterruptAnswer("a"))
-    result = await runner.run(flow, Num())
-    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ['{"q": "second?"}'])
-    await runner.signal("r", {"b": 1})
-    result = await runner.run(flow, Num())
-    assert result.output == Answer(value={"log": ["a {'b': 1}", "beside"]}), result.failure
+    asked, output = await answer_in_rounds(flow, [InterruptAnswer("a")], [{"b": 1}])
+    assert asked == [["first?"], ['{"q": "second?"}']]
+    assert output.value == {"log": ["a {'b': 1}", "beside"]}
     assert calls == ["ask", "beside", "ask", "ask"]
 
 
@@ -557,46 +534,9 @@ async def test_interrupts_of_graphs_inside_reach_the_flow() -> None:
     async def calls(state: State) -> Any:
         return {"log": (await inner.ainvoke({"log": []}))["log"]}
 
-    builder = StateGraph(State)
-    builder.add_sequence([("sub", graph_of(ask)), ("calls", calls)])
-    builder.add_edge(START, "sub")
-    flow = flow_of(durable(builder.compile()), {})
-    runner = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True)
-    for answer in ("yes", "no"):
-        result = await runner.run(flow, Num())
-        assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["sure?"])
-        await runner.signal("r", InterruptAnswer(answer))
-    result = await runner.run(flow, Num())
-    assert result.output == Answer(value={"log": ["yes", "no"]}), result.failure
-
-
-@pytest.mark.skipif(
-    "response_schema" not in inspect.signature(interrupt).parameters, reason="of newer releases"
-)
-async def test_an_answer_that_its_schema_refuses_is_asked_for_again() -> None:
-    """An answer that does not fit ``response_schema=`` leaves the question open with the reason, always."""
-
-    def ask(state: State) -> Any:
-        first = interrupt("how many?", response_schema=Item)
-        second = interrupt("and now?", response_schema=Item)
-        return {"n": first.n + second.n}
-
-    flow = flow_of(durable(graph_of(ask)), {})
-    runner = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True)
-    asked = []
-    for answer in ({"n": "many"}, {"n": 2}, {"m": 1}, {"n": 5}):
-        result = await runner.run(flow, Num())
-        assert result.status is RunStatus.SUSPENDED, result.failure
-        asked.append(result.suspended[0].splitlines()[0])
-        await runner.signal("r", answer)
-    result = await runner.run(flow, Num())
-    assert result.output == Answer(value={"n": 7, "log": []}), result.failure
-    assert asked == [
-        "how many?",
-        "how many? (the last answer was refused: 1 validation error for Item",
-        "and now?",
-        "and now? (the last answer was refused: 1 validation error for Item",
-    ]
+    flow = flow_of(durable(graph_of(("sub", graph_of(ask)), calls)), {})
+    asked, output = await answer_in_rounds(flow, [InterruptAnswer("yes")], [InterruptAnswer("no")])
+    assert (asked, output.value) == (2 * [["sure?"]], {"log": ["yes", "no"]})
 
 
 async def test_questions_of_side_by_side_nodes_are_open_at_once() -> None:
@@ -611,17 +551,35 @@ async def test_questions_of_side_by_side_nodes_are_open_at_once() -> None:
     builder.add_node("ask", ask)
     builder.add_conditional_edges(START, lambda _: [Send("ask", {"n": n}) for n in range(3)])
     flow = flow_of(durable(builder.compile()), {"log": []})
-    runner = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True)
-    result = await runner.run(flow, Num())
-    assert result.suspended == ["what of 0?", "what of 1?", "what of 2?"]
-    for question in reversed(result.questions):
-        await runner.signal("r", InterruptAnswer(question.reason), question=question.id)
-    result = await runner.run(flow, Num())
-    assert result.output == Answer(value={"log": [f"{n} what of {n}?" for n in range(3)]}), result.failure
+    asked, output = await answer_in_rounds(flow, [InterruptAnswer(answer) for answer in "abc"])
+    assert asked == [["what of 0?", "what of 1?", "what of 2?"]]
+    assert output.value == {"log": ["0 a", "1 b", "2 c"]}
 
 
-async def test_streams_are_the_same_on_replay() -> None:
-    """astream() gives updates, values, custom parts and messages as steps ended; custom ones are recorded."""
+@pytest.mark.skipif(
+    "response_schema" not in inspect.signature(interrupt).parameters, reason="of newer releases"
+)
+async def test_an_answer_that_its_schema_refuses_is_asked_for_again() -> None:
+    """An answer that does not fit ``response_schema=`` leaves the question open with the reason, always."""
+
+    def ask(state: State) -> Any:
+        first = interrupt("how many?", response_schema=Item)
+        second = interrupt("and now?", response_schema=Item)
+        return {"n": first.n + second.n}
+
+    flow, answers = flow_of(durable(graph_of(ask)), {}), ({"n": "many"}, {"n": 2}, {"m": 1}, {"n": 5})
+    asked, output = await answer_in_rounds(flow, *([answer] for answer in answers))
+    assert output.value == {"n": 7, "log": []}
+    assert [question.splitlines()[0] for (question,) in asked] == [
+        "how many?",
+        "how many? (the last answer was refused: 1 validation error for Item",
+        "and now?",
+        "and now? (the last answer was refused: 1 validation error for Item",
+    ]
+
+
+async def test_streams_have_parts_of_every_kind() -> None:
+    """astream() gives updates, custom parts and messages as steps ended."""
     model = answers("hello world")
 
     def write(state: MessagesState) -> Any:
@@ -642,11 +600,7 @@ async def test_streams_are_the_same_on_replay() -> None:
             parts.append([mode, shown(part[0] if mode == "messages" else part)])
         return Answer(value=parts)
 
-    store = InMemoryStore()
-    runner = StromaRunner.quick(store=store, run_id="r", resume=True)
-    result = await runner.run(f, Num())
-    assert result.status is RunStatus.COMPLETED, result.failure
-    assert result.output.value == [
+    assert await run(f) == [
         ["custom", {"progress": 1}],
         ["messages", "hello world"],
         ["updates", {"write": {"messages": ["hello world"]}}],
@@ -721,7 +675,7 @@ async def test_each_call_of_a_tool_is_a_step() -> None:
     value = await run(flow, store=store, run_id="r")
     assert value["messages"][-1] == "done ['3', '4']"
     assert steps_of(store) == ["model", "tools.price", "tools.price", "model"]
-    await assert_resumable(flow, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+    await survive(flow)
 
 
 async def test_a_tool_that_is_an_effect_is_asked_about() -> None:
@@ -775,13 +729,9 @@ async def test_tools_ask_for_themselves() -> None:
     shop = Shop()
     shop.asks = True
     flow = flow_of(shop.graph(), {"messages": [("user", "hi")]})
-    runner = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True)
-    result = await runner.run(flow, Num())
-    assert result.suspended == ["price of tea?", "price of salt?"], result.failure
-    for question, answer in zip(result.questions, (30, 40), strict=True):
-        await runner.signal("r", InterruptAnswer(answer), question=question.id)
-    result = await runner.run(flow, Num())
-    assert result.output.value["messages"][-1] == "done ['30', '40']", result.failure
+    asked, output = await answer_in_rounds(flow, [InterruptAnswer(30), InterruptAnswer(40)])
+    assert asked == [["price of tea?", "price of salt?"]]
+    assert output.value["messages"][-1] == "done ['30', '40']"
     assert shop.calls == ["model", "price tea", "price salt", "price tea", "price salt", "model"]
 
 
@@ -796,7 +746,7 @@ async def test_a_graph_is_cancelled_by_a_timeout_of_the_body() -> None:
         return "wait"
 
     builder = StateGraph(State)
-    builder.add_node("wait", wait)
+    builder.add_node(wait)
     builder.add_edge(START, "wait")
     builder.add_conditional_edges("wait", again)
     graph, other = durable(builder.compile()), durable(World().builder().compile())
@@ -811,4 +761,4 @@ async def test_a_graph_is_cancelled_by_a_timeout_of_the_body() -> None:
         return Answer()
 
     assert await run(f) == {"n": 2, "log": ["start", "left", "right", "count"]}
-    await assert_resumable(f, Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+    await survive(f)

@@ -13,19 +13,16 @@ from typing import Annotated, Any, TypedDict
 from unittest.mock import MagicMock
 
 import pytest
-from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk
-from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import RunnableConfig, RunnablePassthrough
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import GraphRecursionError
 from langgraph.func import entrypoint, task
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send, StreamWriter, interrupt
 from pydantic import BaseModel
 from tests.frameworks.contract import ANSWER, EmitsDeltas, FrameworkContract, terminal, weather
-from tests.frameworks.kit import AT_ONCE, Seen, fifty_at_once, guard_of, holds, lines_of, result_of
+from tests.frameworks.kit import AT_ONCE, fifty_at_once, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
 from tests.kit import Text, Words
 
@@ -69,32 +66,6 @@ def call(graph: Any, kind: str, given: Any, config: Any = None) -> Any:
     return asyncio.run(acall())
 
 
-class Model(GenericFakeChatModel):
-    """Its streams say what they used, as those of real models do."""
-
-    def _stream(self, *args: Any, **kwargs: Any) -> Any:
-        message = self._generate(*args, **kwargs).generations[0].message
-        assert isinstance(message, AIMessage)
-        for part in str(message.content).split():
-            yield ChatGenerationChunk(
-                message=AIMessageChunk(part, response_metadata=message.response_metadata)
-            )
-        yield ChatGenerationChunk(message=AIMessageChunk("", usage_metadata=message.usage_metadata))
-
-
-def model(*tokens: int, name: str = "gpt-4o") -> Model:
-    """A chat model whose answers say that they used some tokens."""
-    answers = [
-        AIMessage(
-            f"answer {n}",
-            usage_metadata={"input_tokens": count - 1, "output_tokens": 1, "total_tokens": count},
-            response_metadata={"model_name": name},
-        )
-        for n, count in enumerate(tokens)
-    ]
-    return Model(messages=iter(answers))
-
-
 def split(state: State) -> Any:
     return {"words": state["text"].split()}
 
@@ -103,37 +74,16 @@ def count(state: State) -> Any:
     return {"total": len(state["words"])}
 
 
-def line(first: Any = split, second: Any = count) -> Any:
-    builder = StateGraph(State)
-    builder.add_node("split", first)
-    builder.add_node("count", second)
-    builder.add_edge(START, "split")
-    builder.add_edge("split", "count")
-    builder.add_edge("count", END)
+def chain(schema: Any = State, **nodes: Any) -> Any:
+    """Return the builder of a graph of nodes one after the other."""
+    builder = StateGraph(schema)
+    builder.add_sequence(list(nodes.items()))
+    builder.add_edge(START, next(iter(nodes)))
     return builder
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_graph_gives_the_same_answer_with_and_without_the_guard(kind: str, when: str) -> None:
-    """Attached before or after it is compiled, and called in any way, a graph answers as it did."""
-    plain = call(line().compile(), kind, {"text": "a b c"})
-    guard = guard_of()
-    contracts = {"split": (Text, Words), "count": (Words, Total)}
-    if when == "before":
-        graph = attach(line(), guard, contracts).compile()
-    else:
-        graph = attach(line().compile(), guard, contracts)
-    answer = call(graph, kind, {"text": "a b c"})
-    assert answer == plain == {"text": "a b c", "words": ["a", "b", "c"], "total": 3}
-    assert type(graph).__name__ == "CompiledStateGraph"
-    assert result_of(guard).status is RunStatus.COMPLETED
-    assert lines_of(guard) == ["split success", "count success"]
-    # A copy with another config is guarded too.
-    again = graph.with_config({"tags": ["copy"]})
-    call(again, kind, {"text": "d"})
-    assert lines_of(guard) == ["split success", "count success"]
-    assert len(guard.runner.checkpoint_manager.store.list_runs()) == 2
+def line(first: Any = split, second: Any = count) -> Any:
+    return chain(split=first, count=second)
 
 
 class Forecast(TypedDict, total=False):
@@ -143,13 +93,7 @@ class Forecast(TypedDict, total=False):
 
 
 def forecast(first: Any, second: Any) -> Any:
-    builder = StateGraph(Forecast)
-    builder.add_node("weather", first)
-    builder.add_node("tell", second)
-    builder.add_edge(START, "weather")
-    builder.add_edge("weather", "tell")
-    builder.add_edge("tell", END)
-    return builder
+    return chain(Forecast, weather=first, tell=second)
 
 
 @holds("sync and async")
@@ -183,9 +127,7 @@ class TestLangGraph(EmitsDeltas, FrameworkContract):
             die()
             return {"words": ["two"]}
 
-        builder = StateGraph(State)
-        builder.add_node("sub", attach(line(first, second), guard).compile())
-        builder.add_edge(START, "sub")
+        builder = chain(sub=attach(line(first, second), guard).compile())
         return str(call(attach(builder, guard).compile(), "invoke", {"text": "a"})["words"])
 
     def endless(self, guard: Guard) -> tuple[Any, Script]:
@@ -215,114 +157,21 @@ def test_a_retry_gets_what_the_first_attempt_got() -> None:
             raise TimeoutError
         return {"total": len(seen[-1])}
 
-    builder = StateGraph(State)
-    builder.add_node("eats", eats)
-    builder.add_edge(START, "eats")
-    graph = attach(builder, guard_of()).compile()
+    graph = attach(chain(eats=eats), guard_of()).compile()
     assert graph.invoke({"words": ["a", "b"]})["total"] == 2
     assert seen == [["a", "b"], ["a", "b"]]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_tokens_of_models_are_counted_once_at_the_innermost_node(kind: str) -> None:
-    """Model calls in nodes, in nodes of subgraphs, and in attempts that failed: each token once."""
-    llm = model(10, 20, 30, 40, 50)
-    failed: list[int] = []
-
-    def inner(state: State) -> Any:
-        return {"words": [llm.invoke("x").content]}
-
-    async def ainner(state: State) -> Any:
-        return {"words": [(await llm.ainvoke("x")).content]}
-
-    asynchronous = kind.startswith("a")
-    subgraph = StateGraph(State)
-    subgraph.add_node("inner", ainner if asynchronous else inner)
-    subgraph.add_edge(START, "inner")
-    guard = guard_of()
-    sub = attach(subgraph, guard).compile()
-
-    def outer(state: State) -> Any:
-        llm.invoke("y")
-        instance = sub.invoke({"text": "x"})
-        if not failed:
-            failed.append(1)
-            raise TimeoutError
-        return {"words": instance["words"]}
-
-    async def aouter(state: State) -> Any:
-        await llm.ainvoke("y")
-        instance = await sub.ainvoke({"text": "x"})
-        if not failed:
-            failed.append(1)
-            raise TimeoutError
-        return {"words": instance["words"]}
-
-    graph = attach(line(aouter if asynchronous else outer), guard).compile()
-    call(graph, kind, {"text": "a"})
-    assert lines_of(guard) == [
-        "split failure 10",
-        "  inner success 20",
-        "split success 30",
-        "  inner success 40",
-        "count success",
-    ]
-    assert result_of(guard).total_tokens == 100
-    assert result_of(guard).total_cost_usd > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_subgraph_that_is_a_node_is_a_step_with_steps(kind: str) -> None:
     """A compiled graph as a node: its nodes are children, LangGraph finds it, and its updates stream."""
     guard = guard_of()
-    sub = attach(line(), guard).compile()
-    builder = StateGraph(State)
-    builder.add_node("sub", sub)
-    builder.add_edge(START, "sub")
-    graph = attach(builder, guard).compile()
+    graph = attach(chain(sub=attach(line(), guard).compile()), guard).compile()
     assert call(graph, kind, {"text": "a b"})["total"] == 2
     assert lines_of(guard) == ["sub success", "  split success", "  count success"]
     assert [name for name, _ in graph.get_subgraphs()] == ["sub"]
     parts = list(graph.stream({"text": "a"}, stream_mode="updates", subgraphs=True))
     assert [list(update) for _, update in parts] == [["split"], ["count"], ["sub"]]
-
-
-@pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
-def test_hooks_fire_in_order_with_the_right_parents(kind: str) -> None:
-    seen = Seen()
-    guard = guard_of(seen)
-    sub = attach(line(), guard).compile()
-    failed: list[int] = []
-
-    async def outer(state: State) -> Any:
-        if not failed:
-            failed.append(1)
-            raise TimeoutError
-        return await sub.ainvoke({"text": "a"})
-
-    def outer_sync(state: State) -> Any:
-        if not failed:
-            failed.append(1)
-            raise TimeoutError
-        return sub.invoke({"text": "a"})
-
-    builder = StateGraph(State)
-    builder.add_node("outer", outer if kind == "ainvoke" else outer_sync)
-    builder.add_edge(START, "outer")
-    call(attach(builder, guard).compile(), kind, {"text": "a"})
-    assert seen.lines == [
-        "run start",
-        "start outer",
-        "failure outer",
-        "retry outer",
-        "start outer",
-        "start split < outer",
-        "success split < outer",
-        "start count < outer",
-        "success count < outer",
-        "success outer",
-        "run end COMPLETED",
-    ]
 
 
 @holds("control flow")
@@ -395,11 +244,8 @@ def test_a_handoff_to_the_parent_graph_is_a_success_of_both(kind: str) -> None:
         return Command(graph=Command.PARENT, goto="count", update={"words": ["from below"]})
 
     def build(guarded: Any) -> Any:
-        sub = StateGraph(State)
-        sub.add_node("leave", leave)
-        sub.add_edge(START, "leave")
         builder = StateGraph(State)
-        builder.add_node("sub", guarded(sub).compile(), destinations=("count",))
+        builder.add_node("sub", guarded(chain(leave=leave)).compile(), destinations=("count",))
         builder.add_node("count", count)
         builder.add_edge(START, "sub")
         return guarded(builder).compile()
@@ -419,21 +265,14 @@ def test_the_recursion_limit_is_not_retried() -> None:
     def around(state: State) -> Any:
         rounds.append(1)
 
-    sub = StateGraph(State)
-    sub.add_node("around", around)
-    sub.add_edge(START, "around")
-    sub.add_edge("around", "around")
-    guard = guard_of()
-    graph = sub.compile()
-    builder = StateGraph(State)
-    builder.add_node("sub", lambda state: graph.invoke(state, {"recursion_limit": 3}))
-    builder.add_edge(START, "sub")
+    graph = chain(around=around).add_edge("around", "around").compile()
+    builder = chain(sub=lambda state: graph.invoke(state, {"recursion_limit": 3}))
     with pytest.raises(GraphRecursionError):
-        attach(builder, guard).compile().invoke({"text": "a"})
+        attach(builder, guard_of()).compile().invoke({"text": "a"})
     assert len(rounds) == 3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
 def test_what_a_node_is_given_by_the_framework_reaches_it(kind: str) -> None:
     """Config, runtime context, the store's place and the stream writer are injected as without the guard."""
     got: list[Any] = []
@@ -450,13 +289,9 @@ def test_what_a_node_is_given_by_the_framework_reaches_it(kind: str) -> None:
     graph = attach(builder, guard_of()).compile()
     config = {"configurable": {"user": "u"}}
 
-    async def main() -> Any:
-        return await graph.ainvoke({"text": "a"}, config, context={"who": "me"})
-
-    if kind.startswith("a"):
-        asyncio.run(main())
-    else:
-        graph.invoke({"text": "a"}, config, context={"who": "me"})
+    answer = getattr(graph, kind)({"text": "a"}, config, context={"who": "me"})
+    if kind == "ainvoke":
+        asyncio.run(answer)
     assert got == [("u", "me", True)]
 
 
@@ -466,7 +301,7 @@ def test_streams_stream() -> None:
 
     def node(state: State, writer: StreamWriter) -> Any:
         writer({"custom": 1})
-        return {"words": [model(10).invoke("x").content]}
+        return {"words": [Script(answers=["answer 0"]).invoke("x").content]}
 
     def parts(graph: Any) -> Any:
         return [
@@ -474,30 +309,14 @@ def test_streams_stream() -> None:
             for mode, part in graph.stream({"text": "a"}, stream_mode=["custom", "messages", "updates"])
         ]
 
-    def build() -> Any:
-        builder = StateGraph(State)
-        builder.add_node("node", node)
-        builder.add_edge(START, "node")
-        return builder
-
     guard = guard_of()
-    graph = attach(build(), guard).compile()
-    assert parts(graph) == parts(build().compile())
+    graph = attach(chain(node=node), guard).compile()
+    assert parts(graph) == parts(chain(node=node).compile())
     assert result_of(guard).total_tokens == 10
     stream = graph.stream({"text": "a"}, stream_mode="updates")
     next(stream)
     stream.close()
     assert result_of(guard).status is RunStatus.CANCELLED
-
-
-def test_a_graph_has_one_guard() -> None:
-    """Attached twice to one guard it is guarded once; another is refused: its budget would never count."""
-    guard = guard_of()
-    graph = attach(attach(line(), guard).compile(), guard)
-    graph.invoke({"text": "a"})
-    assert lines_of(guard) == ["split success", "count success"]
-    with pytest.raises(ValueError, match="another guard"):
-        attach(graph, guard_of())
 
 
 def test_parallel_nodes_and_their_retry_policies() -> None:
@@ -519,6 +338,26 @@ def test_parallel_nodes_and_their_retry_policies() -> None:
     guard = guard_of()
     assert sorted(attach(builder, guard).compile().invoke({"text": "a"})["words"]) == ["flaky", "other"]
     assert sorted(lines_of(guard)) == sorted(["flaky failure"] * 3 + ["flaky success", "other success"])
+
+
+@pytest.mark.parametrize("when", ["before", "after", "twice"])
+def test_a_graph_has_one_guard_and_one_set_of_contracts(when: str) -> None:
+    """Attached before it is compiled, after it, or both, it is guarded once, and so is a copy with another
+    config; another guard, and other contracts, are refused."""
+    guard, contracts = guard_of(), {"split": (Text, Words)}
+    graph = attach(line().compile() if when == "after" else line(), guard, contracts)
+    if when == "twice":
+        graph = attach(graph.compile(), guard)
+    assert attach(graph, guard, contracts) is graph
+    copy = (graph.compile() if when == "before" else graph).with_config({"tags": ["copy"]})
+    assert type(copy).__name__ == "CompiledStateGraph"
+    assert copy.invoke({"text": "a b"})["total"] == 2
+    assert lines_of(guard) == ["split success", "count success"]
+    with pytest.raises(ValueError, match="another guard"):
+        attach(graph, guard_of())
+    for others in ({"split": (Text, Text)}, {"count": (Words, Total)}):
+        with pytest.raises(ValueError, match="already attached to this guard, with another contract or"):
+            attach(graph, guard, others)
 
 
 def fresh() -> Any:
@@ -639,7 +478,7 @@ def test_a_graph_goes_on_under_one_run_id(kind: str, tmp_path: Path) -> None:
     """``Command(resume=...)`` and ``invoke(None)`` continue the run and its budget under ``resume=True``."""
 
     def tired(state: State) -> Any:
-        model(10).invoke("x")
+        Script(answers=["x"]).invoke("x")
         if not failed:
             failed.append(1)
             raise PermissionError("no")
@@ -698,38 +537,16 @@ def test_marked_nodes_that_are_added_after_wrap_are_guarded() -> None:
     assert lines_of(adapter.guard) == ["splitter success", "late success"]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_second_attach_with_other_contracts_is_an_error(compiled: bool) -> None:
-    """A contract that would never be checked is refused; the same ones again, or none, are not."""
-    guard = guard_of()
-    graph = attach(line(), guard, {"split": (Text, Words)})
-    if compiled:
-        graph = graph.compile()
-    kind = type(graph)
-    assert type(attach(graph, guard)) is kind
-    assert type(attach(graph, guard, {"split": (Text, Words)})) is kind
-    for contracts in ({"split": (Text, Text)}, {"count": (Words, Total)}):
-        with pytest.raises(
-            ValueError, match="already attached to this guard, with another contract or without"
-        ):
-            attach(graph, guard, contracts)
-
-
 def test_a_graph_is_drawn_as_without_the_guard() -> None:
     """It has the same nodes and subgraphs, also where a node is an object with every attribute."""
 
     def build(guarded: Any) -> Any:
-        sub = StateGraph(State)
-        sub.add_node("inner", split)
-        sub.add_edge(START, "inner")
-        builder = StateGraph(State)
-        builder.add_node("sub", sub.compile())
-        builder.add_node("model", model(1))
-        builder.add_node("mock", MagicMock(__name__="mock"))
-        builder.add_node("chain", RunnablePassthrough.assign(total=lambda state: 1))
-        names = ("sub", "model", "mock", "chain")
-        for name, before in zip(names, (START, *names[:-1]), strict=True):
-            builder.add_edge(before, name)
+        builder = chain(
+            sub=chain(inner=split).compile(),
+            model=Script(answers=[]),
+            mock=MagicMock(__name__="mock"),
+            chain=RunnablePassthrough.assign(total=lambda state: 1),
+        )
         return guarded(builder.compile())
 
     plain, guarded = build(lambda g: g), build(lambda g: attach(g, guard_of()))
@@ -753,12 +570,8 @@ def test_a_state_may_be_a_list(kind: str) -> None:
     """A graph's state need not be a dict: nodes return lists, values, or commands among them."""
 
     def build(guarded: Any) -> Any:
-        builder = StateGraph(Annotated[list, operator.add])
-        builder.add_node("a", lambda state: ["x"])
-        builder.add_node("b", lambda state: [Command(update=["y"]), ["z"]])
-        builder.add_edge(START, "a")
-        builder.add_edge("a", "b")
-        return guarded(builder).compile()
+        nodes = {"a": lambda state: ["x"], "b": lambda state: [Command(update=["y"]), ["z"]]}
+        return guarded(chain(Annotated[list, operator.add], **nodes)).compile()
 
     guard = guard_of()
     plain = call(build(lambda b: b), kind, [])
@@ -771,7 +584,7 @@ def test_a_state_may_be_a_list(kind: str) -> None:
 def test_models_that_edges_call_are_counted(kind: str, when: str) -> None:
     """A model that routes is called in no node: its tokens count, and the budget stops it."""
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=35))
-    llm, calls = model(*[10] * 9), list[str]()
+    llm, calls = Script(answers=["x"] * 9), list[str]()
 
     def route(state: State) -> str:
         calls.append(llm.invoke("where?").content)
@@ -781,9 +594,7 @@ def test_models_that_edges_call_are_counted(kind: str, when: str) -> None:
         calls.append((await llm.ainvoke("where?")).content)
         return "again"
 
-    builder = StateGraph(State)
-    builder.add_node("again", lambda state: {"words": [str(llm.invoke("x").content)]})
-    builder.add_edge(START, "again")
+    builder = chain(again=lambda state: {"words": [str(llm.invoke("x").content)]})
     builder.add_conditional_edges("again", aroute if kind.startswith("a") else route, ["again"])
     if when == "before":
         graph = attach(builder, guard).compile()
@@ -803,15 +614,12 @@ def test_models_that_edges_call_are_counted(kind: str, when: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_that_error_handlers_call_are_counted(kind: str) -> None:
     """The handler of a node's errors is no step, and its tokens count in the run."""
-    guard, llm = guard_of(policy_map={}), model(10)
+    guard, llm = guard_of(policy_map={}), Script(answers=["x"])
 
     def fails(state: State) -> Any:
         raise ValueError("no")
 
-    def handle(state: State) -> Any:
-        return {"words": [str(llm.invoke("x").content)]}
-
-    options: Any = {"error_handler": handle}
+    options: Any = {"error_handler": lambda state: {"words": [str(llm.invoke("x").content)]}}
     builder = StateGraph(State)
     builder.add_node("fails", fails, **options)
     builder.add_edge(START, "fails")
@@ -821,11 +629,21 @@ def test_models_that_error_handlers_call_are_counted(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_spend_is_that_of_the_provider_s_ledger(kind: str) -> None:
-    """Parallel nodes, a subgraph, a router, a threaded model, tools that ask models: to the token."""
+    """Parallel nodes, a subgraph, a router, a threaded model, failed attempts: to the token."""
     guard, llms = guard_of(), [Script(answers=["x"] * 9, tokens=tokens) for tokens in (3, 5, 7, 11, 13)]
+    failures = [TimeoutError()]
 
     def asking(llm: Any) -> Any:
         return lambda state: {"words": [str(llm.invoke("x").content)]}
+
+    sub = chain(inner=asking(llms[0])).compile()
+
+    def calls_sub(state: State) -> Any:
+        llms[1].invoke("y")
+        answer = sub.invoke({"text": "x"})
+        if failures:
+            raise failures.pop()
+        return {"words": answer["words"]}
 
     def thread(state: State) -> Any:
         with ThreadPoolExecutor() as pool:
@@ -836,20 +654,16 @@ def test_all_spend_is_that_of_the_provider_s_ledger(kind: str) -> None:
         llms[4].invoke("where?")
         return "last"
 
-    sub = StateGraph(State)
-    sub.add_node("inner", asking(llms[0]))
-    sub.add_edge(START, "inner")
     builder = StateGraph(State)
-    builder.add_node("sub", sub.compile())
-    builder.add_node("a", asking(llms[1]))
-    builder.add_node("b", thread)
-    builder.add_node("last", asking(llms[2]))
-    for name in ("sub", "a", "b"):
+    for name, node in {"sub": sub, "calls": calls_sub, "b": thread, "last": asking(llms[2])}.items():
+        builder.add_node(name, node)
+    for name in ("sub", "calls", "b"):
         builder.add_edge(START, name)
     builder.add_conditional_edges("b", route, ["last"])
     call(attach(builder, guard).compile(), kind, {"text": "a"})
     ledger = sum(llm.tokens * len(llm.asked) for llm in llms)
-    assert result_of(guard).total_tokens == ledger == 3 + 5 + 7 + 11 + 13
+    assert result_of(guard).total_tokens == ledger == 3 * 3 + 2 * 5 + 7 + 11 + 13
+    assert {"calls failure 8", "calls success 8"} <= set(lines_of(guard))
 
 
 def test_fifty_runs_at_once_are_counted_apart() -> None:
@@ -862,9 +676,8 @@ def test_fifty_runs_at_once_are_counted_apart() -> None:
         async def asks(state: State) -> Any:
             return {"words": [str((await llm.ainvoke("x")).content)]}
 
-        graph = attach(line(asks, asks), guard).compile()
         async with guard.run() as run:
-            await graph.ainvoke({"text": "a"})
+            await attach(line(asks, asks), guard).compile().ainvoke({"text": "a"})
         assert run.result.total_tokens == llm.tokens * len(llm.asked) == 2 * (n + 1)
 
     fifty_at_once(one)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import openai
@@ -15,7 +15,6 @@ from agents import (
     InputGuardrailTripwireTriggered,
     Model,
     ModelProvider,
-    ModelResponse,
     ModelRetrySettings,
     ModelSettings,
     OpenAIProvider,
@@ -25,28 +24,22 @@ from agents import (
     SQLiteSession,
     ToolOutputImage,
     ToolOutputText,
-    Usage,
     function_tool,
     input_guardrail,
     output_guardrail,
     set_tracing_disabled,
 )
-from agents.mcp import MCPServer
 from mcp.types import CallToolResult
-from mcp.types import Tool as MCPTool
 from openai.types.responses import (
-    Response,
-    ResponseCompletedEvent,
     ResponseCustomToolCall,
     ResponseFunctionToolCall,
     ResponseFunctionWebSearch,
     ResponseOutputMessage,
     ResponseOutputText,
-    ResponseTextDeltaEvent,
-    ResponseUsage,
 )
-from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
 from pydantic import BaseModel
+from tests.frameworks.body_kit import answer_in_rounds, survive
+from tests.frameworks.openai_agents.test_openai_agents import Script, Server
 from tests.kit import NEVER, Num, Text
 
 from stroma import (
@@ -97,57 +90,24 @@ def outputs_of(items: Any) -> list[Any]:
     )
 
 
-class Fake(Model):
-    """Answers what a function makes of the input."""
-
-    model = "gpt-4o"
+class Fake(Script):
+    """Answers what a function makes of the input, and takes time: the body of a flow does not wait for it."""
 
     def __init__(self, respond: Callable[[Any], list[Any]]) -> None:
+        super().__init__(tokens=12)
         self.respond = respond
-        self.requests = 0
 
-    async def get_response(self, system_instructions: Any, input: Any, *_: Any, **__: Any) -> ModelResponse:
-        await asyncio.sleep(0.001)
-        self.requests += 1
-        usage = Usage(requests=1, input_tokens=10, output_tokens=2, total_tokens=12)
-        return ModelResponse(output=self.respond(input), usage=usage, response_id=None)
+    def _output(self, given: Any) -> list[Any]:
+        return self.respond(given)
 
-    async def stream_response(
-        self, system_instructions: Any, input: Any, *_: Any, **__: Any
-    ) -> AsyncIterator[Any]:
+    async def get_response(self, *args: Any, **kwargs: Any) -> Any:
         await asyncio.sleep(0.001)
-        self.requests += 1
-        output = self.respond(input)
-        text = output[0].content[0].text if isinstance(output[0], ResponseOutputMessage) else ""
-        for number, letter in enumerate(text):
-            yield ResponseTextDeltaEvent(
-                content_index=0,
-                delta=letter,
-                item_id="m",
-                output_index=0,
-                sequence_number=number,
-                logprobs=[],
-                type="response.output_text.delta",
-            )
-        usage = ResponseUsage(
-            input_tokens=10,
-            output_tokens=2,
-            total_tokens=12,
-            input_tokens_details=InputTokensDetails(cached_tokens=0, cache_write_tokens=0),
-            output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
-        )
-        response = Response(
-            id="r",
-            created_at=0,
-            model="gpt-4o",
-            object="response",
-            output=output,
-            tool_choice="auto",
-            tools=[],
-            parallel_tool_calls=False,
-            usage=usage,
-        )
-        yield ResponseCompletedEvent(response=response, sequence_number=99, type="response.completed")
+        return await super().get_response(*args, **kwargs)
+
+    async def stream_response(self, *args: Any, **kwargs: Any) -> Any:
+        await asyncio.sleep(0.001)
+        async for event in super().stream_response(*args, **kwargs):
+            yield event
 
 
 def flow_of(body: Callable[[Num], Any]) -> Any:
@@ -158,6 +118,16 @@ def flow_of(body: Callable[[Num], Any]) -> Any:
         return Text(text=str(await body(state)))
 
     return f
+
+
+def answering(agent: Agent[Any], runner: DurableRunner | None = None, **options: Any) -> Any:
+    """Return a flow whose answer is that of an agent."""
+    runner = runner or DurableRunner()
+
+    async def body(state: Num) -> Any:
+        return (await runner.run(agent, "go", **options)).final_output
+
+    return flow_of(body)
 
 
 def run_flow(flow: Any, **config: Any) -> Any:
@@ -211,8 +181,9 @@ class World:
         return flow_of(body)
 
 
-async def test_requests_and_tools_are_steps() -> None:
-    """G12: Each request and each call of a tool, also after a handoff, is a step with its usage and cost."""
+async def test_requests_and_tools_are_steps_and_survive_death_at_every_boundary() -> None:
+    """G5, G12: Each request and call of a tool, also after a handoff, is a step with its usage and cost;
+    killed at any record, the agents repeat none that ended."""
     world, store = World(), InMemoryStore()
     plain = await Runner.run(World().agent, "go 0")
     result = await run_flow(world.flow(), store=store)
@@ -222,13 +193,7 @@ async def test_requests_and_tools_are_steps() -> None:
     assert steps == [*rounds, "triage.model", "writer.model", "writer.double", "writer.model"]
     assert result.total_tokens == 60
     assert result.total_cost_usd > 0
-
-
-async def test_an_agent_survives_death_at_every_boundary() -> None:
-    """G5: Killed at any record, the agents resume with the same answer and repeat no request or tool."""
-    runner = StromaRunner.quick(policy_map=NEVER)
-    found = await assert_resumable(World().flow(), Num(), runner=runner, processes=False)
-    assert len(found.boundaries) > 30
+    assert await survive(World().flow()) > 30
 
 
 async def test_outside_of_a_flow_it_is_the_agent_as_it_was() -> None:
@@ -282,16 +247,11 @@ async def test_an_approval_is_a_question_of_the_flow(streamed: bool) -> None:
         assert kinds.count("tool_call_output_item") == 2, kinds
         return str(result.final_output)
 
-    stroma = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True)
-    result = await stroma.run(flow_of(body), Num())
-    assert result.status is RunStatus.SUSPENDED, result.failure
-    assert result.suspended == ['approval of refund({"cents": 500})', 'approval of refund({"cents": 9})']
-    assert calls == []
-    first, second = (one.id for one in result.questions)
-    await stroma.signal("r", ToolApproval(approved=True, arguments={"cents": 400}), question=first)
-    await stroma.signal("r", ToolApproval(approved=False, message="too cheap"), question=second)
-    result = await stroma.run(flow_of(body), Num())
-    assert result.final_state == Text(text="done ['refunded 400', 'too cheap']"), result.failure
+    yes, no = {"cents": 400}, ToolApproval(approved=False, message="too cheap")
+    answers = [ToolApproval(approved=True, arguments=yes), no]
+    asked, output = await answer_in_rounds(flow_of(body), answers)
+    assert asked == [['approval of refund({"cents": 500})', 'approval of refund({"cents": 9})']]
+    assert output == Text(text="done ['refunded 400', 'too cheap']")
     assert calls == ["refund 400"]
 
 
@@ -319,10 +279,7 @@ async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again
     agent: Agent[Any] = Agent(name="a", model=Fake(respond), tools=[charge])
     runner = DurableRunner(tools={"charge": {"effect": True, "reconcile": look}})
 
-    async def body(state: Num) -> str:
-        return str((await runner.run(agent, "go")).final_output)
-
-    result = await run_flow(flow_of(body))
+    result = await run_flow(answering(agent, runner))
     assert result.final_state == Text(text="done ['500']"), result.failure
     assert list(booked.values()) == [500]
     assert asked == [{"cents": 500}]
@@ -346,11 +303,8 @@ async def test_a_guarded_agent_is_durable_in_a_flow() -> None:
 
     agent = attach(Agent(name="a", model=asking("look"), tools=[look]), guard := Guard())
 
-    async def body(state: Num) -> str:
-        return str((await DurableRunner().run(agent, "go")).final_output)
-
     store = InMemoryStore()
-    result = await StromaRunner.quick(store=store, run_id="r").run(flow_of(body), Num())
+    result = await StromaRunner.quick(store=store, run_id="r").run(answering(agent), Num())
     guard.detach()
     assert result.final_state == Text(text="done seen"), result.failure
     steps = [(one.node_id, one.tokens) for one in store.attempts("r") if "." in one.node_id]
@@ -410,13 +364,11 @@ async def test_a_streamed_answer_is_one_step() -> None:
         if event.kind == "node_event":
             emitted.append(event.data)
         if event.result is not None:
-            expected = Text(text="['hello world'] hello world 12")
+            expected = Text(text="['helloworld'] hello world 12")
             assert event.result.final_state == expected, event.result.failure
-    assert "".join(emitted) == "hello world"
+    assert emitted == ["hello", "world"]
     assert [one.tokens for one in store.attempts("r") if one.node_id == "a.model"] == [12]
-    runner = StromaRunner.quick(policy_map=NEVER)
-    found = await assert_resumable(flow_of(body), Num(), runner=runner, processes=False)
-    assert found.boundaries
+    assert await survive(flow_of(body))
 
 
 @pytest.mark.parametrize("trips", [False, True])
@@ -447,7 +399,7 @@ async def test_guardrails_run_in_the_body_and_their_judges_are_durable(trips: bo
     result = await run_flow(flow_of(body), store=store)
     assert result.final_state == Text(text="refused: bad" if trips else "hello"), result.failure
     assert {one.node_id for one in store.attempts("r")} >= {"judge.model"}
-    await assert_resumable(flow_of(body), Num(), runner=StromaRunner.quick(policy_map=NEVER), processes=False)
+    await survive(flow_of(body))
 
 
 class ListSession:
@@ -499,80 +451,30 @@ async def test_a_session_is_read_and_written_once() -> None:
     assert [item.get("role") for item in await sessions[-1].get_items()] == 2 * ["user", "assistant"]
 
 
-class Server(MCPServer):
-    """An MCP server in this process."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.cache_tools_list = True
-        self.calls: list[str] = []
-        self.errs = False  # Calls are answered with an error.
-
-    @property
-    def name(self) -> str:
-        return "files"
-
-    async def connect(self) -> None:
-        raise NotImplementedError
-
-    async def cleanup(self) -> None:
-        raise NotImplementedError
-
-    async def list_tools(self, run_context: Any = None, agent: Any = None) -> list[MCPTool]:
-        await asyncio.sleep(0.001)
-        self.calls.append("list")
-        schema = {"type": "object", "properties": {}}
-        tool: dict[str, Any] = {"name": "read", "description": "Read.", "inputSchema": schema}
-        return [MCPTool.model_validate(tool)]
-
-    async def call_tool(self, tool_name: str, arguments: Any, meta: Any = None) -> CallToolResult:
-        await asyncio.sleep(0.001)
-        self.calls.append(tool_name)
-        if self.calls.count(tool_name) == 1 and not self.errs:
-            raise ConnectionResetError("connection reset by peer")
-        answer = {"content": [{"type": "text", "text": "content"}], "isError": self.errs}
-        return CallToolResult.model_validate(answer)
-
-    async def list_prompts(self) -> Any:
-        raise NotImplementedError
-
-    async def get_prompt(self, name: str, arguments: Any = None) -> Any:
-        raise NotImplementedError
-
-
 async def test_tools_of_mcp_servers_are_steps() -> None:
     """The discovery of an MCP server's tools is a step, as is each call, with retries and approvals."""
-    server = Server(require_approval="always")
-    agent: Agent[Any] = Agent(name="a", model=asking("read"), mcp_servers=[server])
-
-    async def body(state: Num) -> str:
-        return str((await DurableRunner().run(agent, "go")).final_output)
-
-    store = InMemoryStore()
-    stroma = StromaRunner.quick(store=store, run_id="r", resume=True, policy_map=AT_ONCE)
-    result = await stroma.run(flow_of(body), Num())
-    assert result.suspended == ["approval of read({})"], result.failure
-    await stroma.signal("r", ToolApproval(approved=True))
-    result = await stroma.run(flow_of(body), Num())
-    assert result.final_state is not None, result.failure
-    assert "content" in result.final_state.text
-    assert server.calls == ["list", "read", "read"]
-    assert {one.node_id for one in store.attempts("r")} >= {"a.files.tools", "a.read"}
+    lost = ConnectionResetError("connection reset by peer")
+    server = Server(lost, {"text": "content"}, require_approval="always")
+    agent: Agent[Any] = Agent(name="a", model=asking("remote"), mcp_servers=[server])
+    approval, store = [ToolApproval(approved=True)], InMemoryStore()
+    asked, output = await answer_in_rounds(answering(agent), approval, policy_map=AT_ONCE, store=store)
+    assert asked == [["approval of remote({})"]]
+    assert "content" in output.text
+    assert (server.listed, len(server.called)) == (1, 2)
+    assert {one.node_id for one in store.attempts("r")} >= {"a.server.tools", "a.remote"}
 
 
-@pytest.mark.parametrize("errs", [False, True])
-async def test_an_effect_of_an_mcp_server_is_not_called_again_by_the_model(errs: bool) -> None:
+@pytest.mark.parametrize(
+    "answer", [ConnectionResetError("connection reset by peer"), CallToolResult(content=[], isError=True)]
+)
+async def test_an_effect_of_an_mcp_server_is_not_called_again_by_the_model(answer: Any) -> None:
     """G13: Neither a lost connection nor an error that the server answers with goes to the model."""
-    server = Server()
-    server.errs = errs
-    agent: Agent[Any] = Agent(name="a", model=asking("read"), mcp_servers=[server])
-
-    async def body(state: Num) -> str:
-        return str((await DurableRunner(tools={"read": {"effect": True}}).run(agent, "go")).final_output)
-
-    result = await StromaRunner.quick(policy_map=AT_ONCE).run(flow_of(body), Num())
+    server = Server(answer, answer)
+    agent: Agent[Any] = Agent(name="a", model=asking("remote"), mcp_servers=[server])
+    flow = answering(agent, DurableRunner(tools={"remote": {"effect": True}}))
+    result = await StromaRunner.quick(policy_map=AT_ONCE).run(flow, Num())
     assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"]), result.failure
-    assert server.calls == ["list", "read"]
+    assert len(server.called) == 1
 
 
 AT_ONCE = {"RECOVERABLE": FailurePolicy(max_retries=2, backoff_seconds=0)}
@@ -654,11 +556,8 @@ async def test_failures_of_tools_go_to_the_model_after_their_retries() -> None:
 
     agent: Agent[Any] = Agent(name="a", model=Fake(respond), tools=[flaky, broken, slow])
 
-    async def body(state: Num) -> str:
-        return str((await DurableRunner().run(agent, "go")).final_output)
-
     store, once = InMemoryStore(), FailurePolicy(max_retries=1, backoff_seconds=0)
-    result = await run_flow(flow_of(body), store=store, policy_map={**AT_ONCE, "AMBIGUOUS": once})
+    result = await run_flow(answering(agent), store=store, policy_map={**AT_ONCE, "AMBIGUOUS": once})
     assert result.final_state == Text(text="done"), result.failure
     fine, failed, wrong, late = told
     assert fine == "fine"
@@ -685,10 +584,7 @@ async def test_a_failed_request_is_retried_as_a_step_is() -> None:
     settings = ModelSettings(retry=ModelRetrySettings(max_retries=3, policy=lambda context: True))
     agent: Agent[Any] = Agent(name="a", model=Fake(respond), model_settings=settings)
 
-    async def body(state: Num) -> str:
-        return str((await DurableRunner().run(agent, "go")).final_output)
-
-    result = await run_flow(flow_of(body), policy_map=AT_ONCE)
+    result = await run_flow(answering(agent), policy_map=AT_ONCE)
     assert result.status is RunStatus.FAILED
     assert (result.failure.node_id, result.failure.reason) == ("a.model", "auth")
     assert errors == []
@@ -843,11 +739,8 @@ async def test_what_the_model_gets_of_a_tool_is_the_same_as_without() -> None:
 
     agent: Agent[Any] = Agent(name="a", model=Fake(respond), tools=[give, custom])
 
-    async def body(state: Num) -> str:
-        return str((await DurableRunner().run(agent, "go")).final_output)
-
     store = InMemoryStore()
-    result = await run_flow(flow_of(body), store=store)
+    result = await run_flow(answering(agent), store=store)
     assert result.final_state == Text(text="done"), result.failure
     assert "a.shout" in {one.node_id for one in store.attempts("r")}
     await DurableRunner().run(agent, "go")
@@ -873,14 +766,7 @@ async def test_a_tool_decides_if_a_call_needs_approval() -> None:
 
     agent: Agent[Any] = Agent(name="a", model=Fake(respond), tools=[refund])
 
-    async def body(state: Num) -> str:
-        return str((await DurableRunner().run(agent, "go")).final_output)
-
-    stroma = StromaRunner.quick(store=InMemoryStore(), run_id="r", resume=True)
-    result = await stroma.run(flow_of(body), Num())
-    assert result.suspended == ['approval of refund({"cents": 500})'], result.failure
-    assert calls == [50]
-    await stroma.signal("r", ToolApproval(approved=True))
-    result = await stroma.run(flow_of(body), Num())
-    assert result.final_state == Text(text="done ['refunded 50', 'refunded 500']"), result.failure
+    asked, output = await answer_in_rounds(answering(agent), [ToolApproval(approved=True)])
+    assert asked == [['approval of refund({"cents": 500})']]
+    assert output == Text(text="done ['refunded 50', 'refunded 500']")
     assert calls == [50, 500]

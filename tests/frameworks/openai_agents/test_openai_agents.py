@@ -17,7 +17,6 @@ from agents import (
     Model,
     ModelProvider,
     ModelResponse,
-    MultiProvider,
     OpenAIResponsesModel,
     RunConfig,
     Runner,
@@ -94,13 +93,16 @@ class Script(Model):
             id="1", content=[text], role="assistant", status="completed", type="message"
         )
 
+    def _output(self, given: Any) -> list[Any]:
+        return [self._next(given)]
+
     async def get_response(self, system_instructions: Any, input: Any, *_: Any, **__: Any) -> ModelResponse:
         usage = Usage(requests=1, input_tokens=self.tokens - 1, output_tokens=1, total_tokens=self.tokens)
-        return ModelResponse(output=[self._next(input)], usage=usage, response_id=None)
+        return ModelResponse(output=self._output(input), usage=usage, response_id=None)
 
     async def stream_response(self, system_instructions: Any, input: Any, *_: Any, **__: Any) -> Any:
-        item = self._next(input)
-        words = item.content[0].text.split() if isinstance(item, ResponseOutputMessage) else []
+        output = self._output(input)
+        words = output[0].content[0].text.split() if isinstance(output[0], ResponseOutputMessage) else []
         for n, word in enumerate(words):
             if n == self.break_after:
                 raise TimeoutError("lost")
@@ -125,7 +127,7 @@ class Script(Model):
             created_at=0,
             model="gpt-4o",
             object="response",
-            output=[item],
+            output=output,
             tool_choice="auto",
             tools=[],
             parallel_tool_calls=False,
@@ -226,26 +228,6 @@ def test_a_budget_that_trips_inside_a_tool_stops_the_agent_too(kind: str) -> Non
 
 
 @holds("control flow")
-def test_handoffs_hand_off_and_every_agent_is_guarded() -> None:
-    """Each turn of the agent that is handed to is a step, with its spend; its tools hold contracts."""
-    guard = guard_of()
-    other = Agent(name="other", model=Script(CALL, "from other", tokens=7), tools=[tool_of()])
-    contracts = {"weather": (City, Weather)}
-    agent = agent_of(Script(("transfer_to_other", "{}")), guard, handoffs=[other], contracts=contracts)
-    result = asyncio.run(GuardedRunner(guard).run(agent, "hello"))
-    assert (result.final_output, result.last_agent.name) == ("from other", "other")
-    assert lines_of(guard) == [
-        "forecaster success",
-        "  model success 10",
-        "  other success",
-        "    model success 7",
-        "    weather success",
-        "  other success",
-        "    model success 7",
-    ]
-
-
-@holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_guardrail_that_trips_passes_untouched(kind: str) -> None:
     """Its exception is the SDK's own, once, and ends the run as FAILED."""
@@ -261,46 +243,6 @@ def test_a_guardrail_that_trips_passes_untouched(kind: str) -> None:
         ask(agent_of(Script("x"), guard, input_guardrails=[never]), kind, guard)
     assert len(trips) == 1
     assert result_of(guard).status is RunStatus.FAILED
-
-
-@holds("control flow")
-def test_a_tool_that_needs_approval_suspends_and_goes_on() -> None:
-    """The SDK's own interruption and state: the run is SUSPENDED until it is approved."""
-
-    @function_tool(needs_approval=True)
-    def buy() -> str:
-        """Needs a yes."""
-        calls.append(1)
-        return "bought"
-
-    calls: list[int] = []
-    guard = guard_of()
-    agent = agent_of(Script(("buy", "{}"), "done"), guard, [buy])
-    runner = GuardedRunner(guard)
-    result = asyncio.run(runner.run(agent, "hello"))
-    assert calls == []
-    assert (result_of(guard).status, result_of(guard).suspended) == (RunStatus.SUSPENDED, ["approval of buy"])
-    state = result.to_state()
-    state.approve(result.interruptions[0])
-    assert asyncio.run(runner.run(agent, state)).final_output == "done"
-    assert calls == [1]
-    assert result_of(guard).status is RunStatus.COMPLETED
-
-
-def test_a_model_that_is_only_named_is_guarded_by_its_provider() -> None:
-    script = Script("done")
-
-    class Provider(ModelProvider):
-        def get_model(self, model_name: str | None) -> Model:
-            assert model_name == "mine"
-            return script
-
-    guard = guard_of()
-    agent = Agent(name="named", model="mine")
-    config = RunConfig(model_provider=Provider())
-    result = asyncio.run(GuardedRunner(guard).run(agent, "hello", run_config=config))
-    assert result.final_output == "done"
-    assert lines_of(guard) == ["named success", "  model success 10"]
 
 
 class Ledger:
@@ -324,10 +266,11 @@ class Ledger:
 class Server(MCPServer):
     """A server of one tool, in this process."""
 
-    def __init__(self, *results: Any) -> None:
-        super().__init__(use_structured_content=True)
+    def __init__(self, *results: Any, **options: Any) -> None:
+        super().__init__(use_structured_content=True, **options)
+        self.cache_tools_list = True
         self.results = list(results)
-        self.called: list[Any] = []
+        self.listed, self.called = 0, list[Any]()
 
     @property
     def name(self) -> str:
@@ -339,14 +282,19 @@ class Server(MCPServer):
     async def get_prompt(self, name: str, arguments: Any = None) -> Any: ...
 
     async def list_tools(self, run_context: Any = None, agent: Any = None) -> Any:
+        await asyncio.sleep(0.001)  # As a server takes time: the body of a flow refuses to wait for it.
+        self.listed += 1
         schema = {"type": "object", "properties": {"city": {"type": "string"}}}
         return [MCPTool(name="remote", inputSchema=schema)]
 
     async def call_tool(self, tool_name: str, arguments: Any, meta: Any = None) -> Any:
+        await asyncio.sleep(0.001)
         self.called.append(arguments)
         result = self.results.pop(0)
         if isinstance(result, Exception):
             raise result
+        if isinstance(result, CallToolResult):
+            return result
         content = [TextContent(type="text", text=json.dumps(result))]
         return CallToolResult(content=content, structuredContent=result)
 
@@ -711,21 +659,6 @@ def test_the_sdk_sees_all_of_a_model_and_sends_the_same() -> None:
     assert sent[0] == sent[1]
     assert "prompt_cache_key" in sent[1]
     assert lines_of(guard) == ["a success", "  model success 2"]
-
-
-def test_a_provider_is_closed_as_without_the_guard() -> None:
-    """The SDK closes a provider that it has made itself, and no other one."""
-    closed: list[Any] = []
-    guard = guard_of()
-
-    class Provider(MultiProvider):
-        async def aclose(self) -> None:
-            closed.append(self)
-
-    agent = agent_of(Script("done", "done"), guard)
-    asyncio.run(GuardedRunner(guard).run(agent, "?", run_config=RunConfig(model_provider=Provider())))
-    asyncio.run(GuardedRunner(guard).run(agent, "?"))
-    assert closed == []
 
 
 def buying(script: Script, guard: Guard) -> tuple[Agent[Any], list[int]]:

@@ -12,11 +12,11 @@ from pydantic_ai.exceptions import ModelHTTPError
 from pydantic_ai.messages import ModelMessage, ModelResponse, TextPart, ToolCallPart
 from pydantic_ai.models.function import AgentInfo, FunctionModel
 from pydantic_ai.usage import RequestUsage
+from tests.frameworks.body_kit import answer_in_rounds, survive
 from tests.kit import NEVER, Num, retry_policies
 
 from stroma import FailurePolicy, Flow, InMemoryStore, NotDone, RunStatus, StromaRunner, stroma_flow
 from stroma.contracts.examples import example_text
-from stroma.testing import assert_resumable
 
 pytest.importorskip("stroma.adapters._pydantic_ai_durability", exc_type=ImportError)
 from pydantic_ai.exceptions import RunCancelled
@@ -24,6 +24,16 @@ from pydantic_ai.toolsets import DynamicToolset, PreparedToolset, WrapperToolset
 from tests.kit import Text
 
 from stroma.adapters.pydantic_ai import StromaDurability, ToolApproval
+
+
+def answering(agent: Agent[None, str]) -> Any:
+    """Return a flow whose answer is that of an agent."""
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        return Text(text=(await agent.run("go")).output)
+
+    return f
 
 
 class World:
@@ -62,8 +72,9 @@ class World:
         return f
 
 
-async def test_requests_and_tools_are_steps() -> None:
-    """G12: Each request and each call of a tool is a step with its usage, and the answer is the agent's."""
+async def test_requests_and_tools_are_steps_and_survive_death_at_every_boundary() -> None:
+    """G5, G12: Each request and each call of a tool is a step with its usage; killed at any record, the agent
+    has the same answer and repeats none that ended."""
     world, store = World(), InMemoryStore()
     result = await StromaRunner.quick(store=store, run_id="r").run(world.flow(), Num())
     assert result.status is RunStatus.COMPLETED, result.failure
@@ -71,13 +82,7 @@ async def test_requests_and_tools_are_steps() -> None:
     steps = [one.node_id for one in store.attempts("r") if one.node_id != "f"]
     assert steps == 3 * ["a.model", "a.double", "a.double"] + ["a.model"]
     assert result.total_tokens == 48
-
-
-async def test_an_agent_survives_death_at_every_boundary() -> None:
-    """G5: Killed at any record, the agent resumes with the same answer and repeats no request or tool."""
-    runner = StromaRunner.quick(policy_map=NEVER)
-    found = await assert_resumable(World().flow(), Num(), runner=runner, processes=False)
-    assert len(found.boundaries) > 20
+    assert await survive(World().flow()) > 20
 
 
 async def test_outside_of_a_flow_it_is_the_agent_as_it_was() -> None:
@@ -105,18 +110,9 @@ async def test_an_approval_is_a_question_of_the_flow() -> None:
         calls.append(f"refund {cents}")
         return f"refunded {cents}"
 
-    @stroma_flow("f", input=Num, output=Text)
-    async def f(flow: Flow, state: Num) -> Text:
-        return Text(text=(await agent.run("go")).output)
-
-    store = InMemoryStore()
-    runner = StromaRunner.quick(store=store, run_id="r", resume=True)
-    result = await runner.run(f, Num())
-    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ['approval of refund({"cents":500})'])
-    assert calls == []
-    await runner.signal("r", ToolApproval(approved=True, arguments={"cents": 400}))
-    result = await runner.run(f, Num())
-    assert result.final_state == Text(text="done ['refunded 400']"), result.failure
+    answer = ToolApproval(approved=True, arguments={"cents": 400})
+    asked, output = await answer_in_rounds(answering(agent), [answer])
+    assert (asked, output) == ([['approval of refund({"cents":500})']], Text(text="done ['refunded 400']"))
     assert calls == ["refund 400"]
 
 
@@ -146,11 +142,7 @@ async def test_a_tool_that_is_an_effect_is_asked_about_before_it_is_called_again
             raise ConnectionResetError("connection reset by peer")
         return cents
 
-    @stroma_flow("f", input=Num, output=Text)
-    async def f(flow: Flow, state: Num) -> Text:
-        return Text(text=(await agent.run("go")).output)
-
-    result = await StromaRunner.quick(store=InMemoryStore()).run(f, Num())
+    result = await StromaRunner.quick(store=InMemoryStore()).run(answering(agent), Num())
     assert result.final_state == Text(text="done"), result.failure
     assert list(booked.values()) == [500]
     assert asked == [{"cents": 500}]
@@ -287,7 +279,7 @@ async def test_a_tool_that_is_not_a_step_may_cancel_the_agent() -> None:
     pure: Any = FunctionToolset(id="pure")
     pure.add_function(stop, metadata={"stroma": False})
     runner = StromaRunner.quick(policy_map=NEVER)
-    await assert_resumable(_asking(pure), Num(), runner=runner, processes=False)
+    await survive(_asking(pure))
     assert (await runner.run(_asking(pure), Num())).final_state == Text(text="cancelled")
     step: Any = FunctionToolset(id="step")
     step.add_function(stop)
@@ -359,9 +351,8 @@ async def test_an_answer_that_is_refused_is_asked_for_again() -> None:
     async def f(flow: Flow, state: Num) -> Num:
         return (await agent.run("go")).output
 
-    runner = StromaRunner.quick(policy_map=NEVER)
-    await assert_resumable(f, Num(), runner=runner, processes=False)
-    assert (await runner.run(f, Num())).final_state == Num(n=8)
+    await survive(f)
+    assert (await StromaRunner.quick(policy_map=NEVER).run(f, Num())).final_state == Num(n=8)
 
 
 async def test_toolsets_that_are_made_for_a_run_are_steps_too() -> None:
@@ -390,12 +381,8 @@ async def test_toolsets_that_are_made_for_a_run_are_steps_too() -> None:
         calls.append("pure")
         return "pure"
 
-    @stroma_flow("f", input=Num, output=Text)
-    async def f(flow: Flow, state: Num) -> Text:
-        return Text(text=(await agent.run("go")).output)
-
     store = InMemoryStore()
-    result = await StromaRunner.quick(store=store, run_id="r").run(f, Num())
+    result = await StromaRunner.quick(store=store, run_id="r").run(answering(agent), Num())
     assert result.final_state == Text(text="done"), result.failure
     assert sorted(calls) == ["found", "pure"]
     steps = {one.node_id for one in store.attempts("r")}
@@ -448,12 +435,8 @@ async def test_a_failed_request_is_retried_as_a_step_is() -> None:
 
     agent = Agent(FunctionModel(respond), name="a", capabilities=[StromaDurability()])
 
-    @stroma_flow("f", input=Num, output=Text)
-    async def f(flow: Flow, state: Num) -> Text:
-        return Text(text=(await agent.run("go")).output)
-
     at_once = {"RECOVERABLE": FailurePolicy(max_retries=2, backoff_seconds=0)}
-    result = await StromaRunner.quick(policy_map=at_once).run(f, Num())
+    result = await StromaRunner.quick(policy_map=at_once).run(answering(agent), Num())
     assert result.status is RunStatus.FAILED
     assert (result.failure.node_id, result.failure.reason) == ("a.model", "auth")
     assert errors == []

@@ -147,28 +147,6 @@ def test_an_answer_that_breaks_the_contract_is_told_to_the_model_and_then_fails(
     assert result_of(guard).status is not RunStatus.COMPLETED
 
 
-def test_agents_inside_tools_of_agents_count_once() -> None:
-    """A sub-agent is a step inside the tool that asks it, and its tokens are in the bill of the run."""
-    guard = guard_of()
-    inner = Agent(Script("deep", tokens=7).model, name="inner", capabilities=[StromaCapability(guard)])
-    outer = Agent(Script(("ask", "{}"), "done").model, name="outer", capabilities=[StromaCapability(guard)])
-
-    @outer.tool
-    async def ask(ctx: RunContext[None]) -> str:
-        return (await inner.run("x", usage=ctx.usage)).output
-
-    assert asyncio.run(outer.run("hello")).output == "done"
-    assert lines_of(guard) == [
-        "outer success",
-        "  model success 10",
-        "  ask success",
-        "    inner success",
-        "      model success 7",
-        "  model success 10",
-    ]
-    assert result_of(guard).total_tokens == 27
-
-
 @holds("control flow")
 def test_model_retry_goes_to_the_model_and_is_no_second_call() -> None:
     """ModelRetry is the framework's: the tool is called once for each time that the model calls it."""
