@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from stroma import BudgetExceeded, CostTracker, ExecutionBudget, FallbackPolicy, NodeUsage
 from stroma.cost import KNOWN_MODELS, ModelHint, StepUsage, UsageError, estimate_cost_usd, resolve_model
-from stroma.cost.budget import LARGEST, limits
+from stroma.cost.budget import limits
 from stroma.cost.fallback import fallback_due, is_reached
 
 
@@ -75,17 +75,6 @@ def test_what_a_crossed_limit_of_one_run_says(dimension: Any, parameter: str, op
         )
 
 
-def test_a_crossed_limit_of_a_kind_of_ones_own() -> None:
-    """A subclass that is made of less has the same arguments, and says the same."""
-
-    class Ours(BudgetExceeded):
-        def __init__(self, actual: float) -> None:
-            super().__init__("cost", 1, actual, "a")
-
-    assert Ours(2).args == ("cost", 1, 2, "a")
-    assert str(Ours(2)) == str(BudgetExceeded("cost", 1, 2, "a"))
-
-
 def test_a_budget_without_limits() -> None:
     """All of them are None, whichever way it is made, and none is listed."""
     for budget in (ExecutionBudget(), ExecutionBudget.unlimited()):
@@ -105,30 +94,11 @@ def test_a_limit_is_zero_or_more(name: str) -> None:
         assert [error["loc"] for error in caught.value.errors()] == [(name,)]
 
 
-@pytest.mark.parametrize("name", ["max_tokens_total", "max_latency_ms"])
-def test_the_largest_limit(name: str) -> None:
-    """None is larger; a whole number of thirty zeros is one; more is refused."""
-    assert getattr(ExecutionBudget.unlimited(), name) is None
-    assert LARGEST == 1_000_000_000_000_000_000_000_000_000_000
-    assert getattr(ExecutionBudget(**{name: LARGEST}), name) == LARGEST
-    with pytest.raises(ValidationError):
-        ExecutionBudget(**{name: LARGEST + 1})
-    assert ExecutionBudget(max_cost_usd=1e300).max_cost_usd == 1e300
-
-
 def test_a_limit_that_is_misspelt_is_refused() -> None:
     """It would be no limit, and who wants none says so."""
     assert ExecutionBudget.unlimited() == ExecutionBudget()
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         ExecutionBudget(max_cost=1)
-
-
-def test_the_limits_that_are_set_are_listed() -> None:
-    """In the order in which they are checked, zero among them."""
-    zeros = limits(ExecutionBudget(max_tokens_total=0, max_cost_usd=0, max_latency_ms=0))
-    assert zeros == (("tokens", 0), ("cost", 0.0), ("latency", 0))
-    assert limits(ExecutionBudget(max_latency_ms=5, max_cost_usd=0.5)) == (("cost", 0.5), ("latency", 5))
-    assert limits(ExecutionBudget(max_tokens_total=7)) == (("tokens", 7),)
 
 
 @pytest.mark.parametrize(
@@ -170,17 +140,6 @@ def test_the_first_limit_that_is_crossed_is_told() -> None:
     assert dimensions == ["tokens", "cost"]
     error = tracker.exceeded(ExecutionBudget(max_tokens_total=2, max_cost_usd=2, max_latency_ms=1), "a")
     assert error.dimension == "latency"
-
-
-def test_a_fresh_tracker_has_spent_nothing() -> None:
-    """Neither itself nor before."""
-    tracker = CostTracker()
-    assert (tracker.total_tokens, tracker.total_cost_usd, tracker.total_latency_ms) == (0, 0, 0)
-    assert tracker.latency_ms == 0
-    assert (tracker.prior_tokens, tracker.prior_cost_usd, tracker.prior_latency_ms) == (0, 0, 0)
-    assert tracker.latency_ns == 0
-    assert [tracker.used(dimension) for dimension in ("tokens", "cost", "latency")] == [0, 0, 0]
-    assert tracker.summary() == {}
 
 
 def test_what_earlier_processes_spent_counts_for_limits_alone() -> None:
@@ -278,13 +237,6 @@ def test_tokens_that_are_refused_are_named(name: str) -> None:
         "or return the output alone"
     )
     assert tracker.summary() == {}
-
-
-def test_zero_is_a_figure_like_any_other() -> None:
-    """A node that used nothing is in the sums."""
-    tracker = CostTracker()
-    tracker.record(NodeUsage("a", 0, 0.0, 0))
-    assert tracker.summary() == {"a": NodeUsage("a", 0, 0.0, 0)}
 
 
 @pytest.mark.parametrize(

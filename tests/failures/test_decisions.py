@@ -3,32 +3,27 @@
 import asyncio
 import logging
 import math
-from dataclasses import astuple, replace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
-from pydantic import RootModel, ValidationError
+from pydantic import ValidationError
 from tests.kit import NEVER, Num, failing_with, node, quick
 
-from stroma import BudgetExceeded, ContractViolation, FailureClass, FailurePolicy, RunStatus, Suspend
+from stroma import BudgetExceeded, ContractViolation, FailureClass, FailurePolicy, RunStatus
 from stroma.contracts import NotSerialisable
 from stroma.cost import UsageError
 from stroma.failures import (
     CircuitOpen,
-    Classifier,
     Failure,
-    ItemFailure,
     LimitError,
     NodeContext,
-    PolicyMap,
     RetryBudget,
-    StepContext,
     WaitedTooLong,
     classify,
     default_policy_map,
 )
 from stroma.failures.errors import RecordedVerdict, RunFailed
-from stroma.failures.failure import diagnose, isinstance_by_type, kind_of, message_of, type_name
+from stroma.failures.failure import diagnose, kind_of, message_of, type_name
 from stroma.failures.policy import Retry, Stop, decide, follow_up, policy_for
 
 RECOVERABLE, TERMINAL, AMBIGUOUS = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
@@ -66,13 +61,6 @@ def test_the_classes_of_failures() -> None:
     policies = {str(one): FailurePolicy(max_retries=n) for n, one in enumerate(FailureClass)}
     assert [policy_for(one, None, policies).max_retries for one in FailureClass] == [0, 1, 2]
     assert {hash(one) == hash(str(one)) for one in FailureClass} == {True}
-
-
-def test_the_types_that_are_named_for_annotations() -> None:
-    """What a classifier takes and gives, and what a map of policies holds."""
-    assert get_args(Classifier) == ([Exception, NodeContext], FailureClass | None)
-    assert get_args(PolicyMap) == (FailureClass, FailurePolicy)
-    assert set(default_policy_map()) == set(FailureClass)
 
 
 class OurTimeout(TimeoutError):
@@ -239,105 +227,6 @@ def test_a_message_does_not_swallow_an_interrupt(stop: type[BaseException]) -> N
     """What stops the process comes out, also while an exception is asked for its text."""
     with pytest.raises(stop):
         message_of(Speaks(stop()))
-
-
-def test_what_an_exception_is_is_told_by_its_type() -> None:
-    """A hostile one is not asked."""
-
-    class Hostile(ValueError):
-        @property
-        def __class__(self) -> Any:
-            raise RuntimeError
-
-    assert isinstance_by_type(Hostile(), ValueError) is True
-    assert isinstance_by_type(Hostile(), KeyError) is False
-
-
-def test_what_a_model_is_told_of_a_failure() -> None:
-    """Of a broken contract as much as is asked for; of all else nothing."""
-
-    def violation(first: int) -> ContractViolation:
-        words = ["w" * first, *["x"] * 200]
-        errors = [{"loc": (f"f{n}",), "msg": word, "type": "x", "input": n} for n, word in enumerate(words)]
-        return ContractViolation("node", "output", {"n": 1}, errors)
-
-    events: set[tuple[bool, bool]] = set()
-    for first in range(1, 60):
-        broken = violation(first)
-        failure = Failure(broken, TERMINAL, "node", 1, "message")
-        assert failure.as_prompt() == broken.as_prompt(max_chars=2000) == broken.as_prompt()
-        assert failure.as_prompt(max_chars=300) == broken.as_prompt(max_chars=300) != broken.as_prompt()
-        events.add(
-            (
-                broken.as_prompt(max_chars=1999) == broken.as_prompt(),
-                broken.as_prompt(max_chars=2001) == broken.as_prompt(),
-            )
-        )
-    # For some of them a character less, or more, is another text.
-    assert {(False, True), (True, False)} <= events
-    assert replace(failed(), exception=ValueError("no")).as_prompt() is None
-
-
-def test_the_records_of_failures_have_their_defaults() -> None:
-    """Nothing is known of a failure that nobody said: neither a reason, nor a wait."""
-    failure = Failure(ValueError(), TERMINAL, "node", 1, "message")
-    assert (failure.reason, failure.retry_after_seconds) == (None, None)
-    assert failure.as_prompt() is None
-    item = ItemFailure(index=3, node_id="node", failure_class=TERMINAL, message="message")
-    assert item.model_dump() == {
-        "index": 3,
-        "node_id": "node",
-        "failure_class": TERMINAL,
-        "message": "message",
-        "reason": None,
-        "attempts": 1,
-    }
-    assert StepContext is NodeContext
-    assert astuple(CONTEXT) == ("node", 4, "run")
-
-
-class Values(RootModel[list[int]]):
-    pass
-
-
-def test_a_suspension_has_its_reason_and_the_schema_of_its_answer() -> None:
-    """None if any answer will do; a model or a root model otherwise."""
-    assert (str(Suspend("why")), Suspend("why").reason, Suspend("why").schema) == ("why", "why", None)
-    assert Suspend("why", schema=Num).schema is Num
-    assert Suspend("why", schema=Values).schema is Values
-
-    class Silent(Suspend):
-        def __init__(self) -> None:
-            self.reason = "silent"
-
-    assert Silent().schema is None
-
-    class Ask(Suspend):
-        def __init__(self, who: str) -> None:
-            super().__init__(f"ask {who}", schema=Num)
-
-    assert (str(Ask("the boss")), Ask("the boss").reason) == ("ask the boss", "ask the boss")
-    assert Ask("the boss").schema == Num
-
-
-@pytest.mark.parametrize(
-    ("wrong", "shown"),
-    [
-        (int, "<class 'int'>"),
-        (Num(), "Num(n=0)"),
-        ("x" * 200, "'" + "x" * 99 + "..."),
-        (0, "0"),
-        (list[int], "list[int]"),
-    ],
-)
-def test_a_suspension_that_asks_for_no_model_says_so(wrong: Any, shown: str) -> None:
-    """What it asks for, in a line, and the mend."""
-    with pytest.raises(TypeError) as caught:
-        Suspend("why", schema=wrong)
-    assert (
-        str(caught.value)
-        == f"the schema of Suspend must be a pydantic model, got {shown}; pass a RootModel for plain values"
-    )
 
 
 def test_the_policies_that_hold_where_nobody_gave_any() -> None:

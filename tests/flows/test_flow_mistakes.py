@@ -82,21 +82,6 @@ async def test_an_invalid_input() -> None:
     assert "Contract violation for 'f' (input): needed" in result.failure.message
 
 
-async def test_a_step_awaited_twice() -> None:
-    """Awaiting the same step twice is Python's own error; the task of a step may be awaited twice."""
-
-    async def body(flow: Flow, state: Num) -> Num:
-        task = asyncio.create_task(flow.step(add, state))
-        assert await task == await task
-        step = flow.step(add, state)
-        await step
-        return await step
-
-    result = await quick(policy_map=NEVER).run(a_flow(body), Num())
-    assert result.failure is not None
-    assert "cannot reuse already awaited coroutine" in result.failure.message
-
-
 async def test_a_step_that_is_never_awaited() -> None:
     """Python's warning names the step that was not awaited."""
 
@@ -172,6 +157,8 @@ async def test_wrong_arguments() -> None:
             lambda: flow.sleep(float("nan")),
             lambda: asyncio.get_running_loop().call_later(float("nan"), print),
             lambda: flow.receive(Num, timeout=float("nan")),
+            lambda: flow.receive(str),
+            lambda: flow.receive(Text, topic="\0"),
             lambda: flow.step(add, state, key=5),  # type: ignore[arg-type]
         ]
         for call in wrong:
@@ -202,6 +189,8 @@ async def test_wrong_arguments() -> None:
         "a wait must be from 0 to 100,000,000,000 seconds, got nan",
         "a timer must have a time, got nan",
         "a wait must be from 0 to 100,000,000,000 seconds, got nan",
+        "flow.receive takes a pydantic model",
+        "topic",
         "key must be a string, got 5",
     ]
     assert len(said) == len(expected)

@@ -165,49 +165,6 @@ async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> No
 
 
 @pytest.mark.asyncio
-async def test_a_question_without_an_answer_in_time(store: Any) -> None:
-    """A question whose time is over shows as expired at that time, and is not a sleep."""
-
-    @stroma_flow("asks", input=Num, output=Num)
-    async def asks(flow: Flow, state: Num) -> Num:
-        try:
-            await flow.wait_for(Text, reason="Well?", timeout=0.2)
-        except TimeoutError:
-            return Num(n=1)
-        return state
-
-    assert (await runner_on(store).run(asks, Num())).output == Num(n=1)
-    history = History(store)
-    record = await asyncio.to_thread(store.get_run, "r")
-    assert record is not None
-    attempts = await asyncio.to_thread(history.attempts, "r", 10)
-    (bar,) = await asyncio.to_thread(history.flow_waits, record, attempts[0])
-    assert (bar.node_id, bar.outcome) == ("question: Well?", "expired")
-    assert bar.took_ms > 0
-
-
-@pytest.mark.asyncio
-async def test_a_sleep_before_the_first_step_is_shown_since_its_begin(store: Any) -> None:
-    """A run that begins with a sleep shows it, and a resume meanwhile does not move its begin."""
-
-    @stroma_flow("sleeps", input=Num, output=Num)
-    async def sleeps(flow: Flow, state: Num) -> Num:
-        await flow.sleep(hours=1)
-        return state
-
-    began: list[float] = []
-    for _ in range(2):
-        await runner_on(store).run(sleeps, Num(), run_id="r", resume=True)
-        history = History(store)
-        record = await asyncio.to_thread(store.get_run, "r")
-        assert record is not None
-        (bar,) = await asyncio.to_thread(history.flow_waits, record, ())
-        assert bar.outcome == "sleeping"
-        began.append(bar.began_ms)
-    assert began[0] == began[1]
-
-
-@pytest.mark.asyncio
 async def test_inputs_of_steps_are_shown(store: Any) -> None:
     """The input of each step of a flow is read from the store, also if it failed or is an item of a map."""
     world = World()
@@ -243,27 +200,6 @@ async def test_inputs_of_steps_are_shown(store: Any) -> None:
         "inner#3": {"n": 5},
         "inner#3.one#0": {"n": 50},
     }
-
-
-@pytest.mark.asyncio
-async def test_waits_and_steps_come_in_the_order_of_their_starts(store: Any) -> None:
-    """However short they are: steps and sleeps of one millisecond are drawn as the body made them."""
-    add = World().step("add")
-
-    @stroma_flow("f", input=Num, output=Num)
-    async def f(flow: Flow, state: Num) -> Num:
-        for _ in range(20):
-            await flow.step(add, state)
-            await flow.sleep(0)
-        return state
-
-    trace = (await runner_on(store).run(f, Num())).trace
-    history = History(store)
-    record = await asyncio.to_thread(store.get_run, "r")
-    assert record is not None
-    for story in (await asyncio.to_thread(history.story, record), trace._story()):
-        (top,) = outline(story.bars, story.waits)
-        assert [entry.kind for entry in top.entries] == ["node", "sleep"] * 20
 
 
 @pytest.mark.asyncio

@@ -131,13 +131,6 @@ def test_forks_and_joins() -> None:
     assert graph.ends == {(("last",), "COMPLETED"): 1}
 
 
-def test_calls_side_by_side_at_the_start() -> None:
-    """Calls that a flow begins with, all at once, follow its start, and not each other."""
-    graph = RunGraph("f")
-    graph.add_run(calls(("a#0", 0, 5), ("b#1", 1, 3), ("c#2", 6, 7)), [], "COMPLETED")
-    assert edges_of(graph) == {("start", "a"): 1, ("start", "b"): 1, ("a", "c"): 1, ("b", "c"): 1}
-
-
 HOSTILE = "<script>\"]end';|--&\u202e"
 
 

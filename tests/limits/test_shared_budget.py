@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, context_of, environment, failing_with, noting
+from tests.kit import environment, noting
 from tests.limits.budget_helper import CONTRACT, RESERVE_CENTS, State, budget, spend
-from tests.servers import RedisServer
 from tests.shared_stores import IN_PROCESS, SHARED, STORES, opened, place, store_of
 
 from stroma import (
@@ -39,7 +38,6 @@ from stroma import (
     current_run,
     execute_step,
     map_over,
-    open_store,
     parallel,
     stroma_node,
 )
@@ -292,20 +290,6 @@ async def test_a_run_that_is_refused_goes_on_later(tmp_path: Path) -> None:
         assert cents(outcome.spent_usd) == 120
 
 
-async def test_failed_attempts_count() -> None:
-    """What failed attempts spent is spent, also by who gives up."""
-    shared = SharedBudget("team", max_cost_usd=10, store=AsyncInMemoryStore(), reserve_usd=0.5)
-
-    def fail(state: State) -> None:
-        raise ConnectionError("no")
-
-    call, calls = node(cents=10, before=fail)
-    result = await StromaRunner.quick(shared_budgets=shared, policy_map=TWICE).run([call], State())
-    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 3)
-    outcome = await shared.state()
-    assert (cents(outcome.spent_usd), outcome.calls) == (30, 0)
-
-
 @pytest.mark.core
 async def test_a_cancelled_call_counts_and_holds_nothing(store: Any) -> None:
     """What it had reported is spent, and its reservation is given back; so is that of one that waited."""
@@ -450,19 +434,6 @@ async def test_several_budgets() -> None:
         assert (cents(outcome.spent_usd), outcome.calls) == (20, 0)
 
 
-async def test_plain_code_with_steps() -> None:
-    """execute_step spends from it too."""
-    shared = SharedBudget("team", max_cost_usd=0.1, store=AsyncInMemoryStore(), reserve_usd=0.1)
-    runner = StromaRunner.quick(shared_budgets=shared)
-    call, calls = node()
-    ctx = context_of(runner)
-    result = await execute_step("call", call, State(), ctx, contract=CONTRACT)
-    assert (result.status, result.final_state) == (RunStatus.COMPLETED, State(n=1))
-    result = await execute_step("call", call, State(), ctx, contract=CONTRACT)
-    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
-    assert isinstance(result.failure.exception, SharedBudgetExceeded)
-
-
 async def test_a_call_inside_another_one(store: Any) -> None:
     """It takes what the call around it has reserved, where there is no other room, without a wait."""
     shared = SharedBudget("team", max_cost_usd=1, store=store, max_wait_seconds=20)
@@ -548,15 +519,6 @@ async def test_a_budget_of_nothing() -> None:
     assert (result.status, calls) == (RunStatus.PARTIAL, [])
 
 
-async def test_a_run_without_any_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a shared budget, limit or breaker no attempt waits for its turn."""
-    from stroma.engine import admission
-
-    monkeypatch.setattr(admission, "admit", failing_with(AssertionError, "asked"))
-    call, _ = node()
-    assert (await StromaRunner.quick().run([call], State())).status is RunStatus.COMPLETED
-
-
 @pytest.mark.core
 async def test_the_warning_at_80_percent(store: Any) -> None:
     """on_budget_warning is told once in a window, by the call that reaches 80 %, with the budget's name."""
@@ -569,25 +531,6 @@ async def test_the_warning_at_80_percent(store: Any) -> None:
     for number in range(11):
         await runner.run([call], State(), run_id=str(number))
     assert events == [("7", "team:cost", 0.8, 1.0)]
-
-
-@pytest.mark.slow
-async def test_a_store_that_is_down() -> None:
-    """No call is made while it is; a resume goes on once it is back."""
-    with RedisServer() as server:
-        store = open_store(server.url)
-        store._server.patience_seconds = 0.2
-        shared = SharedBudget("team", max_cost_usd=1, store=store, reserve_usd=0.1)
-        call, calls = node()
-        runner = StromaRunner.quick(shared_budgets=shared)
-        assert (await runner.run([call], State(), run_id="0")).status is RunStatus.COMPLETED
-        server.kill()
-        result = await runner.run([call], State(), run_id="1")
-        assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
-        assert (result.failure.reason, result.failure.failure_class) == ("store", FailureClass.RECOVERABLE)
-        server.start()
-        assert (await runner.run([call], State(), run_id="1", resume=True)).status is RunStatus.RESUMED
-        await store.aclose()
 
 
 @pytest.mark.core
@@ -641,26 +584,6 @@ def after(data: bytes | None, took: int, now: int, *, learns: bool = False) -> b
 def spent(data: bytes | None, now: int) -> int:
     result = read_account("team", data, now)
     return result.spent[0]
-
-
-@pytest.mark.core
-def test_a_new_window_begins_anew() -> None:
-    """What was spent counts to the end of its window; a call in flight counts where it ends."""
-    data = after(None, 70, NOON)
-    assert (spent(data, NOON + HOUR - 1), spent(data, NOON + HOUR)) == (70, 0)
-    data, report = reserve(TERMS, CallRequest("x", "a", (30, None), None))(data, NOON + HOUR - 1)
-    assert report == (30, 0)
-    data = settle(TERMS, [CallUsage("x", "a", (30, 0))])(data, NOON + HOUR)[0]
-    assert (spent(data, NOON + HOUR), spent(data, NOON + 2 * HOUR)) == (30, 0)
-
-
-@pytest.mark.core
-def test_a_call_in_flight_holds_its_share_of_the_next_window() -> None:
-    """What is reserved counts in every window until it is settled."""
-    data, _ = reserve(TERMS, CallRequest("x", "a", (80, None), None))(None, NOON + HOUR - 1)
-    report = reserve(TERMS, CallRequest("y", "a", (30, None), None))(data, NOON + HOUR)[1]
-    assert isinstance(report, Refusal)
-    assert (report.reserved, report.waits, report.ends_ms) == (80, True, NOON + 2 * HOUR)
 
 
 @pytest.mark.core
@@ -729,16 +652,6 @@ def test_a_name_that_no_store_can_keep(name: str) -> None:
     """It is a ValueError at once."""
     with pytest.raises(ValueError):
         SharedBudget(name, max_cost_usd=1)
-
-
-async def test_odd_names(store: Any) -> None:
-    """Any legal id is the name of a budget of its own."""
-    for name in ("a:b", "a", "*", "{a}", "é🦜\n", "x" * 3000, "budget:a"):
-        shared = SharedBudget(name, max_cost_usd=1, store=store, reserve_usd=0.1)
-        call, _ = node()
-        await StromaRunner.quick(shared_budgets=shared).run([call], State())
-        result = await shared.state()
-        assert (result.name, cents(result.spent_usd)) == (name, 10)
 
 
 def test_a_store_that_has_no_cells() -> None:

@@ -11,7 +11,6 @@ from tests.kit import NEVER, Num, cancel, cancel_after, node, same
 from tests.shared_stores import STORES
 
 from stroma import (
-    CheckpointNotFound,
     ExecutionResult,
     Flow,
     Pipeline,
@@ -192,13 +191,6 @@ async def test_flows_of_the_runner_are_known(store: Any) -> None:
     twins = [Pipeline("p", []), Pipeline("p", [])]
     with pytest.raises(ValueError, match="two pipelines have the name 'p'"):
         await runner.drive("r", pipelines=twins)
-
-
-async def test_an_unknown_run(store: Any) -> None:
-    """drive() of a run that is not in the store raises CheckpointNotFound."""
-    await _runner(store).run([], Num(), run_id="another")
-    with pytest.raises(CheckpointNotFound, match="there is no run 'r'"):
-        await _runner(store).drive("r")
 
 
 async def test_a_failing_store_leaves_the_run_to_others(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,21 +8,18 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel
-from tests.kit import NEVER, ONCE, Num, context_of, node, record_hooks, returning, same
+from tests.kit import NEVER, ONCE, Num, node, record_hooks, returning, same
 
 from stroma import (
     CheckpointManager,
-    ContractRegistry,
     ContractViolation,
     FailureClass,
     FailurePolicy,
     InMemoryStore,
     NodeContract,
-    RunConfig,
     RunStatus,
     SQLiteStore,
     StromaRunner,
-    execute_step,
     map_over,
     parallel,
     stroma_node,
@@ -39,17 +36,6 @@ class Left(BaseModel):
     both: str = ""
 
 
-class Right(BaseModel):
-    right: int = 0
-    both: str = ""
-
-
-class Both(BaseModel):
-    left: int
-    right: int
-    both: str
-
-
 class Items(BaseModel):
     items: list[Any]
     other: str = "kept"
@@ -64,19 +50,6 @@ def bare(node_id: str, func: Any) -> Any:
     marked._stroma_node_id = node_id
     marked._stroma_contract = None
     return marked
-
-
-async def test_a_child_without_a_contract_passes_unvalidated() -> None:
-    """A child without a contract gets the state as it is and its output is merged as it was returned."""
-    seen: list[Any] = []
-
-    async def func(state: Any) -> Any:
-        seen.append(state)
-        return {"anything": [object]}
-
-    result = await quick().run([parallel(bare("c", func))], Num(n=3))
-    assert seen == [Num(n=3)]
-    assert result.final_state.model_dump() == {"anything": [object]}
 
 
 def test_the_groups_id_and_its_markers() -> None:
@@ -271,35 +244,6 @@ async def test_a_group_called_by_hand() -> None:
     assert given == Num(n=5)
 
 
-async def test_a_group_called_by_hand_that_fails() -> None:
-    """By hand a failing child's own exception comes out, and its siblings are cancelled and awaited."""
-    ended: list[str] = []
-    started = asyncio.Event()
-
-    async def hangs(state: Num) -> Any:
-        started.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append("hangs")
-
-    async def fails(state: Num) -> Any:
-        await started.wait()
-        raise LookupError("own")
-
-    with pytest.raises(LookupError, match="own"):
-        await parallel(bare("hangs", hangs), bare("fails", fails))(Num())
-    assert ended == ["hangs"]
-
-
-async def test_a_group_as_a_step() -> None:
-    """execute_step takes a group in place of a function."""
-    runner = quick()
-    ctx = context_of(runner)
-    result = await execute_step("g", parallel(bare("a", returning({"a": 1}))), Num(), ctx)
-    assert result.final_state.model_dump() == {"a": 1}
-
-
 async def test_the_final_state_of_a_group_has_the_fields_of_its_children() -> None:
     """What children without a contract gave is read by its name, also from JSON."""
 
@@ -373,14 +317,6 @@ async def test_a_registered_contract_counts_in_a_group() -> None:
     runner.registry.register(NodeContract(node_id="c", input_schema=Num, output_schema=Left))
     result = await runner.run([parallel(child)], Num())
     assert result.final_state.model_dump() == {"left": 5, "both": ""}
-
-
-async def test_map_over_of_nothing() -> None:
-    """An empty list gives an empty list, and the node is not called."""
-    group = map_over("items", node("double", returning(None)), into="out")
-    result = await quick().run([group], Items(items=[]))
-    assert result.status is RunStatus.COMPLETED
-    assert result.final_state.out == []
 
 
 class Word(BaseModel):
@@ -507,16 +443,6 @@ async def test_keys_that_are_no_names_are_refused(how: str) -> None:
     assert "got the key 7; use text for all keys" in result.failure.message
 
 
-async def test_map_over_a_group() -> None:
-    """map_over takes a group: each item goes through all its children."""
-    both = parallel(
-        node("l", returning({"left": 1}), Num, Left), node("r", returning({"right": 2}), Num, Right)
-    )
-    result = await quick().run([map_over("items", both, into="out")], Items(items=[{"n": 1}, {"n": 2}]))
-    assert result.status is RunStatus.COMPLETED, result.failure
-    assert result.final_state.model_dump()["out"] == [{"left": 1, "both": "", "right": 2}] * 2
-
-
 async def test_map_over_keeps_extra_fields() -> None:
     """The other fields of the state are kept, extra ones and lossless ones too."""
 
@@ -533,25 +459,3 @@ async def test_map_over_keeps_extra_fields() -> None:
     assert result.status is RunStatus.COMPLETED, result.failure
     state: Any = result.final_state
     assert (state.raw, state.more, state.out) == (b"\x00\xff", {"k": [1]}, [One(item=1)])
-
-
-def test_groups_are_registered_nowhere() -> None:
-    """Making a group leaves registries alone: its children may serve elsewhere under the same ids."""
-    registry = ContractRegistry()
-    child = node("a", returning({}))
-    parallel(child)
-    with pytest.raises(KeyError):
-        registry.get("a")
-    assert RunConfig().node_policies == {}
-
-
-async def test_a_childs_own_timeout_is_its_own() -> None:
-    """node_timeouts under a child's id bound that child in each of its attempts."""
-
-    async def hangs(state: Num) -> Any:
-        await asyncio.Event().wait()
-
-    result = await quick(node_timeouts={"hangs": 10}).run([parallel(bare("hangs", hangs))], Num())
-    assert "'hangs'" in result.failure.message
-    (event,) = result.trace
-    assert [(c.attempt, c.failure) for c in event.children] == [(1, R), (2, R)]

@@ -25,7 +25,6 @@ from tests.shared_stores import IN_PROCESS
 from stroma import (
     CheckpointNotFound,
     FailureClass,
-    FailurePolicy,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -70,21 +69,6 @@ def quick(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(store=store, policy_map=NEVER, **config)
 
 
-async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
-    """A store has the frames of the last failed attempt at a place, with the line that raised."""
-
-    async def bad(state: Num) -> Any:
-        raise LookupError("nothing there")
-
-    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-    runner = StromaRunner.quick(store=store, policy_map=policies)
-    await runner.run([stroma_node("bad", input=Num, output=Num)(bad)], Num(), run_id="r")
-    trouble = store.failure_site_of("r", 0)
-    frame = trouble.own[-1]
-    assert (trouble.attempt, frame.file, frame.name) == (2, __file__, "bad")
-    assert frame.source == 'raise LookupError("nothing there")'
-
-
 @pytest.mark.core
 async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
     """runner.cancel() ends a run of another task or process; it is CANCELLED, and may be resumed."""
@@ -104,25 +88,6 @@ async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
     work.gate.set()
     again = await quick(store).run(work.nodes, Num(), run_id="r", resume=True)
     assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=3))
-
-
-async def test_a_run_is_cancelled_after_a_failed_task_group(store: Any) -> None:
-    """cancel() has a CANCELLED result also if a node has had a task group whose task failed."""
-    work = Work()
-
-    async def call_both(state: Num) -> Num:
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(failing_with(KeyError, "x")(state))
-        except* KeyError:
-            pass
-        return state
-
-    both = stroma_node("both", input=Num, output=Num)(call_both)
-    task = asyncio.create_task(quick(store).run([both, *work.nodes], Num(), run_id="r"))
-    await work.inside.wait()
-    assert await quick(store).cancel("r")
-    assert (await task).status is RunStatus.CANCELLED
 
 
 async def test_children_are_cancelled_from_elsewhere(store: Any) -> None:
@@ -435,19 +400,6 @@ async def test_a_run_that_begins_with_a_group_is_resumed_with_the_class_of_its_i
     assert result.status is RunStatus.RESUMED
 
 
-async def test_the_advice_about_a_group_at_the_beginning_works(store: Any) -> None:
-    """run_many(recover=True) has no input_schema=: its error names calls that have it; a first node helps."""
-    work = Work()
-    work.gate.set()
-    nodes = [parallel(*work.nodes[:2])]
-    with pytest.raises(TypeError, match=r"to resume\(\), recover\(\) or fork\(\).* need a node there"):
-        await quick(store).run_many(Pipeline("group", nodes), [Num(n=1)], recover=True)
-    assert await quick(store).recover(Pipeline("group", nodes), input_schema=Num) == {}
-    first = Pipeline("node", [work.nodes[2], *nodes])
-    (result,) = await quick(store).run_many(first, [Num(n=1)], recover=True)
-    assert getattr(result, "status", result) is RunStatus.COMPLETED
-
-
 async def test_what_keeps_no_journal_resumes_nothing_by_its_id() -> None:
     with pytest.raises(StoreError, match="has no journal of runs"):
         await quick(SimpleStore()).resume(Work().nodes, "r")
@@ -646,29 +598,6 @@ async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_a
     assert (result.status, len(calls)) == (RunStatus.CANCELLED, 1)
     assert result.failure.message == "lost"
     assert "node 'a' stopped: the run was cancelled" in caplog.text
-
-
-async def test_what_run_many_is_given_may_raise(store: Any) -> None:
-    """What the inputs or ``on_result`` raise comes out of run_many as itself, and no run is left behind."""
-    work, runner = Work(), quick(store)
-
-    def inputs() -> Any:
-        yield Num()
-        raise LookupError("no more")
-
-    with pytest.raises(LookupError, match="no more"):
-        await runner.run_many(work.nodes, inputs())
-
-    def on_outcome(number: int, outcome: Any) -> None:
-        raise LookupError("not so")
-
-    work.gate.set()
-    with pytest.raises(LookupError, match="not so"):
-        await runner.run_many(work.nodes, [Num(), Num()], on_result=on_outcome)
-    misspelt: Any = {"contxt": {}}
-    with pytest.raises(TypeError, match=r"run_many\(\) got .* 'contxt'; did you mean 'context'"):
-        await runner.run_many(work.nodes, [Num()], **misspelt)
-    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_a_run_that_is_deleted_before_a_resume_opens_it(store: Any, monkeypatch: Any) -> None:

@@ -5,7 +5,6 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from stroma import (
     parallel,
     stroma_flow,
 )
-from stroma.runner.drive import Blocked, Ended, Suspended
+from stroma.runner.drive import Blocked, Ended
 
 store = store_fixture(*STORES)
 
@@ -254,13 +253,6 @@ async def test_a_run_that_was_never_submitted(tmp_path: Path, method: str) -> No
         await calls[method]()
 
 
-async def test_the_last_time_of_a_run() -> None:
-    """A run may be due at the last moment that a datetime has, and is not due before."""
-    runner, pipeline = _runner(AsyncInMemoryStore()), Pipeline("p", [node("a", same)])
-    handle = await runner.submit(pipeline, Num(), delay=datetime.max.replace(tzinfo=UTC))
-    assert isinstance(await runner.drive(handle.run_id, pipelines=[pipeline]), Suspended)
-
-
 async def test_wrong_submissions() -> None:
     """Wrong submissions are refused to the submitter, and nothing is stored."""
     store = AsyncInMemoryStore()
@@ -294,15 +286,6 @@ async def test_wrong_submissions() -> None:
     assert store.list_runs() == []
     with pytest.raises(CheckpointNotFound):
         await runner.handle("r").result(timeout=1)
-
-
-async def test_a_priority_may_be_a_member_of_an_enum(store: Any) -> None:
-    """A priority may be a member of an IntEnum, in every store."""
-    runner, order = _runner(store), IntEnum("order", {"URGENT": -5})
-    pipeline = Pipeline("p", [node("a", same, input=Num, output=Num)])
-    handle = await runner.submit(pipeline, Num(), priority=order.URGENT)
-    record = await asyncio.to_thread(store.get_run, handle.run_id)
-    assert record.priority == -5
 
 
 async def test_limits_hold_over_workers(store: Any) -> None:

@@ -26,15 +26,6 @@ async def test_the_end_of_a_node_whose_contract_cannot_be_read() -> None:
     assert "is not defined" in result._repr_html_()
 
 
-async def test_models_without_a_price_are_told_in_the_picture() -> None:
-    """The page of a result lists the models that count as free because nobody knows a price for them."""
-    paid = computing(lambda state: (state, 1, 1, "a-model-of-our-own"))
-    result = await StromaRunner.quick().run([node("one", paid)], Num())
-    assert result.unpriced_models == ["a-model-of-our-own"]
-    assert "unpriced" in result._repr_html_()
-    assert "a-model-of-our-own" in result._repr_html_()
-
-
 class Stubborn(SimpleStore):
     """It refuses the first time."""
 

@@ -13,10 +13,10 @@ from tests.trace.rows import USED, WHEN, event, failed, failed_event, row, trace
 
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus
 from stroma.contracts.schema import schema_of
-from stroma.failures import ItemFailure, NodeContext
+from stroma.failures import NodeContext
 from stroma.failures.failure import diagnose
 from stroma.trace import AttemptUsage, TraceMark
-from stroma.trace.events import BoundedRows, Failed, LeftOut, contract_of
+from stroma.trace.events import BoundedRows, Failed, LeftOut
 
 
 @pytest.mark.parametrize(
@@ -194,20 +194,6 @@ def test_a_trace_as_json_has_everything() -> None:
     ]
 
 
-def test_what_an_output_is_filed_under() -> None:
-    """The fingerprint of its schema, with the group that asked for it."""
-    instance = schema_of(Made)
-    assert contract_of(row(), instance) == instance.fingerprint
-    assert contract_of(row(group="g"), instance) == f"{instance.fingerprint}:g"
-
-
-def test_what_an_item_that_failed_is_filed_under() -> None:
-    """A word of its own, whatever its schema is, with the group that asked for it."""
-    failure = schema_of(ItemFailure)
-    assert contract_of(row(), failure) == "failed item"
-    assert contract_of(row(group="g"), failure) == "failed item:g"
-
-
 def mark() -> TraceMark:
     return TraceMark("node", 1, 0, "", "wait", "limit", 1.5, WHEN)
 
@@ -271,15 +257,6 @@ def test_nothing_is_left_out_as_long_as_all_is_kept() -> None:
     assert (len(rows), rows.left_out) == (4, None)
     rows.append(failed())
     assert (len(rows), rows.left_out) == (4, LeftOut(1, 1, 0, 0.0, (("node", 0, 0, 0.0, 5_999_999, None),)))
-
-
-def test_an_event_among_few_rows_is_kept_like_any_other() -> None:
-    """Whoever looked at a row and puts it back finds it there, a failed one no longer than others."""
-    rows = BoundedRows(2)
-    rows.append(event("x"))
-    rows.append(failed_event("y"))
-    assert rows == [event("x"), failed_event("y")]
-    assert rows.left_out is None
 
 
 def sums() -> BoundedRows:
