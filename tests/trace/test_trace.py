@@ -135,63 +135,40 @@ def test_the_ways_to_look_at_a_trace() -> None:
 def test_a_trace_as_json_has_everything() -> None:
     """Each event with all of its fields, children inside, and numbers that JSON lacks as text."""
     held = trace(row("g", usage=USED, made={"b": float("nan")}, children=[failed("x", branch="0")]))
-    assert json.loads(held.to_json()) == [
-        {
-            "node_id": "g",
-            "run_id": "run",
-            "attempt": 1,
-            "timestamp_utc": "2023-11-14T22:13:20.123456+00:00",
-            "input_state": {"a": 1},
-            "output_state": {"b": "nan"},
-            "duration_ms": 5,
-            "failure": None,
-            "failure_message": None,
-            "outcome": "success",
-            "reason": None,
-            "children": [
-                {
-                    "node_id": "x",
-                    "run_id": "run",
-                    "attempt": 1,
-                    "timestamp_utc": "2023-11-14T22:13:20.123456+00:00",
-                    "input_state": {"a": 1},
-                    "output_state": None,
-                    "duration_ms": 5,
-                    "failure": "RECOVERABLE",
-                    "failure_message": "it broke",
-                    "outcome": "failure",
-                    "reason": "rate_limit",
-                    "children": [],
-                    "usage": {
-                        "tokens": 0,
-                        "output_tokens": 0,
-                        "cost_usd": 0.0,
-                        "model": None,
-                        "cached_input_tokens": 0,
-                        "cache_write_tokens": 0,
-                    },
-                    "position": 0,
-                    "branch": "0",
-                    "left_out": None,
-                    "function_ms": 5,
-                    "error_type": "OSError",
-                }
-            ],
-            "usage": {
-                "tokens": 7,
-                "output_tokens": 2,
-                "cost_usd": 0.5,
-                "model": "m",
-                "cached_input_tokens": 3,
-                "cache_write_tokens": 1,
-            },
-            "position": 0,
-            "branch": "",
-            "left_out": None,
-            "function_ms": 5,
-            "error_type": None,
-        }
-    ]
+    counts = ("tokens", "output_tokens", "cost_usd", "model", "cached_input_tokens", "cache_write_tokens")
+    group = {
+        "node_id": "g",
+        "run_id": "run",
+        "attempt": 1,
+        "timestamp_utc": "2023-11-14T22:13:20.123456+00:00",
+        "input_state": {"a": 1},
+        "output_state": {"b": "nan"},
+        "duration_ms": 5,
+        "failure": None,
+        "failure_message": None,
+        "outcome": "success",
+        "reason": None,
+        "children": [],
+        "usage": dict(zip(counts, (7, 2, 0.5, "m", 3, 1), strict=True)),
+        "position": 0,
+        "branch": "",
+        "left_out": None,
+        "function_ms": 5,
+        "error_type": None,
+    }
+    child = {
+        **group,
+        "node_id": "x",
+        "output_state": None,
+        "failure": "RECOVERABLE",
+        "failure_message": "it broke",
+        "outcome": "failure",
+        "reason": "rate_limit",
+        "usage": dict(zip(counts, (0, 0, 0.0, None, 0, 0), strict=True)),
+        "branch": "0",
+        "error_type": "OSError",
+    }
+    assert json.loads(held.to_json()) == [{**group, "children": [child]}]
 
 
 def mark() -> TraceMark:
