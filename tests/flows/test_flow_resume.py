@@ -187,7 +187,7 @@ async def test_a_cancelled_step_is_cancelled_again(store: Any) -> None:
     @stroma_flow("f", input=Num, output=Num)
     async def f(flow: Flow, state: Num) -> Num:
         try:
-            async with asyncio.timeout(0.02):
+            async with asyncio.timeout(0.2):
                 await flow.step(slow, state)
         except TimeoutError:
             state = await flow.step(last, Num(n=5))
