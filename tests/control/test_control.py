@@ -355,6 +355,20 @@ async def test_a_pause_of_plain_code(store: Any) -> None:
     assert (await code(), gate.calls) == (["COMPLETED", "COMPLETED"], ["a", "b"])
 
 
+async def test_paused_time_is_in_no_latency_budget(store: Any) -> None:
+    """A run that was paused for longer than its latency budget ends within it."""
+    gate = gate_of(store, budget=ExecutionBudget(max_latency_ms=500))
+    gate.close("a")
+    nodes = Pipeline("late", [gate.node("a"), gate.node("b")])
+    run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r"))
+    await gate.reached["a"].wait()
+    gate.open()
+    await gate.runner.pause("r")
+    if (await run).status == "SUSPENDED":
+        await asyncio.sleep(0.6)
+        assert (await gate.runner.resume(nodes, "r")).status == "RESUMED"
+
+
 async def test_no_attempt_begins_after_a_cancel_has_returned(store: Any) -> None:
     """Once cancel() has returned, not even an attempt of another task of the run begins."""
     gate = gate_of(store)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from stroma import BudgetExceeded, CostTracker, ExecutionBudget, FallbackPolicy, NodeUsage
 from stroma.cost import KNOWN_MODELS, ModelHint, StepUsage, UsageError, estimate_cost_usd, resolve_model
-from stroma.cost.budget import limits
+from stroma.cost.budget import LARGEST, limits
 from stroma.cost.fallback import fallback_due, is_reached
 
 
@@ -92,6 +92,17 @@ def test_a_limit_is_zero_or_more(name: str) -> None:
         with pytest.raises(ValidationError) as caught:
             ExecutionBudget(**{name: wrong})
         assert [error["loc"] for error in caught.value.errors()] == [(name,)]
+
+
+@pytest.mark.parametrize("name", ["max_tokens_total", "max_latency_ms"])
+def test_the_largest_limit(name: str) -> None:
+    """None is larger; a whole number of thirty zeros is one; more is refused."""
+    assert getattr(ExecutionBudget.unlimited(), name) is None
+    assert LARGEST == 1_000_000_000_000_000_000_000_000_000_000
+    assert getattr(ExecutionBudget(**{name: LARGEST}), name) == LARGEST
+    with pytest.raises(ValidationError):
+        ExecutionBudget(**{name: LARGEST + 1})
+    assert ExecutionBudget(max_cost_usd=1e300).max_cost_usd == 1e300
 
 
 def test_a_limit_that_is_misspelt_is_refused() -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import genai_prices
@@ -15,8 +16,9 @@ from genai_prices import data_snapshot
 from genai_prices.types import ModelInfo, Provider
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
-from stroma import KNOWN_MODELS, Usage, estimate_cost_usd, update_prices
+from stroma import KNOWN_MODELS, StromaRunner, Usage, estimate_cost_usd, update_prices
 from stroma.cost.prices import Rates, cached_pricer, data_state, find_pricer, prices_of
 
 
@@ -179,6 +181,31 @@ def test_a_free_model_can_be_given_a_price(monkeypatch: pytest.MonkeyPatch) -> N
     assert price(free, Usage(1000, 10, 400)) == pytest.approx((1000 * 2 + 10 * 4) / 1e6)
 
 
+@pytest.mark.parametrize("entry", [(-1.0, 1.0), (float("nan"), 1.0), (1.0,), ("a", "b")], ids=str)
+@pytest.mark.parametrize("cached", [0, 10])
+async def test_an_entry_that_makes_no_sense_is_said(
+    entry: Any, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong price is bad usage, which names the model; what was bought is kept."""
+    monkeypatch.setitem(KNOWN_MODELS, "gpt-4o", entry)
+    runner = StromaRunner.quick()
+
+    class Text(BaseModel):
+        text: str = ""
+
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> tuple[dict[str, Any], Usage]:
+        return {"text": "kept"}, Usage(100, 10, cached, model="gpt-4o")
+
+    result = await runner.run([ask], Text())
+    assert result.failure.reason == "usage"
+    assert "'gpt-4o', whose price makes no sense" in result.failure.message
+    assert next(iter(result.trace)).output_state == {"text": "kept"}
+
+
+RATE = st.floats(0, 1000, allow_nan=False)
+
+
 @st.composite
 def steps(draw: st.DrawFn, largest: float = 1000) -> Any:
     """Prices that do not fall with the size of the call."""
@@ -191,6 +218,13 @@ def steps(draw: st.DrawFn, largest: float = 1000) -> Any:
 RATES = st.builds(
     Rates, steps(), steps(), st.none() | steps(), st.none() | steps(), st.none() | steps(), st.floats(0, 1)
 )
+
+
+@given(RATES, usages())
+def test_a_price_is_never_negative(rates: Rates, usage: Usage) -> None:
+    """Whatever is used costs nothing or something, and nothing used costs no more than the call."""
+    assert rates.cost(usage) >= 0
+    assert rates.cost(Usage()) == rates.request_usd
 
 
 @given(RATES, usages(), st.integers(0, 100_000), st.integers(0, 100_000))
@@ -224,6 +258,14 @@ def test_a_price_is_the_sum_of_its_parts(rates: Rates, usage: Usage) -> None:
 def test_a_plain_call_costs_the_same_the_short_way(rates: Rates, size: int, made: int) -> None:
     """A call without a cache costs what a Usage of it does."""
     assert rates.plain_cost(size, made) == rates.cost(Usage(size, made))
+
+
+@given(RATE, RATE, st.lists(usages(), max_size=5))
+def test_calls_at_one_rate_cost_their_sum(given_price: float, made_price: float, calls: list[Usage]) -> None:
+    """Without steps, several calls cost what one of all their tokens would."""
+    rates = Rates(((-1, given_price),), ((-1, made_price),))
+    whole = Usage(sum(c.input_tokens for c in calls), sum(c.output_tokens for c in calls))
+    assert sum(map(rates.cost, calls)) == pytest.approx(rates.cost(whole), rel=1e-9)
 
 
 @given(st.sampled_from(MODELS), usages())
@@ -360,6 +402,18 @@ def test_what_cannot_be_fetched_changes_nothing(body: bytes | None, prices_serve
         update_prices()
     assert data_state()[1] is None
     assert estimate_cost_usd("gpt-4o-2024-05-13", 1_000_000) == 5.0
+
+
+def test_fetched_prices_are_kept_in_memory_alone(
+    prices_server: type[Handler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file is written, so no disk has to be writable; another process does not see them."""
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    update_prices()
+    assert estimate_cost_usd("new-model", 1_000_000) == 7.0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fetch_that_failed_keeps_what_was_fetched_before(prices_server: type[Handler]) -> None:

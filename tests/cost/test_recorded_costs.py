@@ -7,11 +7,14 @@ import pytest
 from genai_prices import data_snapshot
 from tests.fixtures import store_fixture
 from tests.kit import (
+    TWICE,
     Num,
+    One,
     computing,
     context_of,
     node,
     noting,
+    plus,
     quick,
     quick_without_retries,
     record_node_hooks,
@@ -25,6 +28,7 @@ from stroma import (
     ReliabilityContext,
     RunStatus,
     Usage,
+    current_node,
     execute_step,
     parallel,
 )
@@ -55,6 +59,13 @@ async def test_what_each_node_used_is_told_by_the_tracker() -> None:
     }
 
 
+async def test_a_step_of_plain_code_that_crosses_a_limit_returns_its_output() -> None:
+    """The output that took the run over its budget is the state of the result of execute_step."""
+    spend = computing(lambda _: (Num(n=8), 3, 4))
+    result = await execute_step("a", spend, Num(), context(budget=ExecutionBudget(max_tokens_total=5)))
+    assert (result.status, result.final_state) == (RunStatus.FAILED, Num(n=8))
+
+
 async def test_prices_are_read_once_and_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The price data is imported off the event loop, and asked once for each model."""
     requests: list[tuple[str, bool]] = []
@@ -73,7 +84,54 @@ async def test_prices_are_read_once_and_off_the_event_loop(monkeypatch: pytest.M
     assert requests == [("gpt-5", False)]
 
 
+async def test_what_was_refused_for_its_price_is_not_bought_again() -> None:
+    """unknown_model="error" keeps the output: a resume goes on behind it, without another call."""
+    store = AsyncInMemoryStore()
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        return {"n": 7}, 5, "nobody knows this model"
+
+    nodes = [node("a", func), node("b", plus)]
+    runner = quick(store=store, run_id="r", unknown_model="error")
+    assert (await runner.run(nodes, Num())).status is RunStatus.FAILED
+    result = await runner.run(nodes, Num(), resume=True)
+    assert (result.status, result.final_state, len(calls)) == (RunStatus.RESUMED, Num(n=8), 1)
+
+
 store = store_fixture("async-memory", "sqlite")
+
+
+async def test_a_billion_tokens_can_be_counted(store: Any) -> None:
+    """A billion tokens in one report are counted and priced like any other."""
+    a = computing(lambda _: ({"a": 1}, 10**9, "gpt-4o"))
+    result = await quick_without_retries(store=store).run([node("a", a, output=One)], Num())
+    assert result.status is RunStatus.COMPLETED
+    assert result.total_tokens == 10**9
+    assert result.total_cost_usd == pytest.approx(2500)
+
+
+async def test_reported_usage_shows_at_once() -> None:
+    """A node's reports are in current_node().usage and .model at once and add up, anew for each attempt."""
+    seen: list[Any] = []
+
+    async def a(state: Num) -> Any:
+        run = current_node()
+        seen.append((run.usage.tokens, run.usage.output_tokens, run.model))
+        run.report_usage(input_tokens=7, model="gpt-4o")
+        seen.append((run.usage.tokens, run.usage.output_tokens, run.model))
+        run.report_usage(input_tokens=1, output_tokens=2, model="gpt-4o-mini")
+        run.report_usage(output_tokens=1)
+        seen.append((run.usage.tokens, run.usage.output_tokens, run.model))
+        if run.attempt == 1:
+            raise ValueError("half-way")
+        return {"a": 1}
+
+    result = await quick_without_retries(policy_map=TWICE).run([node("a", a, output=One)], Num())
+    once = [(0, 0, None), (7, 0, "gpt-4o"), (11, 3, "gpt-4o-mini")]
+    assert seen == once * 2
+    assert result.total_tokens == 22
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.1, 0.3, 0.7, 1.1], ids=str)

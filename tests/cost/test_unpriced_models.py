@@ -12,6 +12,7 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     Flow,
+    RunConfig,
     RunStatus,
     SharedBudget,
     StromaRunner,
@@ -96,6 +97,25 @@ async def test_an_unknown_model_counts_as_nothing_where_no_cost_limit_is(config:
     runner.node("another", input=Note, output=Note)(lambda state: state)
     result = await runner.run([ask_node(runner, [])], Note())
     assert (result.status, result.unpriced_models) == (RunStatus.COMPLETED, [UNKNOWN])
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("shape", ["step", "parallel", "map"])
+async def test_an_unknown_model_stops_steps_and_groups_under_a_cost_limit(limit: Any, shape: str) -> None:
+    """The limit in US dollars holds for single steps, children of groups and items of maps alike."""
+    calls: list[str] = []
+    runner = StromaRunner.quick(**limit())
+    ask = ask_node(runner, calls)
+    if shape == "step":
+        ctx = context_of(runner)
+        result = await execute_step("ask", ask, Note(), ctx)
+    elif shape == "parallel":
+        result = await runner.run([parallel(ask), ask], Note())
+    else:
+        nodes = [map_over("items", ask, into="out", max_concurrency=1)]
+        result = await runner.run(nodes, Texts(items=[Note(), Note(), Note()]))
+    assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
+    assert result.failure.reason == "usage"
 
 
 @pytest.mark.parametrize("ends", ["raising", "breaking its contract"])
@@ -205,3 +225,8 @@ async def test_a_response_without_usage_stops_a_run_under_any_limit_that_depends
     result = await runner.run([ask, ask], Note())
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
     assert result.final_state == Note(text="kept")
+
+
+def test_the_default_depends_on_the_limits() -> None:
+    """``RunConfig().unknown_model`` is None, which leaves the decision to the limits of each node."""
+    assert RunConfig().unknown_model is None

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from tests.kit import Note
-from tests.providers.clients import _openai
+from tests.providers.clients import _openai, ask_openai
 from tests.providers.replies import _CHAT, _CHAT_CHUNKS, _CONTENT, _MESSAGE_EVENTS, REPLIES, Reply, sse
 from tests.providers.server import Server
 
@@ -213,6 +213,12 @@ def test_what_the_response_does_not_say_can_be_said() -> None:
     assert usage_from(_CHAT, tier="batch").tier == "batch"
 
 
+class Classless:
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("no class")
+
+
 class Refusing(type):
     def __getattribute__(cls, name: str) -> Any:
         raise RuntimeError(name)
@@ -300,6 +306,18 @@ def test_any_data_is_a_usage_or_a_usage_error(response: Any) -> None:
     except UsageError:
         return
     assert usage.cached_input_tokens + usage.cache_write_tokens <= usage.input_tokens
+
+
+@pytest.mark.parametrize("kind", ["Classless", "Nameless"])
+async def test_a_response_that_will_not_be_looked_at_is_bad_usage(kind: str) -> None:
+    """An object that raises whatever it is asked: its class, or its class's name. The output is kept."""
+    instance = {"Classless": Classless, "Nameless": Nameless}[kind]
+    with pytest.raises(UsageError, match="carries no usage"):
+        usage_from(instance())
+    runner, ask = node_of(lambda: ({"text": "kept"}, instance()))
+    result = await runner.run([ask], Note())
+    assert (result.status, result.failure and result.failure.reason) == (RunStatus.FAILED, "usage")
+    assert next(iter(result.trace)).output_state == {"text": "kept"}
 
 
 def node_of(returned: Any, **config: Any) -> tuple[StromaRunner, Any]:
@@ -567,6 +585,48 @@ async def test_a_resume_goes_on_behind_a_response_without_usage(how: Any, tmp_pa
     assert (second.status, called, len(second.trace)) == (RunStatus.RESUMED, ["kept"], 1)
 
 
+async def test_a_node_that_fails_beside_a_silent_response_fails_of_its_own() -> None:
+    """The failure is what the node raised, and the next attempt starts without what the last one reported."""
+    policy = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1, backoff_seconds=0)}
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_cost_usd=5.0), policy_map=policy)
+    attempts: list[int] = []
+
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> Any:
+        node = current_node()
+        attempts.append(node.attempt)
+        if node.attempt == 1:
+            node.report_usage({"choices": []})
+            raise ConnectionError("gone")
+        return {"text": "done"}
+
+    result = await runner.run([ask], Note())
+    assert (result.status, attempts) == (RunStatus.COMPLETED, [1, 2])
+    assert [event.reason for event in result.trace] == ["connection", None]
+
+
+async def test_a_real_stream_that_was_not_asked_for_usage_is_said(
+    provider: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real client's chunks without include_usage: the warning says what to ask for."""
+    answer = sse(_CHAT_CHUNKS[0])
+    chunks = await asyncio.to_thread(ask_openai, provider.url(answer), answer)
+    runner, ask = node_of(({"text": "kept"}, chunks[-1]))
+    assert (await runner.run([ask], Note())).status is RunStatus.COMPLETED
+    assert "include_usage" in caplog.text
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("limit", "status"), [(5.0, RunStatus.FAILED), (None, RunStatus.COMPLETED)])
+async def test_a_response_without_a_model_is_refused(limit: float | None, status: RunStatus) -> None:
+    """A response with tokens but no model cannot be counted in dollars: a limit in dollars refuses it."""
+    cohere = next(reply for reply in REPLIES if reply.what == "cohere").answer.body
+    runner, ask = node_of(({"text": ""}, cohere), budget=ExecutionBudget(max_cost_usd=limit))
+    result = await runner.run([ask], Note())
+    assert (result.status, result.total_tokens) == (status, 69)
+    assert result.unpriced_models == ["(no model)"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "figures", "says"),
     [
@@ -613,6 +673,18 @@ async def test_report_usage_counts_before_the_end_of_an_attempt(event: str) -> N
     assert result.total_tokens == 10
     assert [type(one.exception) for one in result.hook_errors] == [UsageError]
     assert "node 'ask' reported usage after attempt 1 was counted" in str(result.hook_errors[0].exception)
+
+
+async def test_a_tuple_that_is_no_pair_is_what_it_was(provider: Server) -> None:
+    """The published tuple forms keep their meaning."""
+    for returned, tokens, model in [
+        (({"text": ""}, 10), 10, None),
+        (({"text": ""}, 10, "gpt-4o"), 10, "gpt-4o"),
+        (({"text": ""}, 10, 5, "gpt-4o"), 15, "gpt-4o"),
+    ]:
+        runner, ask = node_of(returned)
+        (event,) = (await runner.run([ask], Note())).trace
+        assert (event.usage.tokens, event.usage.model) == (tokens, model)
 
 
 async def test_what_a_provider_has_charged_is_what_a_call_cost() -> None:

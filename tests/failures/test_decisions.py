@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import RootModel, ValidationError
 from tests.kit import NEVER, Num, failing_with, node, quick
 
-from stroma import BudgetExceeded, ContractViolation, FailureClass, FailurePolicy, RunStatus
+from stroma import BudgetExceeded, ContractViolation, FailureClass, FailurePolicy, RunStatus, Suspend
 from stroma.contracts import NotSerialisable
 from stroma.cost import UsageError
 from stroma.failures import (
@@ -23,7 +23,7 @@ from stroma.failures import (
     default_policy_map,
 )
 from stroma.failures.errors import RecordedVerdict, RunFailed
-from stroma.failures.failure import diagnose, kind_of, message_of, type_name
+from stroma.failures.failure import diagnose, isinstance_by_type, kind_of, message_of, type_name
 from stroma.failures.policy import Retry, Stop, decide, follow_up, policy_for
 
 RECOVERABLE, TERMINAL, AMBIGUOUS = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
@@ -227,6 +227,62 @@ def test_a_message_does_not_swallow_an_interrupt(stop: type[BaseException]) -> N
     """What stops the process comes out, also while an exception is asked for its text."""
     with pytest.raises(stop):
         message_of(Speaks(stop()))
+
+
+def test_what_an_exception_is_is_told_by_its_type() -> None:
+    """A hostile one is not asked."""
+
+    class Hostile(ValueError):
+        @property
+        def __class__(self) -> Any:
+            raise RuntimeError
+
+    assert isinstance_by_type(Hostile(), ValueError) is True
+    assert isinstance_by_type(Hostile(), KeyError) is False
+
+
+class Values(RootModel[list[int]]):
+    pass
+
+
+def test_a_suspension_has_its_reason_and_the_schema_of_its_answer() -> None:
+    """None if any answer will do; a model or a root model otherwise."""
+    assert (str(Suspend("why")), Suspend("why").reason, Suspend("why").schema) == ("why", "why", None)
+    assert Suspend("why", schema=Num).schema is Num
+    assert Suspend("why", schema=Values).schema is Values
+
+    class Silent(Suspend):
+        def __init__(self) -> None:
+            self.reason = "silent"
+
+    assert Silent().schema is None
+
+    class Ask(Suspend):
+        def __init__(self, who: str) -> None:
+            super().__init__(f"ask {who}", schema=Num)
+
+    assert (str(Ask("the boss")), Ask("the boss").reason) == ("ask the boss", "ask the boss")
+    assert Ask("the boss").schema == Num
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shown"),
+    [
+        (int, "<class 'int'>"),
+        (Num(), "Num(n=0)"),
+        ("x" * 200, "'" + "x" * 99 + "..."),
+        (0, "0"),
+        (list[int], "list[int]"),
+    ],
+)
+def test_a_suspension_that_asks_for_no_model_says_so(wrong: Any, shown: str) -> None:
+    """What it asks for, in a line, and the mend."""
+    with pytest.raises(TypeError) as caught:
+        Suspend("why", schema=wrong)
+    assert (
+        str(caught.value)
+        == f"the schema of Suspend must be a pydantic model, got {shown}; pass a RootModel for plain values"
+    )
 
 
 def test_the_policies_that_hold_where_nobody_gave_any() -> None:

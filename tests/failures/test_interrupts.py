@@ -9,6 +9,7 @@ from pydantic import BaseModel, field_validator
 from tests.kit import Note, context_of, failing_with, noting, returning
 
 from stroma import Flow, NodeHooks, RunStatus, SQLiteStore, StromaRunner, execute_step, map_over, parallel
+from stroma.adapters import Guard
 
 
 class Texts(BaseModel):
@@ -110,6 +111,27 @@ async def test_what_is_no_exception_passes_through_steps() -> None:
         async with ctx:
             await execute_step("stops", failing_with(StopNow, "now"), Note(), ctx)
     assert seen == ["start", "cancelled", "end INTERRUPTED"]
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["async", "sync"])
+def test_what_is_no_exception_passes_through_guarded_functions(sync: bool) -> None:
+    """A BaseException of a guarded function comes out of its call at once, and is not tried again."""
+    calls: list[int] = []
+    guard = Guard()
+
+    def stops() -> None:
+        calls.append(1)
+        raise StopNow("now")
+
+    async def stops_async() -> None:
+        stops()
+
+    with pytest.raises(StopNow):
+        if sync:
+            guard.wrap("stops", stops)()
+        else:
+            asyncio.run(guard.wrap("stops", stops_async)())
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("side", ["input", "output", "classifier"])

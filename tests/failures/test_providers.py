@@ -249,6 +249,15 @@ async def test_a_server_that_asks_for_too_long_stops_the_run(
     assert lines[0].run_id == result.run_id
 
 
+async def test_max_retry_after_seconds_is_the_users(provider: Server, delays: list[float]) -> None:
+    """max_retry_after_seconds is a limit of the policy: exactly at it is waited for."""
+    runner, node = runner_of(policy_map={R: FailurePolicy(max_retries=1, max_retry_after_seconds=3600)})
+    url = provider.url(Answer(429, {}, {"retry-after": "3600"}))
+    ask = node(asking(url))
+    result = await runner.run([ask], Note())
+    assert (result.status, provider.calls_of(url), delays) == (RunStatus.PARTIAL, 2, [3600])
+
+
 # ---------------------------------------------------------------------- Retry-After
 
 
@@ -287,6 +296,15 @@ def test_retry_after_counts_at_every_status(status: int, provider: Server) -> No
     error = error_of(lambda: ask_anthropic(provider.url(Answer(status, {}, {"retry-after": "4"}))))
     verdict = read_provider_error(error)
     assert verdict.retry_after == 4
+
+
+@pytest.mark.parametrize("seconds", ["1e300", "1" * 30])
+async def test_a_huge_wish_stops_the_run(seconds: str, provider: Server, delays: list[float]) -> None:
+    """However long a server asks to wait, the answer is PARTIAL, never an endless sleep."""
+    runner, node = runner_of()
+    url = provider.url(Answer(429, {}, {"retry-after": seconds}))
+    ask = node(asking(url))
+    assert ((await runner.run([ask], Note())).status, delays) == (RunStatus.PARTIAL, [])
 
 
 # ---------------------------------------------------------------------- x-should-retry
@@ -469,6 +487,19 @@ def test_what_a_grpc_error_means(
     for failure in (diagnose(error, HERE), diagnose(caused(RuntimeError("no search"), error), HERE)):
         assert (failure.failure_class, failure.reason) == (means, reason)
         assert failure.retry_after_seconds is None
+
+
+@pytest.mark.parametrize(("what", "means", "reason"), GRPC_CASES)
+async def test_a_run_deals_with_a_grpc_error(
+    what: str, means: FailureClass, reason: str | None, grpc_server: GrpcServer, delays: list[float]
+) -> None:
+    """A node around grpc.aio: RECOVERABLE is tried again, the rest is not; the trace has class and reason."""
+    runner, node = runner_of(policy_map={R: FailurePolicy(max_retries=1), A: FailurePolicy(max_retries=0)})
+
+    ask = node(asking(what, grpc_server.ask_async))
+    result = await runner.run([ask], Note())
+    assert [(e.failure, e.reason) for e in result.trace] == [(means, reason)] * (2 if means is R else 1)
+    assert result.status is (RunStatus.FAILED if means is T else RunStatus.PARTIAL)
 
 
 @pytest.mark.core
@@ -811,6 +842,15 @@ def trap(*names: str, **attributes: Any) -> Exception:
     return error
 
 
+@pytest.mark.parametrize(
+    "name", ["headers", "body", "code", "type", "message", "status", "details", "error_code"]
+)
+def test_an_attribute_that_raises_hides_no_other(name: str) -> None:
+    """One attribute that raises is one that says nothing; the status is still read."""
+    error = trap(name, status_code=429)
+    assert read_provider_error(error) == again("rate_limit")
+
+
 def test_exceptions_whose_attributes_raise() -> None:
     """G2: An exception has exactly one class, whatever its attributes raise."""
     names = ("status_code", "status", "response", "headers", "body", "code", "type", "message")
@@ -842,6 +882,17 @@ def test_exceptions_whose_attributes_raise() -> None:
 def test_a_wait_of_no_world_breaks_nothing(text: str) -> None:
     """A Retry-After that is no date or number of this world leaves a 429 RECOVERABLE."""
     assert classify(shaped(status_code=429, headers={"retry-after": text}), HERE) is R
+
+
+def test_headers_that_raise_are_no_headers() -> None:
+    """A mapping that cannot be read costs the wait, not the class."""
+
+    class Broken(dict[str, str]):
+        def items(self) -> Any:
+            raise RuntimeError("no")
+
+    error = shaped(status_code=429, response=SimpleNamespace(headers=Broken()), headers={"retry-after": "2"})
+    assert read_provider_error(error) == again("rate_limit", 2)
 
 
 @pytest.mark.core
@@ -877,6 +928,33 @@ def test_what_is_no_headers_is_passed_over(headers: Any) -> None:
     """What cannot be headers costs the wait, not the class."""
     error = shaped(response=SimpleNamespace(status_code=429, headers=headers))
     assert read_provider_error(error) == again("rate_limit")
+
+
+class Unsaid:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (shaped(status_code=400, message=Unsaid()), lasting("bad_request")),
+        (shaped(status_code=429, headers={"retry-after": Unsaid()}), again("rate_limit")),
+        (
+            shaped(
+                package="grpc",
+                code=coded("UNAVAILABLE"),
+                details=lambda: 1 / 0,
+                trailing_metadata=lambda: 1 / 0,
+            ),
+            again("overloaded"),
+        ),
+    ],
+    ids=lambda v: "",
+)
+def test_what_cannot_be_said_hides_no_status(error: Exception, expected: Verdict) -> None:
+    """A message, a header or a method that raises costs what it would have said, not the class."""
+    assert read_provider_error(error) == expected
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,35 @@ async def test_a_fallback_under_way_when_the_flow_ends_need_not_come_again(kind:
     assert result.status is RunStatus.RESUMED, result.failure
 
 
+async def test_a_cleanup_may_call_a_node_that_a_cancelled_flow_called() -> None:
+    """A step of a clean-up need not come again, though a step of an inner flow has its identity there."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    world.turns.update({"bad": 40, "log 0": 10**6})
+    bad, log = world.step("bad"), world.step("log")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(log, state)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(flow.step(bad, state))
+                group.create_task(flow.run(inner, state))
+        except ExceptionGroup:
+            await flow.step(log, Num(n=1))
+            raise
+        return state
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    world.turns.clear()
+    result = await runner_on(store).run(f, Num())
+    assert result.status is RunStatus.RESUMED, result.failure
+
+
 async def _fail_late(flow: Flow, state: Num, bad: Any, notify: Any) -> None:
     """Call a step that fails, another one after its failure, and fail."""
     try:
@@ -220,6 +249,39 @@ async def test_a_cleanup_that_gives_up_on_a_call_need_not_come_again(kind: str, 
         for _ in range(2):
             result = await runner_on(store).run(f, Num())
             assert result.status is RunStatus.RESUMED, result.failure
+
+
+@pytest.mark.parametrize("kind", IN_PROCESS)
+async def test_a_fallback_that_gave_up_on_a_step_need_not_come_again(kind: str) -> None:
+    """A branch gives up on a step after its sibling has failed, and is under way when that ends the flow."""
+    world = World()
+    world.failing |= {"bad", "worse"}
+    world.turns.update({"notify": 400, "worse": 40, "slow": 10**6, "fallback": 10**6})
+    bad, worse, notify = world.step("bad"), world.step("worse"), world.step("notify")
+    fallback, slow = world.step("fallback"), world.step("slow")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        await flow.step(worse, state)
+        return state
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def other() -> None:
+            try:
+                await flow.run(inner, state)
+            except StepFailed:
+                await _give_up(flow.step(slow, state))
+                await flow.step(fallback, state)
+
+        await asyncio.gather(_fail_late(flow, state, bad, notify), other())
+        return state
+
+    with store_of(kind) as store:
+        assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+        world.failing.clear()
+        result = await runner_on(store).run(f, Num())
+    assert result.status is RunStatus.RESUMED, result.failure
 
 
 @pytest.mark.parametrize("kind", IN_PROCESS)

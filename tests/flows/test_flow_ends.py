@@ -10,12 +10,36 @@ from tests.flows.steps import World, run_of, runner_on
 from tests.kit import Num, failing_with, node
 from tests.shared_stores import IN_PROCESS, store_of
 
-from stroma import Flow, NodeHooks, Pipeline, RunStatus, StepFailed, current_run, stroma_flow
+from stroma import Flow, NodeHooks, Pipeline, RunStatus, StepFailed, current_run, parallel, stroma_flow
 from stroma.checkpoint import InMemoryStore
 
 
 class Answer(Num):
     pass
+
+
+async def test_a_cleanup_leaves_cancelled_siblings_to_the_resume() -> None:
+    """A resume runs the siblings that a failure cancelled, though a ``finally`` made a step after that."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    world.turns.update({"slow": 10**6, "bad": 20})
+    bad, slow, clean = world.step("bad"), world.step("slow"), world.step("clean")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(flow.step(one, state)) for one in (slow, bad)]
+        finally:
+            await flow.step(clean, state)
+        return tasks[0].result()
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    world.turns.clear()
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=1))
+    assert world.calls == ["slow 0", "bad 0", "clean 0", "slow 0", "bad 0"]
 
 
 async def test_the_cause_is_the_failure_that_the_body_raised() -> None:
@@ -271,6 +295,39 @@ async def test_a_step_that_is_queued_gets_the_state_it_was_called_with() -> None
     await runner_on(store).signal("r", Answer())
     result = await runner_on(store).run(f, Num())
     assert (result.final_state, world.calls) == (Num(n=2), ["add 0", "add 1"])
+
+
+async def test_a_call_with_another_input_after_a_retried_failure_is_made_anew() -> None:
+    """What was recorded behind a failure is not the result of a call with another input, whatever calls."""
+    world, store = World(), InMemoryStore()
+    world.failing.add("bad")
+    bad, add, child = world.step("bad"), world.step("add"), world.step("child")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(add, state)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        async def both(state: Num) -> Num:
+            one = await flow.run(inner, state)
+            other = await flow.step(parallel(child), state)
+            await flow.map(add, [state] * min(3, state.n))
+            await flow.run(Pipeline("p", [add, child]), state)
+            return Num(n=one.n * 10 + other.n)
+
+        try:
+            await flow.step(bad, state)
+        except StepFailed:
+            await both(Num(n=5))
+            raise
+        return await both(Num(n=1))
+
+    assert (await runner_on(store).run(f, Num())).status is RunStatus.PARTIAL
+    world.failing.clear()
+    result = await runner_on(store).run(f, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=22))
+    assert world.calls[-5:] == ["add 1", "child 1", "add 1", "add 1", "child 2"]
 
 
 @pytest.mark.parametrize("kind", IN_PROCESS)

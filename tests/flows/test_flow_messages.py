@@ -85,6 +85,55 @@ async def test_each_topic_is_an_order_of_its_own(store: Any) -> None:
     assert result.output == Text(text="3 7 1 4 2")
 
 
+async def test_a_message_reaches_a_flow_beside_its_steps(store: Any) -> None:
+    """A message is received while a step is at work, and the step may be given up for it."""
+    began, calls = asyncio.Event(), list[str]()
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        work = asyncio.create_task(flow.step(slow, state))
+        stop = asyncio.create_task(flow.receive(Text))
+        await asyncio.wait([work, stop], return_when=asyncio.FIRST_COMPLETED)
+        work.cancel()
+        return stop.result()
+
+    runner = runner_on(store)
+
+    @runner.node("slow", input=Num, output=Num)
+    async def slow(state: Num) -> Num:
+        calls.append("slow")
+        began.set()
+        await asyncio.Event().wait()
+        return state
+
+    life = asyncio.ensure_future(runner.run(f, Num()))
+    await began.wait()
+    await runner_on(store).send("r", {"text": "stop"})
+    result = await life
+    assert (result.status, result.output, calls) == (RunStatus.COMPLETED, Text(text="stop"), ["slow"])
+
+
+async def test_a_message_that_nobody_has_received_stays(store: Any) -> None:
+    """A wait that times out or is given up takes no message: the next one gets it."""
+    runner = runner_on(store)
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        with pytest.raises(TimeoutError, match="no message on 'late' came in time"):
+            await flow.receive(Text, topic="late", timeout=0)
+        waiting = asyncio.create_task(flow.receive(Text, topic="late"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        first = await flow.receive(Text, key="first")
+        return Text(text=f"{first.text} {(await flow.receive(Text, topic='late')).text}")
+
+    assert (await runner.run(f, Num())).suspended == ["waiting for a message"]
+    await runner.send("r", {"text": "b"}, topic="late")
+    await runner.send("r", {"text": "a"})
+    result = await runner_on(store).run(f, Num())
+    assert result.output == Text(text="a b")
+
+
 async def test_a_message_comes_before_a_timeout_that_passes_later(store: Any, clock: Clock) -> None:
     """A message that is there when a process looks again is received, although the time is over by then."""
     runner, f = runner_on(store), receiver(2, timeout=3600)
@@ -289,6 +338,27 @@ async def test_what_is_no_message(store: Any) -> None:
         with pytest.raises(ValueError):
             await runner.send("r", {"text": "a"}, **options)  # type: ignore[arg-type]
     assert store.get_run("r").due_ms is None
+
+
+async def test_mistakes_in_a_wait_for_a_message() -> None:
+    """A class that is no model, an illegal topic, and a key that was used before are errors in the body."""
+    wrong: Any = str
+    calls: list[Any] = [
+        lambda flow: flow.receive(wrong),
+        lambda flow: flow.receive(Text, topic="\0"),
+        lambda flow: (flow.receive(Text, key="k").close(), flow.receive(Text, key="k")),
+    ]
+    errors = []
+    for call in calls:
+
+        @stroma_flow("f", input=Num, output=Num)
+        async def f(flow: Flow, state: Num, call: Any = call) -> Num:
+            call(flow)
+            return state
+
+        failure = (await runner_on(InMemoryStore()).run(f, Num())).failure
+        errors.append(failure and failure.exception)
+    assert [type(error) for error in errors] == [TypeError, ValueError, ValueError]
 
 
 async def test_a_message_in_json_may_have_aliases(store: Any) -> None:

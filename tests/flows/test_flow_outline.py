@@ -165,6 +165,28 @@ async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> No
 
 
 @pytest.mark.asyncio
+async def test_a_question_without_an_answer_in_time(store: Any) -> None:
+    """A question whose time is over shows as expired at that time, and is not a sleep."""
+
+    @stroma_flow("asks", input=Num, output=Num)
+    async def asks(flow: Flow, state: Num) -> Num:
+        try:
+            await flow.wait_for(Text, reason="Well?", timeout=0.2)
+        except TimeoutError:
+            return Num(n=1)
+        return state
+
+    assert (await runner_on(store).run(asks, Num())).output == Num(n=1)
+    history = History(store)
+    record = await asyncio.to_thread(store.get_run, "r")
+    assert record is not None
+    attempts = await asyncio.to_thread(history.attempts, "r", 10)
+    (bar,) = await asyncio.to_thread(history.flow_waits, record, attempts[0])
+    assert (bar.node_id, bar.outcome) == ("question: Well?", "expired")
+    assert bar.took_ms > 0
+
+
+@pytest.mark.asyncio
 async def test_inputs_of_steps_are_shown(store: Any) -> None:
     """The input of each step of a flow is read from the store, also if it failed or is an item of a map."""
     world = World()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, run_of, runner_on
 from tests.kit import NEVER, Num, node, noting, quick
@@ -22,10 +22,12 @@ from stroma import (
     Flow,
     InMemoryStore,
     ItemFailure,
+    NodeContract,
     NodeHooks,
     Pipeline,
     PipelineChanged,
     RunStatus,
+    SQLiteStore,
     StepFailed,
     StromaRunner,
     current_run,
@@ -33,6 +35,7 @@ from stroma import (
     map_over,
     parallel,
     stroma_flow,
+    stroma_node,
 )
 from stroma.engine import attempt
 from stroma.testing import assert_resumable, crash_at
@@ -114,6 +117,30 @@ async def test_a_failure_that_ended_the_run_is_retried(store: Any) -> None:
     world.failing.clear()
     result = await world.live(run)
     assert (result.status, result.final_state, world.calls) == (RunStatus.RESUMED, Num(n=2), ["bad 1"])
+
+
+async def test_a_cleanup_after_the_failure_need_not_come_again(store: Any) -> None:
+    """Steps that followed a failure which is retried are no change of the body if they do not come now."""
+    world = World()
+    world.failing.add("bad")
+    bad, clean, last = world.step("bad"), world.step("clean"), world.step("last")
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        try:
+            state = await flow.step(bad, state)
+        except StepFailed:
+            await flow.step(clean, state)
+            raise
+        return await flow.step(last, state)
+
+    run = run_of(f, store)
+    assert (await world.live(run)).status is RunStatus.PARTIAL
+    world.failing.clear()
+    await world.live(run, "last 1")
+    result = await world.live(run)
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert world.calls == ["bad 0", "clean 0", "bad 0", "last 1", "last 1"]
 
 
 async def test_an_error_of_the_body_is_fixed_and_resumed(store: Any) -> None:
@@ -245,6 +272,30 @@ async def test_a_changed_flow_is_refused(store: Any, change: str, said: str) -> 
     assert (await world.live(run)).final_state == Num(n=4)
 
 
+class Data(BaseModel):
+    fields: JsonValue = None
+
+
+@pytest.mark.parametrize("store", IN_PROCESS, indirect=True)
+async def test_a_changed_input_of_any_data_names_its_field(store: Any) -> None:
+    """Fields without a type of their own are stored in another form; the message names them nevertheless."""
+    changed = [False]
+
+    @stroma_node("keep", NodeContract(node_id="keep", input_schema=Data, output_schema=Num))
+    async def keep(state: Data) -> Num:
+        return Num(n=1)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        await flow.step(keep, Data(fields={"a": [2 if changed[0] else 1]}))
+        raise ValueError("no output")
+
+    await runner_on(store).run(f, Num())
+    changed[0] = True
+    with pytest.raises(PipelineChanged, match="other values of 'fields'"):
+        await runner_on(store).run(f, Num())
+
+
 @pytest.mark.parametrize("store", IN_PROCESS, indirect=True)
 @pytest.mark.parametrize("way", ["flow", "pipeline", "map", "timeout", "error", "error inside"])
 async def test_a_refused_resume_records_nothing_of_what_it_did_not_call(store: Any, way: str) -> None:
@@ -341,6 +392,61 @@ async def test_steps_that_a_node_calls_do_not_number_the_tasks_of_the_body() -> 
         "add#4",
         "add#5",
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+async def test_a_flow_survives_death_at_every_boundary() -> None:
+    """G5: assert_resumable takes a flow, with loops, tasks, failures, a map, and flows inside."""
+    world = World()
+    add, double, bad = world.step("add"), world.step("double", lambda n: 2 * n), world.step("bad")
+    world.failing.add("bad")
+
+    @stroma_flow("inner", input=Num, output=Num)
+    async def inner(flow: Flow, state: Num) -> Num:
+        return await flow.step(double, await flow.step(add, state))
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        while state.n < 3:
+            state = await flow.step(add, state)
+        async with asyncio.TaskGroup() as group:
+            x = group.create_task(flow.step(double, state))
+            y = group.create_task(flow.step(add, state))
+        try:
+            await flow.step(bad, state)
+        except StepFailed as error:
+            state = Num(n=len(error.failure.message))
+        items = await flow.map(double, [Num(n=n) for n in range(3)], max_concurrency=2)
+        child = await flow.run(inner, x.result())
+        await flow.sleep(hours=1, minutes=-59)
+        return Text(text=f"{state.n} {x.result().n} {y.result().n} {[one.n for one in items]} {child.n}")
+
+    found = await assert_resumable(f, Num(), runner=quick(policy_map=NEVER), processes=False)
+    assert len(found.boundaries) > 30
+
+
+async def test_a_long_flow_resumes_quickly(tmp_path: Any) -> None:
+    """A long flow resumes in time linear in its steps: what is recorded is read once."""
+    world = World()
+    world.turns["add"] = 0
+    add, count = world.step("add"), 2000
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        for _ in range(count):
+            state = await flow.step(add, state)
+        return state
+
+    async with SQLiteStore(tmp_path / "runs.db", synchronous="normal") as store:
+        run = run_of(f, store)
+        await world.live(run, f"add {count - 1}")
+        begin = time.process_time()
+        result = await world.live(run)
+        took = time.process_time() - begin
+    assert result.final_state == Num(n=count)
+    assert len(world.calls) == count + 1
+    assert took < 10
 
 
 @pytest.mark.parametrize("way", ["sleep", "timeout", "timer", "flow sleep"])

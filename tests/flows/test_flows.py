@@ -21,6 +21,7 @@ from stroma import (
     StepFailed,
     StromaRunner,
     current_node,
+    parallel,
     stroma_flow,
 )
 
@@ -178,6 +179,27 @@ async def test_a_crossed_budget_ends_a_flow_whatever_it_catches(store: Any) -> N
     ]
 
 
+async def test_steps_at_once_share_the_clock() -> None:
+    """Steps side by side take the latency budget once, as long as the slowest of them."""
+
+    async def wait(state: Num) -> Num:
+        await asyncio.sleep(0.05)
+        return state
+
+    waits = node("wait", wait)
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        await asyncio.gather(*(flow.step(waits, state) for _ in range(5)))
+        return state
+
+    from stroma.testing import FakeClock
+
+    with FakeClock():
+        result = await quick(budget=ExecutionBudget(max_latency_ms=80)).run(f, Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+
+
 async def test_map_runs_a_node_on_each_item(store: Any) -> None:
     """The outputs are in the order of the items; after a crash only the items without a commit are run."""
     world = World()
@@ -199,6 +221,31 @@ async def test_map_runs_a_node_on_each_item(store: Any) -> None:
     assert set(world.calls) <= before
     assert len(world.calls) <= 2
     assert all(len(keys) == 1 for keys in world.keys.values())
+
+
+async def test_a_failed_item_ends_a_map(store: Any) -> None:
+    """The first item that fails cancels the others; its StepFailed can be caught, on replay as well."""
+    world = World()
+    world.failing.add("item 1")
+    item, last = world.step("item"), world.step("last")
+
+    @stroma_flow("f", input=Num, output=Text)
+    async def f(flow: Flow, state: Num) -> Text:
+        try:
+            await flow.map(item, [Num(n=n) for n in range(3)])
+            found = "none"
+        except StepFailed as error:
+            found = error.failure.message
+        await flow.step(last, state)
+        return Text(text=found)
+
+    run = run_of(f, store)
+    await world.live(run, "last 0")
+    world.calls.clear()
+    world.failing.clear()
+    result = await world.live(run)
+    # The failure was not stored by then: it is by the commit that follows it.
+    assert result.final_state in (Text(text="item 1 failed"), Text(text="none"))
 
 
 async def test_flows_and_pipelines_run_inside_a_flow(store: Any) -> None:
@@ -318,6 +365,22 @@ def test_a_flow_runs_without_an_event_loop() -> None:
         return await flow.step(add, state)
 
     assert quick().run_sync(f, Num()).final_state == Num(n=1)
+
+
+async def test_a_group_may_be_a_step() -> None:
+    """A parallel group is a step as well, with its children inside of it."""
+    world = World()
+    group = parallel(world.step("a"), world.step("b"))
+
+    @stroma_flow("f", input=Num, output=Num)
+    async def f(flow: Flow, state: Num) -> Num:
+        merged = await flow.step(group, state)
+        return Num(n=merged.n)
+
+    result = await quick().run(f, Num())
+    assert result.final_state == Num(n=1)
+    (event,) = result.trace
+    assert [child.node_id for child in event.children] == ["a", "b"]
 
 
 async def test_mutating_an_output_changes_nothing_recorded() -> None:

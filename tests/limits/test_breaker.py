@@ -308,6 +308,18 @@ async def test_attempts_wait_for_an_open_circuit(server: Server, client: httpx.A
     assert server.seen == 7
 
 
+@pytest.mark.core
+async def test_requests_that_are_refused_open_nothing(server: Server, client: httpx.AsyncClient) -> None:
+    """However many calls end with 400, or 429, the provider is well."""
+    broken, _ = breaker()
+    runner = StromaRunner.quick(breaker=broken, policy_map=NEVER)
+    ask = asking(server, client)
+    for status in (400, 429) * 5:
+        server.status = status
+        await runner.run([ask], State())
+    assert (server.seen, broken.states()) == (10, {"127.0.0.1": "closed"})
+
+
 @pytest.mark.parametrize(("node_id", "pipeline"), [("other", "p"), ("call", "other")])
 async def test_other_hosts_are_called_all_the_same(
     server: Server, client: httpx.AsyncClient, node_id: str, pipeline: str
@@ -325,6 +337,19 @@ async def test_other_hosts_are_called_all_the_same(
     other.server.server_close()
     assert result.status is RunStatus.COMPLETED
     assert (server.seen, broken.states()) == (4, {"127.0.0.1": "open"})
+
+
+async def test_a_provider_that_cannot_be_reached(client: httpx.AsyncClient) -> None:
+    """Connection errors open the circuit of the host that they name."""
+    broken, _ = breaker(max_wait_seconds=0)
+    gone = Server()
+    gone.server.shutdown()
+    gone.server.server_close()
+    runner = StromaRunner.quick(breaker=broken, policy_map=NEVER)
+    results = [await runner.run([asking(gone, client)], State()) for _ in range(5)]
+    assert [result.failure and result.failure.reason for result in results] == ["connection"] * 4 + [
+        "circuit_open"
+    ]
 
 
 async def test_failures_without_a_host_count_for_the_limit() -> None:

@@ -15,6 +15,7 @@ from tests.shared_stores import STORES
 from tests.tiers import examples
 
 from stroma import (
+    AsyncInMemoryStore,
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
@@ -118,6 +119,24 @@ def test_what_is_a_refusal(error: Exception, waits: list[float]) -> None:
         wrapped = RuntimeError("of a client around it")
         wrapped.__cause__ = error
         assert requested_waits(wrapped) == waits
+
+
+async def test_a_date_counts_from_now() -> None:
+    """A Retry-After that is a date closes the limit until then."""
+    with FakeClock() as clock:
+        at = clock.now().timestamp() + 90
+
+        async def function(n: int) -> None:
+            if clock.elapsed < 60:
+                from email.utils import formatdate
+
+                raise Refused(429, retry_after=formatdate(at, usegmt=True))
+
+        program = Program(Limit(concurrent=5, store=AsyncInMemoryStore()), function)
+        assert (await program.run()).status is RunStatus.COMPLETED
+        ((_, name, seconds),) = program.cooldowns
+        assert name == program.name
+        assert 88 <= seconds <= 90
 
 
 @pytest.mark.core
@@ -266,6 +285,25 @@ async def test_a_probe_that_fails_otherwise(error: Exception) -> None:
     assert len(program.cooldowns) == 1
 
 
+async def test_refusals_of_calls_in_flight_are_one_cooldown() -> None:
+    """Calls in flight that are refused too extend the cooldown without a second one: one hook call."""
+    with FakeClock() as clock:
+        begun: list[float] = []
+
+        async def function(n: int) -> None:
+            begun.append(clock.elapsed)
+            if len(begun) <= 5:
+                await asyncio.sleep(1 + n)
+                raise Refused(429, retry_after="20")
+
+        program = Program(Limit(concurrent=5), function)
+        results = await asyncio.gather(*(program.run(n) for n in range(5)))
+    assert {result.status for result in results} == {RunStatus.COMPLETED}
+    assert len(program.cooldowns) == 1
+    assert len(begun) == 10
+    assert min(begun[5:]) >= 25  # The last one was refused at 5 s.
+
+
 async def test_an_endless_retry_after() -> None:
     """A wait beyond max_retry_after_seconds ends runs as PARTIAL with the time; later a call probes."""
     with FakeClock() as clock:
@@ -366,6 +404,26 @@ def test_tokens_follow_at_even_distances() -> None:
     limit.end("b", answered=True)
     assert limit.ask(None, 100) is None
     assert limit.ask(None, 100) == Wait("tokens_per_minute", 1_000)
+
+
+@pytest.mark.core
+def test_a_probe_whose_process_died() -> None:
+    """Once the lease of a probe has expired another call probes."""
+    limit = Clocked(600, None, None)
+    assert limit.ask("a") is None
+    limit.end("a", refused=True, wait_ms=500)
+    limit.now += 500
+    assert limit.ask("b") == rates.Probe()
+    assert limit.ask("b") == rates.Probe()  # The answer was lost.
+    assert limit.ask("c") == Wait("cooldown", None)
+    limit.now += LEASE_MS - 1
+    assert limit.ask("c") == Wait("cooldown", None)
+    limit.now += 1
+    assert limit.ask("c") == rates.Probe()
+    assert limit.end("b", answered=True) is None  # Too late to say anything.
+    assert limit.ask("d") == Wait("cooldown", None)
+    limit.end("c", answered=True)
+    assert limit.ask("d") is None
 
 
 @pytest.mark.parametrize("back_ms", [500, 60_000, 3_600_000, 10**10])

@@ -165,6 +165,22 @@ def test_no_call_in_a_file_waits_for_calls_that_wait_for_it(tmp_path: Path) -> N
     store.close()
 
 
+@pytest.mark.core
+async def test_two_budgets_that_need_each_other() -> None:
+    """Two outer calls that hold what the other's inner call needs both complete without a time limit."""
+    program = tuple(
+        Step(frozenset({i}), None, False, False, (Step(frozenset({0, 1}), None, False, False),))
+        for i in (0, 1)
+    )
+    await _check(program, AsyncInMemoryStore())
+
+
+async def test_an_inner_call_uses_the_place_of_the_call_around_it() -> None:
+    """A call inside one that has the only place of ``Limit(concurrent=1)`` does not wait for it."""
+    program = (Step(frozenset(), 0, False, False, (Step(frozenset(), 0, False, False),)),)
+    await _check(program, AsyncInMemoryStore())
+
+
 async def test_an_inner_call_does_not_wait_for_the_probe_around_it() -> None:
     """The call that probes a circuit leaves that to the call inside it, which needs the same provider."""
     now, is_down = 0.0, True

@@ -459,6 +459,17 @@ def test_calls_that_are_made_smaller() -> None:
     assert limit.ask() is None
 
 
+async def test_a_limit_and_a_budget_do_not_wait_for_each_other() -> None:
+    """Runs under both all come through."""
+    store = AsyncInMemoryStore()
+    shared = SharedBudget("team", max_tokens=1000, store=store, reserve_tokens=400)
+    call, calls = node(tokens=10, during=lambda: asyncio.sleep(0))
+    runner = runner_of(Limit(concurrent=2, store=store), shared_budgets=shared)
+    results = await asyncio.gather(*(runner.run([call, call], State()) for _ in range(15)))
+    assert {result.status for result in results} == {RunStatus.COMPLETED}
+    assert len(calls) == 30
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_processes_share_the_places(kind: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import environment, noting
+from tests.kit import context_of, environment, failing_with, noting
 from tests.limits.budget_helper import CONTRACT, RESERVE_CENTS, State, budget, spend
 from tests.shared_stores import IN_PROCESS, SHARED, STORES, opened, place, store_of
 
@@ -434,6 +434,19 @@ async def test_several_budgets() -> None:
         assert (cents(outcome.spent_usd), outcome.calls) == (20, 0)
 
 
+async def test_plain_code_with_steps() -> None:
+    """execute_step spends from it too."""
+    shared = SharedBudget("team", max_cost_usd=0.1, store=AsyncInMemoryStore(), reserve_usd=0.1)
+    runner = StromaRunner.quick(shared_budgets=shared)
+    call, calls = node()
+    ctx = context_of(runner)
+    result = await execute_step("call", call, State(), ctx, contract=CONTRACT)
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, State(n=1))
+    result = await execute_step("call", call, State(), ctx, contract=CONTRACT)
+    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
+    assert isinstance(result.failure.exception, SharedBudgetExceeded)
+
+
 async def test_a_call_inside_another_one(store: Any) -> None:
     """It takes what the call around it has reserved, where there is no other room, without a wait."""
     shared = SharedBudget("team", max_cost_usd=1, store=store, max_wait_seconds=20)
@@ -519,6 +532,15 @@ async def test_a_budget_of_nothing() -> None:
     assert (result.status, calls) == (RunStatus.PARTIAL, [])
 
 
+async def test_a_run_without_any_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a shared budget, limit or breaker no attempt waits for its turn."""
+    from stroma.engine import admission
+
+    monkeypatch.setattr(admission, "admit", failing_with(AssertionError, "asked"))
+    call, _ = node()
+    assert (await StromaRunner.quick().run([call], State())).status is RunStatus.COMPLETED
+
+
 @pytest.mark.core
 async def test_the_warning_at_80_percent(store: Any) -> None:
     """on_budget_warning is told once in a window, by the call that reaches 80 %, with the budget's name."""
@@ -587,6 +609,26 @@ def spent(data: bytes | None, now: int) -> int:
 
 
 @pytest.mark.core
+def test_a_new_window_begins_anew() -> None:
+    """What was spent counts to the end of its window; a call in flight counts where it ends."""
+    data = after(None, 70, NOON)
+    assert (spent(data, NOON + HOUR - 1), spent(data, NOON + HOUR)) == (70, 0)
+    data, report = reserve(TERMS, CallRequest("x", "a", (30, None), None))(data, NOON + HOUR - 1)
+    assert report == (30, 0)
+    data = settle(TERMS, [CallUsage("x", "a", (30, 0))])(data, NOON + HOUR)[0]
+    assert (spent(data, NOON + HOUR), spent(data, NOON + 2 * HOUR)) == (30, 0)
+
+
+@pytest.mark.core
+def test_a_call_in_flight_holds_its_share_of_the_next_window() -> None:
+    """What is reserved counts in every window until it is settled."""
+    data, _ = reserve(TERMS, CallRequest("x", "a", (80, None), None))(None, NOON + HOUR - 1)
+    report = reserve(TERMS, CallRequest("y", "a", (30, None), None))(data, NOON + HOUR)[1]
+    assert isinstance(report, Refusal)
+    assert (report.reserved, report.waits, report.ends_ms) == (80, True, NOON + 2 * HOUR)
+
+
+@pytest.mark.core
 def test_one_call_that_took_more_than_the_limit() -> None:
     """It keeps others from being made in its window alone; if every call of the node does, none is made."""
     data = None
@@ -652,6 +694,16 @@ def test_a_name_that_no_store_can_keep(name: str) -> None:
     """It is a ValueError at once."""
     with pytest.raises(ValueError):
         SharedBudget(name, max_cost_usd=1)
+
+
+async def test_odd_names(store: Any) -> None:
+    """Any legal id is the name of a budget of its own."""
+    for name in ("a:b", "a", "*", "{a}", "é🦜\n", "x" * 3000, "budget:a"):
+        shared = SharedBudget(name, max_cost_usd=1, store=store, reserve_usd=0.1)
+        call, _ = node()
+        await StromaRunner.quick(shared_budgets=shared).run([call], State())
+        result = await shared.state()
+        assert (result.name, cents(result.spent_usd)) == (name, 10)
 
 
 def test_a_store_that_has_no_cells() -> None:

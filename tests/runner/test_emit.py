@@ -182,6 +182,22 @@ def started_hub() -> tuple[EventHub, RunningNode]:
     return hub, RunningNode(context, "a", "node", 0, "")
 
 
+async def test_drops_are_counted_each_time() -> None:
+    """A reader that falls behind twice gets a count for each gap: read and dropped make all."""
+    hub, here = started_hub()
+    read, dropped, sent = 0, 0, 0
+    for burst in (MAX_EMITTED + 7, 3, 2 * MAX_EMITTED):
+        for _ in range(burst):
+            hub.emit(here, "1-1", "delta", sent)
+            sent += 1
+        while (event := hub.take()) is not None:
+            read += event.kind == "node_event"
+            dropped += event.details.get("dropped", 0)
+            if event.kind == "node_event":
+                assert event.data == read + dropped - 1
+    assert (read + dropped, dropped) == (sent, 7 + MAX_EMITTED)
+
+
 def test_a_hub_takes_events_of_running_attempts_only() -> None:
     """However a thread races with an end: an event never precedes a start or follows an end."""
     for end in ("node_success", "node_failure", "node_cancelled", "node_suspended"):

@@ -223,6 +223,32 @@ async def test_a_follow_goes_on_over_suspensions(store: Any) -> None:
     assert "run_suspended" not in [event.kind for event in followed]  # It is over.
 
 
+async def test_a_suspension_says_what_the_run_waits_for(store: Any) -> None:
+    """The event of a suspension has the questions that are open; a later reconnect does not repeat it."""
+    runner = runner_of(store)
+
+    @runner.flow("ask", input=Num, output=Num)
+    async def ask(flow: Flow, state: Num) -> Num:
+        return await flow.wait_for(Num, reason="how many?")
+
+    await runner.run(ask, Num(n=1), run_id="run")
+    page = Page()
+    async with aclosing(runner.follow("run")) as events:
+        async for event in events:
+            page.take(event)
+            if event.kind == "run_suspended":
+                break
+    assert event.details["suspended"] == ["how many?"]
+    assert event.details["questions"][0]["kind"] == "approval"
+    assert event.to_sse().startswith("id: 1-suspended\n")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await page.read(runner.follow("run", page.cursor))
+    await runner.cancel("run")
+    await page.read(runner.follow("run", page.cursor))
+    assert page.status == "CANCELLED"
+
+
 async def test_a_run_without_stored_events(store: Any) -> None:
     """It has its suspensions and its end."""
     runner = runner_of(store, events="none")

@@ -168,6 +168,42 @@ async def test_a_group_whose_child_was_not_kept_is_not_tried_again(depth: int) -
     assert result.failure.failure_class is FailureClass.RECOVERABLE
 
 
+@pytest.mark.parametrize("deep", [False, True])
+async def test_siblings_of_what_crossed_a_limit_finish(deep: bool) -> None:
+    """What is in flight was paid for: it is kept, also beside a group in which the limit was crossed."""
+    calls: list[str] = []
+    started, spent = asyncio.Event(), asyncio.Event()
+
+    async def slow(state: Num) -> Any:
+        started.set()
+        await spent.wait()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        calls.append("slow")
+        return {"m": 1}
+
+    async def spends(state: Num) -> Any:
+        await started.wait()
+        return {"n": 1}, 11
+
+    async def raise_from_hook(*_: Any) -> None:
+        spent.set()
+
+    inner = node("a", spends)
+    outer = parallel(parallel(parallel(inner)) if deep else inner, node("b", slow, Num, M))
+    store = AsyncInMemoryStore()
+    runner = StromaRunner.quick(
+        store=store,
+        policy_map=ONCE,
+        node_policies={outer.node_id: ONCE},
+        budget=ExecutionBudget(max_tokens_total=10),
+        hooks=NodeHooks(on_node_failure=raise_from_hook),
+    )
+    result = await runner.run([outer], Num(), run_id="r")
+    assert (result.status, calls, len(result.trace)) == (RunStatus.PARTIAL, ["slow"], 1)
+    assert [row.output for row in store.attempts("r") if row.node_id == "b"] == [b'{"m":1}']
+
+
 async def test_a_group_whose_childs_failure_was_not_kept_is_not_tried_again() -> None:
     """What a failed child used could not be noted: nothing more is spent, whatever policies say."""
     calls: list[str] = []
@@ -192,6 +228,19 @@ async def test_a_group_whose_childs_failure_was_not_kept_is_not_tried_again() ->
     assert (failure.reason, failure.message, failure.node_id) == ("store", "full", outer.node_id)
     assert failure.failure_class is FailureClass.RECOVERABLE
     assert isinstance(failure.exception, StoreError)
+
+
+async def test_a_group_deep_inside_which_a_child_was_not_kept_is_not_tried_again() -> None:
+    """No group around it is, whatever its policy says; the run can be resumed."""
+    calls: list[str] = []
+
+    inner = parallel(counted(calls, "a", {"n": 1}))
+    middle = parallel(inner)
+    outer = parallel(middle)
+    policies = dict.fromkeys((outer.node_id, middle.node_id, inner.node_id), ONCE)
+    runner = StromaRunner.quick(store=Journal(keeps_no_output), policy_map=ONCE, node_policies=policies)
+    result = await runner.run([outer], Num())
+    assert (result.status, calls) == (RunStatus.PARTIAL, ["a"])
 
 
 async def test_a_step_over_the_budget_has_its_output() -> None:

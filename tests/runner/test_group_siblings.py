@@ -15,6 +15,7 @@ from tests.kit import (
     One,
     Three,
     Two,
+    bare,
     context_on,
     forever,
     node,
@@ -90,6 +91,33 @@ async def test_children_that_wait_are_not_called_after_a_crossed_limit(queue: st
 
 class Other(BaseModel):
     m: int = 0
+
+
+async def test_siblings_are_cancelled_in_the_order_of_their_starts() -> None:
+    """What a group does when a child fails is always the same: even the order of cancellations."""
+    ended: list[str] = []
+    all_wait = asyncio.Event()
+
+    def child(name: str) -> Any:
+        async def func(state: Num) -> Any:
+            try:
+                if name == "last":
+                    all_wait.set()
+                    raise ValueError("no")
+                await all_wait.wait()
+                await asyncio.Event().wait()
+            finally:
+                ended.append(name)
+
+        return node(name, func)
+
+    names = [f"n{index}" for index in range(30)]
+    for _ in range(5):
+        ended.clear()
+        all_wait.clear()
+        result = await quick_without_retries().run([parallel(*map(child, [*names, "last"]))], Num())
+        assert result.status is not RunStatus.COMPLETED
+        assert ended == ["last", *names]
 
 
 @pytest.mark.core
@@ -197,6 +225,48 @@ async def test_a_child_interrupted_while_it_is_committed_is_not_called_again(how
     assert calls == {"a": 1, "b": 2}
     first = next(iter(result.trace))
     assert first.failure is (R if how == "timeout" else A)
+
+
+async def test_steps_side_by_side_do_not_forget_each_others_children() -> None:
+    """Two steps of one context run at once: the end of one reruns no child of the other's group."""
+    calls: list[str] = []
+    failed, other_done = asyncio.Event(), asyncio.Event()
+
+    async def a(state: Num) -> Any:
+        calls.append("a")
+        return {"a": 1}, 3
+
+    async def b(state: Num) -> Any:
+        calls.append("b")
+        if calls.count("b") == 1:
+            for _ in range(20):  # a is committed by then
+                await asyncio.sleep(0)
+            raise ValueError("b")
+        return {"b": 1}
+
+    async def other(state: Num) -> Any:
+        await failed.wait()
+        return {"n": 2}, 4
+
+    async def failure(run_id: str, node_id: str, *_: Any) -> None:
+        if node_id == group.node_id:
+            failed.set()
+            await other_done.wait()
+
+    async def success(run_id: str, node_id: str, *_: Any) -> None:
+        if node_id == "other":
+            other_done.set()
+
+    group = parallel(bare("a", a), bare("b", b))
+    hooks = NodeHooks(on_node_failure=failure, on_node_success=success)
+    ctx = context(RunConfig(policy_map=NEVER, node_policies={group.node_id: {A: TWICE[A]}}, hooks=hooks))
+    first, second = await asyncio.gather(
+        execute_step("g", group, Num(), ctx), execute_step("other", other, Num(), ctx)
+    )
+    assert (first.status, second.status) == (RunStatus.COMPLETED, RunStatus.COMPLETED)
+    assert calls == ["a", "b", "b"]
+    assert ctx.cost_tracker.total_tokens == 7
+    assert second.final_state == Num(n=2)
 
 
 async def test_many_steps_of_one_context_at_once(store: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel
-from tests.kit import NEVER, ONCE, Num, node, record_hooks, returning, same
+from tests.kit import NEVER, ONCE, Num, context_of, node, record_hooks, returning, same
 
 from stroma import (
     CheckpointManager,
@@ -20,6 +20,7 @@ from stroma import (
     RunStatus,
     SQLiteStore,
     StromaRunner,
+    execute_step,
     map_over,
     parallel,
     stroma_node,
@@ -33,6 +34,11 @@ quick = partial(StromaRunner.quick, policy_map=ONCE)
 
 class Left(BaseModel):
     left: int = 0
+    both: str = ""
+
+
+class Right(BaseModel):
+    right: int = 0
     both: str = ""
 
 
@@ -50,6 +56,19 @@ def bare(node_id: str, func: Any) -> Any:
     marked._stroma_node_id = node_id
     marked._stroma_contract = None
     return marked
+
+
+async def test_a_child_without_a_contract_passes_unvalidated() -> None:
+    """A child without a contract gets the state as it is and its output is merged as it was returned."""
+    seen: list[Any] = []
+
+    async def func(state: Any) -> Any:
+        seen.append(state)
+        return {"anything": [object]}
+
+    result = await quick().run([parallel(bare("c", func))], Num(n=3))
+    assert seen == [Num(n=3)]
+    assert result.final_state.model_dump() == {"anything": [object]}
 
 
 def test_the_groups_id_and_its_markers() -> None:
@@ -242,6 +261,35 @@ async def test_a_group_called_by_hand() -> None:
     assert await group(given) == {"one": 1, "x": 3, "left": 5, "both": ""}
     assert calls == {"one": 1, "two": 1, "three": 1}
     assert given == Num(n=5)
+
+
+async def test_a_group_called_by_hand_that_fails() -> None:
+    """By hand a failing child's own exception comes out, and its siblings are cancelled and awaited."""
+    ended: list[str] = []
+    started = asyncio.Event()
+
+    async def hangs(state: Num) -> Any:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("hangs")
+
+    async def fails(state: Num) -> Any:
+        await started.wait()
+        raise LookupError("own")
+
+    with pytest.raises(LookupError, match="own"):
+        await parallel(bare("hangs", hangs), bare("fails", fails))(Num())
+    assert ended == ["hangs"]
+
+
+async def test_a_group_as_a_step() -> None:
+    """execute_step takes a group in place of a function."""
+    runner = quick()
+    ctx = context_of(runner)
+    result = await execute_step("g", parallel(bare("a", returning({"a": 1}))), Num(), ctx)
+    assert result.final_state.model_dump() == {"a": 1}
 
 
 async def test_the_final_state_of_a_group_has_the_fields_of_its_children() -> None:
@@ -443,6 +491,16 @@ async def test_keys_that_are_no_names_are_refused(how: str) -> None:
     assert "got the key 7; use text for all keys" in result.failure.message
 
 
+async def test_map_over_a_group() -> None:
+    """map_over takes a group: each item goes through all its children."""
+    both = parallel(
+        node("l", returning({"left": 1}), Num, Left), node("r", returning({"right": 2}), Num, Right)
+    )
+    result = await quick().run([map_over("items", both, into="out")], Items(items=[{"n": 1}, {"n": 2}]))
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.final_state.model_dump()["out"] == [{"left": 1, "both": "", "right": 2}] * 2
+
+
 async def test_map_over_keeps_extra_fields() -> None:
     """The other fields of the state are kept, extra ones and lossless ones too."""
 
@@ -459,3 +517,15 @@ async def test_map_over_keeps_extra_fields() -> None:
     assert result.status is RunStatus.COMPLETED, result.failure
     state: Any = result.final_state
     assert (state.raw, state.more, state.out) == (b"\x00\xff", {"k": [1]}, [One(item=1)])
+
+
+async def test_a_childs_own_timeout_is_its_own() -> None:
+    """node_timeouts under a child's id bound that child in each of its attempts."""
+
+    async def hangs(state: Num) -> Any:
+        await asyncio.Event().wait()
+
+    result = await quick(node_timeouts={"hangs": 10}).run([parallel(bare("hangs", hangs))], Num())
+    assert "'hangs'" in result.failure.message
+    (event,) = result.trace
+    assert [(c.attempt, c.failure) for c in event.children] == [(1, R), (2, R)]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel, create_model
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, TWICE, SimpleStore, noting, passing
+from tests.kit import NEVER, ONCE, TWICE, SimpleStore, failing_with, noting, passing
 from tests.kit import Item as Num
 from tests.shared_stores import IN_PROCESS
 
@@ -144,6 +144,14 @@ async def test_the_state_names_the_files(store: Any, tmp_path: Path, doubler: Do
     assert read(tmp_path / "out.jsonl") == doubled(range(3))
 
 
+async def test_from_a_file_into_a_field(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """Items of a file can become a list in the state."""
+    work = map_over(JsonLines(write(tmp_path / "in", range(9))), doubler.node, into="made")
+    result = await quick(store).run([work], State())
+    assert result.final_state is not None, result.failure
+    assert result.final_state.model_dump()["made"] == doubled(range(9))
+
+
 @pytest.mark.parametrize("kind", ["list", "generator", "async"])
 async def test_from_a_function_into_the_journal(store: Any, doubler: Doubler, kind: str) -> None:
     """A function of the state gives any iterable; outputs in the journal are read by page, in order."""
@@ -169,6 +177,42 @@ async def test_from_a_function_into_the_journal(store: Any, doubler: Doubler, ki
     assert closed == ([True] if kind == "async" else [])
     findings = [pair async for pair in runner.map_outputs("run", work)]
     assert findings == [(n, Made(twice=2 * n)) for n in range(450)]
+
+
+class Measured(BaseModel):
+    value: float
+    more: list[float] = [math.inf]
+
+
+async def test_lines_have_floats_that_json_lacks_as_strings(store: Any, tmp_path: Path) -> None:
+    """NaN and infinities of a model are strings in the file of outputs, not null."""
+    runner = quick(store)
+
+    @runner.node("measure", input=Num, output=Measured)
+    async def measure(state: Num) -> Measured:
+        return Measured(value=math.nan)
+
+    work = map_over(JsonLines(write(tmp_path / "in", range(1))), measure, into=JsonLines(tmp_path / "out"))
+    assert (await runner.run([work], State())).status is RunStatus.COMPLETED
+    assert read(tmp_path / "out") == [{"value": "NaN", "more": ["Infinity"]}]
+
+
+@pytest.mark.parametrize(("value", "written"), [(b"\xff", "\\xff"), ("cut \ud83d", "cut \ud83d")], ids=type)
+async def test_lines_have_what_utf_8_lacks_as_escapes(value: Any, written: str, tmp_path: Path) -> None:
+    """Bytes that are not UTF-8, and lone surrogates, do not keep the file of paid outputs from its end."""
+    runner = quick(AsyncInMemoryStore())
+
+    class Anything(BaseModel):
+        value: Any
+
+    @runner.node("cut", input=Num, output=Anything)
+    async def cut(state: Num) -> Anything:
+        return Anything(value=value)
+
+    work = map_over(JsonLines(write(tmp_path / "in", range(1))), cut, into=JsonLines(tmp_path / "out"))
+    result = await runner.run([work], State())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert read(tmp_path / "out") == [{"value": written}]
 
 
 @pytest.mark.parametrize(
@@ -530,6 +574,50 @@ async def test_a_source_that_gives_something_else_is_refused(store: Any, doubler
     assert len([1 async for _ in runner.map_outputs("run", work)]) == 25
 
 
+async def test_restored_items_are_told(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """Items that an earlier process did fire on_node_skipped, with their place."""
+    doubler.failing = {5}
+    work = map_over(
+        JsonLines(write(tmp_path / "in", range(10))), doubler.node, into=Journal(), max_concurrency=1
+    )
+    await quick(store).run([work], State())
+    doubler.failing = set()
+    seen = []
+
+    async def skipped(run_id: str, node_id: str, state: Any) -> None:
+        here = current_node()
+        seen.append((node_id, here.kind, here.branch, state))
+
+    result = await quick(store, hooks=NodeHooks(on_node_skipped=skipped)).run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED
+    assert seen == [("double", "item", str(n), {"twice": 2 * n}) for n in range(5)]
+
+
+async def test_a_finished_map_is_not_run_again(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """Once the map itself is committed neither its source nor its file is looked at again."""
+    last = stroma_node("last", input=State, output=State)(failing_with(ValueError, "later"))
+    source, out = write(tmp_path / "in", range(10)), tmp_path / "out"
+    nodes = [map_over(JsonLines(source), doubler.node, into=JsonLines(out)), last]
+    runner = quick(store)
+    assert (await runner.run(nodes, State())).status is RunStatus.PARTIAL
+    source.unlink()
+    out.unlink()
+    again = await runner.run(nodes, State(), resume=True)
+    assert (again.failure.message, out.exists()) == ("later", False)
+    assert set(doubler.calls.values()) == {1}
+
+
+async def test_resume_from_the_map_makes_all_anew(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """resume_from= the map runs all of its items again."""
+    source, out = write(tmp_path / "in", range(5)), tmp_path / "out"
+    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
+    runner = quick(store)
+    await runner.run([work], State())
+    result = await runner.run([work], State(), resume_from=work.node_id)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert set(doubler.calls.values()) == {2}
+
+
 @pytest.mark.core
 async def test_another_attempt_of_the_map(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """node_policies may try a map again: only items that are not committed are called."""
@@ -797,6 +885,16 @@ async def test_collected_failures_outlive_the_process(
     result = await other.run([stops], State(), resume=True)
     assert (result.status, result.failed_items) == (RunStatus.RESUMED, 0), result.failure
     assert doubler.calls[4] == 3
+
+
+async def test_retries_come_before_collecting(store: Any, doubler: Doubler) -> None:
+    """An item is collected once its own retries are used up, with how many attempts were made."""
+    doubler.failing = {1}
+    work = map_over("nums", doubler.node, into="made", on_item_failure="collect")
+    result = await quick(store, policy_map=TWICE).run([work], State(nums=[0, 1, 2]))
+    assert result.final_state is not None, result.failure
+    (failed,) = result.final_state.made_failures  # type: ignore[attr-defined]
+    assert (failed.index, failed.attempts, doubler.calls[1]) == (1, 3, 3)
 
 
 @pytest.mark.core
@@ -1115,6 +1213,50 @@ async def test_the_trace_of_many_items_is_short_and_its_sums_exact(doubler: Doub
     assert sum(tokens for _, tokens, *_ in figures) == 7500
     twin = result.trace.copy()
     assert next(iter(twin)).left_out == event.left_out
+
+
+@pytest.mark.core
+def test_rows_that_are_left_out_are_summed() -> None:
+    """What a copy of the rows and a trace that was looked at say of sums is what the rows said."""
+    from stroma.trace import AttemptUsage, ExecutionTrace
+    from stroma.trace.events import AttemptRow, BoundedRows, Failed
+
+    rows = BoundedRows(1)
+    for n in range(4):
+        usage = AttemptUsage(10, 4, 0.5, "m")
+        failed = Failed(FailureClass.TERMINAL, "no", None, "OSError") if n == 3 else None
+        outcome: Any = "failure" if failed else "success"
+        rows.append(
+            AttemptRow(
+                "a",
+                1,
+                0,
+                7,
+                {},
+                None if failed else {},
+                outcome,
+                failed,
+                usage,
+                0,
+                str(n),
+                "g",
+                None,
+                None,
+                7,
+            )
+        )
+    assert (len(rows), rows.left_out is not None) == (2, True)
+    trace = ExecutionTrace("run")
+    trace.rows.append(AttemptRow("g", 1, 0, 9, {}, {}, "success", None, None, 0, "", None, None, rows, 9))
+    before = sorted(trace.figures(), key=str)
+    assert sum(tokens for _, tokens, *_ in before) == 40
+    assert sum(cost for _, _, _, cost, *_ in before) == 2.0
+    assert (rows.left_out.events, rows.left_out.lost_tokens) == (2, 0)
+    copied = trace.copy()
+    assert sorted(copied.figures(), key=str) == before
+    list(trace.walk())
+    after = sorted(trace.figures(), key=str)
+    assert [one[:4] for one in after] == [one[:4] for one in before]
 
 
 @pytest.mark.slow

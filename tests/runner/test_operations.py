@@ -25,6 +25,7 @@ from tests.shared_stores import IN_PROCESS
 from stroma import (
     CheckpointNotFound,
     FailureClass,
+    FailurePolicy,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -69,6 +70,21 @@ def quick(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(store=store, policy_map=NEVER, **config)
 
 
+async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
+    """A store has the frames of the last failed attempt at a place, with the line that raised."""
+
+    async def bad(state: Num) -> Any:
+        raise LookupError("nothing there")
+
+    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+    runner = StromaRunner.quick(store=store, policy_map=policies)
+    await runner.run([stroma_node("bad", input=Num, output=Num)(bad)], Num(), run_id="r")
+    trouble = store.failure_site_of("r", 0)
+    frame = trouble.own[-1]
+    assert (trouble.attempt, frame.file, frame.name) == (2, __file__, "bad")
+    assert frame.source == 'raise LookupError("nothing there")'
+
+
 @pytest.mark.core
 async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
     """runner.cancel() ends a run of another task or process; it is CANCELLED, and may be resumed."""
@@ -88,6 +104,25 @@ async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
     work.gate.set()
     again = await quick(store).run(work.nodes, Num(), run_id="r", resume=True)
     assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=3))
+
+
+async def test_a_run_is_cancelled_after_a_failed_task_group(store: Any) -> None:
+    """cancel() has a CANCELLED result also if a node has had a task group whose task failed."""
+    work = Work()
+
+    async def call_both(state: Num) -> Num:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(failing_with(KeyError, "x")(state))
+        except* KeyError:
+            pass
+        return state
+
+    both = stroma_node("both", input=Num, output=Num)(call_both)
+    task = asyncio.create_task(quick(store).run([both, *work.nodes], Num(), run_id="r"))
+    await work.inside.wait()
+    assert await quick(store).cancel("r")
+    assert (await task).status is RunStatus.CANCELLED
 
 
 async def test_children_are_cancelled_from_elsewhere(store: Any) -> None:
@@ -398,6 +433,19 @@ async def test_a_run_that_begins_with_a_group_is_resumed_with_the_class_of_its_i
         await quick(store).resume(nodes, "r")
     result = await quick(store).resume(nodes, "r", input_schema=Num)
     assert result.status is RunStatus.RESUMED
+
+
+async def test_the_advice_about_a_group_at_the_beginning_works(store: Any) -> None:
+    """run_many(recover=True) has no input_schema=: its error names calls that have it; a first node helps."""
+    work = Work()
+    work.gate.set()
+    nodes = [parallel(*work.nodes[:2])]
+    with pytest.raises(TypeError, match=r"to resume\(\), recover\(\) or fork\(\).* need a node there"):
+        await quick(store).run_many(Pipeline("group", nodes), [Num(n=1)], recover=True)
+    assert await quick(store).recover(Pipeline("group", nodes), input_schema=Num) == {}
+    first = Pipeline("node", [work.nodes[2], *nodes])
+    (result,) = await quick(store).run_many(first, [Num(n=1)], recover=True)
+    assert getattr(result, "status", result) is RunStatus.COMPLETED
 
 
 async def test_what_keeps_no_journal_resumes_nothing_by_its_id() -> None:

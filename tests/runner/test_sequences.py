@@ -27,6 +27,7 @@ from tests.kit import (
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
+    ContractRegistry,
     ContractViolation,
     ExecutionBudget,
     Flow,
@@ -35,6 +36,7 @@ from stroma import (
     JsonLines,
     NodeContract,
     NodeHooks,
+    Pipeline,
     PipelineChanged,
     RunConfig,
     RunStatus,
@@ -49,8 +51,9 @@ from stroma import (
     stroma_node,
 )
 from stroma.checkpoint.history.reader import History
+from stroma.contracts.checks.lineage import lineage_of
 from stroma.contracts.node import find_node
-from stroma.testing import crash_at
+from stroma.testing import RecordedRun, crash_at, replay
 
 
 class Tickets(BaseModel):
@@ -255,6 +258,27 @@ async def test_groups_and_maps_inside(world: World, store: Any) -> None:
 
 async def _tickets(state: Any) -> Any:
     return state
+
+
+async def test_a_map_as_the_last_node(store: Any) -> None:
+    """An item's output is what the map makes of the output of the node before it, also after a resume."""
+
+    class Parts(BaseModel):
+        parts: list[str]
+
+    split = computing(lambda state: {"parts": [state.text, state.text * 2]})
+    size = computing(lambda state: len(state.text))
+
+    def items(state: Tickets) -> list[Text]:
+        return [Text(text=ticket) for ticket in state.tickets]
+
+    sizes = map_over("parts", node("size", size, Text, RootModel[int]), into="sizes")
+    work = map_over(items, [node("split", split, Text, Parts), sizes], into="done")
+    runner = quick_without_retries(store=store)
+    for resume in (False, True):
+        result = await runner.run([work], Tickets(tickets=["a"]), run_id="run", resume=resume)
+        assert result.final_state is not None, result.failure
+        assert result.final_state.model_dump()["done"] == [{"parts": ["a", "aa"], "sizes": [1, 2]}]
 
 
 async def test_no_item_that_has_ended_takes_memory(world: World, store: Any) -> None:
@@ -593,6 +617,19 @@ def test_two_nodes_of_a_sequence_that_do_not_fit(world: World) -> None:
     assert "'other'" in finding.fix
 
 
+def test_a_field_that_a_node_in_the_middle_drops(world: World) -> None:
+    """The checker names the earlier node of the sequence that gave a field."""
+
+    class Wanted(BaseModel):
+        draft: str
+        kind: str
+
+    last = node("last", world.check, Wanted, Answer)
+    nodes = [map_over("tickets", [world.classify, world.draft, last], into="x")]
+    (finding,) = quick_without_retries().check(nodes)
+    assert "'classify' gave it, and 'draft' does not hand it on" in finding.message
+
+
 def test_items_fit_the_first_node_and_outputs_are_of_the_last(world: World) -> None:
     """Plain items become the first node's only required field; the last output is checked after the map."""
     work = map_over("tickets", world.nodes, into="answers")
@@ -605,6 +642,45 @@ def test_items_fit_the_first_node_and_outputs_are_of_the_last(world: World) -> N
 
     (finding,) = quick_without_retries().check([start, work, node("after", _tickets, Wrong, Wrong)])
     assert (finding.source, finding.target) == ("check", "after")
+
+
+def test_lineage_goes_from_node_to_node(world: World) -> None:
+    """The lineage links each node of a sequence with the one before it, in JSON, Mermaid and as an image."""
+    work = map_over("tickets", world.nodes, into="answers")
+    lineage = lineage_of("pipe", [find_node(work)], ContractRegistry())
+    data = lineage.data()
+    assert [(one["at"], one["node_id"], one["kind"], one["group"]) for one in data["nodes"]][1:] == [
+        ("0", "map_over(tickets, [classify, draft, check]) into answers", "map_over", None),
+        ("0.0", "[classify, draft, check]", "sequence", "0"),
+        ("0.0.0", "classify", "node", "0.0"),
+        ("0.0.1", "draft", "node", "0.0"),
+        ("0.0.2", "check", "node", "0.0"),
+    ]
+    edges = [(one["from"], one["field"], one["to"], one["feeds"]) for one in data["edges"]]
+    assert edges[1:] == [
+        ("0.0.0", "text", "0.0.1", "text"),
+        ("0.0.0", "kind", "0.0.1", "kind"),
+        ("0.0.1", "draft", "0.0.2", "draft"),
+    ]
+    assert 'n0_0_1 -->|"draft"| n0_0_2' in lineage.mermaid()
+    assert "[classify, draft, check]" in lineage.svg()
+
+
+async def test_the_journal_shows_the_input_of_each_node(world: World, tmp_path: Path) -> None:
+    """Read from the store, the input of each node of an item is the output of the one before it."""
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        work = map_over("tickets", world.nodes, into="answers")
+        result = await quick_without_retries(store=store).run([work], Tickets(), run_id="run")
+        history = History(store)
+        attempts, _ = history.attempts("run", 100)
+        inputs = {one.branch: history.input_of("run", one).value for one in attempts}
+        story = history.story(store.get_run("run"))  # type: ignore[arg-type]
+    assert (inputs["1"], inputs["1.0"]) == ("b", "b")
+    page = result.to_html()
+    assert all(node_id in page for node_id in ("[classify, draft, check]", "classify", "draft", "check"))
+    assert inputs["1.1"] == {"text": "b", "kind": "b1"}
+    assert inputs["1.2"] == {"draft": "b12"}
+    assert {bar.at: bar.input_state for bar in story.bars}["0.1.2"] == {"draft": "b12"}
 
 
 async def test_messages_hide_what_earlier_nodes_made(world: World, tmp_path: Path, caplog: Any) -> None:
@@ -634,3 +710,24 @@ async def test_messages_hide_what_earlier_nodes_made(world: World, tmp_path: Pat
     assert len(messages) == 8
     assert {str(message).removeprefix("ValueError: ") for message in messages} == {"cannot draft [redacted]"}
     assert "sesame" not in caplog.text
+
+
+async def test_a_replay_takes_the_outputs_of_each_node(world: World, tmp_path: Path) -> None:
+    """A recorded run is replayed without calls; a node that behaves differently is found."""
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        work = map_over("tickets", world.nodes, into="answers")
+        await quick_without_retries(store=store).run([work], Tickets(), run_id="run")
+        recorded = RecordedRun.read(store, "run")
+    world.calls.clear()
+    again = await replay(recorded, Pipeline("pipe", [work]))
+    again.assert_same()
+    assert (world.calls, again.status) == ([], RunStatus.COMPLETED)
+
+    class Strict(BaseModel):
+        draft: int
+
+    other = node("check", world.check, Strict, Answer)
+    changed = await replay(
+        recorded, [map_over("tickets", [world.classify, world.draft, other], into="answers")]
+    )
+    assert any(one.kind == "contract" and one.node_id == "check" for one in changed.differences)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -70,6 +71,27 @@ async def test_a_worker_wakes_a_sleeping_run(store: Any, clock: Clock) -> None:
         await serving.until(1)
     assert serving.statuses("r") == ["RESUMED"]
     assert world.calls == ["add 0", "add 1"]
+
+
+async def test_a_worker_continues_an_answered_run(store: Any, clock: Clock) -> None:
+    """A run whose question was answered is continued; one whose timeout is over gets its TimeoutError."""
+
+    @stroma_flow("ask", input=Num, output=Text)
+    async def ask(flow: Flow, state: Num) -> Text:
+        try:
+            return await flow.wait_for(Text, reason="Well?", timeout=timedelta(days=7))
+        except TimeoutError:
+            return Text(text="late")
+
+    for run_id in ("answered", "late"):
+        await _runner(store).run(ask, Num(), run_id=run_id)
+    async with Serving(_runner(store), ask) as serving:
+        await _runner(store).signal("answered", Text(text="yes"))
+        await serving.until(1)
+        assert serving.outcomes["answered"][0].output == Text(text="yes")
+        clock.pass_by(days=7)
+        await serving.until(2)
+    assert serving.outcomes["late"][0].output == Text(text="late")
 
 
 async def test_concurrency_is_bounded(clock: Clock) -> None:

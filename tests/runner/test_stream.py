@@ -3,14 +3,19 @@
 import asyncio
 import gc
 import json
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kit import ONCE, Num, cancel, computing, failing_with, noting
+from tests.kit import ONCE, Num, cancel, computing, failing_with, noting, returning
 
+import stroma
 from stroma import (
     ExecutionBudget,
     NodeHooks,
@@ -84,6 +89,21 @@ async def test_events_in_order_and_the_result_at_the_end() -> None:
     assert events[-1].details["final_state"] == {"n": 20}
 
 
+async def test_a_stream_is_as_quick_as_the_run() -> None:
+    """Events come as things happen: a node that waits for its reader to have seen its start goes on."""
+    seen = asyncio.Event()
+
+    async def waits(state: Num) -> Any:
+        await seen.wait()
+        return {"n": 1}
+
+    async with asyncio.timeout(60), quick().stream([node("a", waits)], Num()) as stream:
+        async for event in stream:
+            if event.kind == "node_start":
+                seen.set()
+    assert stream.result.status is RunStatus.COMPLETED
+
+
 async def test_groups_and_maps_are_told() -> None:
     """Children of groups have their place; a map tells how far it is; a group's event holds no child's."""
     group = map_over(lambda s: [{"n": 1}, {"n": 2}], node("c"), into="made")
@@ -131,6 +151,17 @@ async def test_own_hooks_and_configs_stay() -> None:
 
 def quick_bare() -> StromaRunner:
     return StromaRunner.quick()
+
+
+async def test_events_as_json() -> None:
+    """Every event is plain JSON data, and a message of an event stream."""
+    async for event in quick().stream([node("a")], Num()):
+        data = json.loads(json.dumps(event.to_dict(), allow_nan=False))
+        assert data["kind"] == event.kind
+        lines = event.to_sse().split("\n")
+        assert lines[:2] == [f"id: {event.number}", f"event: {event.kind}"]
+        assert json.loads(lines[2].removeprefix("data: ")) == data
+        assert lines[3:] == ["", ""]
 
 
 @pytest.mark.core
@@ -342,6 +373,14 @@ async def test_what_run_raises_comes_out() -> None:
     assert summary_of(events)[-1] == ("run_end", None)
 
 
+async def test_a_failed_run_is_an_event() -> None:
+    """What goes wrong inside the run is a result, and told in the last event."""
+    events = [event async for event in quick().stream([node("a", returning({"n": "x"}))], Num())]
+    assert events[-1].result.status is RunStatus.FAILED
+    assert events[-1].details["failure"]["class"] == "TERMINAL"
+    assert "Contract violation" in events[-1].details["failure"]["message"]
+
+
 async def test_what_is_refused() -> None:
     """Options that mean nothing are refused where they are written."""
     for options in ({"buffer": 0}, {"buffer": True}, {"buffer": 1.5}):
@@ -362,8 +401,75 @@ async def test_two_that_read_one_stream() -> None:
         assert (await first).kind == "node_success"
 
 
+def test_run_sync_gives_the_same_result() -> None:
+    """run_sync() is run() without an event loop, also in several threads at once."""
+    runner = quick()
+    results: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda n=n: results.append(runner.run_sync([node("a")], Num(n=n))))
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(result.final_state.n for result in results) == list(range(1, 9))
+    assert {result.status for result in results} == {RunStatus.COMPLETED}
+
+
+async def test_run_sync_in_a_running_loop_names_the_call_to_use() -> None:
+    """run_sync() inside of a coroutine is refused, with the call that works there."""
+    with pytest.raises(RuntimeError, match=r"use `await runner\.run\("):
+        quick().run_sync([node("a")], Num())
+
+
 def test_an_exception_of_run_sync_has_no_other_one_before_it() -> None:
     """What run_sync() raises is the exception of run(), without one of its own as the context."""
     with pytest.raises(TypeError, match="is not a stroma node") as raised:
         quick().run_sync([len], Num())
     assert raised.value.__context__ is None
+
+
+_INTERRUPTED = """
+import asyncio, sys
+from pydantic import BaseModel
+from stroma import NodeContract, SQLiteStore, StromaRunner, stroma_node
+
+class Num(BaseModel):
+    n: int = 0
+
+contract = NodeContract(node_id="slow", input_schema=Num, output_schema=Num)
+
+@stroma_node("slow", contract)
+async def slow(state):
+    print("in it", flush=True)
+    await asyncio.sleep(3600)
+
+with SQLiteStore(sys.argv[1]) as store:
+    try:
+        StromaRunner.quick(store=store, run_id="run").run_sync([slow], Num())
+    except KeyboardInterrupt:
+        print("interrupted", store.get_run("run").status, store.get_run("run").holder, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_run_sync_is_interrupted(tmp_path: Path) -> None:
+    """Ctrl-C ends the run, commits that, and comes out of run_sync() as KeyboardInterrupt."""
+    source = str(Path(stroma.__file__).parent.parent)
+    child = subprocess.Popen(
+        [sys.executable, "-c", _INTERRUPTED, str(tmp_path / "runs.db")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": source, "PATH": ""},
+    )
+    try:
+        assert child.stdout.readline() == "in it\n"
+        child.send_signal(signal.SIGINT)
+        out, _ = child.communicate(timeout=60)
+        assert out == "interrupted CANCELLED None\n"
+        assert child.returncode == 0
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()

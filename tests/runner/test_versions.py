@@ -15,7 +15,7 @@ from tests.shared_stores import ON_SERVERS, STORES, store_of
 from stroma import Flow, NodeHooks, Pipeline, PipelineChanged, RunStatus, StromaRunner, Suspend, stroma_flow
 from stroma.checkpoint.queue import BlockedMark, ServedCode, block
 from stroma.checkpoint.records import RunQuery
-from stroma.runner.drive import Blocked
+from stroma.runner.drive import Blocked, Suspended
 from stroma.runner.pipeline import code_of
 
 store = store_fixture(*STORES)
@@ -250,6 +250,47 @@ def test_marks_of_blocked_runs() -> None:
     assert len(mark.codes) == 20
 
 
+async def test_a_resume_that_a_person_calls_writes_nothing(store: Any) -> None:
+    """resume() with changed code raises PipelineChanged; the run has no mark, and is as it was."""
+    world, ends = World(), list[str]()
+
+    note = noting(ends, lambda run_id, result: run_id)
+    await _runner(store).run(_flow(world, "a", "b"), Num(), run_id="r")
+    before = _stored(store, "r")
+    with pytest.raises(PipelineChanged, match="cannot be resumed"):
+        await _runner(store, hooks=NodeHooks(on_run_end=note)).resume(_flow(world, "b"), "r")
+    assert (_stored(store, "r"), ends) == (before, [])
+
+
+async def test_an_open_question_outlives_code_that_does_not_fit(store: Any) -> None:
+    """A question keeps its answer while the run is blocked, and code that fits takes it."""
+    world = World()
+    a, b = world.step("a"), world.step("b")
+
+    def build(first: Any) -> Any:
+        @stroma_flow("f", input=Num, output=Text)
+        async def f(flow: Flow, state: Num) -> Text:
+            await flow.step(first, state)
+            return await flow.wait_for(Text, reason="Send it?")
+
+        return f
+
+    old, new = build(a), build(b)
+    runner = _runner(store)
+    assert isinstance(
+        await runner.drive((await runner.submit(old, Num())).run_id, pipelines=[old]), Suspended
+    )
+    (run_id,) = [one.run_id for one in store.list_runs()]
+    await runner.signal(run_id, Text(text="yes"))
+    waiting = store.waiting(run_id)
+    blocked = await runner.drive(run_id, pipelines=[new])
+    assert isinstance(blocked, Blocked)
+    assert store.waiting(run_id) == waiting
+    assert store.get_run(run_id).status == "SUSPENDED"
+    ended = await runner.drive(run_id, pipelines=[old])
+    assert ended.result.output == Text(text="yes")
+
+
 @pytest.mark.parametrize("way", ["renamed", "inserted", "waiting", "removed"])
 async def test_a_changed_list_blocks_its_run(store: Any, way: str) -> None:
     """A list that changed at the node that waits for an answer, or before it, is refused; the run stays."""
@@ -302,6 +343,26 @@ async def test_a_death_is_counted_once_however_often_code_does_not_fit(
         assert isinstance(await _runner(store, max_recoveries=2).drive("r", pipelines=[new]), Blocked)
     assert "could not be given back" not in caplog.text
     assert (await _runner(store, max_recoveries=2).drive("r", pipelines=[old])).status == "RESUMED"
+
+
+async def test_a_queued_run_with_an_input_that_does_not_fit_stays_queued(store: Any) -> None:
+    """A queued run whose stored input breaks the class of the input is blocked, and QUEUED as before."""
+    world = World()
+    old = _flow(world)
+
+    @stroma_flow("f", input=Text, output=Text)
+    async def new(flow: Flow, state: Text) -> Text:
+        return state
+
+    await _runner(store).submit(old, Num(), run_id="r", priority=7, key="k")
+    async with Serving(_runner(store), new) as serving:
+        await serving.until(1)
+    record = store.get_run("r")
+    assert (record.status, record.priority, record.key) == ("QUEUED", 7, "k")
+    assert "Text" in record.blocked.message
+    async with Serving(_runner(store), old) as serving:
+        await serving.until(1)
+    assert serving.statuses("r") == ["SUSPENDED"]
 
 
 @pytest.mark.nightly

@@ -1,14 +1,16 @@
 """What a trace says of another one, and what the picture of a run is made of."""
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
-from tests.trace.rows import START, USED, failed, row, trace
+from tests.trace.rows import START, USED, WHEN, event, failed, failed_event, row, trace
 
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus, TraceEvent
 from stroma.failures import Failure
-from stroma.trace.events import Failed
+from stroma.trace import AttemptUsage
+from stroma.trace.events import Failed, MarkKind, TraceMark
 from stroma.trace.story import Bar, StopCause, Story
 
 
@@ -100,6 +102,33 @@ def test_what_is_different_of_a_child(change: dict[str, Any]) -> None:
     assert line.startswith("Difference for g attempt 1: input_state {'a': 1} != {'a': 0}; children [")
 
 
+def test_children_are_told_as_they_are() -> None:
+    """Sorted, each with its place, node, attempt, states, failure and what is inside it."""
+    inner = row("y", branch="0.0", given={"d": 1, "c": 0}, made=None, outcome="suspended")
+    one = trace(
+        row("g", children=[row("x", branch="1"), failed("x", branch="0", attempt=2, children=[inner])])
+    )
+    assert one.diff(trace(row("g"))) == [
+        "Difference for g attempt 1: children ["
+        '\'["0", "x", 2, {"a": 1}, null, "RECOVERABLE", "it broke", "failure"]'
+        '[\\\'["0.0", "y", 1, {"c": 0, "d": 1}, null, null, null, "suspended"][]\\\']\', '
+        '\'["1", "x", 1, {"a": 1}, {"b": 2}, null, null, "success"][]\''
+        "] != []"
+    ]
+
+
+def test_another_order_is_told_at_its_first_place() -> None:
+    """Of what both have, after all other differences; what only one has does not count."""
+    one = trace(row("a"), row("only"), row("b"), row("c"), row("d"))
+    other = trace(row("a"), row("c", made={}), row("b"), row("more"), row("d"))
+    assert one.diff(other) == [
+        "Missing event in other trace: only attempt 1",
+        "Extra event in other trace: more attempt 1",
+        "Difference for c attempt 1: output_state {'b': 2} != {}",
+        "Difference for order: b attempt 1 here, c attempt 1 in other trace",
+    ]
+
+
 def bar(node_id: str = "node", **changed: Any) -> Bar:
     """The bar of row()."""
     fields: dict[str, Any] = {
@@ -147,6 +176,28 @@ def test_the_story_of_a_trace() -> None:
     assert held._story().bars[0].key == bars[0].key
 
 
+def test_the_story_of_events() -> None:
+    """Those read or made know their start to the microsecond and whole milliseconds of work."""
+    first = failed_event("x", branch="3", usage=USED, children=[event("in", duration_ms=7)])
+    held = trace(first, row("later", started=START + 1_000_000, took=6_000_000))
+    used = {"tokens": 7, "output_tokens": 2, "cost_usd": 0.5, "model": "m"}
+    story = held._story()
+    assert story == Story(
+        "run",
+        "",
+        "trace",
+        [
+            failed_bar("x", at="0.3", took_ms=5.0, **used),
+            bar("in", took_ms=7.0),
+            bar("later", began_ms=1.000789, took_ms=6.0),
+        ],
+        7,
+        0.5,
+        1_700_000_000_123,
+        0.007000789,
+    )
+
+
 @pytest.mark.parametrize(
     ("rows", "status"),
     [
@@ -161,6 +212,12 @@ def test_the_story_of_a_trace() -> None:
 def test_a_trace_that_ends_in_a_failure_failed(rows: list[Any], status: str) -> None:
     """The attempt that began last says so; other failures were mended."""
     assert trace(*rows)._story().status == status
+
+
+def test_costs_of_a_story_are_summed_exactly() -> None:
+    """Ten times ten cents are a dollar."""
+    dime = AttemptUsage(1, 0, 0.1)
+    assert trace(*[row(usage=dime) for _ in range(10)])._story().cost_usd == 1.0
 
 
 def without_key(state: dict[str, Any]) -> dict[str, Any]:
@@ -200,6 +257,31 @@ def test_a_story_shows_what_redact_lets_be_seen() -> None:
     assert plain["in"].output_state == {"key": "poppy"}
 
 
+def test_what_redact_leaves_may_stand_in_messages() -> None:
+    """Only what it takes out of a state is taken out of a message."""
+    one = failed(
+        given={"key": "sesame", "name": "visible"},
+        failure=Failed(FailureClass.TERMINAL, "sesame visible", None, "OSError"),
+    )
+    (drawn,) = trace(one)._story(without_key).bars
+    assert drawn.message == "OSError: [redacted] visible"
+    assert drawn.input_state == {"key": "***", "name": "visible"}
+
+
+def test_redact_is_asked_of_states_and_messages_alone() -> None:
+    """A state that is not there is shown to nobody: it stays None."""
+    requests: list[dict[str, Any]] = []
+
+    def redact(state: dict[str, Any]) -> dict[str, Any]:
+        requests.append(state)
+        return dict.fromkeys(state, "hidden")
+
+    (drawn,) = trace(failed(given={"a": "long enough"}))._story(redact).bars
+    assert (drawn.input_state, drawn.output_state) == ({"a": "hidden"}, None)
+    assert drawn.message == "OSError: hidden"
+    assert [state for state in requests if state not in ({"a": "long enough"}, {"message": "it broke"})] == []
+
+
 def failure(message: str = "it broke", node_id: str = "elsewhere", attempt: int = 3) -> Failure:
     return Failure(OSError(message), FailureClass.RECOVERABLE, node_id, attempt, message, "rate_limit")
 
@@ -215,6 +297,21 @@ def test_the_story_of_a_result() -> None:
     assert result(held)._story() == Story(
         "id", "", "PARTIAL", [bar()], 99, 1.25, 1_700_000_000_123, 0.005999999, None, ()
     )
+
+
+def test_the_waits_of_a_story_end_when_they_were_recorded() -> None:
+    """A wait begins its length before its record, at the first attempt at the earliest; others are none."""
+    held = trace(row())
+    waits: tuple[tuple[MarkKind, float], ...]
+    waits = ("slept", 1500.0), ("open", 2500.0), ("received", 60_000.0), ("refused", 1.0)
+    for kind, waited_ms in waits:
+        held.marks.append(TraceMark("flow", 1, 1, "0", kind, "why", waited_ms, WHEN + timedelta(seconds=3)))
+    assert [(one.node_id, one.at, one.outcome, one.took_ms) for one in held._story().waits] == [
+        ("why", "1.0", "slept", 1500.0),
+        ("question: why", "1.0", "open", 2500.0),
+        ("why", "1.0", "received", 60_000.0),
+    ]
+    assert [round(one.began_ms) for one in held._story().waits] == [1500, 500, 0]
 
 
 def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:

@@ -7,7 +7,7 @@ import io
 import logging
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -221,6 +221,36 @@ async def test_a_secret_that_a_schema_declares_is_masked_at_any_depth(log: Log, 
     assert "**********" in result.failure.message
     for text in (result.failure.message, log.text, result.to_html(), str(result.failure.as_prompt())):
         assert SECRET not in text
+
+
+class Endless(Mapping[Any, Any]):
+    def __getitem__(self, key: Any) -> Any:
+        return 1
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Any]:
+        n = 0
+        while True:
+            yield (n := n + 1)
+
+
+async def test_an_endless_mapping_does_not_stop_the_event_loop() -> None:
+    """An output with a mapping that never ends is refused, and its trace shown, in bounded time."""
+
+    class Login(BaseModel):
+        password: SecretStr
+        n: int
+
+    runner = StromaRunner.quick(policy_map=NEVER)
+
+    @runner.node("call", input=Call, output=Login)
+    async def call(state: Call) -> Any:
+        return {"password": SECRET, "n": Endless()}
+
+    result = await runner.run([call], Call())
+    assert SECRET not in str(result.failure.as_prompt()) + result.to_html()
 
 
 async def test_a_message_is_one_line_of_a_log(log: Log) -> None:
