@@ -8,62 +8,15 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import bare
 
-from stroma import RunConfig, StromaRunner, parallel
-from stroma.contracts.copying import replicate
+from stroma import StromaRunner, parallel
 from stroma.contracts.schema import schema_of
 
 
 class State(BaseModel):
     i: int = 0
     s: str = ""
-
-
-def unmarked(name: str, func: Any) -> Any:
-    """A node without a contract."""
-    func._stroma_node_id = name
-    return func
-
-
-def test_a_config_that_says_nothing_is_what_validation_makes() -> None:
-    """RunConfig() has the values, the types and the order of one that was validated."""
-    plain, validated = RunConfig(), RunConfig.model_validate({})
-    assert plain.model_fields_set == validated.model_fields_set == set()
-    assert list(vars(plain)) == list(vars(validated)) == list(RunConfig.model_fields)
-    for name, value in vars(validated).items():
-        assert type(getattr(plain, name)) is type(value), name
-        assert name == "run_id" or getattr(plain, name) == value, name
-    assert plain.model_copy(update={"run_id": "x"}) == validated.model_copy(update={"run_id": "x"})
-
-
-@pytest.mark.core
-@pytest.mark.parametrize("run_id", ["", "a\0b", "\ud800"])
-async def test_an_illegal_run_id_is_refused_for_one_run(run_id: str) -> None:
-    """run(run_id=) takes what every store can keep, and leaves the runner's config alone."""
-    runner = StromaRunner.quick(tags=("kept",))
-    with pytest.raises(ValueError, match="run id"):
-        await runner.run([], State(), run_id=run_id)
-    result = await runner.run([], State(), run_id="mine")
-    assert result.run_id == "mine"
-    assert "run_id" not in runner.config.model_fields_set
-
-
-def test_a_config_for_another_run_keeps_the_rest() -> None:
-    """The same config under another id has the same fields, and says that it was given one."""
-    config = RunConfig(tags=("a",))
-    other = config.with_run_id("mine")
-    assert (other.run_id, other.tags, other.policy_map) == ("mine", ("a",), config.policy_map)
-    assert (other.model_fields_set, config.model_fields_set) == ({"tags", "run_id"}, {"tags"})
-
-
-def test_a_stamped_copy_is_the_model_and_apart_from_it() -> None:
-    """A copy is equal, of the same class, and what is set on one is not seen on the other."""
-    model = State(i=3)
-    twin = replicate(model)
-    assert twin == model
-    assert twin.model_fields_set == {"i"}
-    twin.s = "changed"
-    assert (model.s, model.model_fields_set) == ("", {"i"})
 
 
 @pytest.mark.core
@@ -89,7 +42,7 @@ async def test_what_a_child_does_to_its_state_no_sibling_sees() -> None:
         seen.append(state.i)
         return {"b": state.i}
 
-    nodes = [parallel(unmarked("changes", changes), unmarked("looks", looks))]
+    nodes = [parallel(bare("changes", changes), bare("looks", looks))]
     result = await StromaRunner.quick().run(nodes, State(i=1))
     assert seen == [1]
     assert result.trace.replay().__next__().input_state == {"i": 1, "s": ""}
@@ -111,7 +64,7 @@ async def test_what_a_child_returned_is_kept_as_it_was(output: dict[str, Any]) -
         output["new"] = output["a" if "a" in output else "k1"] = "changed"
         return {}
 
-    nodes = [parallel(unmarked("gives", gives), unmarked("changes", changes))]
+    nodes = [parallel(bare("gives", gives), bare("changes", changes))]
     result = await StromaRunner.quick().run(nodes, State())
     assert result.final_state is not None, result.failure
     assert result.final_state.model_dump() == before

@@ -17,7 +17,6 @@ from stroma import (
     map_over,
     parallel,
 )
-from stroma.contracts.node import find_node
 
 
 @pytest.mark.parametrize(
@@ -39,20 +38,6 @@ def test_a_misspelt_setting_is_refused(kind: Any, misspelt: dict[str, Any]) -> N
 def context(**config: Any) -> ReliabilityContext:
     runner = quick_without_retries(**config)
     return context_of(runner)
-
-
-def test_a_function_that_was_marked_by_hand_is_looked_at_once() -> None:
-    """Reading its signature takes 10 us for each node of each run; marked anew, it is another node."""
-
-    async def first(state: Num) -> Any: ...
-
-    marked: Any = first
-    marked._stroma_node_id = "a"
-    record = find_node(marked)
-    assert find_node(marked) is record
-    marked._stroma_node_id = "b"
-    assert find_node(marked).node_id == "b"
-    assert find_node(marked) is find_node(marked) is not record
 
 
 async def test_what_cannot_be_a_node() -> None:

@@ -24,7 +24,6 @@ from stroma import (
     map_over,
     parallel,
 )
-from stroma.engine import effects
 from stroma.testing import assert_resumable
 
 pytestmark = pytest.mark.asyncio
@@ -170,24 +169,3 @@ async def test_a_death_at_each_boundary(within: str) -> None:
     await assert_resumable(
         buy, Order(), effects=lambda: len(shop.charges), processes=False, reset=reset, ignore=["n"]
     )
-
-
-async def test_another_try_of_a_large_map(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another try of a map looks through the records of effects once, and not for each of its items."""
-    shop, reads, read = Store(), list[int](), effects.intents
-    monkeypatch.setattr(effects, "intents", lambda *args: reads.append(1) or read(*args))
-    runner = StromaRunner.quick(store=store, policy_map=NEVER)
-    charge = runner.node("charge", input=Order, output=Receipt, effect=True)(shop.charge)
-    reserve = runner.node("reserve", input=Receipt, output=Num)(shop.reserve)
-    work = map_over(lambda _: [Order(cents=n) for n in range(20)], [charge, reserve], into=Journal())
-
-    @runner.flow("buy", input=Order, output=Order)
-    async def buy(flow: Flow, order: Order) -> Order:
-        with pytest.raises(StepFailed):
-            await flow.step(work, order)
-        await flow.step(work, order)
-        return order
-
-    assert (await runner.run(buy, Order(), run_id="r")).status is RunStatus.COMPLETED
-    assert len(shop.charges) == 20
-    assert len(reads) < 5

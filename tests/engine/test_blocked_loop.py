@@ -1,7 +1,6 @@
 """Nodes that keep the event loop are named in a warning."""
 
 import asyncio
-import logging
 import time
 from typing import Any
 
@@ -69,26 +68,3 @@ async def test_a_second_is_the_limit_without_a_time_limit(caplog: pytest.LogCapt
     ]
     await runner.run(nodes, State())
     assert warnings_of(caplog) == []
-
-
-def test_many_nodes_cost_one_callback(caplog: pytest.LogCaptureFixture) -> None:
-    """Nodes that never wait ask the event loop for one turn together."""
-    caplog.set_level(logging.DEBUG)
-    asked: list[Any] = []
-
-    async def main() -> None:
-        loop = asyncio.get_running_loop()
-        call_soon = loop.call_soon
-
-        def counted(callback: Any, *args: Any, **kwargs: Any) -> Any:
-            if getattr(callback, "__name__", "") == "_turn":
-                asked.append(callback)
-            return call_soon(callback, *args, **kwargs)
-
-        loop.call_soon = counted  # type: ignore[method-assign]
-        runner = StromaRunner.quick()
-        node = runner.node("quick", input=State, output=State)(quick)
-        await runner.run([node] * 100, State())
-
-    asyncio.run(main())
-    assert len(asked) <= 2

@@ -1,16 +1,17 @@
-"""Steps that code calls, in a node or in plain code: each is known by what it is, over every store."""
+"""Steps that code calls, in a node or in plain code: each is known by what it is."""
 
 import asyncio
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.fixtures import store_fixture
 from tests.kit import Note, cancel, computing, context_of, ended, start_python
-from tests.shared_stores import SHARED, STORES, place, store_of
+from tests.shared_stores import IN_PROCESS, SHARED, place
 
 from stroma import (
     FailureClass,
@@ -30,8 +31,7 @@ from stroma import (
 )
 from stroma.adapters import RunCancelled
 from stroma.checkpoint import AttemptRecord
-from stroma.checkpoint.history.bars import find_progress, in_order
-from stroma.checkpoint.identity import StepCalls, child_indexes, is_called
+from stroma.checkpoint.history.bars import in_order
 from stroma.engine.lifecycle import open_run
 
 AT_ONCE = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
@@ -50,10 +50,7 @@ class Numbers(BaseModel):
     b: int = 0
 
 
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as result:
-        yield result
+store = store_fixture(*IN_PROCESS)
 
 
 def node(node_id: str, func: Callable[..., Any], input_model: Any = Note, output_model: Any = Note) -> Any:
@@ -378,36 +375,6 @@ async def test_an_answer_is_given_to_the_step_that_asked(store: Any) -> None:
     assert result.final_state.text == "yes"
 
 
-async def test_the_error_of_plain_code_is_the_message_of_its_run(store: Any) -> None:
-    """A run whose plain code raises between its steps is INTERRUPTED, and its record names the error."""
-    ctx = context_on(store)
-    with pytest.raises(LookupError):
-        async with ctx:
-            await execute_step("a", computing(lambda _: {"text": "a"}), Note(), ctx)
-            raise LookupError("no such letter")
-    record = store.get_run("r")
-    assert (record.status, record.stop_text) == ("INTERRUPTED", "LookupError: no such letter")
-
-
-async def test_the_step_in_progress_follows_the_last_that_ended(store: Any) -> None:
-    """Views of a run at work name the node after the last that ended, with its name if it is known."""
-    seen: list[Any] = []
-
-    async def looks(state: Note) -> Any:
-        record, attempts = store.get_run("r"), store.attempts("r")
-        seen.extend(find_progress(record, attempts, 0, names) for names in ((), ("first", "second")))
-        return {"text": state.text}
-
-    nodes = [node(one, looks) for one in ("first", "second")]
-    assert (await runner_on(store).run(nodes, Note(), run_id="r")).ok
-    assert [(one.at, one.label) for one in seen] == [
-        ("0", "first node"),
-        ("0", "first"),
-        ("1", "next node"),
-        ("1", "second"),
-    ]
-
-
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("way", ["parallel", "map"])
 async def test_a_group_does_not_mix_two_inputs(store: Any, way: str, inside: bool) -> None:
@@ -468,23 +435,6 @@ async def test_a_group_does_not_mix_two_inputs(store: Any, way: str, inside: boo
     assert calls == (["item b1"] if way == "map" else ["b 1"])
 
 
-async def test_the_history_tells_the_keys(store: Any) -> None:
-    """What a store tells of an attempt has the idempotency key its function saw, in plain code and nodes."""
-    world = World()
-    ctx = context_on(store)
-
-    async def outer(state: Note) -> Any:
-        await world.call("outer", state)
-        return {"text": await world.ask("inner", "i")}
-
-    async with ctx:
-        await asyncio.gather(world.ask("a", "1", ctx), world.ask("a", "2", ctx))
-        await execute_step("outer", outer, Note(text="o"), ctx)
-    events = {a.idempotency_key("r", 1) for a in store.attempts("r")}
-    assert events == set.union(*world.keys.values())
-    assert len(events) == 4
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", SHARED)
@@ -518,39 +468,6 @@ def test_steps_are_shown_with_what_is_inside_of_them() -> None:
     order = ["", "z#0", "z#0.0", "z#0.1", "z#0.10", "a#0", "a#0.x#0", "a#1"]
     events = [at(branch, started) for started, branch in enumerate(order)]
     assert [one.branch for one in in_order(reversed(events))] == order
-
-
-def test_any_text_may_be_the_id_of_a_step() -> None:
-    """Identities of two steps are never the same, and no id reads as an index of a child."""
-    calls = StepCalls()
-    ids = [
-        "a",
-        "a.b",
-        "a#0",
-        "1",
-        "0:a",
-        "1/a",
-        "1-0/a",
-        "a@1",
-        "*",
-        "é",
-        "🙂",
-        "\n",
-        "~",
-        "x" * 3000,
-        "%2E",
-        ".",
-    ]
-
-    async def all_of_them() -> list[str]:
-        return [calls.next(calls.scope(), one).text for one in ids for _ in range(2)]
-
-    texts = asyncio.run(all_of_them())
-    assert len(set(texts)) == 2 * len(ids)
-    for text in texts:
-        assert "." not in text
-        assert is_called(text)
-        assert child_indexes(f"3.4.{text}.5") == [3, 4]
 
 
 @pytest.mark.core

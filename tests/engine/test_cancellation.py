@@ -4,7 +4,6 @@ import asyncio
 import contextvars
 import gc
 import sys
-import types
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from tests.kit import (
     Two,
     cancel_after,
     context_of,
+    failing_with,
     forever,
     node,
     quick,
@@ -122,28 +122,11 @@ async def test_plain_code_that_is_cancelled_while_its_end_is_kept() -> None:
     assert run.status == "COMPLETED"
 
 
-async def test_plain_code_that_is_closed() -> None:
-    """``async with ctx:`` whose code is closed awaits nothing any more."""
-
-    @types.coroutine
-    def pause() -> Any:
-        yield
-
-    async def plain() -> None:
-        async with context() as ctx:
-            await execute_step("a", same, Num(), ctx)
-            await pause()
-
-    code = plain()
-    code.send(None)
-    code.close()
-
-
 store = store_fixture(*IN_PROCESS)
 
 
 @pytest.mark.core
-async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
+async def test_closing_the_coroutine_of_a_run(store: Any, caplog: pytest.LogCaptureFixture) -> None:
     """A coroutine of run() closed in a node runs hooks to their first await; the run can be resumed."""
     inside = [False]
     closed: list[str] = []
@@ -165,7 +148,8 @@ async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
     nodes = [node("a", returning({"a": 1}), output=One), node("b", b, One, Two)]
     runner = quick_without_retries(store=store, run_id="o", node_timeouts={"b": 60_000})
     hooks = NodeHooks(on_node_cancelled=watch, on_run_end=watch)
-    run = runner.with_hooks(hooks).run(nodes, Num())
+    broken = NodeHooks(on_node_cancelled=failing_with(ValueError, "no"))
+    run = runner.with_hooks([hooks, broken]).run(nodes, Num())
     awaited = run.send(None)
     while not inside[0]:
         if awaited is not None:
@@ -174,6 +158,7 @@ async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
         awaited = run.send(None)
     run.close()
     assert closed == ["b", "hook", "hook"]
+    assert "raised for node 'b' of run 'o'" in caplog.text
     assert current_node_or_none() is None
     result = await quick_without_retries(store=store, run_id="o").run(nodes, Num(), resume=True)
     assert result.status is RunStatus.RESUMED, result.failure

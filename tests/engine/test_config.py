@@ -2,30 +2,21 @@
 
 import asyncio
 import copy
-import dataclasses
 import pickle
-import warnings
 from typing import Any
 
 import pytest
-from tests.kit import Num, context_on
+from tests.kit import Num
 
 from stroma import (
-    AsyncInMemoryStore,
-    CheckpointManager,
-    ContractRegistry,
     ExecutionBudget,
     FailureClass,
-    FailurePolicy,
     FallbackPolicy,
     NodeHooks,
     RunConfig,
     StromaRunner,
-    current_run,
     default_policy_map,
 )
-from stroma.engine.config import default_config
-from stroma.trace import RunStatus
 
 FIELDS = ("budget", "policy_map", "hooks", "classifiers", "model_fallbacks")
 EXPECTED: dict[str, Any] = {
@@ -76,19 +67,6 @@ def test_a_default_is_its_configs_own(field: str, make: Any) -> None:
     assert RunConfig.model_fields[field].get_default(call_default_factory=True) == EXPECTED[field]
 
 
-@EACH
-def test_a_field_that_is_set_is_what_was_set(field: str) -> None:
-    """Given or assigned, the very object; and it counts as given."""
-    value = copy.deepcopy(EXPECTED[field])
-    argument, assigned = RunConfig(**{field: value}), RunConfig()
-    assert argument.model_fields_set == {field}
-    setattr(assigned, field, value)
-    assert getattr(assigned, field) is value
-    assert assigned.model_fields_set == {field}
-    if field not in ("policy_map", "model_fallbacks"):  # Validation copies dicts and lists.
-        assert getattr(argument, field) is value
-
-
 @pytest.mark.parametrize("is_read", [False, True])
 @pytest.mark.parametrize(
     "twin",
@@ -118,61 +96,6 @@ def test_copies_are_equal_and_shown_alike(twin: Any, *, is_read: bool) -> None:
     assert RunConfig().policy_map == EXPECTED["policy_map"]
 
 
-def test_a_subclass_is_a_config() -> None:
-    """With fields of its own, and with another default for one of ours: no warning, and each has its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-
-        class Ours(RunConfig):
-            team: str = "core"
-
-        class Placed(RunConfig):
-            region: str
-
-        class Strict(RunConfig):
-            budget: ExecutionBudget = ExecutionBudget(max_tokens_total=7)
-
-    assert Ours().budget == EXPECTED["budget"]
-    assert Ours().policy_map is not Ours().policy_map
-    change("budget", Ours().budget)
-    assert Ours(team="x").budget == EXPECTED["budget"]
-    assert Strict().budget.max_tokens_total == 7
-    assert Strict().policy_map == EXPECTED["policy_map"]
-    with pytest.raises(ValueError, match="region"):
-        Placed()
-
-
-@pytest.mark.core
-def test_a_run_has_what_its_config_has() -> None:
-    """A context's budget, policies and hooks are its config's own objects, asked for on either side first."""
-    for first in ("config", "context"):
-        config = RunConfig()
-        ctx = context_on(AsyncInMemoryStore(), config)
-        for field in FIELDS:
-            sides = {"config": config, "context": ctx}
-            before = getattr(sides[first], field)
-            assert getattr(ctx, field) is getattr(config, field) is before
-        assert {field.name for field in dataclasses.fields(ctx)} >= set(FIELDS)
-
-
-async def test_a_policy_that_is_changed_in_a_run_holds_in_that_run_alone() -> None:
-    """Of a run whose config said nothing; the run after it goes by the defaults."""
-    calls: list[str] = []
-
-    async def node(state: Num) -> dict[str, int]:
-        run = current_run()
-        if not calls:
-            for side in (run.policy_map, run.config.policy_map):
-                side[FailureClass.AMBIGUOUS] = FailurePolicy(max_retries=4, backoff_seconds=0)
-        calls.append(run.run_id)
-        raise ValueError("no")
-
-    runner = StromaRunner(ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
-    result = await runner.run([runner.node("n", input=Num, output=Num)(node)], Num())
-    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 5)
-    assert RunConfig().policy_map == EXPECTED["policy_map"]
-
-
 async def test_hooks_that_are_set_on_a_default_are_called() -> None:
     """Before the run; and never those of another runner."""
     events: list[str] = []
@@ -192,15 +115,3 @@ async def test_hooks_that_are_set_on_a_default_are_called() -> None:
 
 async def _same(state: Num) -> Num:
     return state
-
-
-def test_a_runner_without_a_config_has_the_default_config() -> None:
-    """A runner without a config goes by ``RunConfig()``, with containers of its own."""
-    one, other = default_config(), default_config()
-    assert one.model_copy(update={"run_id": "a"}) == RunConfig().model_copy(update={"run_id": "a"})
-    assert list(vars(one)) == list(vars(RunConfig()))
-    assert one.run_id != other.run_id
-    assert one.policy_map is not other.policy_map
-    assert one.context is not other.context
-    assert one.hooks is not other.hooks
-    assert not one.model_fields_set

@@ -95,9 +95,7 @@ ALL = [
     "die_at",
     [
         ("failure", "flaky"),
-        ("success", "flaky"),
         ("success", "left"),
-        ("success", "item"),
         ("success", "parallel(left, right)"),
         None,
     ],

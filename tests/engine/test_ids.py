@@ -2,16 +2,14 @@
 
 import copy
 import re
-import sys
-import threading
 from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, Num, One, node, noting, quick, quick_without_retries
+from tests.kit import TWICE, Num, One, node, quick_without_retries
 from tests.shared_stores import IN_PROCESS
 
-from stroma import NodeHooks, Pipeline, RunConfig, RunStatus, current_node, parallel
+from stroma import Pipeline, RunConfig, RunStatus, current_node, parallel
 
 
 async def test_a_copy_of_a_config_takes_the_same_generated_id() -> None:
@@ -29,23 +27,6 @@ def test_a_pipeline_has_a_name_that_stores_can_keep(name: Any) -> None:
         Pipeline(name, [])
     with pytest.raises(ValueError, match="pipeline"):
         RunConfig(pipeline=name)
-
-
-@pytest.mark.core
-async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
-    """A list is named by RunConfig(pipeline=...), a Pipeline by its own name, for hooks and nodes."""
-    names: list[str] = []
-
-    start = noting(names, lambda run_id, pipeline, state: pipeline)
-
-    async def func(state: Num) -> Any:
-        names.append(current_node().pipeline)
-        return state
-
-    runner = quick(pipeline="orders", hooks=NodeHooks(on_run_start=start))
-    await runner.run([node("a", func)], Num())
-    await runner.run(Pipeline("returns", [node("a", func)]), Num())
-    assert names == ["orders", "orders", "returns", "returns"]
 
 
 store = store_fixture(*IN_PROCESS)
@@ -101,28 +82,3 @@ async def test_an_idempotency_key_stays_on_retry_and_resume(store: Any) -> None:
     assert (await runner.run(nodes, Num(), resume=True)).final_state == One(a=1)
     assert len(keys) == 5
     assert len(set(keys)) == 1
-
-
-def test_generated_ids_are_unique_across_threads() -> None:
-    """No two threads get the same generated run id, of a config or of its copies."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for _ in range(100):
-            config = RunConfig()
-            copies = [config, config.model_copy(), config.model_copy(), copy.copy(config)]
-            barrier = threading.Barrier(len(copies))
-            got: list[str] = []
-
-            def take(config: RunConfig, barrier: threading.Barrier = barrier, got: list[str] = got) -> None:
-                barrier.wait()
-                got.append(config.take_run_id())
-
-            threads = [threading.Thread(target=take, args=(each,)) for each in copies]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            assert len(set(got)) == len(copies)
-    finally:
-        sys.setswitchinterval(interval)

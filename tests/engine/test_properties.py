@@ -8,18 +8,16 @@ import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
-from typing import Annotated, Any, Literal
-from uuid import UUID
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, RootModel, create_model
-from tests.contracts.values import Colour, Level, Word, anything, same, texts
-from tests.contracts.values import datetimes as moments
+from pydantic import BaseModel, create_model
+from tests.contracts import test_schemas
+from tests.contracts.values import anything, same, texts
 from tests.fixtures import store_fixture
-from tests.kit import ONCE, Num, bare, node, noting
+from tests.kit import ONCE, Num, bare, node, noting, words
 from tests.shared_stores import LOCAL
 from tests.tiers import examples
 
@@ -585,6 +583,9 @@ def test_an_event_more_or_less_is_one_line(history: list[TraceEvent], new: Trace
     assert line.endswith(f"(occurrence {repeats})") == (repeats > 1)
 
 
+# ---------------------------------------------------------------------- hooks
+
+
 @examples(100)
 @given(history=histories, where=st.integers(0, 4))
 def test_a_changed_order_is_one_line(history: list[TraceEvent], where: int) -> None:
@@ -596,8 +597,6 @@ def test_a_changed_order_is_one_line(history: list[TraceEvent], where: int) -> N
     (line,) = _differ(_trace(history), _trace(swapped))
     assert line.startswith("Difference for order")
 
-
-# ---------------------------------------------------------------------- hooks
 
 STARTS, ENDS = ("on_node_start",), ("on_node_success", "on_node_failure", "on_node_cancelled")
 #: What one call of a node does: how it ends, how often it suspends before.
@@ -824,91 +823,7 @@ def test_hooks_are_ordered_nested_and_paired(
 # ---------------------------------------------------------------------- stores
 
 
-class Leaf(BaseModel):
-    when: dt.datetime
-    ratio: float
-
-
-class Aliased(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    first: str = Field(alias="First-Name")
-    second: int = Field(validation_alias=AliasChoices("b", "B"))
-
-
-class Cat(BaseModel):
-    kind: Literal["cat"] = "cat"
-    lives: int
-
-
-class Dog(BaseModel):
-    kind: Literal["dog"] = "dog"
-    leaf: Leaf | None = None
-
-
-class Everything(BaseModel):
-    text: str
-    whole: int
-    real: float
-    raw: bytes
-    money: Annotated[Decimal, Field(allow_inf_nan=True)]
-    key: UUID
-    when: dt.datetime
-    span: dt.timedelta
-    colour: Colour
-    level: Level
-    word: Word
-    leaves: list[Leaf]
-    named: dict[str, Aliased]
-    pets: list[Annotated[Cat | Dog, Field(discriminator="kind")]]
-    both: tuple[int, bytes]
-    unique: frozenset[str]
-    anything: Any
-
-
-class Root(RootModel[dict[str, Any]]):
-    pass
-
-
-class Small(BaseModel):
-    text: str = ""
-    whole: int = 0
-    real: float = 0.0
-
-
-wholes = st.integers() | st.sampled_from([2**63, -(2**63) - 1, 10**400])
-reals = st.floats() | st.sampled_from([math.nan, math.inf, -math.inf, -0.0, 5e-324])
-leaf_models = st.builds(Leaf, when=moments, ratio=reals)
-alias_models = st.builds(
-    lambda a, b, x: Aliased.model_validate({"First-Name": a, "b": b, "extra": x}), texts, wholes, anything
-)
-everything = st.builds(
-    Everything,
-    text=texts,
-    whole=wholes,
-    real=reals,
-    raw=st.binary(max_size=5),
-    money=st.decimals(allow_nan=False),
-    key=st.uuids(),
-    when=moments,
-    span=st.timedeltas(dt.timedelta(-9999), dt.timedelta(9999)),
-    colour=st.sampled_from(Colour),
-    level=st.sampled_from(Level),
-    word=st.sampled_from(Word),
-    leaves=st.lists(leaf_models, max_size=2),
-    named=st.dictionaries(texts, alias_models, max_size=2),
-    pets=st.lists(st.builds(Cat, lives=wholes) | st.builds(Dog, leaf=st.none() | leaf_models), max_size=2),
-    both=st.tuples(wholes, st.binary(max_size=3)),
-    unique=st.frozensets(texts, max_size=2),
-    anything=anything,
-)
-models: st.SearchStrategy[BaseModel] = st.one_of(
-    everything,
-    st.dictionaries(texts, anything, max_size=3).map(Root),
-    st.builds(Small, text=texts, whole=wholes, real=reals),
-    alias_models,
-)
-
-
+models = test_schemas.trees | anything.map(lambda value: test_schemas.Loose(value=value))
 store = store_fixture(*LOCAL, "sqlite")
 
 
@@ -960,47 +875,7 @@ nasty = st.text(
     | st.sampled_from(list(":/\\*%_?#[]{}|'\";,. \n\r\t-aA")),
     min_size=1,
     max_size=5,
-) | st.sampled_from(
-    [
-        "a:b",
-        "a",
-        "b",
-        "a:",
-        ":b",
-        "é",
-        "é",
-        "A",
-        " a",
-        "a ",
-        "a%",
-        "a_",
-        "..",
-        "🙂",
-        "1",
-        "-1",
-        "0",
-        "x" * 3000,
-    ]
-)
-
-
-@examples(25)
-@given(pairs=st.lists(st.tuples(nasty, nasty), min_size=2, max_size=8, unique=True))
-async def test_pairs_of_ids_never_collide(store: Any, pairs: list[tuple[str, str]]) -> None:
-    """Ids of any characters: one (run, node) pair never finds or deletes another's state."""
-    manager = CheckpointManager(store)
-    for run_id, _ in pairs:
-        await manager.clear(run_id)
-    for i, (run_id, node_id) in enumerate(pairs):
-        await manager.checkpoint(run_id, node_id, Num(n=i))
-    for i, (run_id, node_id) in enumerate(pairs):
-        assert await manager.resume(run_id, node_id, Num) == Num(n=i)
-    gone = pairs[0][0]
-    await manager.clear(gone)
-    for i, (run_id, node_id) in enumerate(pairs):
-        assert await manager.resume(run_id, node_id, Num) == (None if run_id == gone else Num(n=i))
-    for run_id, _ in pairs:
-        await manager.clear(run_id)
+) | st.sampled_from([" a", "a ", "x" * 3000, *words("a:b a b a: :b é é A a% a_ .. 🙂 -1 0")])
 
 
 @examples(15)

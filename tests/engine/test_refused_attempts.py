@@ -4,12 +4,11 @@ import asyncio
 from typing import Any
 
 from tests.engine.event_log import counted
-from tests.kit import NEVER, ONCE, Num, Positive, cancel, cancel_after, node, noting, stuck
+from tests.kit import ONCE, Num, Positive, cancel_after, noting
 
 from stroma import (
     AsyncInMemoryStore,
     ExecutionBudget,
-    Limit,
     NodeHooks,
     RunStatus,
     SharedBudget,
@@ -69,34 +68,6 @@ async def test_a_classifier_is_told_where_it_is_asked() -> None:
     ]
 
 
-async def test_a_refusal_keeps_its_own_cause() -> None:
-    """The store's error causes the refusal; without one it is the failure of the attempt before."""
-    disk = OSError("disk")
-    requests: list[int] = []
-
-    class Down(AsyncInMemoryStore):
-        def __init__(self, cause: BaseException | None) -> None:
-            super().__init__()
-            self.cause = cause
-
-        async def change_cell(self, name: str, change: Any) -> Any:
-            requests.append(1)
-            if len(requests) > 2:  # The first attempt asks, and says what it took.
-                raise StoreError("down") from self.cause
-            return await super().change_cell(name, change)
-
-    down = ConnectionError("down")
-    for cause, report in ((disk, disk), (None, down)):
-        requests.clear()
-        shared = SharedBudget(f"held-{report}", max_tokens=10, store=Down(cause), reserve_tokens=1)
-        runner = StromaRunner.quick(shared_budgets=shared, policy_map=ONCE)
-        result = await runner.run([counted([], "a", down)], Num())
-        error = result.failure.exception
-        assert isinstance(error, StoreError)
-        assert error.__cause__ is report
-        assert (result.failure.attempt, result.status) == (2, RunStatus.PARTIAL)
-
-
 async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> None:
     """What the attempt took is counted and its output kept, and the next node is not called."""
     started, calls, settled = asyncio.Event(), list[str](), list[int]()
@@ -119,21 +90,3 @@ async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> N
     state = await shared.state()
     assert (state.spent_tokens, state.reserved_tokens) == (7, 0)
     assert [(row.outcome, row.output) for row in store.attempts("r")] == [("success", b'{"n":1}')]
-
-
-async def test_a_cancelled_attempt_gives_its_place_back() -> None:
-    """Under a limit of one at once the next attempt begins when the one before was cancelled or failed."""
-    limits = {"held-one": Limit(concurrent=1)}
-    started = asyncio.Event()
-
-    def runner() -> StromaRunner:
-        return StromaRunner.quick(policy_map=NEVER, limits=limits, node_limits={"a": "held-one"})
-
-    task = asyncio.create_task(runner().run([node("a", stuck(started))], Num()))
-    await started.wait()
-    waiting = asyncio.create_task(runner().run([counted([], "a", ValueError("no"))], Num()))
-    await asyncio.sleep(0)
-    assert not waiting.done()
-    await cancel(task)
-    assert (await waiting).status is RunStatus.PARTIAL
-    assert (await runner().run([counted([], "a", {"n": 1})], Num())).status is RunStatus.COMPLETED

@@ -9,7 +9,6 @@ import pytest
 from pydantic import BaseModel, SecretStr, ValidationError
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, THRICE, Num, SimpleStore, failing_with, node
-from tests.kit import Many as Items
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -25,14 +24,11 @@ from stroma import (
     StromaRunner,
     Suspend,
     current_node,
-    map_over,
     parallel,
     stroma_flow,
     stroma_node,
 )
 from stroma.testing import RecordedRun
-
-ITEMS = Items(items=[Num(n=1), Num(n=2), Num(n=3)])
 
 
 class Approval(BaseModel):
@@ -159,19 +155,6 @@ async def test_of_two_answers_one_counts(store: Any) -> None:
     assert [answer.approved for answer in desk.answers] == [report[0] is None]
 
 
-async def test_a_sync_node_waits_too(store: Any) -> None:
-    """A plain def may raise Suspend, and finds its answer."""
-
-    def ask(state: Num) -> dict[str, Any]:
-        return {"n": int(current_node().wait_for(Approval, reason="well?").approved)}
-
-    nodes = [node("ask", ask)]
-    result = await runner(store).run(nodes, Num())
-    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["well?"])
-    await runner(store).signal("r", {"approved": True})
-    assert (await runner(store, resume=True).run(nodes, Num())).final_state == Num(n=1)
-
-
 async def test_an_answer_is_for_one_question(store: Any) -> None:
     """A node that asks a second question does not get the answer to its first one: it fails for good."""
     transfers: list[str] = []
@@ -232,26 +215,6 @@ async def test_children_of_a_group_wait(store: Any) -> None:
     assert calls == ["x", "y", "z", "x", "z"]
 
 
-async def test_items_wait(store: Any) -> None:
-    """Items of map_over wait each on its own, each with a question of its own."""
-
-    async def item(state: Num) -> Any:
-        here = current_node()
-        if state.n % 2:
-            return {"n": 100 * state.n + int(here.wait_for(Approval, reason=f"{state.n}?").approved)}
-        return {"n": state.n}
-
-    nodes = [map_over("items", node("item", item), into="done")]
-    result = await runner(store).run(nodes, ITEMS)
-    assert result.status is RunStatus.SUSPENDED
-    await runner(store).signal("r", {"approved": True}, question=result.questions[0].id)
-    result = await runner(store, resume=True).run(nodes, ITEMS)
-    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["3?"])
-    await runner(store).signal("r", {"approved": False})
-    result = await runner(store, resume=True).run(nodes, ITEMS)
-    assert [instance.n for instance in result.final_state.done] == [101, 2, 300]
-
-
 async def test_a_failure_beats_a_question(store: Any) -> None:
     """A group in which one child waits and another stops for good fails."""
 
@@ -292,25 +255,6 @@ async def test_an_answer_belongs_to_its_execution(store: Any) -> None:
     await runner(store).signal("r", {"approved": True})
     result = await runner(store).run(desk.nodes, Num(), resume_from="ask")
     assert result.status is RunStatus.SUSPENDED
-
-
-async def test_attaching_to_a_run_that_waits(store: Any) -> None:
-    """Whoever attaches to a run that is suspended meanwhile is told what it waits for; that is no failure."""
-    inside, gate = asyncio.Event(), asyncio.Event()
-
-    async def ask(state: Num) -> Any:
-        inside.set()
-        await gate.wait()
-        raise Suspend("may I?")
-
-    nodes = [node("ask", ask)]
-    held = asyncio.create_task(runner(store).run(nodes, Num()))
-    await inside.wait()
-    attached = asyncio.create_task(runner(store, if_running="attach").run(nodes, Num()))
-    await asyncio.sleep(0.05)
-    gate.set()
-    for result in (await held, await attached):
-        assert (result.status, result.failure, result.suspended) == (RunStatus.SUSPENDED, None, ["may I?"])
 
 
 async def test_answered_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,12 @@ import pytest
 from tests.kit import Num, failing_with, node, quick, quick_without_retries, sleep_forever
 
 from stroma import (
-    BudgetExceeded,
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
     NodeHooks,
     NodeTimeout,
     RunStatus,
-    StromaRunner,
     current_node,
     parallel,
 )
@@ -34,24 +32,6 @@ async def test_a_child_is_not_tried_again_once_the_latency_is_spent() -> None:
     result = await runner.run([parallel(node("slow", sleep_forever), node("failing", failing))], Num())
     assert (result.status, calls) == (RunStatus.PARTIAL, ["failing"])
     assert result.failure.reason == "budget"
-
-
-async def test_the_deadline_of_a_child_counts_the_work_of_its_group() -> None:
-    """A child that is cut off by max_latency_ms says what the run had used, and not what it had itself."""
-
-    async def slow(state: Num) -> Num:
-        await asyncio.sleep(0.1 if "first" not in seen else 3600)
-        seen.append("first")
-        return state
-
-    seen: list[str] = []
-    one_by_one = parallel(node("a", slow), node("b", slow), max_concurrency=1)
-    result = await StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=300)).run([one_by_one], Num())
-    error = result.failure.exception
-    assert isinstance(error, BudgetExceeded)
-    assert (error.dimension, error.node_id, result.status) == ("latency", "b", "PARTIAL")
-    # What it had itself is less than the limit, and would be told as just that.
-    assert float(error.actual) > 300
 
 
 async def test_limits_of_any_size() -> None:
@@ -81,22 +61,6 @@ async def test_limits_of_any_size() -> None:
     runner = quick(budget=budget, hooks=hooks, hook_timeout_ms=largest, node_timeouts={"a": largest})
     result = await runner.run([parallel(node("a", func))], Num())
     result.raise_for_status()
-
-
-@pytest.mark.core
-async def test_a_node_is_cut_off_when_the_latency_is_spent() -> None:
-    """The latency budget is a deadline for the function in flight, which then fails for the budget."""
-    finished: list[str] = []
-
-    async def func(state: Num) -> Any:
-        await asyncio.sleep(1)
-        finished.append("node")
-        return {"n": 1}
-
-    result = await quick(budget=ExecutionBudget(max_latency_ms=30)).run([node("a", func)], Num())
-    assert (result.status, finished) == (RunStatus.PARTIAL, [])
-    assert isinstance(result.failure.exception, BudgetExceeded)
-    assert result.failure.exception.dimension == "latency"
 
 
 @pytest.mark.parametrize(

@@ -29,33 +29,6 @@ def quick(**config: Any) -> StromaRunner:
     return StromaRunner.quick(policy_map=ONCE, **config)
 
 
-async def test_the_ended_attempt_is_told_by_current_node() -> None:
-    """An end hook finds outcome, duration and reason of its attempt; a start hook not those of the last."""
-    seen: list[Any] = []
-
-    async def note(*arguments: Any) -> None:
-        node = current_node()
-        seen.append((node.attempt, node.outcome, node.reason, node.duration_ms is not None))
-
-    runner = quick(hooks=NodeHooks(on_node_start=note, on_node_success=note, on_node_failure=note))
-
-    @runner.node("flaky", input=Num, output=Num)
-    async def flaky(state: Num) -> Num:
-        if current_node().attempt == 1:
-            raise ConnectionError("gone")
-        await asyncio.sleep(0.002)
-        return state
-
-    result = await runner.run([flaky], Num())
-    assert result.status is RunStatus.COMPLETED
-    assert seen == [
-        (1, None, None, False),
-        (1, "failure", "connection", True),
-        (2, None, None, False),
-        (2, "success", None, True),
-    ]
-
-
 @pytest.mark.core
 @pytest.mark.parametrize(
     "ending", ["success", "failure", "suspended", "cancelled", "backoff", "refused", "closed"]
