@@ -41,6 +41,13 @@ async def test_a_validator_cannot_change_the_state_it_reads() -> None:
     assert (result.final_state, initial.__dict__) == (Num(n=2), {"n": 1})
 
 
+async def test_a_violation_may_have_errors_of_any_kind() -> None:
+    """The text of a violation that was made by hand shows whatever its errors are."""
+    assert str(ContractViolation("a", "input", {}, ["too long", {"msg": "bad"}])) == (
+        "Contract violation for 'a' (input): too long; bad"
+    )
+
+
 async def test_the_repr_of_a_violation_has_no_values() -> None:
     """The repr of a result, which a log may have, shows no value of an output that broke its contract."""
 

@@ -31,7 +31,7 @@ from stroma import (
 )
 from stroma.adapters import RunCancelled
 from stroma.checkpoint import AttemptRecord
-from stroma.checkpoint.history.bars import in_order
+from stroma.checkpoint.history.bars import find_progress, in_order
 from stroma.engine.lifecycle import open_run
 
 AT_ONCE = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
@@ -373,6 +373,25 @@ async def test_an_answer_is_given_to_the_step_that_asked(store: Any) -> None:
         result = await execute_step("asks", asks, Note(), again)
     assert got == [None]
     assert result.final_state.text == "yes"
+
+
+async def test_the_step_in_progress_follows_the_last_that_ended(store: Any) -> None:
+    """Views of a run at work name the node after the last that ended, with its name if it is known."""
+    seen: list[Any] = []
+
+    async def looks(state: Note) -> Any:
+        record, attempts = store.get_run("r"), store.attempts("r")
+        seen.extend(find_progress(record, attempts, 0, names) for names in ((), ("first", "second")))
+        return {"text": state.text}
+
+    nodes = [node(one, looks) for one in ("first", "second")]
+    assert (await runner_on(store).run(nodes, Note(), run_id="r")).ok
+    assert [(one.at, one.label) for one in seen] == [
+        ("0", "first node"),
+        ("0", "first"),
+        ("1", "next node"),
+        ("1", "second"),
+    ]
 
 
 @pytest.mark.parametrize("inside", [False, True])

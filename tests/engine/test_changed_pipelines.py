@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict, RootModel, create_model
 from tests.fixtures import store_fixture
 from tests.kit import (
     NEVER,
@@ -16,6 +16,7 @@ from tests.kit import (
     Three,
     Two,
     bare,
+    fail,
     node,
     quick,
     quick_without_retries,
@@ -31,6 +32,7 @@ from stroma import (
     PipelineChanged,
     RunStatus,
     SQLiteStore,
+    StoreError,
     map_over,
     parallel,
 )
@@ -101,6 +103,18 @@ async def test_a_run_whose_input_no_longer_fits_is_not_recovered(tmp_path: Path)
         outcomes = await quick_without_retries(store=store).recover(Pipeline("p", [node("a", same, Wanted)]))
     assert isinstance(outcomes["s"], PipelineChanged)
     assert set(outcomes) == {"r", "s"}
+
+
+async def test_an_output_of_another_kind_is_a_changed_pipeline() -> None:
+    """PipelineChanged says so where a root model stands for a record, or the other way round."""
+    store = AsyncInMemoryStore()
+
+    runner = quick_without_retries(store=store)
+    nodes = [node("a", returning([1]), output=RootModel[list[int]]), node("b", fail, RootModel[list[int]])]
+    await runner.run(nodes, Num(), run_id="r")
+    changed = [node("a", same), node("b", same)]
+    with pytest.raises(StoreError, match="another kind of value"):
+        await runner.run(changed, Num(), run_id="r", resume=True)
 
 
 store = store_fixture("async-memory", "sqlite")

@@ -257,6 +257,25 @@ async def test_an_answer_belongs_to_its_execution(store: Any) -> None:
     assert result.status is RunStatus.SUSPENDED
 
 
+async def test_attaching_to_a_run_that_waits(store: Any) -> None:
+    """Whoever attaches to a run that is suspended meanwhile is told what it waits for; that is no failure."""
+    inside, gate = asyncio.Event(), asyncio.Event()
+
+    async def ask(state: Num) -> Any:
+        inside.set()
+        await gate.wait()
+        raise Suspend("may I?")
+
+    nodes = [node("ask", ask)]
+    held = asyncio.create_task(runner(store).run(nodes, Num()))
+    await inside.wait()
+    attached = asyncio.create_task(runner(store, if_running="attach").run(nodes, Num()))
+    await asyncio.sleep(0.05)
+    gate.set()
+    for result in (await held, await attached):
+        assert (result.status, result.failure, result.suspended) == (RunStatus.SUSPENDED, None, ["may I?"])
+
+
 async def test_answered_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """G11: The class of an answer is looked up and never imported."""
     desk = Desk()

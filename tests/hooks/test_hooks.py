@@ -690,6 +690,16 @@ async def test_redact_that_fails(wrong: str, seen: Recorder, caplog: pytest.LogC
     assert "12345" not in caplog.text
 
 
+async def test_an_interrupt_in_redact_is_one() -> None:
+    """KeyboardInterrupt in redact comes out of run(), and hides no state instead."""
+    with pytest.raises(KeyboardInterrupt):
+        await quick(Recorder(), redact=raises_interrupt).run([plus], State())
+
+
+def raises_interrupt(_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
 # ---------------------------------------------------------------------- the node's own task
 
 mark: contextvars.ContextVar[str] = contextvars.ContextVar("mark", default="unset")
