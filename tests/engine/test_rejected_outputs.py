@@ -3,6 +3,7 @@
 import asyncio
 import json
 import pickle
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,20 @@ class Hostile:
         raise RuntimeError("no class")
 
 
+class Endless(Mapping[str, Any]):
+    def __getitem__(self, key: str) -> Any:
+        return self
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, iter(int, 1))
+
+    def __len__(self) -> int:
+        raise RuntimeError("no length")
+
+    def items(self) -> Any:
+        return ((str(n), self) for n in iter(int, 1))
+
+
 class Meta(type):
     @property
     def __name__(cls) -> str:  # type: ignore[override]
@@ -329,6 +344,13 @@ def test_a_copy_is_within_its_limit(value: Any, limit: int) -> None:
 def copy_of_copy(value: Any, limit: int) -> Any:
     copy = BoundedCopy(10 * limit)
     return copy.copy(value)
+
+
+def test_an_endless_value_is_cut() -> None:
+    """A copy reads no more of a value than it holds."""
+    copy = BoundedCopy(1000)
+    assert len(json.dumps(copy.copy(Endless()), separators=(",", ":"))) <= 1000
+    assert copy.is_cut
 
 
 def test_the_newest_outputs_are_kept_in_memory() -> None:
