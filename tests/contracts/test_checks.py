@@ -30,6 +30,7 @@ from pydantic import (
     HttpUrl,
     InstanceOf,
     Json,
+    NaiveDatetime,
     PastDate,
     RootModel,
     SecretStr,
@@ -543,6 +544,13 @@ def test_an_instance_is_no_dict_where_its_class_is_named() -> None:
     wanted = model_of(dict[str, Street] | reader)
     assert kinds(model_of(Street), wanted) == [("warning", "undecidable", "x")]
     assert crosses(model_of(Street), wanted, x={"name": "a"})
+
+
+def test_a_date_is_a_time_without_a_zone() -> None:
+    """A date, or a datetime without a zone, may not be what a field with a zone accepts."""
+    for annotation in (dt.date, NaiveDatetime):
+        assert kinds(model_of(annotation), model_of(AwareDatetime)) == [("warning", "constraint", "x")]
+    fits(dt.date, dt.datetime, dt.date(2020, 1, 1))
 
 
 def test_recursive_models_come_to_an_end() -> None:

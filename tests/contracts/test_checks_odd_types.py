@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import enum
 import time
+import uuid
 import xml.etree.ElementTree as ElementTree
 from collections import deque
 from collections.abc import Collection, Hashable
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, ClassVar, Literal, Optional
 
 import pytest
 from pydantic import (
+    UUID1,
+    UUID4,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    InstanceOf,
     RootModel,
     create_model,
     model_validator,
@@ -218,6 +222,14 @@ async def test_what_always_works_is_not_told(value: Any, input_model: Any, outpu
     assert await works(model_of(value), model_of(input_model), {"x": output})
 
 
+async def test_uuids_have_versions() -> None:
+    """A UUID of another version, or of any version, may not be accepted."""
+    for annotation in (UUID4, uuid.UUID):
+        result = check(node("a", output_model=model_of(annotation)), node("b", model_of(UUID1)))
+        assert [(finding.severity, finding.kind) for finding in result] == [("warning", "constraint")]
+    assert not await works(model_of(UUID4), model_of(UUID1), {"x": uuid.uuid4()})
+
+
 @pytest.mark.core
 async def test_a_default_that_its_own_class_refuses_is_told() -> None:
     """A default is not validated, so the same class on both sides may refuse it."""
@@ -380,6 +392,42 @@ def test_the_class_of_the_input_must_be_one() -> None:
         StromaRunner.quick().check([node("a")], input_schema="Text")
 
 
+def test_values_that_cannot_be_told_break_no_check() -> None:
+    """Defaults, limits and members whose repr and comparisons raise end in verdicts all the same."""
+
+    class Hostile:
+        def __repr__(self) -> str:
+            raise RuntimeError("no")
+
+        __str__ = __repr__
+        __hash__: ClassVar[Any] = object.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            raise RuntimeError("no")
+
+    class Mood(enum.Enum):
+        GOOD = "good"
+
+        def __repr__(self) -> str:
+            raise RuntimeError("no")
+
+        __str__ = __repr__
+
+    classes = [
+        model_of(Mood),
+        model_of(Literal["a"]),
+        model_of(InstanceOf[Hostile]),
+        create_model("D", x=(int, Hostile())),
+        create_model("E", x=(Mood, Mood.GOOD)),
+        model_of(Annotated[int, Field(ge=5)]),
+    ]
+    for value in classes:
+        for input_model in classes:
+            assert all(
+                str(finding) for finding in check(node("a", output_model=value), node("b", input_model))
+            )
+
+
 def tangle(name: str, annotation: Any, size: int = 10) -> type[BaseModel]:
     """A class of which every class inside holds every other one."""
     namespace: dict[str, Any] = {}
@@ -403,3 +451,18 @@ def test_classes_that_hold_each_other_come_to_an_end(annotation: Any, severity: 
     assert {finding.severity for finding in result} == severity
     assert len(result) < 2000
     assert time.process_time() - started < 60  # Going all ways would take hours.
+
+
+def test_a_long_pipeline_is_checked_once_for_each_pair_of_classes() -> None:
+    """A thousand nodes of two classes compare these once, and tell of every place."""
+    wide = create_model("Wide", **{f"f{i}": (list[int] | None, ...) for i in range(5)})
+    narrow = create_model("Narrow", **{f"f{i}": (list[int], ...) for i in range(5)})
+    assert len(check(*(node(f"n{i}", narrow, wide) for i in range(1000)))) == 999 * 5
+
+
+async def test_the_same_node_twice_and_no_node_at_all() -> None:
+    """A node may stand anywhere, several times; nothing is found in nothing."""
+    again = node("again", Text, Text, {"text": ""})
+    assert check(again, again, again) == check() == []
+    one = node("one", output_model=create_model("N", n=(int, ...)), returned={"n": 1})
+    assert [(f.source_at, f.target_at) for f in check(one, again, one, again)] == [("0", "1"), ("2", "3")]

@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, RootModel
-from tests.kit import node, quick
+from pydantic import BaseModel, Field, RootModel
+from tests.kit import context_of, node, quick
 
-from stroma import AsyncInMemoryStore, NodeHooks
+from stroma import AsyncInMemoryStore, NodeContract, NodeHooks, StromaRunner, execute_step
 from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
 
 
 class Anything(RootModel[Any]):
     pass
+
+
+class Row(BaseModel):
+    id: int = Field(ge=0)
+    score: float
+    tags: list[str]
+
+
+class Rows(BaseModel):
+    n: int
+    rows: list[Row]
+
+
+class RowsToo(BaseModel):
+    n: int
+    rows: list[Row]
+
+
+class Dicts(BaseModel):
+    n: int
+    rows: list[dict[str, Any]]
+
+
+class DictsToo(BaseModel):
+    n: int
+    rows: list[dict[str, Any]]
+
+
+KINDS = [pytest.param(Rows, RowsToo, id="models"), pytest.param(Dicts, DictsToo, id="dicts")]
+
+
+PAIRS = pytest.mark.parametrize(("one", "two"), KINDS)
+
+
+def start(one: Any) -> Any:
+    return one(n=0, rows=[{"id": k, "score": k / 7, "tags": ["a"]} for k in range(3)])
+
+
+def plain(state: BaseModel) -> Any:
+    return json.loads(state.model_dump_json())
 
 
 @pytest.mark.core
@@ -41,6 +82,24 @@ async def test_what_a_node_keeps_of_its_output_is_not_what_hooks_see(root: Any) 
     result = await runner.run([node("a", work, Anything, Anything)], Anything(None))
     assert shown == [root if isinstance(root, dict) else {"root": root}]
     assert result.final_state == Anything(root)
+
+
+@pytest.mark.core
+@PAIRS
+async def test_plain_code_between_steps_may_change_the_state(one: Any, two: Any) -> None:
+    """What plain code does to the state that a step gave is what the next step gets."""
+    runner = StromaRunner.quick()
+    ctx = context_of(runner)
+
+    async def keep(state: Any) -> Any:
+        return {"n": 1, "rows": state.rows}
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=one, output_schema=one)
+    result = await execute_step("a", keep, start(one), ctx, contract=contract)
+    state = result.final_state
+    state.rows.pop()
+    again = await execute_step("a", keep, state, ctx, contract=contract)
+    assert plain(again.final_state)["rows"] == plain(start(one))["rows"][:2]
 
 
 @pytest.mark.parametrize("before", [0, 1, 4299, 4300, 9000])

@@ -11,12 +11,35 @@ from pydantic import BaseModel
 from tests.kit import bare
 
 from stroma import StromaRunner, parallel
+from stroma.contracts.copying import replicate
 from stroma.contracts.schema import schema_of
 
 
 class State(BaseModel):
     i: int = 0
     s: str = ""
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("run_id", ["", "a\0b", "\ud800"])
+async def test_an_illegal_run_id_is_refused_for_one_run(run_id: str) -> None:
+    """run(run_id=) takes what every store can keep, and leaves the runner's config alone."""
+    runner = StromaRunner.quick(tags=("kept",))
+    with pytest.raises(ValueError, match="run id"):
+        await runner.run([], State(), run_id=run_id)
+    result = await runner.run([], State(), run_id="mine")
+    assert result.run_id == "mine"
+    assert "run_id" not in runner.config.model_fields_set
+
+
+def test_a_stamped_copy_is_the_model_and_apart_from_it() -> None:
+    """A copy is equal, of the same class, and what is set on one is not seen on the other."""
+    model = State(i=3)
+    twin = replicate(model)
+    assert twin == model
+    assert twin.model_fields_set == {"i"}
+    twin.s = "changed"
+    assert (model.s, model.model_fields_set) == ("", {"i"})
 
 
 @pytest.mark.core

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -129,6 +130,18 @@ def test_an_id_belongs_to_one_function() -> None:
     StromaRunner.quick().node("a", input=Note, output=Num)(give_number)
 
 
+def test_a_flow_and_a_node_share_the_ids_of_a_runner() -> None:
+    """A node under the id of a flow is refused."""
+    runner = StromaRunner.quick()
+
+    @runner.flow("a")
+    async def body(flow: Flow, state: Note) -> Num:
+        return Num()
+
+    with pytest.raises(ValueError, match="node id 'a' belongs to"):
+        runner.node("a", input=Note, output=Note)(give_text)
+
+
 def test_a_module_that_runs_as_a_program_is_the_module_that_others_import() -> None:
     """``python nodes.py`` and ``import nodes`` define the same functions; a copy elsewhere is another."""
     runner = StromaRunner.quick()
@@ -143,6 +156,26 @@ def test_a_module_that_runs_as_a_program_is_the_module_that_others_import() -> N
         runner.node("a", input=Note, output=Note)(define(module, file))
     with pytest.raises(ValueError, match="node id 'a' belongs to"):
         runner.node("a", input=Note, output=Note)(define("others", "/a/others.py"))
+
+
+def test_objects_that_are_called_are_known_by_their_class() -> None:
+    """Partials are what they call, and instances are of one definition if they are of one class."""
+
+    class First:
+        def __call__(self, state: Note) -> Any: ...
+
+    class Second(First): ...
+
+    runner = StromaRunner.quick()
+    a, b = runner.node("a", input=Note, output=Note), runner.node("b", input=Note, output=Note)
+    for func in (partial(give_text), give_text, partial(partial(give_text))):
+        a(func)
+    for instance in (First(), First()):
+        b(instance)
+    with pytest.raises(ValueError, match="node id 'a' belongs to"):
+        a(partial(give_number))
+    with pytest.raises(ValueError, match="node id 'b' belongs to"):
+        b(Second())
 
 
 async def test_decorating_again_and_running_the_new_function_is_fine() -> None:
@@ -266,6 +299,20 @@ def starts(called: list[str]) -> Any:
     return on_run_start
 
 
+async def test_a_fork_under_an_unknown_id_leaves_no_run() -> None:
+    """The config of a fork is refused before the fork is stored."""
+    store = AsyncInMemoryStore()
+    runner = StromaRunner.quick(store=store, run_id="old")
+    extract = extract_node(runner)
+    await runner.run([extract], Note())
+    misspelt = StromaRunner(
+        runner.registry, runner.checkpoint_manager, RunConfig(node_timeouts={"extrct": 1})
+    )
+    with pytest.raises(ValueError, match="'extrct', which no node of pipeline 'pipeline' has"):
+        await misspelt.fork("old", [extract], at="extract", new_run_id="new")
+    assert [run.run_id for run in store.list_runs()] == ["old"]
+
+
 async def test_all_unknown_ids_are_named() -> None:
     """The error has a line for each id, also for one like no other and one of a pipeline's config."""
     runner = StromaRunner.quick()
@@ -312,6 +359,13 @@ async def test_ids_of_other_pipelines_are_known(caplog: pytest.LogCaptureFixture
         assert (await runner.run(nodes, Note())).status is RunStatus.COMPLETED
     (text,) = warnings_in(caplog)
     assert text.startswith("node_timeouts names 'parallel(x, y)', which no node of a run of 'pipeline' has; ")
+
+
+async def test_a_budget_may_name_nodes_of_other_processes() -> None:
+    """One known node is enough for a shared budget that names several."""
+    budget = SharedBudget("d", max_tokens=9, nodes=["extract", "elsewhere"], reserve_tokens={"extract": 1})
+    runner = StromaRunner.quick(shared_budgets=budget)
+    assert (await runner.run([extract_node(runner)], Note())).status is RunStatus.COMPLETED
 
 
 async def test_limits_that_no_node_uses_are_refused() -> None:

@@ -26,7 +26,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from tests.kit import Note
+from tests.kit import Note, returning
 from typing_extensions import TypeAliasType, TypedDict
 
 from stroma import (
@@ -143,6 +143,15 @@ def test_every_kind_of_fault_has_its_place(raw: Any, wrong: str, expected: str |
         assert expected in text.partition("What is expected")[2]
 
 
+@pytest.mark.parametrize("raw", ["no json", '{"lines', b"{", "3"])
+def test_the_exception_and_the_prompt_describe_a_text_in_the_same_words(raw: str | bytes) -> None:
+    """The message of a run says why a text is not the object that the contract needs, as the prompt does."""
+    violation = violation_of(Bill, raw)
+    message = str(violation).partition("(output): ")[2]
+    assert message.startswith("Input should be a JSON object; this is text")
+    assert f"- the whole: {message}. This came: " in violation.as_prompt()
+
+
 class Cat(BaseModel):
     kind: Literal["cat"]
     size: int
@@ -245,6 +254,12 @@ def test_what_came_stays_within_its_line(schema: type[BaseModel], raw: Any) -> N
     for line in lines:
         came = line.partition("This came: ")[2]
         assert not came.startswith('"') or came.endswith('"')
+
+
+def test_a_key_that_came_is_quoted() -> None:
+    """A key that is no plain name stands in quotes, where it is."""
+    text = prompt_of(Bill, {**GOOD, "tags": {"a b.c": "x"}})
+    assert 'tags["a b.c"]: Input should be a valid integer' in text
 
 
 @pytest.mark.core
@@ -577,6 +592,17 @@ async def test_a_rate_limit_does_not_lose_a_correction() -> None:
     assert messages[0] is None
     assert len(set(messages[1:])) == 1
     assert 'This came: "no json"' in (messages[3] or "")
+
+
+async def test_the_last_one_is_on_the_result() -> None:
+    """result.failure has it too, for the output and for the input."""
+    runner = StromaRunner.quick()
+    ask = runner.node("ask", input=Bill, output=Bill)(returning({}))
+    result = await runner.run([ask], Bill.model_validate(GOOD))
+    assert "- number: Field required. Nothing came there" in (result.failure.as_prompt() or "")
+    result = await runner.run([ask], Note(text="x"))
+    assert (result.failure.as_prompt() or "").startswith("The input was not accepted")
+    assert "What is expected" in (result.failure.as_prompt() or "")
 
 
 def test_what_no_model_can_mend_has_no_text() -> None:

@@ -97,6 +97,21 @@ class Loop(BaseModel):
     any: Any = None
 
 
+async def test_an_output_that_contains_itself_and_a_model() -> None:
+    """Output that contains itself is refused by validation, in its words, not by an endless walk."""
+
+    class Holder(BaseModel):
+        items: list[Num]
+
+    async def func(state: Num) -> Any:
+        items: list[Any] = []
+        items.append(items)
+        return {"items": items}
+
+    result = await quick_without_retries().run([node("a", func, output=Holder)], Num())
+    assert result.status is RunStatus.FAILED
+
+
 @dataclasses.dataclass
 class Doubling:
     n: int
@@ -165,6 +180,16 @@ async def test_only_values_of_fields_pass() -> None:
     await runner.run(nodes, Num())
     await runner.run(nodes, Num(), resume=True)
     assert seen == [("Ada", True, "none", False)] * 2
+
+
+@pytest.mark.parametrize("kind", [collections.deque[int], Any])
+def test_a_deque_comes_back_with_its_bound(kind: Any) -> None:
+    """The ``maxlen`` of a deque crosses each boundary, and comes back from a store."""
+    schema = schema_of(create_model("Window", value=(kind, ...)))
+    model = schema.model.model_validate({"value": collections.deque([1, 2], maxlen=2)})
+    models: list[Any] = [schema.convert(model), schema.restore(schema.snapshot(model))]
+    models.append(schema.decode(schema.encode(model)))
+    assert [(one.value, one.value.maxlen) for one in models] == [(collections.deque([1, 2]), 2)] * 3
 
 
 def test_what_only_a_declared_class_restores_is_refused_under_any() -> None:

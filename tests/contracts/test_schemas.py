@@ -245,6 +245,23 @@ def test_aliased_models_come_back(model: Aliased) -> None:
     assert set(schema_of(Aliased).state(model)) == {"first", "second", "third"}
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("instant", [dt.datetime(2026, 10, 25, 2, 30), dt.datetime(2026, 3, 29, 2, 30)])
+@pytest.mark.parametrize("fold", [0, 1])
+def test_a_zone_is_kept_with_its_fold(instant: dt.datetime, fold: int) -> None:
+    """A datetime under a named zone keeps the zone and the fold: arithmetic after a resume is as before."""
+
+    class When(BaseModel):
+        at: dt.datetime
+
+    given_ = When(at=instant.replace(tzinfo=ZoneInfo("Europe/Berlin"), fold=fold))
+    check(given_)
+    back = schema_of(When).decode(schema_of(When).encode(given_))
+    assert isinstance(back, When)
+    assert back.at.tzinfo == ZoneInfo("Europe/Berlin")
+    assert (back.at + dt.timedelta(days=90)).utcoffset() == (given_.at + dt.timedelta(days=90)).utcoffset()
+
+
 def test_lossy_serializers_do_not_touch_what_is_stored() -> None:
     """A custom serializer that loses data has no say in what a store keeps."""
 
@@ -297,6 +314,11 @@ class Spot(Point):
 class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
     item: Base
+
+
+class Always(BaseModel):
+    model_config = ConfigDict(revalidate_instances="always")
+    word: str = Field(alias="Word")
 
 
 class UserId(RootModel[str]):
@@ -376,6 +398,16 @@ def test_a_subclass_is_refused_by_stores_and_comes_back_from_memory(name: str) -
     assert not shared(restored, schema.restore(snapshot))
 
 
+def test_a_field_of_any_model_crosses_in_memory() -> None:
+    """A field of the type BaseModel takes any model at a boundary; a store refuses it with the reason."""
+    model = holder(BaseModel)(value=Base(n=1))
+    schema = schema_of(type(model))
+    assert same(schema.accept_output(model)[0], model)
+    assert same(schema.restore(schema.snapshot(model)), model)
+    with pytest.raises(NotSerialisable, match="BaseModel itself describes no state"):
+        schema.encode(model)
+
+
 @pytest.mark.core
 def test_a_subclass_defined_later_is_seen() -> None:
     """What is stored is decided by the classes that exist when it is stored, not by earlier ones."""
@@ -449,6 +481,29 @@ def test_models_inside_are_validated_again() -> None:
     point = Point("no number")
     with pytest.raises(ValidationError):
         schema_of(holder(Point)).accept_output(holder(Point).model_construct(value=point))
+
+
+def test_another_class_of_the_same_shape_is_built_from_the_fields() -> None:
+    """A node whose field declares another class gets that class, made of the fields; shared ones stay."""
+
+    class Source(BaseModel):
+        one: Base
+        two: Base
+
+    class Target(BaseModel):
+        one: Twin
+        two: Base
+
+    crossed = schema_of(Target).convert(Source(one=Base(n=1), two=Sub(n=2, more="x")))
+    assert same(crossed, Target(one=Twin(n=1), two=Sub(n=2, more="x")))
+
+
+def test_aliased_models_inside_cross_and_come_back() -> None:
+    """Models inside need no alias to cross, revalidated by pydantic or not."""
+    first = Aliased.model_validate({"First-Name": "a", "b": 1})
+    for kind, value in ((Always, Always(Word="x")), (Aliased, first)):
+        check(holder(kind).model_validate({"value": value}, by_name=True))
+        check(holder(list[kind]).model_validate({"value": [value]}, by_name=True))
 
 
 @pytest.mark.core
@@ -579,6 +634,13 @@ def test_a_validated_output_is_the_next_input_as_it_is(name: str) -> None:
         assert not shared(state, committed)
 
 
+def test_another_class_gets_the_models_inside_as_they_are() -> None:
+    """A model inside validated before is not validated again on its way to a node of another class."""
+    given_, _ = schema_of(holder(list[Loud])).accept_output({"value": [{"word": "a"}]})
+    taken, _ = schema_of(holder(list[Loud], "Other")).prepare_input(given_)
+    assert taken.value == [Loud.model_construct(word="a!")]
+
+
 def test_only_what_was_validated_here_is_trusted() -> None:
     """A state from outside is validated at the first boundary, whoever loaded or copied it."""
     schema = schema_of(Loud)
@@ -591,6 +653,23 @@ def test_only_what_was_validated_here_is_trusted() -> None:
         stranger.__dict__["word"] = 5
         with pytest.raises(ValidationError):
             schema.prepare_input(stranger)
+
+
+@pytest.mark.parametrize("name", ["decoders", "decoders-inside", "json-str", "json-any"])
+def test_decoded_values_cross(name: str) -> None:
+    """Json, Base64Str and Base64Bytes cross decoded: an instance that pydantic just made is valid."""
+    model = RESTLESS[name]()
+    schema = schema_of(type(model))
+    assert same(schema.convert(model), model)
+    output, _ = schema.accept_output(model)
+    assert same(output, model)
+    assert not shared(output, model)
+
+
+def test_decoded_values_are_validated_all_the_same() -> None:
+    """What a Json field holds is still what it declares."""
+    with pytest.raises(ValidationError):
+        schema_of(Secretive).accept_output(Secretive.model_construct(data=["x"], text="a", raw=b""))
 
 
 STRICT: dict[str, tuple[Any, Any]] = {
@@ -637,6 +716,15 @@ def test_strict_fields_do_not_loosen_at_a_boundary() -> None:
             schema_of(model).accept_output(output)
 
 
+def test_bytearrays_cross_and_come_back() -> None:
+    """A bytearray crosses as a copy and comes back as a bytearray."""
+    model = holder(list[bytearray] | bytearray, arbitrary_types_allowed=True)
+    for value in (bytearray(b"\xff"), [bytearray(b"a"), bytearray()]):
+        check(model(value=value))
+        assert not shared(schema_of(model).convert(model(value=value)), model(value=value))
+    check(holder(Any)(value=[bytearray(b"a")]))
+
+
 class Opaque:
     pass
 
@@ -679,6 +767,22 @@ def test_what_would_change_its_type_is_refused() -> None:
     ):
         with pytest.raises(NotSerialisable, match=r"Loose\.value"):
             schema_of(Loose).encode(Loose(value=value))
+
+
+def test_models_in_sets_and_keys_are_refused_by_name() -> None:
+    """A set of models, or a dict with models as keys, crosses; a store would read dicts, and refuses it."""
+
+    class Fixed(BaseModel):
+        model_config = ConfigDict(frozen=True)
+        n: int
+
+    for kind, value in ((frozenset[Fixed], {Fixed(n=1)}), (dict[Fixed, int], {Fixed(n=1): 2})):
+        model = create_model("Bag", first=(int, 0), second=(kind, ...))(second=value)
+        schema = schema_of(type(model))
+        assert schema.convert(model) == model
+        assert schema.restore(schema.snapshot(model)) == model
+        with pytest.raises(NotSerialisable, match=r"Bag\.second cannot be serialised"):
+            schema.encode(model)
 
 
 def test_a_state_that_contains_itself_is_refused() -> None:

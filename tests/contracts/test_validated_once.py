@@ -1,5 +1,7 @@
 """Values that were validated once: in groups, by whom they are trusted, and in other classes."""
 
+import enum
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +10,7 @@ from pydantic import (
     AfterValidator,
     Base64Str,
     BaseModel,
+    ConfigDict,
     Discriminator,
     Field,
     Json,
@@ -148,6 +151,37 @@ async def test_excluded_fields_of_children_do_not_cross() -> None:
     assert held(result.final_state) == {"kept": 1, "values": [], "out": []}
 
 
+@pytest.mark.core
+async def test_values_of_enums_merge_as_they_are(tmp_path: Path) -> None:
+    """A child that keeps an enum's value gives that value, also back from a store."""
+
+    class Colour(enum.Enum):
+        RED = "red"
+
+    class Paint(BaseModel):
+        model_config = ConfigDict(use_enum_values=True)
+        colour: Colour
+
+    group = parallel(gives("a", {"colour": "red"}, Paint), gives("b", {"n": 2}, Num))
+    instance, restored = await resumed(quick(tmp_path), [group])
+    assert instance.colour == restored.colour == "red"
+
+
+async def test_items_may_have_any_keys() -> None:
+    """An item that is a dict may have any keys, also those that a model's making has parameters for."""
+
+    class Odd(BaseModel):
+        cls: int
+        self: int
+
+    class Odds(BaseModel):
+        items: list[dict[str, int]]
+
+    odds = Odds(items=[{"cls": 1, "self": 2}])
+    result = await quick().run([map_over("items", node("same", same, Odd, Odd), into="out")], odds)
+    assert result.final_state.out == [Odd(cls=1, self=2)]
+
+
 async def test_annotations_that_mean_something_elsewhere() -> None:
     """A group of children with annotations that only their modules resolve still merges."""
     from pydantic.dataclasses import dataclass
@@ -201,6 +235,31 @@ async def test_a_final_state_is_not_trusted_any_more() -> None:
     assert (await execute_step("b", same, step.final_state, ctx)).status is RunStatus.FAILED
 
 
+async def test_a_class_that_copies_itself_in_its_own_way_crosses_as_it_is() -> None:
+    """What a class makes of model_copy, copy or deepcopy has no say in what the next node gets."""
+
+    class Stamped(BaseModel):
+        n: int = 0
+        inner: Num = Num()
+        stamp: int = 0
+
+        def model_copy(self, **_: Any) -> Any:
+            return Stamped(stamp=self.stamp + 1)
+
+        def __copy__(self) -> Any:
+            return self.model_copy()
+
+        def __deepcopy__(self, memo: Any = None) -> Any:
+            return self.model_copy()
+
+    async def same(state: Stamped) -> Any:
+        return state
+
+    first, then = gives("a", {"n": 1, "inner": {"n": 2}}, Stamped), node("b", same, Stamped, Stamped)
+    result = await quick().run([first, then, parallel(node("c", same, Stamped, Stamped))], Num())
+    assert held(result.final_state) == {"n": 1, "inner": {"n": 2}, "stamp": 0}
+
+
 class Cat(BaseModel):
     kind: Literal["cat"] = "cat"
 
@@ -224,3 +283,12 @@ async def test_a_union_whose_class_a_function_picks(tmp_path: Path) -> None:
     assert instance.pet == restored.pet == Dog()
     with pytest.raises(NotSerialisable, match="Instances"):
         schema_of(instances).encode(instance)
+
+
+async def test_a_step_whose_input_is_of_another_type_warns_of_nothing() -> None:
+    """A step's input that breaks its own class is a FAILED result, also with warnings as errors."""
+    ctx = context_of(quick(), RunConfig(policy_map=NEVER))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = await execute_step("a", gives("a", {"n": 1}, Num), Num.model_construct(n="x"), ctx)
+    assert result.status is RunStatus.FAILED

@@ -2,10 +2,11 @@
 
 import asyncio
 import copy
+import enum
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ConfigDict, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Json, SecretStr, field_validator, model_validator
 from tests.fixtures import store_fixture
 from tests.kit import (
     NEVER,
@@ -16,6 +17,7 @@ from tests.kit import (
     quick_without_retries,
     record_node_hooks,
     returning,
+    same,
 )
 
 from stroma import ContractViolation, NodeHooks, RunStatus, current_node, map_over, parallel, stroma_node
@@ -39,6 +41,32 @@ async def test_a_validator_cannot_change_the_state_it_reads() -> None:
     initial = Num(n=1)
     result = await quick().run([node("a", func, Greedy)], initial)
     assert (result.final_state, initial.__dict__) == (Num(n=2), {"n": 1})
+
+
+async def test_each_child_gets_the_state_that_a_validator_of_its_sibling_read() -> None:
+    """Children whose validators take values out of what they read do not take them from one another."""
+
+    class Greedy(BaseModel):
+        n: int = 0
+
+        @model_validator(mode="before")
+        @classmethod
+        def take(cls, data: Any) -> Any:
+            return {"n": data.pop("n", -100)}
+
+        @field_validator("n")
+        @classmethod
+        def known(cls, value: int) -> int:
+            return value
+
+    def child(name: str) -> Any:
+        async def func(state: Greedy) -> Any:
+            return {"n": state.n}
+
+        return node(name, func, Greedy)
+
+    result = await quick().run([parallel(child("a"), child("b"))], Num(n=3))
+    assert [event.output_state for event in result.trace.walk()] == [{"n": 3}] * 3
 
 
 async def test_a_violation_may_have_errors_of_any_kind() -> None:
@@ -176,6 +204,34 @@ async def test_an_output_is_validated_once(model: type[BaseModel], raw: Any, usa
     assert seen == [once.model_dump()]
     assert [e.output_state for e in result.trace] == [once.model_dump()]
     assert [e.output_state for e in result.trace] == [once.model_dump()]
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class StrictPaint(BaseModel):
+    model_config = ConfigDict(strict=True, use_enum_values=True)
+
+    colour: Colour
+    more: list[Colour | None] = []
+    extra: Json[Any] = None
+
+
+async def test_a_strict_class_accepts_its_instances_of_enum_values(store: Any) -> None:
+    """A strict class that keeps the values of enum members accepts its own instances, also from a store."""
+    paint = StrictPaint(colour=Colour.RED, more=[Colour.BLUE, None], extra="[1]")
+    runner = quick_without_retries(store=store)
+    last = node("b", same, input=StrictPaint, output=StrictPaint)
+    steps = [node("a", returning(paint), output=StrictPaint), last]
+    result = await runner.run(steps, Num(), run_id="r")
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, paint)
+    again = await runner.run(steps, Num(), run_id="r", resume=True)
+    assert (again.status, again.final_state) == (RunStatus.RESUMED, paint)
+    wrong = paint.model_copy(update={"colour": "green"})
+    result = await runner.run([node("a", returning(wrong), output=StrictPaint)], Num())
+    assert "colour: Input should be 'red' or 'blue'" in result.failure.message
 
 
 @pytest.mark.core

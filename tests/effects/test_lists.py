@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
-from tests.kit import THRICE, computing, failing_with, forever, noting, open_question, passing
+from tests.kit import THRICE, cancel_after, computing, failing_with, forever, noting, open_question, passing
 from tests.shared_stores import FAMILIES
 
 from stroma import (
@@ -282,6 +282,23 @@ async def test_a_process_that_dies_without_reconcile(store: Any) -> None:
         assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["effect"])
         assert len(shop.charges) == charges
         assert "process ended" in store.waiting(point)[0].effect.cause
+
+
+async def test_a_cancelled_call_is_not_repeated(store: Any) -> None:
+    """A run that is cancelled during the call of an effect asks for its outcome when it is resumed."""
+    called, shop = asyncio.Event(), Shop()
+
+    async def hang(order: Order) -> dict[str, Any]:
+        await shop.charge(order)
+        called.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    runner = StromaRunner.quick(store=store)
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=shop.look)(hang)
+    await cancel_after(runner.run([charge], Order(), run_id="r"), called)
+    result = await runner.run([charge], Order(), run_id="r", resume=True)
+    assert (result.final_state, shop.calls) == (Receipt(number=1), 1)
 
 
 async def test_resume_from_before_an_effect_does_not_repeat_it(store: Any) -> None:

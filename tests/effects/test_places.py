@@ -29,6 +29,10 @@ class Orders(BaseModel):
     orders: list[Order]
 
 
+class Total(BaseModel):
+    receipts: list[Receipt]
+
+
 def effect(runner: StromaRunner, shop: Shop, *, reconciles: bool = True) -> Any:
     """Return the node that charges."""
     return runner.node(
@@ -118,6 +122,24 @@ async def test_a_cancellation_from_outside_does_not_wait(store: Any) -> None:
     await cancel(task)
     result = await runner.run(nodes, Order(), run_id="r", resume=True)
     assert (result.status, siblings.shop.calls, len(siblings.shop.asked)) == (RunStatus.RESUMED, 1, 1)
+
+
+async def test_a_time_limit_of_a_group_cuts_an_effect_off(store: Any) -> None:
+    """G13. Another attempt of a group whose time limit cut an effect off asks, and makes no call."""
+    shop, tries = Shop(), []
+
+    async def slow(order: Order) -> Any:
+        receipt = await shop.charge(order)
+        tries.append(1)
+        await asyncio.Event().wait()
+        return receipt
+
+    runner = StromaRunner.quick(
+        store=store, node_policies={"parallel(charge)": THRICE}, node_timeouts={"parallel(charge)": 500}
+    )
+    charge = runner.node("charge", input=Order, output=Receipt, effect=True, reconcile=shop.look)(slow)
+    result = await runner.run([parallel(charge)], Order(), run_id="r")
+    assert (result.status, shop.calls, len(shop.asked)) == (RunStatus.COMPLETED, 1, 1)
 
 
 async def test_a_suspended_child_lets_its_siblings_end(store: Any) -> None:
@@ -235,3 +257,24 @@ async def test_a_step_of_a_flow(store: Any) -> None:
     await runner.signal("r", NotDone(), question=open_question(store, "r"))
     result = await runner.run(sell, Order(), run_id="r", resume=True)
     assert (result.status, result.output, shop.calls) == (RunStatus.RESUMED, Receipt(number=2), 2)
+
+
+async def test_effects_of_a_flow_at_once_around_a_death(store: Any) -> None:
+    """Concurrent effects of a flow, a map among them, happen once each, whenever the process dies."""
+    shop = Shop()
+    runner = StromaRunner.quick(store=store)
+    charge = effect(runner, shop)
+
+    @runner.flow("sell", input=Order, output=Total)
+    async def sell(flow: Flow, order: Order) -> Total:
+        two = await asyncio.gather(*(flow.step(charge, Order(cents=n)) for n in range(2)))
+        more = await flow.map(charge, [Order(cents=9), Order(cents=10)])
+        return Total(receipts=[*two, *more])
+
+    for _ in range(2):
+        with crash_at("after_node", "charge"):
+            await runner.run(sell, Order(), run_id="r", resume=True)
+    result: Any = await runner.run(sell, Order(), run_id="r", resume=True)
+    assert result.status is RunStatus.RESUMED
+    assert len(shop.charges) == len(set(shop.charges)) == shop.calls == 4
+    assert sorted(receipt.number for receipt in result.output.receipts) == [1, 2, 3, 4]

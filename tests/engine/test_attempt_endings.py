@@ -2,11 +2,12 @@
 
 import asyncio
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from pydantic import RootModel
-from tests.engine.event_log import Between, Diary, Journal, counted, same, swallow
+from pydantic import BaseModel, Field, RootModel
+from tests.engine.event_log import Between, Diary, Journal, M, counted, same, swallow
 from tests.kit import (
     NEVER,
     ONCE,
@@ -26,12 +27,14 @@ from stroma import (
     BudgetExceeded,
     ContractViolation,
     ExecutionBudget,
+    FailureClass,
     RunStatus,
     StromaRunner,
     Suspend,
     execute_step,
     parallel,
 )
+from stroma.engine.context import INTERCEPTORS, Interceptor
 
 
 async def test_a_run_in_a_task_that_was_cancelled_before() -> None:
@@ -82,6 +85,24 @@ async def test_a_cancellation_while_usage_is_priced_comes_out_afterwards(ending:
     assert "run_end CANCELLED latency ran" in diary.lines
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+async def test_a_class_that_is_rebuilt_is_validated_anew(side: str) -> None:
+    """model_rebuild() gives a class other rules; the next run goes by them, with the same node."""
+
+    class Grows(BaseModel):
+        n: int = 0
+
+    one = node("a", same, *((Grows, Grows) if side == "input" else (Num, Grows)))
+    runner = StromaRunner.quick(policy_map=NEVER)
+    assert (await runner.run([one], Num())).status is RunStatus.COMPLETED
+    Grows.model_fields["n"].metadata.append(Field(gt=0).metadata[0])
+    Grows.model_rebuild(force=True)
+    result = await runner.run([one], Num())
+    assert result.status is RunStatus.FAILED
+    assert result.failure.message == f"Contract violation for 'a' ({side}): n: Input should be greater than 0"
+    assert (await runner.run([one], Num(n=1))).final_state == Grows(n=1)
+
+
 async def test_a_broken_contract_says_whose_it_is() -> None:
     """The violation has the node, the side, what came as a dict, pydantic's errors and the expected class."""
     for nodes, state, direction, raw, schema in (
@@ -107,6 +128,21 @@ class _Root(RootModel[list[int]]):
 BAD = {"n": "none"}
 
 
+async def test_repairs_are_no_retries() -> None:
+    """Attempts granted to mend an output do not count as retries of other failures, nor those as repairs."""
+    called: list[str] = []
+    down = ConnectionError("down")
+    runner = StromaRunner.quick(policy_map=ONCE, contract_retries={"a": 1})
+    result = await runner.run([counted(called, "a", BAD, down, {"n": 1})], Num())
+    assert (result.status, len(called)) == (RunStatus.COMPLETED, 3)
+    called.clear()
+    result = await runner.run([counted(called, "a", down, BAD, {"n": 1})], Num())
+    assert (result.status, len(called)) == (RunStatus.COMPLETED, 3)
+    called.clear()
+    result = await runner.run([counted(called, "a", BAD, down, down, {"n": 1})], Num())
+    assert (result.status, len(called)) == (RunStatus.PARTIAL, 3)
+
+
 @pytest.mark.core
 async def test_only_a_nodes_own_output_is_mended() -> None:
     """A broken input, and a violation of a run inside the node, are not what was granted."""
@@ -124,6 +160,31 @@ async def test_only_a_nodes_own_output_is_mended() -> None:
     assert (result.status, called) == (RunStatus.FAILED, ["a"])
 
 
+async def test_a_violation_that_a_classifier_lets_retry_is_retried_by_policy() -> None:
+    """What a classifier calls recoverable goes by the policy of that class; no repair is used up for it."""
+    called: list[str] = []
+    messages = [lambda error, _: FailureClass.RECOVERABLE]
+    runner = StromaRunner.quick(policy_map=ONCE, contract_retries={"a": 5}, classifiers=messages)
+    result = await runner.run([counted(called, "a", BAD)], Num())
+    assert (result.status, len(called)) == (RunStatus.PARTIAL, 2)
+
+
+async def test_what_is_kept_of_a_question() -> None:
+    """Where it is asked, by which node, why, and what the answer must be; of a group around it nothing."""
+    store = AsyncInMemoryStore()
+    nodes = [
+        counted([], "z", {"n": 1}),
+        parallel(
+            counted([], "a", Suspend("which?", schema=M)),
+            counted([], "b", Suspend("why?"), output=M),
+            max_concurrency=1,
+        ),
+    ]
+    await StromaRunner.quick(store=store).run(nodes, Num(), run_id="r")
+    questions = [tuple(waiting)[:6] for waiting in store.waiting("r")]
+    assert questions == [(1, "0", "a", "which?", f"{M.__module__}:M", None), (1, "1", "b", "why?", "", None)]
+
+
 async def test_the_step_that_asks_is_no_failure() -> None:
     """A step of plain code that waits is SUSPENDED with its reason, and has no failure."""
     runner = StromaRunner.quick(store=AsyncInMemoryStore())
@@ -131,6 +192,54 @@ async def test_the_step_that_asks_is_no_failure() -> None:
     result = await execute_step("a", counted([], "a", Suspend("may I?")), Num(n=2), ctx)
     assert (result.status, result.failure, result.suspended) == (RunStatus.SUSPENDED, None, ["may I?"])
     assert result.final_state == Num(n=2)
+
+
+class Noting(Interceptor):
+    """Notes what stands around a call; changes what it is told to."""
+
+    def __init__(self, name: str, seen: list[str], kind: FailureClass | None = None) -> None:
+        self.name = name
+        self.seen = seen
+        self.kind = kind
+
+    async def call(self, run: Any, node: Any, call: Any, state: BaseModel) -> Any:
+        self.seen.append(f"{self.name} before {run.node_id} {node.node_id} {state}")
+        try:
+            return await call(state)
+        finally:
+            self.seen.append(f"{self.name} after")
+
+    def diagnosed(self, run: Any, failure: Any) -> Any:
+        self.seen.append(f"{self.name} {run.node_id} {failure.failure_class}")
+        if self.kind is None:
+            return failure
+        return type(failure)(
+            failure.exception, self.kind, failure.node_id, failure.attempt, failure.message, failure.reason
+        )
+
+
+@pytest.fixture
+def probes() -> Iterator[list[Interceptor]]:
+    before = list(INTERCEPTORS)
+    yield INTERCEPTORS
+    INTERCEPTORS[:] = before
+
+
+async def test_probes_stand_around_a_call(probes: list[Interceptor]) -> None:
+    """The first one is outermost; each is told of the failure as the one before it has left it."""
+    seen: list[str] = []
+    probes += [Noting("1", seen, FailureClass.TERMINAL), Noting("2", seen)]
+    result = await StromaRunner.quick(policy_map=THRICE).run([counted([], "a", ValueError("no"))], Num(n=2))
+    assert seen == [
+        "1 before a a n=2",
+        "2 before a a n=2",
+        "2 after",
+        "1 after",
+        "1 a AMBIGUOUS",
+        "2 a TERMINAL",
+    ]
+    assert result.status is RunStatus.FAILED
+    assert result.failure.failure_class is FailureClass.TERMINAL
 
 
 async def test_every_end_is_marked_as_delivered_once() -> None:

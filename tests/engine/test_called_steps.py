@@ -375,6 +375,17 @@ async def test_an_answer_is_given_to_the_step_that_asked(store: Any) -> None:
     assert result.final_state.text == "yes"
 
 
+async def test_the_error_of_plain_code_is_the_message_of_its_run(store: Any) -> None:
+    """A run whose plain code raises between its steps is INTERRUPTED, and its record names the error."""
+    ctx = context_on(store)
+    with pytest.raises(LookupError):
+        async with ctx:
+            await execute_step("a", computing(lambda _: {"text": "a"}), Note(), ctx)
+            raise LookupError("no such letter")
+    record = store.get_run("r")
+    assert (record.status, record.stop_text) == ("INTERRUPTED", "LookupError: no such letter")
+
+
 async def test_the_step_in_progress_follows_the_last_that_ended(store: Any) -> None:
     """Views of a run at work name the node after the last that ended, with its name if it is known."""
     seen: list[Any] = []
@@ -452,6 +463,23 @@ async def test_a_group_does_not_mix_two_inputs(store: Any, way: str, inside: boo
     result = await run(one)
     assert result.status is RunStatus.COMPLETED
     assert calls == (["item b1"] if way == "map" else ["b 1"])
+
+
+async def test_the_history_tells_the_keys(store: Any) -> None:
+    """What a store tells of an attempt has the idempotency key its function saw, in plain code and nodes."""
+    world = World()
+    ctx = context_on(store)
+
+    async def outer(state: Note) -> Any:
+        await world.call("outer", state)
+        return {"text": await world.ask("inner", "i")}
+
+    async with ctx:
+        await asyncio.gather(world.ask("a", "1", ctx), world.ask("a", "2", ctx))
+        await execute_step("outer", outer, Note(text="o"), ctx)
+    events = {a.idempotency_key("r", 1) for a in store.attempts("r")}
+    assert events == set.union(*world.keys.values())
+    assert len(events) == 4
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import gc
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -120,6 +121,23 @@ async def test_plain_code_that_is_cancelled_while_its_end_is_kept() -> None:
     await cancel_after(plain(), inside)
     run = store.get_run("r")
     assert run.status == "COMPLETED"
+
+
+async def test_plain_code_that_is_closed() -> None:
+    """``async with ctx:`` whose code is closed awaits nothing any more."""
+
+    @types.coroutine
+    def pause() -> Any:
+        yield
+
+    async def plain() -> None:
+        async with context() as ctx:
+            await execute_step("a", same, Num(), ctx)
+            await pause()
+
+    code = plain()
+    code.send(None)
+    code.close()
 
 
 store = store_fixture(*IN_PROCESS)

@@ -12,7 +12,7 @@ from tests.fixtures import store_fixture
 from tests.kit import Num, context_of, failing_with, node, quick
 from tests.shared_stores import FAMILIES, opened
 
-from stroma import NodeContract, execute_step
+from stroma import NodeContract, SQLiteStore, execute_step
 from stroma.checkpoint import RunRequest
 from stroma.contracts.schema import schema_of
 
@@ -92,6 +92,22 @@ def test_a_run_is_left_to_others(store: Any, way: Callable[..., None], work: Cal
 def test_one_that_is_resumed_or_attached_to_is_left_too(store: Any, more: dict[str, Any]) -> None:
     """The same holds for a run that waits for another owner, or is resumed."""
     check_all(store, cancel_all, a_list, **more)
+
+
+class Mirrored:
+    """A codec."""
+
+    def encode(self, data: bytes) -> bytes:
+        return data[::-1]
+
+    def decode(self, data: bytes) -> bytes:
+        return data[::-1]
+
+
+def test_one_with_a_codec_is_left_too(tmp_path: Any) -> None:
+    """The same holds for a store that encrypts, which awaits more before the claim."""
+    with SQLiteStore(tmp_path / "runs.db", codec=Mirrored()) as store:
+        check_all(store, end_the_loop, a_list)
 
 
 def check_all(store: Any, way: Callable[..., None], work: Callable[..., Any], **more: Any) -> None:

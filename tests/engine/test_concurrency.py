@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from tests.fixtures import store_fixture
-from tests.kit import ONCE, Num, node
+from tests.kit import ONCE, Num, computing, node, same
 from tests.shared_stores import LOCAL
 
 from stroma import (
@@ -30,6 +30,7 @@ from stroma import (
     StromaRunner,
     current_node,
     current_node_or_none,
+    map_over,
     parallel,
 )
 from stroma.checkpoint import RunRequest
@@ -224,6 +225,59 @@ def test_loops_and_threads_share_a_runner_and_a_store(store: Any, hasty: None) -
     asyncio.run(commit_all())
 
 
+def test_sync_nodes_of_many_loops(store: Any, hasty: None) -> None:
+    """Sync nodes, in threads of their own under several loops, know their run and get their own state."""
+    wrong: list[Any] = []
+
+    def work(state: Num) -> Any:
+        run = current_node()
+        if run.run_id != f"run {state.n}":
+            wrong.append(run)
+        run.report_usage(input_tokens=state.n)
+        return state
+
+    runner = StromaRunner.quick(store=store)
+    nodes = [node("a", work)] * 2
+
+    async def some(i: int) -> Any:
+        return await asyncio.gather(
+            *[runner.run(nodes, Num(n=n), run_id=f"run {n}") for n in range(i, i + 8)]
+        )
+
+    for group, i in zip(in_threads(5, lambda i: asyncio.run(some(8 * i))), range(5), strict=True):
+        for result, n in zip(group, range(8 * i, 8 * i + 8), strict=True):
+            assert (result.final_state, result.total_tokens) == (Num(n=n), 2 * n)
+    assert wrong == []
+
+
+class Plain(BaseModel):
+    a: int
+    b: int
+
+
+class Hidden(BaseModel):
+    a: int
+    b: int = Field(exclude=True)
+
+
+class Taken(BaseModel):
+    a: int
+    b: int = 0
+
+
+def test_one_node_fed_by_many_classes(hasty: None) -> None:
+    """A node that gets states of several classes from several threads at once handles each by its class."""
+    instance = node("n", same, Taken, Taken)
+    runner = StromaRunner.quick()
+
+    def work(i: int) -> Any:
+        kind = Hidden if i % 2 else Plain
+        return [runner.run_sync([instance], kind(a=i, b=9)).final_state for _ in range(60)]
+
+    for i, states in enumerate(in_threads(6, work)):
+        assert states == [Taken(a=i, b=0 if i % 2 else 9)] * 60
+
+
 def test_generated_ids_are_fresh_in_every_thread(hasty: None) -> None:
     """The first runs of a new runner, begun by several threads at the same moment, have ids of their own."""
     for _ in range(60):
@@ -314,6 +368,23 @@ async def test_nested_runs(store: Any) -> None:
     assert current_node_or_none() is None
 
 
+def test_nested_run_sync_in_a_thread(store: Any) -> None:
+    """A sync node may use run_sync of the same runner and store, while the outer loop waits for it."""
+    runner = StromaRunner.quick(store=store)
+
+    inner = computing(lambda state: ({"n": state.n + 1}, 3))
+
+    def outer(state: Num) -> Any:
+        result = runner.run_sync([node("inner", inner)] * 2, state, run_id=f"inner of {state.n}")
+        return result.final_state, result.total_tokens
+
+    nodes = [map_over("items", node("outer", outer), into="items")]
+    result = runner.run_sync(nodes, Items(items=[{"n": 1}, {"n": 5}]))
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.final_state.model_dump()["items"] == [{"n": 3}, {"n": 7}]
+    assert result.total_tokens == 12
+
+
 async def _count(state: Num) -> Any:
     return {"n": state.n + 1}, 2
 
@@ -382,6 +453,28 @@ def test_generated_ids_after_a_fork(used: bool, tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    """A child that is forked while its parent runs may run pipelines of its own; the parent's run goes on."""
+    store = SQLiteStore(tmp_path / "runs.db", synchronous="normal")
+    runner = StromaRunner.quick(store=store)
+
+    def forks(state: Num) -> Any:
+        report = _in_child(
+            lambda: runner.run_sync([node("a", _count)], Num(n=10), run_id="child").final_state
+        )
+        return {"n": report.n}, 1
+
+    nodes = [node("a", _count), node("forks", forks), node("b", _count)]
+    result = runner.run_sync(nodes, Num(), run_id="parent")
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=12)), result.failure
+    statuses = {row.run_id: row.status for row in store.list_runs()}
+    assert statuses == {"parent": "COMPLETED", "child": "COMPLETED"}
+    store.close()
+
+
 def test_a_running_loop_as_in_a_notebook() -> None:
     """Where a loop runs, run_sync says to await run(), leaves no coroutine, and `await run()` works."""
     loop = asyncio.new_event_loop()
@@ -404,3 +497,37 @@ def test_a_running_loop_as_in_a_notebook() -> None:
         assert not asyncio.all_tasks(loop)
     finally:
         loop.close()
+
+
+async def test_run_sync_next_to_a_running_loop(store: Any) -> None:
+    """run_sync in a thread works beside a loop that runs, on the same runner and store as the loop's runs."""
+    runner = StromaRunner.quick(store=store)
+    nodes = [node("a", _count)] * 2
+    results = await asyncio.gather(
+        *[asyncio.to_thread(runner.run_sync, nodes, Num(n=i), run_id=f"thread {i}") for i in range(4)],
+        *[runner.run(nodes, Num(n=i), run_id=f"loop {i}") for i in range(4)],
+    )
+    assert [result.final_state for result in results] == [Num(n=i + 2) for i in range(4)] * 2
+
+
+async def test_context_variables_of_runs_side_by_side() -> None:
+    """A context variable that a node sets is seen by later nodes of its run, and by nobody else."""
+    var: contextvars.ContextVar[int] = contextvars.ContextVar("var", default=0)
+
+    async def sets(state: Num) -> Any:
+        var.set(state.n)
+        await asyncio.sleep(0)
+        return state
+
+    async def reads(state: Num) -> Any:
+        await asyncio.sleep(0)
+        return {"n": var.get()}
+
+    def reads_sync(state: Num) -> Any:
+        return {"n": var.get()}
+
+    runner = StromaRunner.quick()
+    nodes = [node("sets", sets), node("reads", reads), node("sync", reads_sync)]
+    results = await asyncio.gather(*[runner.run(nodes, Num(n=i)) for i in range(1, 50)])
+    assert [result.final_state for result in results] == [Num(n=i) for i in range(1, 50)]
+    assert var.get() == 0

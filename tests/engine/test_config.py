@@ -2,13 +2,15 @@
 
 import asyncio
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
 import pytest
-from tests.kit import Num
+from tests.kit import Num, context_on
 
 from stroma import (
+    AsyncInMemoryStore,
     ExecutionBudget,
     FailureClass,
     FallbackPolicy,
@@ -67,6 +69,19 @@ def test_a_default_is_its_configs_own(field: str, make: Any) -> None:
     assert RunConfig.model_fields[field].get_default(call_default_factory=True) == EXPECTED[field]
 
 
+@EACH
+def test_a_field_that_is_set_is_what_was_set(field: str) -> None:
+    """Given or assigned, the very object; and it counts as given."""
+    value = copy.deepcopy(EXPECTED[field])
+    argument, assigned = RunConfig(**{field: value}), RunConfig()
+    assert argument.model_fields_set == {field}
+    setattr(assigned, field, value)
+    assert getattr(assigned, field) is value
+    assert assigned.model_fields_set == {field}
+    if field not in ("policy_map", "model_fallbacks"):  # Validation copies dicts and lists.
+        assert getattr(argument, field) is value
+
+
 @pytest.mark.parametrize("is_read", [False, True])
 @pytest.mark.parametrize(
     "twin",
@@ -94,6 +109,19 @@ def test_copies_are_equal_and_shown_alike(twin: Any, *, is_read: bool) -> None:
     assert instance.model_dump()["budget"] == nothing
     change("policy_map", instance.policy_map)
     assert RunConfig().policy_map == EXPECTED["policy_map"]
+
+
+@pytest.mark.core
+def test_a_run_has_what_its_config_has() -> None:
+    """A context's budget, policies and hooks are its config's own objects, asked for on either side first."""
+    for first in ("config", "context"):
+        config = RunConfig()
+        ctx = context_on(AsyncInMemoryStore(), config)
+        for field in FIELDS:
+            sides = {"config": config, "context": ctx}
+            before = getattr(sides[first], field)
+            assert getattr(ctx, field) is getattr(config, field) is before
+        assert {field.name for field in dataclasses.fields(ctx)} >= set(FIELDS)
 
 
 async def test_hooks_that_are_set_on_a_default_are_called() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import NEVER, ONCE, Many, Num, cancel, here, node
+from tests.kit import NEVER, ONCE, Many, Num, cancel, here, node, noting
 
 from stroma import (
     AsyncInMemoryStore,
@@ -437,3 +437,32 @@ async def test_the_deadline_of_a_run_inside_is_not_the_runs(outer: int | None, c
     assert len(calls) == 2
     assert result.failure.reason == "budget"
     assert clock.elapsed == pytest.approx(0.2, abs=0.001)
+
+
+async def test_a_classifier_may_end_the_run_for_a_deadline(clock: FakeClock) -> None:
+    """What a classifier says of it decides whether the run is FAILED or PARTIAL; it is never called again."""
+    messages = [lambda error, _: FailureClass.TERMINAL]
+    result = await run(Watch(clock), [forever("x")], budget=LIMIT, classifiers=messages, policy_map=ONCE)
+    assert (result.status, len(result.trace)) == (RunStatus.FAILED, 1)
+
+
+async def test_waits_between_attempts(clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+    """They grow as the policy says, are told to the hook, and written to the log in seconds."""
+    events: list[tuple[int, float]] = []
+
+    retry = noting(events, lambda run_id, node_id, attempt, delay, kind: (attempt, delay))
+    policy = FailurePolicy(max_retries=3, backoff_seconds=0.5, multiplier=3, jitter=False)
+    errors = [ConnectionError("down") for _ in range(3)]
+    policies = {FailureClass.RECOVERABLE: policy}
+    runner = StromaRunner.quick(policy_map=policies, hooks=NodeHooks(on_node_retry=retry))
+    with caplog.at_level("INFO", logger="stroma"):
+        result = await runner.run([taking(clock, "a", 0, *errors)], Num())
+    assert result.status is RunStatus.COMPLETED
+    assert clock.waits == [0.5, 1.5, 4.5]
+    assert events == [(2, 0.5), (3, 1.5), (4, 4.5)]
+    messages = [r.getMessage() for r in caplog.records if "follows" in r.getMessage()]
+    assert messages == [
+        f"run {result.run_id!r}: node 'a': attempt {number} follows in {seconds} s"
+        for number, seconds in ((2, "0.500"), (3, "1.500"), (4, "4.500"))
+    ]
+    assert clock.elapsed == pytest.approx(6.5, abs=0.001)

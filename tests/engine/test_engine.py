@@ -6,19 +6,26 @@ import functools
 import inspect
 import math
 import threading
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from pydantic import (
     BaseModel,
+    ConfigDict,
+    RootModel,
+    computed_field,
+    field_serializer,
+    model_validator,
 )
 from tests.kit import Item as Base
-from tests.kit import Num, Text, computing, context_of, node, noting, passing, returning
+from tests.kit import Num, Text, computing, context_of, forever, node, noting, passing, returning
 
 from stroma import (
     KNOWN_MODELS,
     BudgetExceeded,
     ContractRegistry,
+    ContractViolation,
     ExecutionBudget,
     ExecutionResult,
     FailureClass,
@@ -85,6 +92,141 @@ def raising(*errors: BaseException) -> tuple[Any, list[int]]:
         return {"n": 1}
 
     return func, calls
+
+
+class Invoice(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    net: int
+    tax: int
+
+    @computed_field
+    def gross(self) -> int:
+        return self.net + self.tax
+
+
+class WithGross(BaseModel):
+    net: int
+    gross: int
+
+
+async def test_computed_fields_do_not_break_a_closed_contract() -> None:
+    """A computed field is no field: it passes a boundary whose model forbids extra fields."""
+    same = passing()
+    nodes = [node("a", same, Invoice, Invoice), node("b", same, Invoice, Invoice)]
+    result = await quick().run(nodes, Invoice(net=1, tax=2))
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert next(iter(result.trace)).output_state == {"net": 1, "tax": 2}
+
+
+async def test_a_computed_field_reaches_a_node_that_has_a_field_of_its_name() -> None:
+    """A computed field of one state fills the field of its name in the next."""
+    result = await quick().run([node("take", passing(), WithGross, WithGross)], Invoice(net=1, tax=2))
+    assert result.final_state == WithGross(net=1, gross=3)
+
+
+class Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    n: int
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    n: int
+
+
+async def test_extra_fields_are_kept_where_they_are_allowed() -> None:
+    """Extra fields of a model that allows them go on to the next node, and a default model drops them."""
+    seen: list[BaseModel] = []
+
+    add = computing(lambda state: {"n": state.n, "more": [1, {"deep": "x"}]})
+
+    async def take(state: Any) -> Any:
+        seen.append(state)
+        return state
+
+    nodes = [node("add", add, Open, Open), node("open", take, Open, Open), node("num", take, Num, Num)]
+    result = await quick().run(nodes, Open(n=1))
+    assert result.status is RunStatus.COMPLETED
+    assert seen[0] == Open(n=1, more=[1, {"deep": "x"}])
+    assert seen[1] == Num(n=1)
+
+
+async def test_extra_fields_are_refused_where_they_are_forbidden() -> None:
+    """Extra fields at a boundary that forbids them stop the run there, and the next node is not called."""
+    called: list[Any] = []
+
+    async def closed(state: Closed) -> dict[str, Any]:
+        called.append(state)
+        return {"n": 1}
+
+    source = node("add", returning({"n": 1, "more": 2}), Open, Open)
+    result = await quick().run([source, node("closed", closed, Closed, Num)], Open(n=1))
+    assert result.status is RunStatus.FAILED
+    assert called == []
+    assert isinstance(result.failure.exception, ContractViolation)
+    assert result.failure.exception.direction == "input"
+    assert result.final_state == Open(n=1, more=2)
+
+
+class Words(RootModel[list[str]]):
+    pass
+
+
+async def test_root_models_cross_boundaries() -> None:
+    """A root model is an input and an output like any other; its state dict is {"root": value}."""
+    split = computing(lambda state: Words(state.text.split()))
+
+    async def add(state: Words) -> Any:
+        state.root.append("!")
+        return state
+
+    log = Log()
+    nodes = [node("split", split, Text, Words), node("add", add, Words, Words)]
+    result = await quick(hooks=log.hooks).run(nodes, Text(text="a b"))
+    assert result.final_state == Words(["a", "b", "!"])
+    assert [e.input_state for e in result.trace] == [{"text": "a b"}, {"root": ["a", "b"]}]
+    assert log.events[2] == ("start", "add", {"root": ["a", "b"]})
+
+
+class Lossy(BaseModel):
+    when: datetime
+    secret: str
+
+    @field_serializer("when")
+    def _short(self, value: datetime) -> str:
+        return "sometime"
+
+    @field_serializer("secret")
+    def _hide(self, value: str) -> str:
+        return "***"
+
+
+async def test_serializers_do_not_change_what_the_next_node_gets() -> None:
+    """Values cross a boundary losslessly: a lossy field_serializer has no say in it."""
+    seen: list[Lossy] = []
+    value = Lossy(when=datetime(2026, 1, 2, tzinfo=UTC), secret="s3cret")
+
+    async def take(state: Lossy) -> Lossy:
+        seen.append(state)
+        return state
+
+    await quick().run([node("a", take, Lossy, Lossy), node("b", take, Lossy, Lossy)], value)
+    assert [(s.when, s.secret) for s in seen] == [(value.when, "s3cret")] * 2
+
+
+class Upper(BaseModel):
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, str) else value
+
+
+async def test_model_validators_run_on_returned_dicts() -> None:
+    """Validators in mode "before" see what the node returned, whatever it is."""
+    result = await quick().run([node("a", returning("plain"), Num, Upper)], Num())
+    assert result.final_state == Upper(text="plain")
 
 
 # ---------------------------------------------------------------------- contracts
@@ -340,6 +482,13 @@ class _Simple:
         self.save, self.load, self.delete = store.save, store.load, store.delete
 
 
+def test_a_timeout_must_be_positive() -> None:
+    """A node timeout of zero or less is a ValueError that names the node."""
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match="slow"):
+            RunConfig(node_timeouts={"slow": bad})
+
+
 # ---------------------------------------------------------------------- budgets
 
 
@@ -405,6 +554,27 @@ async def test_bad_usage_is_terminal_and_the_output_kept(usage: tuple[Any, ...])
     assert (len(calls), others) == (1, [])
     assert result.total_tokens >= 0
     assert math.isfinite(result.total_cost_usd)
+
+
+@pytest.mark.core
+async def test_an_unknown_model_counts_as_nothing_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """A model nobody knows is priced 0 with one warning and listed once in result.unpriced_models."""
+    func, _ = spending(({"n": 1}, 10, "no-such-model-of-ours"))
+    result = await quick().run([node("a", func), node("b", func)], Num())
+    assert (result.status, result.total_tokens, result.total_cost_usd) == (RunStatus.COMPLETED, 20, 0.0)
+    assert result.unpriced_models == ["no-such-model-of-ours"]
+    assert sum("no-such-model-of-ours" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.core
+async def test_known_models_win_over_the_price_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a node reports is what it is priced at; KNOWN_MODELS overlays the price data."""
+    monkeypatch.setitem(KNOWN_MODELS, "gpt-4o", (1000.0, 2000.0))
+    monkeypatch.setitem(KNOWN_MODELS, "ours", (1.0, 1.0))
+    func, _ = spending(({"n": 1}, 1000, 1000, "gpt-4o"), ({"n": 1}, 1_000_000, 0, "ours"))
+    result = await quick().run([node("a", func), node("b", func)], Num())
+    assert result.total_cost_usd == pytest.approx(3.0 + 1.0)
+    assert result.unpriced_models == []
 
 
 # ---------------------------------------------------------------------- the fallback signal
@@ -642,6 +812,15 @@ async def test_execute_step_results_are_of_the_whole_context() -> None:
     assert [event.position for event in second.trace] == [0, 1]
 
 
+async def test_repeated_steps_start_from_zero() -> None:
+    """Repeated execute_step calls of one id each have their own retries."""
+    ctx = step_context(policy_map=fast(ambiguous=1))
+    for _ in range(3):
+        func, calls = raising(ValueError())
+        assert (await execute_step("a", func, Num(), ctx)).status is RunStatus.COMPLETED
+        assert calls == [1, 2]
+
+
 async def test_a_step_that_fails_is_a_result() -> None:
     """A step that fails for good gives a result with its failure; bad input is FAILED without a call."""
     func, calls = raising(*[ValueError("x")] * 9)
@@ -689,6 +868,58 @@ async def test_stroma_step_decorates_and_wraps() -> None:
     assert wrapped._stroma_contract is contract
     loose = step.wrap("loose", bad)
     assert (await loose(Num())).final_state == {"n": "x"}
+
+
+async def test_steps_get_the_context_and_timeouts() -> None:
+    """A step takes (state, ctx) like a node, and node_timeouts bound it."""
+    ctx = step_context(context={"by": 3}, node_timeouts={"slow": 20}, policy_map=fast(recoverable=0))
+
+    async def add(state: Num, context: dict[str, Any]) -> Any:
+        return {"n": state.n + context["by"]}
+
+    assert (await execute_step("add", add, Num(n=1), ctx)).final_state == Num(n=4)
+    result = await execute_step("slow", forever, Num(), ctx)
+    assert "'slow'" in result.failure.message
+
+
+@pytest.mark.core
+async def test_current_node_knows_where_it_is() -> None:
+    """current_node() has the run, pipeline, node, position, attempt, kind, key, budget and last failure."""
+    seen: list[dict[str, Any]] = []
+
+    async def func(state: Num) -> Any:
+        run = current_node()
+        run.report_usage(input_tokens=1)
+        seen.append(
+            {
+                "ids": (run.run_id, run.pipeline, run.node_id, run.position, run.attempt, run.kind),
+                "key": run.idempotency_key,
+                "left": run.remaining_budget.tokens,
+                "last": run.last_failure and type(run.last_failure.exception),
+                "cost": run.remaining_budget.cost_usd,
+            }
+        )
+        if len(seen) == 1:
+            raise TimeoutError
+        return {"n": 1}, 9
+
+    assert current_node_or_none() is None
+    with pytest.raises(
+        RuntimeError, match="no node is running here; call current_node\\(\\) in a node's function"
+    ):
+        current_node()
+    runner = quick(run_id="r", budget=ExecutionBudget(max_tokens_total=100))
+    await runner.run(Pipeline("pipe", [node("a", func), node("b", func)]), Num())
+    assert current_node_or_none() is None
+    assert [s["ids"] for s in seen] == [
+        ("r", "pipe", "a", 0, 1, "node"),
+        ("r", "pipe", "a", 0, 2, "node"),
+        ("r", "pipe", "b", 1, 1, "node"),
+    ]
+    assert seen[0]["key"] == seen[1]["key"] != seen[2]["key"]
+    assert [s["left"] for s in seen] == [100, 99, 89]
+    assert [s["last"] for s in seen] == [None, TimeoutError, None]
+    assert [s["cost"] for s in seen] == [None] * 3
 
 
 # ---------------------------------------------------------------------- current_node

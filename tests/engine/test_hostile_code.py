@@ -15,20 +15,22 @@ from functools import partial
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, Loose, Num, computing, failing_with, forever, node
+from tests.kit import NEVER, ONCE, Loose, Num, computing, context_of, failing_with, forever, node, returning
 
 from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    NodeContract,
     NodeHooks,
     RunStatus,
     SQLiteStore,
     StromaRunner,
     UsageError,
     current_node,
+    execute_step,
     map_over,
     parallel,
 )
@@ -392,6 +394,89 @@ async def test_a_node_that_recurses(place: str, store: Any) -> None:
     assert isinstance(sync.failure.exception, RecursionError)
 
 
+async def test_one_exception_object_for_all(store: Any) -> None:
+    """The same exception object raised on each attempt, in every run and at once, is never mixed up."""
+    error = ValueError("shared")
+
+    async def hostile(state: Any) -> Any:
+        await asyncio.sleep(0)
+        raise error
+
+    runner = quick(store=store, policy_map=ONCE)
+    results = await asyncio.gather(*[runner.run([node("bad", hostile)], Num(n=i)) for i in range(10)])
+    for result in results:
+        assert result.failure.exception is error
+        assert [event.failure_message for event in result.trace] == ["shared"] * 2
+    nothing_runs()
+
+
+async def test_a_classifier_that_raises_and_lies() -> None:
+    """A classifier that raises, returns nonsense or blocks a moment is skipped; the next one is heard."""
+    requests: list[Any] = []
+
+    def lies(error: Exception, context: Any) -> Any:
+        requests.append("lies")
+        return "NO SUCH CLASS"
+
+    def raises(error: Exception, context: Any) -> Any:
+        requests.append("raises")
+        raise Mute
+
+    result = await quick(classifiers=[lies, raises, lambda e, c: T]).run(
+        [node("bad", failing_with(Mute))], Num()
+    )
+    assert requests == ["lies", "raises"]
+    assert result.status is RunStatus.FAILED
+
+
+async def test_a_node_that_mutates_and_keeps_its_objects(store: Any) -> None:
+    """What a node does to its input and output, now or later, reaches no other node, attempt or store."""
+    entries: list[Any] = []
+    seen: list[Any] = []
+
+    def spoil(value: Any) -> None:
+        for item in value.items:
+            item["n"] = -1
+        value.items.append({"n": -2})
+        value.n = -3
+
+    def make(name: str) -> Any:
+        left = [True, False]
+
+        async def func(state: Items) -> Any:
+            seen.append((name, state.n, copy.deepcopy(state.items)))
+            entries.append(state)
+            spoil(state)
+            await asyncio.sleep(0)
+            for old in entries:
+                spoil(old)
+            if left.pop(0):
+                raise LookupError
+            output = Items(n=1, items=[{"n": 1}])
+            entries.append(output)
+            asyncio.get_running_loop().call_soon(spoil, output)
+            return output
+
+        return node(name, func, Items, Items)
+
+    nodes = [make("a"), parallel(make("b"), make("c")), make("d")]
+    initial = Items(n=1)
+    result = await quick(store=store, run_id="r", policy_map=ONCE).run(nodes, initial)
+    assert result.status is RunStatus.COMPLETED, result.failure
+    for old in entries:
+        spoil(old)
+    assert {entry[0] for entry in seen} == set("abcd")
+    assert all(entry[1:] == (1, [{"n": 1}]) for entry in seen), seen
+    assert initial == Items(n=1)
+    good = {"n": 1, "items": [{"n": 1}]}
+    for event in result.trace.walk():
+        assert event.input_state == good
+        assert event.output_state in (good, None)
+    again = await quick(store=store, run_id="r", resume=True).run(nodes, Items(n=1))
+    assert (again.status, len(again.trace)) == (RunStatus.RESUMED, 0)
+    assert again.final_state.model_dump() == good
+
+
 # ---------------------------------------------------------------------- what never ends
 
 
@@ -736,6 +821,135 @@ async def test_a_stray_cancellation_after_a_failed_task_group(first: str) -> Non
     assert result.failure.node_id == "bad"
 
 
+@pytest.mark.parametrize("at", range(8))
+async def test_cancelled_while_a_child_fails(at: int) -> None:
+    """A cancellation that meets the failure of a group's child is a cancellation all the same."""
+
+    async def fails(state: Num) -> Any:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        raise LookupError
+
+    async def slow_to_go(state: Num) -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    pairs = Pairs()
+    nodes = [parallel(node("slow", slow_to_go), node("bad", fails))]
+    task = asyncio.create_task(quick(hooks=pairs.hooks).run(nodes, Num()))
+    for _ in range(at):
+        await asyncio.sleep(0)
+    if not task.cancel():
+        return  # The run had ended.
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    if pairs.starts:
+        pairs.check()
+    nothing_runs()
+
+
+class Stops(BaseModel):
+    n: int = 0
+
+    @field_validator("n")
+    @classmethod
+    def _stops(cls, value: int) -> int:
+        if value == 13:
+            raise KeyboardInterrupt
+        return value
+
+
+async def _interrupts(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+async def _interrupts_later(*_: Any) -> Any:
+    await asyncio.sleep(0)
+    raise KeyboardInterrupt
+
+
+def _interrupts_sync(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+async def _breaks(state: Any) -> Any:
+    raise LookupError
+
+
+async def _to_13(state: Any) -> Any:
+    return {"n": 13}, 5
+
+
+STOPPED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "node": (lambda: node("bad", _interrupts), {}),
+    "node-later": (lambda: node("bad", _interrupts_later), {}),
+    "thread": (lambda: node("bad", _interrupts_sync), {}),
+    "child": (lambda: parallel(node("side", _good), node("bad", _interrupts_later)), {}),
+    "item": (lambda: map_over("items", node("bad", _interrupts_later), into="out"), {}),
+    "output-validator": (lambda: node("bad", _to_13, Num, Stops), {}),
+    "input-validator": (lambda: node("bad", _good, Stops, Num), {}),
+    "classifier": (lambda: node("bad", _breaks), {"classifiers": [_interrupts_sync]}),
+    "redact": (lambda: node("bad", _good), {"redact": _interrupts_sync}),
+    **{hook: (lambda: node("bad", _good), {"hooks": hook}) for hook in ("on_node_start", "on_node_success")},
+    "on_node_failure": (lambda: node("bad", _breaks), {"hooks": "on_node_failure"}),
+    "on_node_retry": (lambda: node("bad", _breaks), {"hooks": "on_node_retry"}),
+}
+
+
+@pytest.mark.parametrize("where", STOPPED)
+def test_keyboard_interrupt_anywhere(where: str, store: Any) -> None:
+    """KeyboardInterrupt comes out from anywhere; what returned is kept, the run resumable, hooks pair."""
+    make, config = STOPPED[where]
+    config = dict(config)
+    calls: Counter[str] = Counter()
+
+    async def first(state: Items) -> Any:
+        calls["first"] += 1
+        return {"n": 13 if where == "input-validator" else 1, "items": [{"n": 1}]}
+
+    healed = returning({"n": 7})
+    pairs = Pairs()
+    bad = make()
+    sets = [pairs.hooks]
+    if name := config.pop("hooks", None):
+
+        async def hook(run_id: str, node_id: str, *_: Any) -> None:
+            if node_id == "bad":
+                raise KeyboardInterrupt
+
+        sets = [NodeHooks(**{name: hook}), pairs.hooks]
+        if name in ("on_node_success", "on_node_failure"):
+            sets.reverse()  # Ends run last to first: ours is called before the one that stops it all.
+            sets = [sets[1], sets[0]]
+    if "redact" in config:
+        config["redact"] = lambda state: (
+            _interrupts_sync() if state.get("n") == 1 and calls["first"] else state
+        )
+    nodes = [node("first", first, Items, Items), bad]
+    runner = quick(store=store, run_id="r", hooks=sets, policy_map=ONCE, **config)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_sync(nodes, Items())
+    if where not in ("redact", *EVENTS):
+        pairs.check()
+    if isinstance(store, SQLiteStore):
+        row = store.get_run("r")
+        assert row.status == "INTERRUPTED"
+    good = [
+        nodes[0],
+        {
+            "child": lambda: parallel(node("side", _good), node("bad", healed)),
+            "item": lambda: map_over("items", node("bad", healed), into="out"),
+            "output-validator": lambda: node("bad", healed, Num, Stops),
+        }.get(where, lambda: node("bad", healed))(),
+    ]
+    again = quick(store=store, run_id="r", resume=True).run_sync(good, Items())
+    assert again.status is RunStatus.RESUMED, again.failure
+    assert calls["first"] == 1
+
+
 # ---------------------------------------------------------------------- Control-C
 
 
@@ -793,6 +1007,34 @@ def test_control_c(during: str, store: Any) -> None:
     assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=3))
     # Its function had returned, in these two: it is not called again.
     assert calls == {"first": 1, "second": 1 if during in ("code", "hook") else 2, "last": calls["last"]}
+
+
+@pytest.mark.parametrize("name", WRONG)
+async def test_hostile_steps(name: str) -> None:
+    """A step is as safe as a node: a wrong output and an error are results; nothing is left."""
+    runner = quick()
+    ctx = context_of(runner)
+    contract: NodeContract[Any, Any] = NodeContract(node_id="bad", input_schema=Num, output_schema=Num)
+
+    hostile = computing(lambda _: WRONG[name]())
+    result = await execute_step("bad", hostile, Num(), ctx, contract=contract)
+    assert result.status is RunStatus.FAILED
+    assert ("too deep" if name == "abyss" else "'bad'") in result.failure.message
+    # Without a contract nothing is refused: whatever comes back does so as it was returned, or as a failure.
+    free = await execute_step("free", hostile, Num(), ctx)
+    assert free.status in RunStatus
+    nothing_runs()
+
+
+async def test_results_of_hostile_runs_can_be_pickled_or_say_why() -> None:
+    """The trace of a run that went wrong is plain data, whatever the exception was."""
+
+    async def hostile(state: Num) -> Any:
+        raise Unpicklable(1, b=2)
+
+    result = await quick().run([node("bad", hostile)], Num())
+    events = list(result.trace)
+    assert pickle.loads(pickle.dumps(events)) == events
 
 
 # ---------------------------------------------------------------------- results

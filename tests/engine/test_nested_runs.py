@@ -4,21 +4,43 @@ from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, Num, One, forever, give_one, node, quick_without_retries
+from tests.kit import TWICE, Num, One, failing_with, forever, give_one, node, quick, quick_without_retries
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
     BudgetExceeded,
+    ContractViolation,
+    CorruptCheckpoint,
     ExecutionBudget,
     FailureClass,
     NodeContext,
     NodeHooks,
+    PipelineChanged,
     RunStatus,
     SQLiteStore,
     StoreError,
     parallel,
 )
 from stroma.hooks.dispatch import HookNotAsync
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("kind", "status", "attempts"),
+    [
+        (PipelineChanged, RunStatus.FAILED, 1),  # Another attempt would meet the same.
+        (CorruptCheckpoint, RunStatus.PARTIAL, 3),
+        (StoreError, RunStatus.PARTIAL, 3),
+    ],
+)
+async def test_errors_of_a_nested_run_are_failures_of_the_node(
+    kind: type[Exception], status: RunStatus, attempts: int
+) -> None:
+    """What a node's own run raises is a failure of the node: a result with that error, not an exception."""
+    result = await quick().run([node("a", failing_with(kind, "of another run"))], Num())
+    assert (result.status, len(result.trace)) == (status, attempts)
+    assert type(result.failure.exception) is kind
+
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 
@@ -88,4 +110,17 @@ async def test_errors_of_a_run_within_a_node_are_failures_like_any_other(
     calls.clear()
     recover_at[0] = 99
     result = await runner.with_classifiers([lambda exc, _: T]).run(nodes, Num())
+    assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
+
+
+@pytest.mark.core
+async def test_a_violation_inside_a_node_is_not_repaired() -> None:
+    """contract_retries is about a node's own output, not about a violation in a run that the node made."""
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        raise ContractViolation("inside", "output", {}, [])
+
+    result = await quick(contract_retries={"a": 3}).run([node("a", func)], Num())
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)

@@ -878,6 +878,25 @@ nasty = st.text(
 ) | st.sampled_from([" a", "a ", "x" * 3000, *words("a:b a b a: :b é é A a% a_ .. 🙂 -1 0")])
 
 
+@examples(25)
+@given(pairs=st.lists(st.tuples(nasty, nasty), min_size=2, max_size=8, unique=True))
+async def test_pairs_of_ids_never_collide(store: Any, pairs: list[tuple[str, str]]) -> None:
+    """Ids of any characters: one (run, node) pair never finds or deletes another's state."""
+    manager = CheckpointManager(store)
+    for run_id, _ in pairs:
+        await manager.clear(run_id)
+    for i, (run_id, node_id) in enumerate(pairs):
+        await manager.checkpoint(run_id, node_id, Num(n=i))
+    for i, (run_id, node_id) in enumerate(pairs):
+        assert await manager.resume(run_id, node_id, Num) == Num(n=i)
+    gone = pairs[0][0]
+    await manager.clear(gone)
+    for i, (run_id, node_id) in enumerate(pairs):
+        assert await manager.resume(run_id, node_id, Num) == (None if run_id == gone else Num(n=i))
+    for run_id, _ in pairs:
+        await manager.clear(run_id)
+
+
 @examples(15)
 @given(
     run_ids=st.lists(nasty, min_size=2, max_size=4, unique=True),

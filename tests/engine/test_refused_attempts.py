@@ -4,11 +4,12 @@ import asyncio
 from typing import Any
 
 from tests.engine.event_log import counted
-from tests.kit import ONCE, Num, Positive, cancel_after, noting
+from tests.kit import NEVER, ONCE, Num, Positive, cancel, cancel_after, node, noting, stuck
 
 from stroma import (
     AsyncInMemoryStore,
     ExecutionBudget,
+    Limit,
     NodeHooks,
     RunStatus,
     SharedBudget,
@@ -90,3 +91,21 @@ async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> N
     state = await shared.state()
     assert (state.spent_tokens, state.reserved_tokens) == (7, 0)
     assert [(row.outcome, row.output) for row in store.attempts("r")] == [("success", b'{"n":1}')]
+
+
+async def test_a_cancelled_attempt_gives_its_place_back() -> None:
+    """Under a limit of one at once the next attempt begins when the one before was cancelled or failed."""
+    limits = {"held-one": Limit(concurrent=1)}
+    started = asyncio.Event()
+
+    def runner() -> StromaRunner:
+        return StromaRunner.quick(policy_map=NEVER, limits=limits, node_limits={"a": "held-one"})
+
+    task = asyncio.create_task(runner().run([node("a", stuck(started))], Num()))
+    await started.wait()
+    waiting = asyncio.create_task(runner().run([counted([], "a", ValueError("no"))], Num()))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    await cancel(task)
+    assert (await waiting).status is RunStatus.PARTIAL
+    assert (await runner().run([counted([], "a", {"n": 1})], Num())).status is RunStatus.COMPLETED

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, SecretStr
 from tests.fixtures import store_fixture
-from tests.kit import Num, computing, node, noting, quick, returning
+from tests.kit import Num, SimpleStore, Text, computing, node, noting, quick, returning
 from tests.shared_stores import FAMILIES
 
 from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node_or_none, map_over
 from stroma._utils.bounded_copy import BoundedCopy
 from stroma.checkpoint.history.reader import History
+from stroma.engine.commit import encode_rejected
 from stroma.trace.rejected import MISSING, RecentOutputs, RejectedOutput, read_rejected
 
 store = store_fixture(*FAMILIES)
@@ -367,6 +368,19 @@ def test_the_newest_outputs_are_kept_in_memory() -> None:
     assert outputs.find(0, "", 99_007) is None
 
 
+def test_other_data_is_no_rejected_output() -> None:
+    """What cannot be read back is no rejected output, and raises nothing."""
+    for data in (
+        b"",
+        b"{}",
+        b"[]",
+        b'{"value": 1}',
+        b'{"value":1,"cut":0,"complaints":3,"more_complaints":0}',
+        b"\xff",
+    ):
+        assert read_rejected(data) is None
+
+
 async def test_results_and_traces_for_hooks_have_no_rejected_output(tmp_path: Path) -> None:
     """A rejected output is not in the result that hooks get, not in a pickled trace or its events."""
     seen: list[Any] = []
@@ -456,3 +470,24 @@ def test_a_damaged_row_is_no_output(tmp_path: Path) -> None:
         assert db.execute("UPDATE steps SET output = x'7b7d' WHERE position = -11").rowcount == 1
     (shown,) = rejected_outputs(SQLiteStore(tmp_path / "0.db"), "r")
     assert (shown.value.startswith("[the rejected"), "is damaged" in shown.value) == (True, True)
+
+
+def test_what_the_users_classes_raise_is_no_failure_of_its_own() -> None:
+    """Names and texts of a violation of the user's own making are taken as they are."""
+    from stroma.contracts.contract import ContractViolation
+    from stroma.engine.redaction import Redactor
+    from stroma.trace.trace import ExecutionTrace
+
+    violation = ContractViolation("n", "output", {}, ["odd", {"loc": ["a", 3], "msg": "m" * 10_000}] * 100)
+    one = read_rejected(
+        encode_rejected(Text(text="x"), violation, "redacted", Redactor(None, {}, ExecutionTrace()))
+    )
+    assert [(c.path, c.message[:3]) for c in one.complaints] == [((), "odd"), (("a", 3), "mmm")]
+    assert one.more == 150
+
+
+async def test_a_store_without_a_journal_keeps_no_rejected_output() -> None:
+    """A store of the simple protocol has no place for a rejected output; the run fails as it would anyway."""
+    broken = node("a", lambda state: {"n": "no"})
+    result = await quick(store=SimpleStore(), keep_rejected="full").run([broken], Num())
+    assert result.status is RunStatus.FAILED

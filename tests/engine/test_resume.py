@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, create_model
 from tests.checkpoint.damage import reseal
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, context_of, node, noting, same
+from tests.kit import NEVER, AsyncSimpleStore, Num, SimpleStore, context_of, node, noting, returning, same
 from tests.kit import Text as Wrong
 from tests.shared_stores import LOCAL
 
@@ -21,6 +21,7 @@ from stroma import (
     CorruptCheckpoint,
     ExecutionBudget,
     FailureClass,
+    NodeContract,
     NodeHooks,
     PipelineChanged,
     ReliabilityContext,
@@ -34,6 +35,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
+from stroma.engine.lifecycle import open_run
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 
@@ -74,6 +76,11 @@ def quick(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(store=store, **config)
 
 
+async def loaded(store: Any, run_id: str, node_id: str, schema: type[BaseModel] = Num) -> Any:
+    result = store.load_typed(run_id, node_id, schema)
+    return await result if asyncio.iscoroutine(result) else result
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("broken", ["a", "b", "c", "d"])
 async def test_resume_goes_on_where_the_run_stopped(store: Any, broken: str) -> None:
@@ -92,6 +99,26 @@ async def test_resume_goes_on_where_the_run_stopped(store: Any, broken: str) -> 
         (c, i) for i, c in enumerate("abcd") if i >= at
     ]
     assert second.total_tokens == 10 * (4 - at)
+
+
+@pytest.mark.core
+async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> None:
+    """G6: usage of failed attempts of earlier calls counts against a resume's budget: tokens, dollars."""
+    calls: list[int] = []
+
+    async def fails(state: Num) -> Any:
+        calls.append(1)
+        current_node().report_usage(input_tokens=100_000, model="gpt-4o")  # 0.25 USD
+        raise ValueError
+
+    runner = quick(store, resume=True, budget=ExecutionBudget(max_cost_usd=0.6))
+    nodes = [node("a", fails)]
+    for _ in range(5):
+        result = await runner.run(nodes, Num())
+        assert result.status is RunStatus.PARTIAL
+    assert len(calls) == 3
+    assert isinstance(result.failure.exception, BudgetExceeded)
+    assert result.total_cost_usd == 0
 
 
 async def test_running_again_restarts(store: Any) -> None:
@@ -197,6 +224,33 @@ async def _stopped(store: Any) -> Work:
     await quick(store).run(work.nodes, Num())
     work.failing = set()
     return work
+
+
+@pytest.mark.core
+async def test_renamed_nodes_are_a_changed_pipeline(store: Any) -> None:
+    """Other ids before the resume point are PipelineChanged, naming both ids; nothing is called."""
+    work = await _stopped(store)
+    other = Work("a", "x", "c")
+    with pytest.raises(PipelineChanged, match=r"'b'.*'x'"):
+        await quick(store, resume=True).run(other.nodes, Num())
+    swapped = [work.nodes[1], work.nodes[0], work.nodes[2]]
+    with pytest.raises(PipelineChanged, match=r"'a'.*'b'"):
+        await quick(store, resume=True).run(swapped, Num())
+    assert other.calls == {}
+    assert work.calls == {"a": 1, "b": 1, "c": 1}
+    # The run is as it was: with the right pipeline it goes on.
+    result = await quick(store, resume=True).run(work.nodes, Num())
+    assert result.status is RunStatus.RESUMED
+
+
+@pytest.mark.core
+async def test_another_schema_is_a_changed_pipeline(store: Any) -> None:
+    """Another output schema before the resume point is PipelineChanged, naming node and class."""
+    work = await _stopped(store)
+
+    nodes = [work.nodes[0], node("b", returning({"n": 1}), Num, Other), work.nodes[2]]
+    with pytest.raises(PipelineChanged, match=r"'b'.*Other"):
+        await quick(store, resume=True).run(nodes, Num())
 
 
 class Older(BaseModel):
@@ -308,6 +362,17 @@ async def test_another_input_is_refused(store: Any) -> None:
     with pytest.raises(PipelineChanged, match="input"):
         await quick(store, resume=True).run(work.nodes, Num(n=5))
     assert work.calls["c"] == 1
+
+
+async def test_a_changed_group_is_refused(store: Any) -> None:
+    """A group whose children changed is PipelineChanged once reached; new children are not called."""
+    work = Work("a", "b", "c")
+    work.failing = {"c"}
+    await quick(store).run([parallel(work.nodes[0], work.nodes[1]), work.nodes[2]], Num())
+    other = Work("x")
+    with pytest.raises(PipelineChanged):
+        await quick(store, resume=True).run([parallel(work.nodes[0], other.nodes[0]), work.nodes[2]], Num())
+    assert other.calls == {}
 
 
 async def test_a_finished_group_is_restored_whole(store: Any) -> None:
@@ -425,6 +490,29 @@ async def test_steps_are_known_by_the_call_of_their_id(store: Any) -> None:
     assert len(steps.calls) == 5
 
 
+class Unkept(BaseModel):
+    model_config = {"arbitrary_types_allowed": True}
+    n: int
+    lock: Any
+
+
+async def test_a_step_input_without_a_stored_form_is_not_compared(store: Any) -> None:
+    """An input that cannot be stored does not keep a step from being recorded and found again."""
+    steps = Steps(store)
+
+    async def add(state: Unkept) -> Any:
+        steps.calls.append(f"add {state.n}")
+        return {"n": state.n + 1}
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="add", input_schema=Unkept, output_schema=Num)
+    for _ in range(2):
+        ctx = steps.context()
+        await open_run(ctx, Num())
+        result = await execute_step("add", add, Unkept(n=1, lock=object()), ctx, contract=contract)
+        assert result.final_state == Num(n=2)
+    assert steps.calls == ["add 1"]
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("ended", ["well", "failed", "raised", "cancelled"])
 async def test_the_end_of_plain_code_is_recorded(tmp_path: Path, ended: str) -> None:
@@ -463,6 +551,21 @@ async def test_the_end_of_plain_code_is_recorded(tmp_path: Path, ended: str) -> 
         assert type(outcome) is {"raised": KeyError, "cancelled": asyncio.CancelledError}.get(
             ended, type(None)
         )
+
+
+@pytest.mark.core
+async def test_a_run_that_is_cancelled_while_it_opens_is_closed_again(tmp_path: Path) -> None:
+    """Cancelled while the store opens it, a run is CANCELLED there, not RUNNING for ever."""
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        work = Work("a")
+        task = asyncio.create_task(quick(store).run(work.nodes, Num()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert store.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
+        assert not work.calls
 
 
 async def test_a_damaged_child_names_the_group_to_resume_from(tmp_path: Path) -> None:
@@ -553,6 +656,20 @@ async def test_saved_by_hand_counts_for_resume_from(store: Any) -> None:
     result = await runner.run(work.nodes, Num(), resume_from="b")
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=42))
     assert work.calls == {"b": 1}
+
+
+async def test_what_is_stored_can_be_loaded_by_node(store: Any) -> None:
+    """Committed outputs can be read back by run and node id, and deleting a run takes them all."""
+    work = Work("a", "b")
+    runner = quick(store)
+    await runner.run(work.nodes, Num())
+    await runner.run(work.nodes, Num(n=10), run_id="other")
+    assert [await loaded(store, "r", c) for c in "ab"] == [Num(n=1), Num(n=2)]
+    await runner.checkpoint_manager.clear("r")
+    assert [await loaded(store, "r", c) for c in "ab"] == [None, None]
+    assert await loaded(store, "other", "b") == Num(n=12)
+    with pytest.raises(CheckpointNotFound):
+        await runner.run(work.nodes, Num(), resume_from="b")
 
 
 @pytest.mark.core

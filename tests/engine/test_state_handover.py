@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
-from tests.kit import NEVER, ONCE
+from tests.kit import NEVER, ONCE, computing
 
 from stroma import AsyncInMemoryStore, NodeHooks, StromaRunner, map_over, parallel, stroma_node
 
@@ -153,6 +153,24 @@ async def test_each_node_is_given_what_the_one_before_it_returned(
     again = await StromaRunner.quick(store=store).run(nodes, kind(), run_id="r", resume=True)
     assert words(again.final_state) == ["a", "b", "c", "d"]
     assert len(desk.received) == 5
+
+
+@pytest.mark.parametrize("returns", ["itself", "a model", "a dict"])
+@pytest.mark.parametrize("kind", [Flat, Listed, Nested, Loose, Opaque])
+async def test_an_id_that_stands_twice(kind: type[BaseModel], returns: str) -> None:
+    """The same where one id has two contracts in a run, so that its rows are kept in another way."""
+    desk = Scribblers(kind, returns)
+
+    begin = computing(lambda _: kind())
+    first = stroma_node("a", input=Word, output=kind)(begin)
+    nodes = [first, *(desk.node(letter, node_id="a") for letter in "bcd")]
+    result = await StromaRunner.quick().run(nodes, Word(text="w"))
+    assert result.failure is None
+    assert desk.received == [[], ["b"], ["b", "c"]]
+    assert words(result.final_state) == ["b", "c", "d"]
+    outputs = [words(event.output_state) for event in list(result.trace)[1:]]
+    assert outputs == [["b"], ["b", "c"], ["b", "c", "d"]]
+    assert [words(event.input_state) for event in list(result.trace)[1:]] == [[], ["b"], ["b", "c"]]
 
 
 @pytest.mark.parametrize("returns", ["itself", "a model", "a dict"])

@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel, SecretStr, ValidationError
 from tests.fixtures import store_fixture
 from tests.kit import NEVER, THRICE, Num, SimpleStore, failing_with, node
+from tests.kit import Many as Items
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
@@ -24,11 +25,14 @@ from stroma import (
     StromaRunner,
     Suspend,
     current_node,
+    map_over,
     parallel,
     stroma_flow,
     stroma_node,
 )
 from stroma.testing import RecordedRun
+
+ITEMS = Items(items=[Num(n=1), Num(n=2), Num(n=3)])
 
 
 class Approval(BaseModel):
@@ -155,6 +159,19 @@ async def test_of_two_answers_one_counts(store: Any) -> None:
     assert [answer.approved for answer in desk.answers] == [report[0] is None]
 
 
+async def test_a_sync_node_waits_too(store: Any) -> None:
+    """A plain def may raise Suspend, and finds its answer."""
+
+    def ask(state: Num) -> dict[str, Any]:
+        return {"n": int(current_node().wait_for(Approval, reason="well?").approved)}
+
+    nodes = [node("ask", ask)]
+    result = await runner(store).run(nodes, Num())
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["well?"])
+    await runner(store).signal("r", {"approved": True})
+    assert (await runner(store, resume=True).run(nodes, Num())).final_state == Num(n=1)
+
+
 async def test_an_answer_is_for_one_question(store: Any) -> None:
     """A node that asks a second question does not get the answer to its first one: it fails for good."""
     transfers: list[str] = []
@@ -213,6 +230,26 @@ async def test_children_of_a_group_wait(store: Any) -> None:
     assert again.status is RunStatus.RESUMED, again.failure
     assert again.final_state.model_dump() == {"is_x": "by x", "is_y": "done", "is_z": "by z"}
     assert calls == ["x", "y", "z", "x", "z"]
+
+
+async def test_items_wait(store: Any) -> None:
+    """Items of map_over wait each on its own, each with a question of its own."""
+
+    async def item(state: Num) -> Any:
+        here = current_node()
+        if state.n % 2:
+            return {"n": 100 * state.n + int(here.wait_for(Approval, reason=f"{state.n}?").approved)}
+        return {"n": state.n}
+
+    nodes = [map_over("items", node("item", item), into="done")]
+    result = await runner(store).run(nodes, ITEMS)
+    assert result.status is RunStatus.SUSPENDED
+    await runner(store).signal("r", {"approved": True}, question=result.questions[0].id)
+    result = await runner(store, resume=True).run(nodes, ITEMS)
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["3?"])
+    await runner(store).signal("r", {"approved": False})
+    result = await runner(store, resume=True).run(nodes, ITEMS)
+    assert [instance.n for instance in result.final_state.done] == [101, 2, 300]
 
 
 async def test_a_failure_beats_a_question(store: Any) -> None:

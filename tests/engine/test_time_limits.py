@@ -7,6 +7,7 @@ import pytest
 from tests.kit import Num, failing_with, node, quick, quick_without_retries, sleep_forever
 
 from stroma import (
+    BudgetExceeded,
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
@@ -61,6 +62,22 @@ async def test_limits_of_any_size() -> None:
     runner = quick(budget=budget, hooks=hooks, hook_timeout_ms=largest, node_timeouts={"a": largest})
     result = await runner.run([parallel(node("a", func))], Num())
     result.raise_for_status()
+
+
+@pytest.mark.core
+async def test_a_node_is_cut_off_when_the_latency_is_spent() -> None:
+    """The latency budget is a deadline for the function in flight, which then fails for the budget."""
+    finished: list[str] = []
+
+    async def func(state: Num) -> Any:
+        await asyncio.sleep(1)
+        finished.append("node")
+        return {"n": 1}
+
+    result = await quick(budget=ExecutionBudget(max_latency_ms=30)).run([node("a", func)], Num())
+    assert (result.status, finished) == (RunStatus.PARTIAL, [])
+    assert isinstance(result.failure.exception, BudgetExceeded)
+    assert result.failure.exception.dimension == "latency"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -67,12 +67,86 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str, str, Any]]:
     ]
 
 
+async def in_callback(func: Callable[[], None]) -> None:
+    """Call it from the loop itself, so that no task runs."""
+    done: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+
+    def go() -> None:
+        try:
+            func()
+        except BaseException as error:
+            done.set_result(error)
+        else:
+            done.set_result(None)
+
+    asyncio.get_running_loop().call_soon(go)
+    error = await done
+    if error is not None:
+        raise error
+
+
+def test_every_set_is_found_in_what_is_given_as_hooks() -> None:
+    """None is no set, one is one, and lists and tuples may lie in each other."""
+    a, b, c = NodeHooks(), NodeHooks(), NodeHooks()
+    for value, result in [
+        (None, ()),
+        (a, (a,)),
+        ([], ()),
+        ([a, (b, [c])], (a, b, c)),
+        ([(a, b), c], (a, b, c)),
+        (iter((a, b | c)), (a, b, c)),
+    ]:
+        instance = flatten(value)  # type: ignore[arg-type]
+        assert type(instance) is tuple
+        assert [id(one) for one in instance] == [id(one) for one in result]
+
+
 @pytest.mark.parametrize("wrong", [7, "hooks", None, NodeHooks])
 def test_what_is_no_set_is_named(wrong: Any) -> None:
     """The message shows it, and how to make one."""
     with pytest.raises(TypeError) as caught:
         flatten([NodeHooks(), [wrong]])
     assert str(caught.value) == f"{wrong!r} is not a set of hooks; make one with NodeHooks(...)"
+
+
+async def quick(*_: Any) -> None:
+    """Never waits."""
+
+
+async def slow(*_: Any) -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+class Later:
+    def __await__(self) -> Iterator[Any]:
+        yield
+        yield
+
+
+class AtOnce:
+    def __await__(self) -> Iterator[Any]:
+        return iter(())
+
+
+@pytest.mark.parametrize(("hook", "waits"), [(quick, False), (slow, True), (lambda *_: Later(), True)])
+@pytest.mark.parametrize("limit", [None, 3600.0])
+async def test_hooks_that_never_wait_leave_nothing_to_await(
+    hook: Any, waits: bool, limit: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`advance` ends with the last hook, or where one waits; then `finish` awaits the rest."""
+    clock = Clock(monkeypatch)
+
+    def blocks(*_: Any) -> Any:
+        clock.now += 3600.0  # Just at its limit.
+        return hook()
+
+    fired = Fired(blocks, limit=limit)
+    firing = fired.firing()
+    assert firing.advance() is not waits
+    if waits:
+        await firing.finish()
+    assert (fired.errors, fired.lookup_count) == ([], 1)
 
 
 class Rude(BaseException):
@@ -115,6 +189,20 @@ async def test_what_a_hook_raises_is_logged_and_reported(
         text = f"hook on_node_start ({hook!r}) raised for node {node_id!r} of run 'run'; the run goes on"
         assert lines(caplog) == [(logging.ERROR, text, "run", error)]
         assert len(after) == len(hooks) - 1
+
+
+async def test_a_report_is_made_though_the_log_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that raises does not keep a hook's error from being counted."""
+    error = ValueError("no")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(stroma.hooks.dispatch.logger, "error", fails)
+    fired = Fired(lambda *_: raising(error, False))
+    with pytest.raises(OSError, match="disk full"):
+        await fired.fire()
+    assert fired.errors == [("on_node_start", "node", error)]
 
 
 @pytest.mark.parametrize("event", ["on_node_start", "on_node_success"])
@@ -227,6 +315,50 @@ async def test_a_hook_that_cancels_its_own_task_changes_nothing(
     assert all(str(error) == "instead" or type(error) is asyncio.CancelledError for *_, error in fired.errors)
 
 
+async def test_a_cancellation_before_is_not_the_hooks() -> None:
+    """A hook that runs in a task that is being cancelled is told like any other, nothing is raised anew."""
+    events: list[int] = []
+
+    async def hook(*_: Any) -> None:
+        await asyncio.sleep(0)
+        events.append(1)
+
+    async def run(hooks: list[Any]) -> list[Any]:
+        asyncio.current_task().cancel()
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            fired = Fired(*hooks)
+            await fired.fire()
+            return fired.errors
+        raise AssertionError
+
+    assert await asyncio.create_task(run([hook, hook])) == []
+    assert events == [1, 1]
+    assert await asyncio.create_task(run([quick])) == []
+    assert await asyncio.create_task(run([lambda *_: Later()])) == []
+    stray = asyncio.CancelledError("stray")
+    for suspends in (False, True):
+        assert await asyncio.create_task(run([lambda *_, s=suspends: raising(stray, s)])) == [
+            ("on_node_start", "node", stray)
+        ]
+
+
+@pytest.mark.parametrize("hook", [quick, lambda *_: AtOnce()])
+def test_hooks_are_told_where_no_task_runs(hook: Any) -> None:
+    """A coroutine driven by hand is in no task: its hooks are called, and their errors are isolated."""
+    for hooks, errors in (([hook], 0), ([hook, lambda *_: raising(asyncio.CancelledError(), False)], 1)):
+        fired = Fired(*hooks)
+        step = fired.fire().__await__()
+
+        def drive(step: Any = step) -> None:
+            with pytest.raises(StopIteration):
+                next(step)
+
+        asyncio.run(in_callback(drive))
+        assert (fired.lookup_count, len(fired.errors)) == (len(hooks), errors)
+
+
 class Clock:
     """What the hooks read the time from."""
 
@@ -327,3 +459,162 @@ class Wrapped:
 
     def __await__(self) -> Any:
         return self.coroutine.__await__()
+
+
+class Steps:
+    """An awaitable of whose iterator every step is seen."""
+
+    def __init__(self, *steps: Any) -> None:
+        self.steps = iter(steps)
+        self.sent: list[Any] = []
+
+    def __await__(self) -> Steps:
+        return self
+
+    def __iter__(self) -> Steps:
+        return self
+
+    def __next__(self) -> Any:
+        self.sent.append(None)
+        return next(self.steps)
+
+    def send(self, value: Any) -> Any:
+        self.sent.append(value)
+        return next(self.steps)
+
+
+def test_every_step_of_a_hook_is_handed_on() -> None:
+    """What it waits for goes to whoever drives the run, and what is sent back goes to it."""
+    steps = Steps("first", "second", "third")
+    fired = Fired(lambda *_: steps)
+    driven = fired.fire().__await__()
+    got: list[Any] = []
+
+    def drive() -> None:
+        got.append(next(driven))
+        got.append(driven.send(None))
+        got.append(driven.send("value"))  # type: ignore[arg-type]
+        with pytest.raises(StopIteration):
+            driven.send(None)
+
+    asyncio.run(in_callback(drive))
+    assert got == ["first", "second", "third"]
+    assert steps.sent == [None, None, "value", None]
+
+
+def test_what_is_thrown_into_a_hook_reaches_it() -> None:
+    """One that can be thrown into gets it; one that cannot is over with it."""
+
+    class Catches(Steps):
+        def throw(self, error: BaseException) -> Any:
+            self.sent.append(error)
+            return "caught"
+
+    error = ValueError("thrown")
+    catches, plain = Catches("first", "second"), Steps("first", "second")
+    for steps, caught in ((catches, True), (plain, False)):
+        fired = Fired(lambda *_, steps=steps: steps)
+        driven = fired.fire().__await__()
+
+        def drive(driven: Any = driven, caught: bool = caught) -> None:
+            assert next(driven) == "first"
+            if caught:
+                assert driven.throw(error) == "caught"
+                assert driven.send(None) == "second"
+            with pytest.raises(StopIteration):
+                driven.throw(error) if not caught else driven.send(None)
+
+        asyncio.run(in_callback(drive))
+        assert fired.errors == ([] if caught else [("on_node_start", "node", error)])
+    assert catches.sent == [None, error, None, None]
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_a_hook_is_driven_no_faster_than_it_goes(sets: int) -> None:
+    """Each time that it waits, the event loop has a turn: no step is left out, none is added."""
+    seen: list[Any] = []
+    fired = Fired(*[slow] * sets)
+    driven = fired.fire().__await__()
+    asyncio.run(in_callback(lambda: seen.extend(driven)))
+    assert seen == [None] * 3 * sets
+
+
+def test_the_hooks_after_one_that_is_closed_can_still_be_called() -> None:
+    """GeneratorExit comes out of a waiting hook at once if the coroutine around is closed; others follow."""
+    called: list[str] = []
+    entries: list[Any] = []
+
+    async def waits() -> None:
+        try:
+            await asyncio.sleep(0)
+        except GeneratorExit:
+            called.append("closed")
+            raise
+
+    def hook(*_: Any) -> Any:
+        # It has another reference, too: it is not closed by being forgotten.
+        entries.append(waits())
+        return entries[-1]
+
+    async def other(*_: Any) -> None:
+        called.append("other")
+
+    fired = Fired(other, hook, other, event="on_node_success")
+    firing = fired.firing()
+
+    async def run() -> None:
+        assert not firing.advance()
+        driven = firing.finish().__await__()
+        next(driven)
+        driven.close()
+
+    asyncio.run(run())
+    firing.finish_now()
+    assert called == ["other", "closed", "other"]
+    assert fired.errors == []
+
+
+def test_hooks_that_are_told_where_nothing_can_be_awaited(caplog: pytest.LogCaptureFixture) -> None:
+    """One that waits is cut short, one that raises is reported, others end."""
+    events: list[str] = []
+    error = ValueError("no")
+
+    async def ends(*arguments: Any) -> None:
+        events.append(f"ends {arguments}")
+
+    async def waits(*_: Any) -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            events.append("cut short")
+
+    async def fails(*_: Any) -> None:
+        raise error
+
+    fired = Fired(ends, waits, fails, lambda *_: 7, ends)
+
+    async def run() -> None:
+        fired.event = "on_node_cancelled"
+        fired.firing().finish_now()
+
+    asyncio.run(run())
+    assert events == ["ends ('argument',)", "cut short", "ends ('argument',)"]
+    assert [(event, node_id) for event, node_id, _ in fired.errors] == [("on_node_cancelled", "node")] * 2
+    assert fired.errors[0][2] is error
+    assert type(fired.errors[1][2]) is AttributeError
+    assert lines(caplog)[:2] == [
+        (
+            logging.WARNING,
+            f"hook on_node_cancelled ({waits!r}) was cut short: run 'run' was closed, not cancelled, so "
+            f"that nothing can "
+            "be awaited",
+            "run",
+            None,
+        ),
+        (
+            logging.ERROR,
+            f"hook on_node_cancelled ({fails!r}) raised for node 'node' of run 'run'; the run goes on",
+            "run",
+            error,
+        ),
+    ]

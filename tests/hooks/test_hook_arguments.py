@@ -11,6 +11,7 @@ import pytest
 from tests.kit import Note, passing
 
 from stroma import NodeHooks, RunConfig, RunStatus, StromaRunner
+from stroma.telemetry import log_hooks
 
 EVENTS = [field.name for field in fields(NodeHooks) if field.name.startswith("on_")]
 
@@ -128,6 +129,11 @@ def test_the_arguments_are_those_that_hooks_are_called_with(event: str) -> None:
     NodeHooks(**{event: eval(f"lambda {arguments}: None")})
     with pytest.raises(TypeError):
         NodeHooks(**{event: eval(f"lambda {arguments}, more: None")})
+
+
+def test_exporters_pass() -> None:
+    """The hooks of exporters fit their events."""
+    log_hooks()
 
 
 @pytest.mark.parametrize("kind", ["no arguments", "lambda", "function"])

@@ -22,6 +22,7 @@ from tests.kit import (
 
 from stroma import (
     CheckpointNotFound,
+    HookError,
     NodeHooks,
     RunConfig,
     RunStatus,
@@ -43,6 +44,25 @@ async def test_no_hooks_may_be_said_with_none() -> None:
     composed = record_hooks(seen) | None
     await quick_without_retries(hooks=composed).run([node("a", same)], Num())
     assert seen == ["run_start", "start a", "success a", "run_end"]
+
+
+async def test_a_hook_that_cannot_be_interrupted_by_throwing() -> None:
+    """What a hook returns may be an awaitable without throw(): a time limit and a cancellation end it."""
+
+    class Bare:
+        def __await__(self) -> Any:
+            return self
+
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> None:
+            return None
+
+    hooks = NodeHooks(on_node_start=lambda *_: Bare())
+    result = await quick_without_retries(hooks=hooks, hook_timeout_ms=20).run([node("a", same)], Num())
+    assert result.status is RunStatus.COMPLETED
+    assert [type(error.exception).__name__ for error in result.hook_errors] == ["HookTimeout"]
 
 
 async def test_run_end_fires_when_the_resume_target_has_no_checkpoint() -> None:
@@ -73,6 +93,20 @@ async def test_a_hook_cannot_grant_attempts() -> None:
 
     result = await quick(hooks=NodeHooks(on_node_failure=meddle)).run([node("a", func)], Num())
     assert ([event.attempt for event in result.trace], len(calls)) == ([1, 2, 3], 3)
+
+
+@pytest.mark.parametrize("suspends", [False, True])
+@pytest.mark.parametrize("event", ["on_node_start", "on_node_success", "on_run_end"])
+async def test_a_hook_that_raises_generator_exit_changes_nothing(event: str, suspends: bool) -> None:
+    """G8: a GeneratorExit that a hook raises itself is an exception in a hook like any other."""
+
+    async def leave(*_: Any) -> None:
+        if suspends:
+            await asyncio.sleep(0)
+        raise GeneratorExit
+
+    result = await quick(hooks=NodeHooks(**{event: leave})).run([node("a", lambda state: {"n": 1})], Num())
+    assert (result.status, [error.hook for error in result.hook_errors]) == (RunStatus.COMPLETED, [event])
 
 
 async def _fail_at_end() -> None:
@@ -114,6 +148,20 @@ async def test_a_failed_task_group_of_a_hook_changes_nothing(event: str, way: An
     if is_caught:
         over.clear()
         await cancel_after(runner.run([node("a", same)], Num()), over)
+
+
+async def test_a_hook_error_without_a_repr_is_raised_as_one() -> None:
+    """hook_errors="raise" gives HookError, whatever the repr of what the hook raised does."""
+
+    class Mute(Exception):
+        def __repr__(self) -> str:
+            raise RuntimeError("no words")
+
+    async def start(*_: Any) -> None:
+        raise Mute
+
+    with pytest.raises(HookError, match="a Mute"):
+        await quick(hooks=NodeHooks(on_node_start=start), hook_errors="raise").run([node("a", same)], Num())
 
 
 @pytest.mark.core

@@ -3,8 +3,11 @@
 import asyncio
 import contextvars
 import functools
+import gc
+import logging
 import threading
 import types
+import warnings
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
@@ -149,6 +152,21 @@ def quick(*hooks: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(**(inputs | config))
 
 
+async def test_start_sees_validated_input(seen: Recorder) -> None:
+    """on_node_start fires before the function runs and after input validation, with the valid dict."""
+
+    class Raw(BaseModel):
+        value: str
+
+    @node("n")
+    async def n(state: State) -> Any:
+        assert seen.of(START) == [("r", "n", {"value": 5, "items": []})]
+        return {"value": 1}
+
+    await quick(seen).run([n], Raw(value="5"))
+    assert seen.names == [RUN_START, START, SUCCESS, RUN_END]
+
+
 # ---------------------------------------------------------------------- the events, one by one
 
 
@@ -257,6 +275,41 @@ async def test_order_of_sets(way: Any) -> None:
         *(f"{s}.{SUCCESS}" for s in down),
         *(f"{s}.{RUN_END}" for s in down),
     ]
+
+
+@pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, SKIPPED])
+async def test_each_set_gets_its_own_dict(name: str) -> None:
+    """Each set gets its own copy of the dict, nested values too; its changes reach nobody (G7, G8)."""
+    inputs: list[dict[str, Any]] = []
+
+    async def vandal(*arguments: Any) -> None:
+        (state,) = (a for a in arguments if isinstance(a, dict))
+        inputs.append({key: list(v) if isinstance(v, list) else v for key, v in state.items()})
+        state["items"].append(666)
+        state["value"] = 666
+        state["new"] = 666
+
+    seen_by_node: list[State] = []
+
+    @node("n")
+    async def n(state: State) -> Any:
+        seen_by_node.append(state)
+        return {"value": state.value + 1, "items": state.items}
+
+    store = AsyncInMemoryStore()
+    hooks = [NodeHooks(**{name: vandal}), NodeHooks(**{name: vandal})]
+    runner = quick(*hooks, store=store)
+    result = await runner.run([n, n], State(value=1, items=[1]))
+    if name == SKIPPED:
+        result = await quick(*hooks, store=store, resume=True).run([n, n], State(value=1, items=[1]))
+    assert result.final_state == State(value=3, items=[1])
+    assert [state.items for state in seen_by_node] == [[1], [1]]
+    assert inputs
+    assert all(state["items"] == [1] and state["value"] < 4 and len(state) == 2 for state in inputs)
+    for event in result.trace:
+        assert event.input_state["items"] == [1]
+        assert event.output_state["items"] == [1]
+        assert "new" not in event.input_state
 
 
 @pytest.mark.core
@@ -456,6 +509,20 @@ async def test_any_callable_whose_result_is_awaitable(kind: str) -> None:
     assert kinds.calls == [("r", "plus", {"value": 1, "items": []})]
 
 
+async def test_wrong_number_of_parameters() -> None:
+    """A hook that does not take its arguments, unseen by its signature, is isolated."""
+
+    async def on_start(run_id: str) -> None: ...
+
+    def passes_on(*arguments: Any) -> Any:
+        return on_start(*arguments)
+
+    result = await quick(NodeHooks(on_node_start=passes_on)).run([plus], State())
+    assert result.status is RunStatus.COMPLETED
+    (error,) = result.hook_errors
+    assert isinstance(error.exception, TypeError)
+
+
 # ---------------------------------------------------------------------- isolation (G8)
 
 
@@ -603,6 +670,14 @@ async def test_hook_errors_raise_of_the_last_hook() -> None:
     assert fine.status is RunStatus.COMPLETED
 
 
+async def test_hook_errors_raise_with_a_failed_run() -> None:
+    """A run that fails on its own with hook_errors="raise" has its failure on the HookError's result."""
+    with pytest.raises(HookError) as caught:
+        await quick(NodeHooks(on_node_failure=down), hook_errors="raise").run([invalid], State())
+    assert caught.value.result.status is RunStatus.FAILED
+    assert caught.value.result.failure is not None
+
+
 async def test_hook_errors_raise_with_a_cancelled_run() -> None:
     """A cancelled run stays cancelled also with hook_errors="raise"."""
     waits, started = waiting()
@@ -666,6 +741,47 @@ async def test_a_hooks_own_timeout_is_its_own() -> None:
     assert [type(e.exception).__name__ for e in result.hook_errors] == ["HookTimeout"]
 
 
+@pytest.mark.core
+async def test_the_timer_is_armed_only_when_a_hook_suspends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G12: a hook that never suspends arms no timer; one that does arms one."""
+    armed: list[float | None] = []
+    real = asyncio.timeout
+
+    def counting(delay: float | None) -> asyncio.Timeout:
+        armed.append(delay)
+        return real(delay)
+
+    async def at_once(*_: Any) -> None: ...
+
+    async def suspends(*_: Any) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(asyncio, "timeout", counting)
+    await quick(NodeHooks(on_node_start=at_once, on_node_success=at_once)).run([plus], State())
+    assert armed == []
+    await quick(NodeHooks(on_node_start=suspends, on_node_success=at_once)).run([plus], State())
+    assert armed == [5.0]
+
+
+async def test_redact_gets_its_own_dict(seen: Recorder) -> None:
+    """A redact that works in place changes what hooks see, and nothing of the run."""
+
+    def in_place(state: dict[str, Any]) -> dict[str, Any]:
+        state["items"].clear()
+        state["value"] = "***"
+        return state
+
+    result = await quick(seen, redact=in_place).run([plus_items, plus_items], State(value=1, items=[1, 2]))
+    assert result.final_state == State(value=3, items=[1, 2])
+    assert {str(arguments[2]) for arguments in seen.of(SUCCESS)} == {"{'value': '***', 'items': []}"}
+    assert [event.input_state["items"] for event in result.trace] == [[1, 2], [1, 2]]
+
+
+@node("plus items")
+async def plus_items(state: State) -> Any:
+    return {"value": state.value + 1, "items": state.items}
+
+
 # ---------------------------------------------------------------------- redaction
 
 
@@ -688,6 +804,34 @@ async def test_redact_that_fails(wrong: str, seen: Recorder, caplog: pytest.LogC
         assert "12345" not in str(state)
         assert "items" not in state
     assert "12345" not in caplog.text
+
+
+@pytest.mark.core
+async def test_log_lines_hold_nothing_that_is_redacted(caplog: pytest.LogCaptureFixture) -> None:
+    """What redact takes out of a state is in no log line either: of failed attempts or skipped items."""
+
+    class Person(BaseModel):
+        name: str
+
+    class People(BaseModel):
+        people: list[Person]
+
+    def redact(state: dict[str, Any]) -> dict[str, Any]:
+        return {k: "***" if k in {"name", "people"} else v for k, v in state.items()}
+
+    async def greet(state: Any) -> Any:
+        raise ValueError(f"no letter for {state.name}")
+
+    greets = stroma_node("greet", input=Person, output=Person)(greet)
+    caplog.set_level(logging.DEBUG, "stroma")
+    runner = quick(redact=redact)
+    await runner.run([greets], Person(name="Augusta King"))
+    collects = map_over("people", greets, into="done", on_item_failure="collect")
+    result = await runner.run([collects], People(people=[Person(name="Augusta King")]))
+    assert result.status is RunStatus.COMPLETED
+    assert caplog.text.count("no letter for [redacted]") == 5  # Two attempts each, and the skipped item.
+    assert "failed and is skipped" in caplog.text
+    assert "Augusta" not in caplog.text
 
 
 async def test_an_interrupt_in_redact_is_one() -> None:
@@ -900,6 +1044,23 @@ async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.Mon
     ]
 
 
+def test_a_child_that_stops_the_process_at_once() -> None:
+    """SystemExit in the first child before its siblings began leaves no coroutine that was never awaited."""
+    seen = Recorder()
+
+    @node("stops")
+    async def stops(state: State) -> Any:
+        raise SystemExit
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            asyncio.run(quick(seen).run([parallel(stops, plus)], State()))
+        gc.collect()
+    seen.assert_paired()
+    assert [str(w.message) for w in caught] == []
+
+
 # ---------------------------------------------------------------------- groups
 
 
@@ -1019,3 +1180,15 @@ async def test_every_start_of_a_run_that_is_broken_off_has_one_end(
     assert seen.of(START)
     seen.assert_paired()
     assert len(seen.of(RUN_START)) == len(seen.of(RUN_END)) == 1
+
+
+async def test_children_that_never_began_are_closed(seen: Recorder) -> None:
+    """A child that fails at once leaves its siblings unbegun: no start, no end, no unawaited coroutine."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = await quick(seen).run([parallel(invalid, plus, plus_two)], State())
+        gc.collect()
+    assert result.status is RunStatus.FAILED
+    assert [n for _, n, *_ in seen.of(START)] == ["parallel(invalid, plus, plus two)", "invalid"]
+    seen.assert_paired()
+    assert [str(w.message) for w in caught] == []
