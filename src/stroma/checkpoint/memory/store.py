@@ -160,13 +160,16 @@ class _MemoryStore(RunStore):
     address = ""
     #: Nobody has asked for this store: guards delete what ended long ago, so that memory does not grow.
     is_default = False
-    keeps_secrets = True  # Nothing leaves this process.
     _has_warned = False
     _payloads = Payloads()
 
     def __init__(self) -> None:
         self._runs: dict[str, MemoryRun] = {}
         self._rows = MemoryRows(self._runs)
+
+    @property
+    def keeps_secrets(self) -> bool:
+        return True  # Nothing leaves this process.
 
     def _display_name(self) -> str:
         return "this process"
