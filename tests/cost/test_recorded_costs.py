@@ -7,7 +7,6 @@ import pytest
 from genai_prices import data_snapshot
 from tests.fixtures import store_fixture
 from tests.kit import (
-    TWICE,
     Num,
     One,
     computing,
@@ -28,7 +27,6 @@ from stroma import (
     ReliabilityContext,
     RunStatus,
     Usage,
-    current_node,
     execute_step,
     parallel,
 )
@@ -110,28 +108,6 @@ async def test_a_billion_tokens_can_be_counted(store: Any) -> None:
     assert result.status is RunStatus.COMPLETED
     assert result.total_tokens == 10**9
     assert result.total_cost_usd == pytest.approx(2500)
-
-
-async def test_reported_usage_shows_at_once() -> None:
-    """A node's reports are in current_node().usage and .model at once and add up, anew for each attempt."""
-    seen: list[Any] = []
-
-    async def a(state: Num) -> Any:
-        run = current_node()
-        seen.append((run.usage.tokens, run.usage.output_tokens, run.model))
-        run.report_usage(input_tokens=7, model="gpt-4o")
-        seen.append((run.usage.tokens, run.usage.output_tokens, run.model))
-        run.report_usage(input_tokens=1, output_tokens=2, model="gpt-4o-mini")
-        run.report_usage(output_tokens=1)
-        seen.append((run.usage.tokens, run.usage.output_tokens, run.model))
-        if run.attempt == 1:
-            raise ValueError("half-way")
-        return {"a": 1}
-
-    result = await quick_without_retries(policy_map=TWICE).run([node("a", a, output=One)], Num())
-    once = [(0, 0, None), (7, 0, "gpt-4o"), (11, 3, "gpt-4o-mini")]
-    assert seen == once * 2
-    assert result.total_tokens == 22
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.1, 0.3, 0.7, 1.1], ids=str)

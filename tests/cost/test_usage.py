@@ -585,26 +585,6 @@ async def test_a_resume_goes_on_behind_a_response_without_usage(how: Any, tmp_pa
     assert (second.status, called, len(second.trace)) == (RunStatus.RESUMED, ["kept"], 1)
 
 
-async def test_a_node_that_fails_beside_a_silent_response_fails_of_its_own() -> None:
-    """The failure is what the node raised, and the next attempt starts without what the last one reported."""
-    policy = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1, backoff_seconds=0)}
-    runner = StromaRunner.quick(budget=ExecutionBudget(max_cost_usd=5.0), policy_map=policy)
-    attempts: list[int] = []
-
-    @runner.node("ask", input=Note, output=Note)
-    async def ask(state: Note) -> Any:
-        node = current_node()
-        attempts.append(node.attempt)
-        if node.attempt == 1:
-            node.report_usage({"choices": []})
-            raise ConnectionError("gone")
-        return {"text": "done"}
-
-    result = await runner.run([ask], Note())
-    assert (result.status, attempts) == (RunStatus.COMPLETED, [1, 2])
-    assert [event.reason for event in result.trace] == ["connection", None]
-
-
 async def test_a_real_stream_that_was_not_asked_for_usage_is_said(
     provider: Server, caplog: pytest.LogCaptureFixture
 ) -> None:

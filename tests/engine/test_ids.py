@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import TWICE, Num, One, node, noting, quick, quick_without_retries
+from tests.kit import TWICE, Num, One, node, quick_without_retries
 from tests.shared_stores import IN_PROCESS
 
-from stroma import NodeHooks, Pipeline, RunConfig, RunStatus, current_node, parallel
+from stroma import Pipeline, RunConfig, RunStatus, current_node, parallel
 
 
 async def test_a_copy_of_a_config_takes_the_same_generated_id() -> None:
@@ -27,23 +27,6 @@ def test_a_pipeline_has_a_name_that_stores_can_keep(name: Any) -> None:
         Pipeline(name, [])
     with pytest.raises(ValueError, match="pipeline"):
         RunConfig(pipeline=name)
-
-
-@pytest.mark.core
-async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
-    """A list is named by RunConfig(pipeline=...), a Pipeline by its own name, for hooks and nodes."""
-    names: list[str] = []
-
-    start = noting(names, lambda run_id, pipeline, state: pipeline)
-
-    async def func(state: Num) -> Any:
-        names.append(current_node().pipeline)
-        return state
-
-    runner = quick(pipeline="orders", hooks=NodeHooks(on_run_start=start))
-    await runner.run([node("a", func)], Num())
-    await runner.run(Pipeline("returns", [node("a", func)]), Num())
-    assert names == ["orders", "orders", "returns", "returns"]
 
 
 store = store_fixture(*IN_PROCESS)

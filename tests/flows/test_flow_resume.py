@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, run_of, runner_on
 from tests.kit import NEVER, Num, node, noting, quick
@@ -22,7 +22,6 @@ from stroma import (
     Flow,
     InMemoryStore,
     ItemFailure,
-    NodeContract,
     NodeHooks,
     Pipeline,
     PipelineChanged,
@@ -35,7 +34,6 @@ from stroma import (
     map_over,
     parallel,
     stroma_flow,
-    stroma_node,
 )
 from stroma.engine import attempt
 from stroma.testing import assert_resumable, crash_at
@@ -270,30 +268,6 @@ async def test_a_changed_flow_is_refused(store: Any, change: str, said: str) -> 
     assert world.calls == []
     changed[0] = False
     assert (await world.live(run)).final_state == Num(n=4)
-
-
-class Data(BaseModel):
-    fields: JsonValue = None
-
-
-@pytest.mark.parametrize("store", IN_PROCESS, indirect=True)
-async def test_a_changed_input_of_any_data_names_its_field(store: Any) -> None:
-    """Fields without a type of their own are stored in another form; the message names them nevertheless."""
-    changed = [False]
-
-    @stroma_node("keep", NodeContract(node_id="keep", input_schema=Data, output_schema=Num))
-    async def keep(state: Data) -> Num:
-        return Num(n=1)
-
-    @stroma_flow("f", input=Num, output=Num)
-    async def f(flow: Flow, state: Num) -> Num:
-        await flow.step(keep, Data(fields={"a": [2 if changed[0] else 1]}))
-        raise ValueError("no output")
-
-    await runner_on(store).run(f, Num())
-    changed[0] = True
-    with pytest.raises(PipelineChanged, match="other values of 'fields'"):
-        await runner_on(store).run(f, Num())
 
 
 @pytest.mark.parametrize("store", IN_PROCESS, indirect=True)

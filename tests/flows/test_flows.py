@@ -21,7 +21,6 @@ from stroma import (
     StepFailed,
     StromaRunner,
     current_node,
-    parallel,
     stroma_flow,
 )
 
@@ -365,22 +364,6 @@ def test_a_flow_runs_without_an_event_loop() -> None:
         return await flow.step(add, state)
 
     assert quick().run_sync(f, Num()).final_state == Num(n=1)
-
-
-async def test_a_group_may_be_a_step() -> None:
-    """A parallel group is a step as well, with its children inside of it."""
-    world = World()
-    group = parallel(world.step("a"), world.step("b"))
-
-    @stroma_flow("f", input=Num, output=Num)
-    async def f(flow: Flow, state: Num) -> Num:
-        merged = await flow.step(group, state)
-        return Num(n=merged.n)
-
-    result = await quick().run(f, Num())
-    assert result.final_state == Num(n=1)
-    (event,) = result.trace
-    assert [child.node_id for child in event.children] == ["a", "b"]
 
 
 async def test_mutating_an_output_changes_nothing_recorded() -> None:

@@ -85,22 +85,6 @@ async def in_callback(func: Callable[[], None]) -> None:
         raise error
 
 
-def test_every_set_is_found_in_what_is_given_as_hooks() -> None:
-    """None is no set, one is one, and lists and tuples may lie in each other."""
-    a, b, c = NodeHooks(), NodeHooks(), NodeHooks()
-    for value, result in [
-        (None, ()),
-        (a, (a,)),
-        ([], ()),
-        ([a, (b, [c])], (a, b, c)),
-        ([(a, b), c], (a, b, c)),
-        (iter((a, b | c)), (a, b, c)),
-    ]:
-        instance = flatten(value)  # type: ignore[arg-type]
-        assert type(instance) is tuple
-        assert [id(one) for one in instance] == [id(one) for one in result]
-
-
 @pytest.mark.parametrize("wrong", [7, "hooks", None, NodeHooks])
 def test_what_is_no_set_is_named(wrong: Any) -> None:
     """The message shows it, and how to make one."""

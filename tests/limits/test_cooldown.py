@@ -285,25 +285,6 @@ async def test_a_probe_that_fails_otherwise(error: Exception) -> None:
     assert len(program.cooldowns) == 1
 
 
-async def test_refusals_of_calls_in_flight_are_one_cooldown() -> None:
-    """Calls in flight that are refused too extend the cooldown without a second one: one hook call."""
-    with FakeClock() as clock:
-        begun: list[float] = []
-
-        async def function(n: int) -> None:
-            begun.append(clock.elapsed)
-            if len(begun) <= 5:
-                await asyncio.sleep(1 + n)
-                raise Refused(429, retry_after="20")
-
-        program = Program(Limit(concurrent=5), function)
-        results = await asyncio.gather(*(program.run(n) for n in range(5)))
-    assert {result.status for result in results} == {RunStatus.COMPLETED}
-    assert len(program.cooldowns) == 1
-    assert len(begun) == 10
-    assert min(begun[5:]) >= 25  # The last one was refused at 5 s.
-
-
 async def test_an_endless_retry_after() -> None:
     """A wait beyond max_retry_after_seconds ends runs as PARTIAL with the time; later a call probes."""
     with FakeClock() as clock:

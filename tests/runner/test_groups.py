@@ -263,27 +263,6 @@ async def test_a_group_called_by_hand() -> None:
     assert given == Num(n=5)
 
 
-async def test_a_group_called_by_hand_that_fails() -> None:
-    """By hand a failing child's own exception comes out, and its siblings are cancelled and awaited."""
-    ended: list[str] = []
-    started = asyncio.Event()
-
-    async def hangs(state: Num) -> Any:
-        started.set()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            ended.append("hangs")
-
-    async def fails(state: Num) -> Any:
-        await started.wait()
-        raise LookupError("own")
-
-    with pytest.raises(LookupError, match="own"):
-        await parallel(bare("hangs", hangs), bare("fails", fails))(Num())
-    assert ended == ["hangs"]
-
-
 async def test_a_group_as_a_step() -> None:
     """execute_step takes a group in place of a function."""
     runner = quick()

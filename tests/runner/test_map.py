@@ -574,25 +574,6 @@ async def test_a_source_that_gives_something_else_is_refused(store: Any, doubler
     assert len([1 async for _ in runner.map_outputs("run", work)]) == 25
 
 
-async def test_restored_items_are_told(store: Any, tmp_path: Path, doubler: Doubler) -> None:
-    """Items that an earlier process did fire on_node_skipped, with their place."""
-    doubler.failing = {5}
-    work = map_over(
-        JsonLines(write(tmp_path / "in", range(10))), doubler.node, into=Journal(), max_concurrency=1
-    )
-    await quick(store).run([work], State())
-    doubler.failing = set()
-    seen = []
-
-    async def skipped(run_id: str, node_id: str, state: Any) -> None:
-        here = current_node()
-        seen.append((node_id, here.kind, here.branch, state))
-
-    result = await quick(store, hooks=NodeHooks(on_node_skipped=skipped)).run([work], State(), resume=True)
-    assert result.status is RunStatus.RESUMED
-    assert seen == [("double", "item", str(n), {"twice": 2 * n}) for n in range(5)]
-
-
 async def test_a_finished_map_is_not_run_again(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """Once the map itself is committed neither its source nor its file is looked at again."""
     last = stroma_node("last", input=State, output=State)(failing_with(ValueError, "later"))

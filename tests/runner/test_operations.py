@@ -106,25 +106,6 @@ async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
     assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=3))
 
 
-async def test_a_run_is_cancelled_after_a_failed_task_group(store: Any) -> None:
-    """cancel() has a CANCELLED result also if a node has had a task group whose task failed."""
-    work = Work()
-
-    async def call_both(state: Num) -> Num:
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(failing_with(KeyError, "x")(state))
-        except* KeyError:
-            pass
-        return state
-
-    both = stroma_node("both", input=Num, output=Num)(call_both)
-    task = asyncio.create_task(quick(store).run([both, *work.nodes], Num(), run_id="r"))
-    await work.inside.wait()
-    assert await quick(store).cancel("r")
-    assert (await task).status is RunStatus.CANCELLED
-
-
 async def test_children_are_cancelled_from_elsewhere(store: Any) -> None:
     """A run inside a group ends as well, its children awaited."""
     work = Work()

@@ -260,27 +260,6 @@ async def _tickets(state: Any) -> Any:
     return state
 
 
-async def test_a_map_as_the_last_node(store: Any) -> None:
-    """An item's output is what the map makes of the output of the node before it, also after a resume."""
-
-    class Parts(BaseModel):
-        parts: list[str]
-
-    split = computing(lambda state: {"parts": [state.text, state.text * 2]})
-    size = computing(lambda state: len(state.text))
-
-    def items(state: Tickets) -> list[Text]:
-        return [Text(text=ticket) for ticket in state.tickets]
-
-    sizes = map_over("parts", node("size", size, Text, RootModel[int]), into="sizes")
-    work = map_over(items, [node("split", split, Text, Parts), sizes], into="done")
-    runner = quick_without_retries(store=store)
-    for resume in (False, True):
-        result = await runner.run([work], Tickets(tickets=["a"]), run_id="run", resume=resume)
-        assert result.final_state is not None, result.failure
-        assert result.final_state.model_dump()["done"] == [{"parts": ["a", "aa"], "sizes": [1, 2]}]
-
-
 async def test_no_item_that_has_ended_takes_memory(world: World, store: Any) -> None:
     """With outputs in the journal, those between the nodes of an item are forgotten once it has ended."""
     held: list[int] = []

@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -399,22 +398,6 @@ async def test_two_that_read_one_stream() -> None:
             await anext(stream)
         slow.go.set()
         assert (await first).kind == "node_success"
-
-
-def test_run_sync_gives_the_same_result() -> None:
-    """run_sync() is run() without an event loop, also in several threads at once."""
-    runner = quick()
-    results: list[Any] = []
-    threads = [
-        threading.Thread(target=lambda n=n: results.append(runner.run_sync([node("a")], Num(n=n))))
-        for n in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(result.final_state.n for result in results) == list(range(1, 9))
-    assert {result.status for result in results} == {RunStatus.COMPLETED}
 
 
 async def test_run_sync_in_a_running_loop_names_the_call_to_use() -> None:

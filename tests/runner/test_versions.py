@@ -345,26 +345,6 @@ async def test_a_death_is_counted_once_however_often_code_does_not_fit(
     assert (await _runner(store, max_recoveries=2).drive("r", pipelines=[old])).status == "RESUMED"
 
 
-async def test_a_queued_run_with_an_input_that_does_not_fit_stays_queued(store: Any) -> None:
-    """A queued run whose stored input breaks the class of the input is blocked, and QUEUED as before."""
-    world = World()
-    old = _flow(world)
-
-    @stroma_flow("f", input=Text, output=Text)
-    async def new(flow: Flow, state: Text) -> Text:
-        return state
-
-    await _runner(store).submit(old, Num(), run_id="r", priority=7, key="k")
-    async with Serving(_runner(store), new) as serving:
-        await serving.until(1)
-    record = store.get_run("r")
-    assert (record.status, record.priority, record.key) == ("QUEUED", 7, "k")
-    assert "Text" in record.blocked.message
-    async with Serving(_runner(store), old) as serving:
-        await serving.until(1)
-    assert serving.statuses("r") == ["SUSPENDED"]
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize("directions", ["forwards", "backwards"])
 @pytest.mark.parametrize("kind", ON_SERVERS)
