@@ -230,7 +230,11 @@ async def test_a_cancelled_step_is_cancelled_again(store: Any) -> None:
     [
         ("input", "makes step 'b' (call 2) with other values of 'n'"),
         ("removed", "makes step 'c' (call 2) now, and step 'b' (call 2) is recorded"),
-        ("last removed", "does not make step 'c' (call 3), which is recorded"),
+        ("last removed", "flow 'f' does not make step 'c' (call 3), which is recorded"),
+        (
+            "raised",
+            "flow 'f' raised ValueError: no c, and does not make step 'c' (call 3), which is recorded",
+        ),
         ("inserted", "makes step 'd' (call 2) now, and step 'b' (call 2) is recorded"),
         ("node", "has the output of node 'b', but the pipeline has 'd' there"),
     ],
@@ -255,6 +259,8 @@ async def test_a_changed_flow_is_refused(store: Any, change: str, said: str) -> 
             state = Num(n=2)
         else:
             state = await flow.step(b, state, key="k" if change == "node" else None)
+        if now == "raised":
+            raise ValueError("no c")
         if now != "last removed":
             state = await flow.step(c, state)
         return await flow.step(d, state) if now != "last removed" else state
