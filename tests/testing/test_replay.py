@@ -131,7 +131,7 @@ async def test_a_file_holds_all_of_it(store, nodes, tmp_path):
 
 
 async def test_a_contract_that_fails_now(store, nodes, calls):
-    """An output that its contract no longer takes is found at its node, and the run ends there."""
+    """An output that its contract no longer takes is found at its node, also if the node is tried again."""
     recorded = await record(store, nodes)
     result, text = await differences(recorded, [calls.node("read", paid, output_model=Small), *nodes[1:]])
     assert text == [("schema", "read"), ("contract", "read"), ("status", "")]
@@ -139,6 +139,11 @@ async def test_a_contract_that_fails_now(store, nodes, calls):
     assert result.status is RunStatus.FAILED
     with pytest.raises(AssertionError, match="behaves differently now:\n  schema: 0 read"):
         result.assert_same()
+    small, repairing = calls.node("read", paid, output_model=Small), patient(contract_retries={"read": 1})
+    result, text = await differences(recorded, [small, *nodes[1:]], repairing)
+    assert text == [("schema", "read"), ("contract", "read"), ("decision", "read")]
+    assert "n: Input should be less than 1" in str(result.differences[1])
+    assert str(result.differences[2]) == "decision: 0 read: it is tried again, where the run made 1 attempt"
 
 
 async def test_an_input_contract_that_fails_now(store, nodes, calls):
@@ -225,7 +230,7 @@ async def test_another_decision_to_retry(store, nodes):
     assert (await differences(gave_up, nodes))[1] == []
     result, text = await differences(gave_up, nodes, patient(retries=3))
     assert text == [("decision", "check")]
-    assert "it is tried again (attempt 4), where the run stopped trying" in result.differences[0].message
+    assert "it is tried again, where the run made 3 attempts" in result.differences[0].message
 
 
 async def test_another_class_of_a_failure(store, nodes):

@@ -446,6 +446,13 @@ class RunningNode(NodeExecution):
             self.start_children()
         return calls
 
+    def with_outer(self) -> Iterator[RunningNode]:
+        """Yield this node and what is around it, the innermost first."""
+        around: RunningNode | None = self
+        while around is not None:
+            yield around
+            around = around.parent
+
     def start_children(self) -> None:
         """Begin an attempt with children: they have rows and a clock of their own."""
         self.children, self.busy_ns, self.running, self.first_ns, self.last_ns = [], 0, 0, 0, 0
@@ -512,11 +519,9 @@ class RunningNode(NodeExecution):
     @property
     def agent(self) -> str | None:
         """Name of the innermost agent around it, which is itself if it is one; None outside of agents."""
-        node: RunningNode | None = self
-        while node is not None and node.role != "agent":
-            node = node.parent
-        if node is not None:
-            return node.node_id
+        for node in self.with_outer():
+            if node.role == "agent":
+                return node.node_id
         around = AGENT.get()
         return None if around is None else around.name
 
@@ -559,11 +564,9 @@ class RunningNode(NodeExecution):
         attempt_id = self.attempt_id if mark is None or mark[0] is not self else mark[1]
         if attempt_id is None or attempt_id != self.attempt_id or self.ended is not None:
             return
-        around: RunningNode | None = self
-        while around is not None:
+        for around in self.with_outer():
             if around.idle_timer is not None:
                 around.idle_timer.renew()
-            around = around.parent
         if not ctx.fire.receivers:
             return
         try:

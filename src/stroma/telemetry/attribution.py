@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from threading import Lock
 from typing import Any, Final
 from weakref import WeakSet
@@ -62,9 +62,7 @@ class AttributionProcessor(SpanProcessor):
         place = self._open.get((above.trace_id, above.span_id))
         if node is not None and is_ours:
             place = (node, None)
-        elif node is not None and (
-            place is None or (node is not place[0] and place[0] in _nodes_around(node))
-        ):
+        elif node is not None and (place is None or (node is not place[0] and place[0] in node.with_outer())):
             place = (node, node.attempt)
         elif place is not None and place[1] is None:
             place = (place[0], place[0].attempt)
@@ -115,20 +113,12 @@ def _put_inside(span: Span, parent: Any) -> Any:
     return current
 
 
-def _nodes_around(node: RunningNode) -> Iterator[RunningNode]:
-    """Yield a node and what is around it, the innermost first."""
-    around: RunningNode | None = node
-    while around is not None:
-        yield around
-        around = around.parent
-
-
 def _is_inside(node: RunningNode, about: Mapping[str, Any]) -> bool:
     """Return True if a node is the one of a span of the same run or inside it, or if the span has none."""
     if about["stroma.run.id"] != node.run_id:
         return False
     node_id = about.get(NODE_ID)
-    return node_id is None or any(each.node_id == node_id for each in _nodes_around(node))
+    return node_id is None or any(each.node_id == node_id for each in node.with_outer())
 
 
 def watch(provider: TracerProvider) -> None:

@@ -9,10 +9,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Final, Literal, NoReturn
 
 from pydantic import BaseModel
 
+from stroma._utils.text import pluralize
 from stroma.checkpoint import Session, Waiting
 from stroma.checkpoint.identity import is_called, with_outer
 from stroma.contracts.contract import ContractRegistry, ContractViolation, as_violation
@@ -84,7 +86,8 @@ class Tape(Interceptor):
     then: dict[int, int | None] = field(default_factory=dict)
     places: dict[tuple[int, str], list[RecordedAttempt]] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
-    unanswered: set[tuple[int, str]] = field(default_factory=set)
+    #: First attempt without a recorded answer, by place.
+    unanswered: dict[tuple[int, str], int] = field(default_factory=dict)
     #: Calls of flows whose ends are recorded events, by place, and the branch of the output that each got.
     events: dict[tuple[int, str], str] = field(default_factory=dict)
     #: Branch of the last recorded call by position and plain branch.
@@ -231,11 +234,8 @@ class Tape(Interceptor):
             await asyncio.sleep(attempts[run.attempt - 1].duration_ms / 1000)
         if run.attempt > len(attempts):
             if attempts:
-                self._stop(
-                    run,
-                    "decision",
-                    f"it is tried again (attempt {run.attempt}), where the run stopped trying",
-                )
+                count = pluralize(len(attempts), "attempt")
+                self._stop(run, "decision", f"it is tried again, where the run made {count}")
             elif self.recorded.status in ENDED:
                 if _reached(self.recorded, self.then[run.position]):
                     self._stop(run, "decision", "it is called, where the run had not called it")
@@ -258,11 +258,9 @@ class Tape(Interceptor):
 
     def _is_in_stopped_group(self, run: RunningNode) -> bool:
         """Return True if the innermost recorded group around a call has no output."""
-        around = run.parent
-        while around is not None:
+        for around in islice(run.with_outer(), 1, None):
             if group := self._at(around):
                 return group[-1].output is None
-            around = around.parent
         return False
 
     async def _outlast_siblings(self, run: RunningNode, attempts: Sequence[RecordedAttempt]) -> None:
@@ -303,10 +301,8 @@ class Tape(Interceptor):
         if kind is not None:
             self.differences.append(Difference(kind, place, run.node_id, why))
         self.stopped = self.stopped or f"at {place} {run.node_id}: {why}"
-        around: RunningNode | None = run
-        while around is not None:
-            self.unanswered.add((around.position, around.branch))
-            around = around.parent
+        for around in run.with_outer():
+            self.unanswered[around.position, around.branch] = run.attempt if around is run else 1
         raise _NoAnswer(why)
 
     def _add_latency(self, run: RunningNode, attempts: list[RecordedAttempt] | None) -> None:

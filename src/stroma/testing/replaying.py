@@ -109,7 +109,9 @@ async def replay(
         tape.stopped = result.failure.message
         tape.differences.append(Difference("decision", "", "", tape.stopped))
     attempts = [
-        one for one in store.attempts(result.run_id) if (one.position, one.branch) not in tape.unanswered
+        one
+        for one in store.attempts(result.run_id)
+        if one.attempt < tape.unanswered.get((one.position, one.branch), one.attempt + 1)
     ]
     differences += tape.changed()
     differences += _compare_attempts(tape, attempts, redact)
