@@ -107,7 +107,14 @@ def test_a_pause_is_taken_back(stroma, inside, fails):
 def test_a_run_that_waits_for_its_budget(stroma, inside, fails, golden):
     """It ends with 7 and names the command that raises the budget; then it goes on and buys nothing again."""
     stroma.file("waits.py", WAITS)
-    golden("budget-wait", f"run waits.py:pipeline '{GOOD}' --run-id x -q", "show x", "runs", columns=(120,))
+    golden(
+        "budget-wait",
+        f"run waits.py:pipeline '{GOOD}' --run-id x -q",
+        "show x",
+        "resume x",
+        "runs",
+        columns=(120,),
+    )
     before = stroma.calls()
     fails(inside("budget", "y", "--tokens", "9"), 4, "no run whose id begins with 'y'")
     fails(inside("budget", "x", "--cost-usd", "-1"), 2, "--cost-usd")

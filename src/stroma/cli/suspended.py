@@ -58,7 +58,7 @@ def find_schema(one: Waiting, modules: Sequence[ModuleType] = ()) -> type[BaseMo
 
 def resume_advice(record: RunRecord, retry_after_seconds: float | None = None) -> str:
     """Return what goes before the command that resumes a run. ``retry_after_seconds``: as its server asks."""
-    if record.waits_for is not None:
+    if record.waits_for == "resume":
         return "or continue it here"
     if record.blocked is not None:
         return f"deploy code that fits, {WORKER_CONTINUES}"

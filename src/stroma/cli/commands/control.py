@@ -20,7 +20,7 @@ from stroma.cli.formatting import id_word, localize
 from stroma.cli.inputs import parse_json
 from stroma.cli.output import emit, emit_fields, err
 from stroma.cli.stores import Database, db_option
-from stroma.cli.suspended import topics_of, waiting_hints
+from stroma.cli.suspended import resume_advice, topics_of, waiting_hints
 from stroma.contracts.contract import ContractRegistry
 from stroma.runner.runner import StromaRunner
 from stroma.runner.stored_runs import request
@@ -29,7 +29,7 @@ from stroma.runner.stored_runs import request
 def hand_to_workers(database: Database, record: RunRecord) -> None:
     """Make a stopped run due for workers. Raises Problem for one that waits, is at work or is complete."""
     name, target, store = id_word(record.run_id), database.target_of(record), database.reader
-    here = f"continue it here: {database.hint('resume', name, target)}"
+    here = database.hint("resume", name, target)
     run = f"run {clean(record.run_id)}"
     if Finished(record.status, record.error).reason == "poison":
         forced = database.hint("resume", name, target, options=("--force",))
@@ -38,7 +38,8 @@ def hand_to_workers(database: Database, record: RunRecord) -> None:
         raise Problem(f"{run} is queued: a worker starts it", database.hint("worker", target))
     if record.status == "SUSPENDED" and record.waits_for != "resume":
         hints = waiting_hints(database, record, target, unanswered(store.waiting(record.run_id)))
-        raise Problem(f"{run} is {clean(localize(record.wait_text or ''), 500)}", *hints, f"or {here}")
+        hints.append(f"{resume_advice(record)}: {here}")
+        raise Problem(f"{run} is {clean(localize(record.wait_text or ''), 500)}", *hints)
     if not database.run(_make_due(store, record.run_id)):
         record = database.get_run(record.run_id) or record
         what = (
@@ -46,7 +47,7 @@ def hand_to_workers(database: Database, record: RunRecord) -> None:
         )
         raise Problem(f"{run} {what}", f"details: {database.hint('show', name)}")
     err.line(f"{run} is due: a worker that serves pipeline {clean(record.pipeline, 100)!r} continues it")
-    err.line(f"or {here}")
+    err.line(f"or continue it here: {here}")
 
 
 async def _make_due(store: AsyncStates, run_id: str) -> bool:
