@@ -174,6 +174,25 @@ def test_another_store_in_the_file_is_named(stroma, inside, store, warned):
         assert (text in " ".join(done.err.split())) == (warned and "-q" not in command), done
 
 
+@pytest.mark.parametrize(
+    "words", [["approve", "x", "own.py:pipeline", "{}"], ["resume", "x", "own.py:pipeline"]]
+)
+def test_a_run_that_another_store_may_have(stroma, inside, words):
+    """A command that does not find its run names the store of the runner in FILE first."""
+    stroma.file(
+        "own.py",
+        """
+        from sums import *
+        runner = StromaRunner.quick(store="own.db")
+        pipeline = Pipeline("sums", [first, second, third])
+        """,
+    )
+    assert inside("run", "sums.py:pipeline", GOOD, "--run-id", "y", "-q", "--db", "here.db").code == 0
+    done = inside(*words, "--db", "here.db")
+    assert (done.code, "no run whose id begins with 'x' in here.db" in done.err) == (4, True)
+    assert f"'runner' in own.py has the store sqlite:{stroma.home / 'own.db'}," in " ".join(done.err.split())
+
+
 def test_the_default_store_beside_that_of_the_file_is_refused(stroma, inside, fails):
     """Without --db and STROMA_DB, `submit` and `worker` refuse FILE whose runner has a store: the run would
     be in one store and the worker at another. The message has the option for that store."""

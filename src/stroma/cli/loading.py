@@ -47,7 +47,7 @@ def load_with_module(
     loaded = load_object(target)
     pipeline = loaded.to_pipeline()
     if database is not None:
-        _report_other_stores(loaded, database, refuse_default=refuse_default, quiet=quiet)
+        report_other_stores(loaded, database, refuse_default=refuse_default, quiet=quiet)
     try:
         return with_settings_of(loaded.module, pipeline), loaded.module
     except LookupError as error:
@@ -64,9 +64,10 @@ def refuse_same_names(pipelines: Sequence[Pipeline]) -> None:
         )
 
 
-def _report_other_stores(
-    loaded: LoadedObject, database: Database, *, refuse_default: bool, quiet: bool
+def report_other_stores(
+    loaded: LoadedObject, database: Database, *, refuse_default: bool = False, quiet: bool
 ) -> None:
+    """Warn of durable stores that runners of a module have, and that the command does not use."""
     for name, value in vars(loaded.module).items():
         other = isinstance(value, StromaRunner) and database.describe_other(value.checkpoint_manager.store)
         if not other:

@@ -24,7 +24,7 @@ from stroma.cli.commands.run import ResumedRun, compare_names, resume_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import parse_as, parse_json
-from stroma.cli.loading import load_object
+from stroma.cli.loading import load_object, report_other_stores
 from stroma.cli.options import RunOptions
 from stroma.cli.output import emit_fields, err
 from stroma.cli.stores import Database, db_option
@@ -73,9 +73,13 @@ def approve(
     output, or --not-done.
     """
     database = Database.from_option(db)
+    is_incomplete = answer_text is None and done is None and not not_done and _is_json(target)
+    loaded = None if is_incomplete else load_object(target)
+    if loaded is not None:
+        report_other_stores(loaded, database, quiet=as_json or quiet)
     record = database.find(run_, to_change=True)
     questions = database.reader.waiting(record.run_id)
-    if answer_text is None and done is None and not not_done and _is_json(target):
+    if loaded is None:
         words = (id_word(record.run_id), database.target_of(record), target)
         options = () if question is None else ("--question", question)
         raise Problem(
@@ -93,7 +97,6 @@ def approve(
         )
     request = _Approval(target, statements[0], question)
     one = _find_waiting(database, record, questions, request)
-    loaded = load_object(target)
     attempts = database.reader.attempts_at(record.run_id, one.position, one.branch)
     # A run of plain code, such as that of a framework, has no pipeline: its program continues it.
     is_plain_code = any(attempt.identity for attempt in attempts)

@@ -42,8 +42,8 @@ def replay(run_: str, target: str, as_json: bool, db: str | None) -> int:
     Nothing is written to the store. RUN is a run id, a prefix of one, or "last".
     """
     database = Database.from_option(db)
-    recorded = recorded_run(database, run_)
     pipeline = load_pipeline(target, database)
+    recorded = recorded_run(database, run_)
     outcome = replay_run(recorded, pipeline)
     if as_json:
         emit(_data(outcome, pipeline))

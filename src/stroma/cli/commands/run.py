@@ -125,14 +125,11 @@ def resume(
     if len(values) > 1:
         raise click.UsageError("--state and --output exclude each other; pass one")
     database = Database.from_option(db, quiet=options.quiet)
-    records, target = _select(database, words, query)
+    records, target, pipeline = _select(database, words, query, quiet=options.quiet)
     is_one = query == RunQuery() and len(records) == 1
     if not is_one and (fork or (dry_run and options.as_json)):
         raise click.UsageError("--fork, and --dry-run with --json, take one RUN")
-    pipeline = None
-    if target is not None:
-        pipeline = load_pipeline(target, database, quiet=options.quiet)
-    else:
+    if target is None:
         limits = (options.budget_usd, options.budget_tokens)
         if dry_run or start_at is not None or retry_failed or force or limits != (None, None):
             raise click.UsageError("these options need the pipeline: pass FILE_OR_MODULE:NAME")
@@ -184,19 +181,20 @@ def resume(
 
 
 def _select(
-    database: Database, words: tuple[str, ...], query: RunQuery
-) -> tuple[list[RunRecord], str | None]:
+    database: Database, words: tuple[str, ...], query: RunQuery, *, quiet: bool
+) -> tuple[list[RunRecord], str | None, Pipeline | None]:
     """Return the runs that a command names or that match its filters, and its pipeline, if it has one."""
     names, target = list(words), None
     if names and ":" in names[-1] and database.get_run(names[-1]) is None:
         target = names.pop()
     if bool(names) is (query != RunQuery()):
         raise click.UsageError("pass RUN, or a filter such as --failed, and not both")
+    pipeline = None if target is None else load_pipeline(target, database, quiet=quiet)
     if names:
         records = [database.find(name, to_change=True) for name in names]
-        return list({one.run_id: one for one in records}.values()), target
+        return list({one.run_id: one for one in records}.values()), target, pipeline
     matching = [] if database.is_empty else History(database.reader).runs(query, _ALL)
-    return [one for one in reversed(matching) if is_resumable(one)], target
+    return [one for one in reversed(matching) if is_resumable(one)], target, pipeline
 
 
 def _check_options(start_at: str | None, options: RunOptions, *, fork: bool, retry_failed: bool) -> None:
