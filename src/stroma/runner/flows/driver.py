@@ -460,7 +460,7 @@ class FlowDriver(FlowWaits):
         """End a flow whose body does not do what is recorded. ``inputs``: see PipelineChanged."""
         body = self._main
         if body is not None and body.done() and not body.cancelled() and (error := body.exception()):
-            message = f"raised {self.endings.halt_of(error, self.flow_id).failure}, and {message}"
+            message = f"raised {self.endings.halt(error, self.flow_id).failure}, and {message}"
         self.stop(self.endings.changed(f"flow {(flow_id or self.flow_id)!r} {message}", self.flow_id, inputs))
 
     # ------------------------------------------------------------------ from the start to the end

@@ -91,22 +91,21 @@ class Endings:
         return Halt(Failure(RuntimeError(message), FailureClass.TERMINAL, node_id, 1, message, "bug"))
 
     def halt(self, error: BaseException, node_id: str) -> Halt:
-        """Return the end of a flow by an exception."""
+        """Return the end of a flow by an exception, of a group by its first one."""
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        self._ctx.redactor.note_run()
         failure = self._ctx.diagnose(error, node_id, 1)
         message = self._ctx.redactor.redact_message(failure.message, of_flow=True)
         return Halt(replace(failure, message=message))
 
     def halt_of(self, error: BaseException, node_id: str) -> Halt:
-        """Return the end of a flow whose body raised."""
+        """Return the end of a flow whose body raised, and log it."""
         failed = [one for one in leaves_of(error) if isinstance(one, StepFailed)]
         if failed:
             return Halt(min(failed, key=lambda one: one.event).failure)
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        self._ctx.redactor.note_run()
         halt = self.halt(error, node_id)
-        message = one_line(halt.failure.message)
-        self._ctx.run_logger.warning("flow %r raised %s: %s", node_id, type(error).__name__, message)
+        self._ctx.run_logger.warning("flow %r raised %s", node_id, one_line(str(halt.failure)))
         return halt
 
     def note_handled(self, error: BaseException, number: int) -> None:
