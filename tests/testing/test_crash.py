@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, context_on, environment, run_python
+from tests.kit import NEVER, context_on, environment, failing_with, run_python
 from tests.testing.pipelines import Number, counted, make, patient
 
 from stroma import Flow, NodeHooks, RunConfig, RunStatus, StromaRunner, execute_step, parallel, stroma_flow
@@ -151,12 +151,17 @@ async def test_a_flow_dies_before_the_failure_of_a_step_is_stored():
 
 @pytest.mark.core
 async def test_a_point_that_no_run_comes_to_is_an_error():
-    """A death that never happens proves nothing; the nodes that ran are named."""
+    """A death that never happens proves nothing; the nodes that ran are named, and why the run failed."""
     with pytest.raises(
         AssertionError, match=r"no run reached 'after_node' of node 'x'; the nodes that ran are 'a'"
     ):
         with crash_at("after_node", "x"):
             await StromaRunner.quick().run([counted("a", [])], Number())
+    with pytest.raises(
+        AssertionError, match=r"that ran are 'fails'; the last run failed: KeyError: 'no price'"
+    ):
+        with crash_at("after_node", "x"):
+            await StromaRunner.quick().run([make("fails", failing_with(KeyError, "no price"))], Number())
     with pytest.raises(ValueError, match="is not a point of a run; pass one of 'before_node'"):
         crash_at("somewhere")
     with pytest.raises(ValueError, match="remove the node"):

@@ -17,6 +17,7 @@ from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import INTERCEPTORS, Call, Interceptor, ReliabilityContext
 from stroma.engine.execution import CURRENT, RunningNode
+from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import Hooks
 from stroma.hooks.sets import NodeHooks
 from stroma.trace.events import AttemptRow
@@ -76,6 +77,7 @@ class Life:
     #: (position, branch) of each commit.
     committed: list[tuple[int, str]] = field(default_factory=list)
     died: Boundary | None = None
+    failure: Failure | None = None
 
 
 class Deaths(Interceptor):
@@ -152,6 +154,7 @@ class Deaths(Interceptor):
         return output
 
     def ended(self, ctx: ReliabilityContext, result: ExecutionResult) -> None:
+        self.life.failure = result.failure
         if ctx in self._dead:
             assert self.life.died is not None
             raise Crashed(self.life.died)
@@ -302,10 +305,8 @@ class crash_at:
         if kind is not None:
             return issubclass(kind, Crashed)
         if self.boundary is None:
-            boundaries = ", ".join(
-                dict.fromkeys(repr(b.node_id) for b in self._deaths.life.boundaries if b.node_id)
-            )
-            raise AssertionError(
-                f"no run reached {self._what}; the nodes that ran are {boundaries or 'none'}"
-            )
+            life = self._deaths.life
+            ran = ", ".join(dict.fromkeys(repr(one.node_id) for one in life.boundaries if one.node_id))
+            why = "" if life.failure is None else f"; the last run failed: {life.failure}"
+            raise AssertionError(f"no run reached {self._what}; the nodes that ran are {ran or 'none'}{why}")
         return False
