@@ -231,28 +231,6 @@ async def test_a_pause_ends_the_wait_for_a_retry(store: Any) -> None:
     assert gate.calls == ["a", "a", "b"]
 
 
-async def test_a_pause_gives_no_further_retries(store: Any) -> None:
-    """Attempts before a pause count after the resume: a node paused often is not called more often."""
-    gate = gate_of(store, policy_map=_retries(2, 3600))
-    waiting = asyncio.Event()
-
-    async def retry(*_: Any) -> None:
-        waiting.set()
-
-    gate.runner.with_hooks(NodeHooks(on_node_retry=retry))
-    nodes = Pipeline("retry", [gate.node("a", fails=9)])
-    for _ in range(2):
-        waiting.clear()
-        run = asyncio.create_task(gate.runner.run(nodes, Num(), run_id="r", resume=True))
-        await asyncio.wait_for(waiting.wait(), 20)
-        await asyncio.sleep(0)
-        await gate.runner.pause("r")
-        assert (await asyncio.wait_for(run, 20)).suspended == ["paused"]
-    result = await asyncio.wait_for(gate.runner.resume(nodes, "r"), 20)
-    assert (result.failure is not None, gate.calls) == (True, ["a", "a", "a"])
-    assert [event.attempt for event in result.trace] == [3]
-
-
 async def test_a_pause_ends_the_wait_for_a_turn() -> None:
     """An attempt that is queued for a limit is not made."""
     limit = Limit(requests_per_minute=1)

@@ -68,8 +68,7 @@ class Session:
             forked from each other. "trace": the W3C trace context of the last process that began a trace.
         undelivered: attempts of earlier processes whose end hooks may not have been called, the oldest first;
             without states. Always empty if all attempts are of this process.
-        tried: failed attempts without a later commit, by (position, branch), if the previous process died or
-            was paused.
+        tried: failed attempts without a later commit, by (position, branch), if the previous process died.
         control: the requests that hold when it is opened.
         version: that of the pipeline when the execution began; "" without a version.
         on_control: called, from any thread, with all requests that hold, before a new one is acknowledged.

@@ -228,7 +228,7 @@ async def reject(
 def _count_earlier_attempts(
     ctx: ReliabilityContext, run: RunningNode, node: Node | Group
 ) -> tuple[int, Halt | None]:
-    """Return how many attempts earlier processes made, and the node's end if no further attempt follows."""
+    """Return how many attempts dead processes made, and the node's end if no further attempt follows."""
     tried = ctx.journal.tried.pop((run.position, run.branch), None) if ctx.journal.tried else None
     if tried is None or tried.node_id != run.node_id:
         return 0, None

@@ -288,18 +288,16 @@ class RunOpener:
     def _recover(self, records: RunRecords, run: RunRow) -> None:
         """Continue the execution, or end it if its process died too often.
 
-        Retries go on where a process died, or a pause stopped it. A death is a run with status RUNNING whose
-        owner has died, if that owner records its end. It is counted when the run is taken over, so that it
-        costs no write before. Consecutive deaths share one annotation: their number, the epoch of the first
-        one (contract), and the epoch of the session that counted last (schema_ref).
+        A death is a run with status RUNNING whose owner has died, if that owner records its end.
+        It is counted when the run is taken over, so that it costs no write before. Consecutive deaths share
+        one annotation: their number, the epoch of the first one (contract), and the epoch of the session that
+        counted last (schema_ref).
         """
         opened, request, rows = self._opened, self._request, records.rows
         owner = Owner.read(run.owner)
         has_died = run.status == "RUNNING" and owner is not None and owner.may_die
-        was_paused = run.status == "SUSPENDED" and self._error_of(run) == PAUSED
-        goes_on = has_died or was_paused
         deaths = (
-            records.one(Annotation.DEATHS) if goes_on or run.status == "FAILED" or request.force else None
+            records.one(Annotation.DEATHS) if has_died or run.status == "FAILED" or request.force else None
         )
         number, first_epoch = 0, run.epoch
         if deaths is not None:
@@ -311,7 +309,7 @@ class RunOpener:
             not request.force
             and request.max_recoveries is not None
             and number >= request.max_recoveries
-            and (has_died or run.status == "FAILED")
+            and (has_died or deaths is not None)
         ):
             error = (
                 f"poison: the process died {number} times under this run; see what kills it, then resume it "
@@ -327,7 +325,7 @@ class RunOpener:
         opened.fence = rows.take_over(run, self._opening)
         if request.force:
             records.delete(Annotation.DEATHS)
-        elif goes_on:
+        elif has_died:
             self._count_deaths(records, number, first_epoch)
             if request.discard_from is None:
                 (last_failed,) = rows.failed([run], _MAX_FAILED)
