@@ -17,7 +17,6 @@ from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema
 from stroma.engine.context import INTERCEPTORS, Call, Interceptor, ReliabilityContext
 from stroma.engine.execution import CURRENT, RunningNode
-from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import Hooks
 from stroma.hooks.sets import NodeHooks
 from stroma.trace.events import AttemptRow
@@ -77,7 +76,7 @@ class Life:
     #: (position, branch) of each commit.
     committed: list[tuple[int, str]] = field(default_factory=list)
     died: Boundary | None = None
-    failure: Failure | None = None
+    failure: str | None = None
 
 
 class Deaths(Interceptor):
@@ -154,7 +153,7 @@ class Deaths(Interceptor):
         return output
 
     def ended(self, ctx: ReliabilityContext, result: ExecutionResult) -> None:
-        self.life.failure = result.failure
+        self.life.failure = None if result.failure is None else str(result.failure)
         if ctx in self._dead:
             assert self.life.died is not None
             raise Crashed(self.life.died)

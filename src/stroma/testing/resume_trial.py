@@ -36,7 +36,6 @@ class ProcessRecord(Life):
     """Record of one process, and what it has come to."""
 
     status: str = ""
-    failure: str | None = None
     state: Any = None
     effects: Any = None
 
