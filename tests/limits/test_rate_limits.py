@@ -601,13 +601,13 @@ def test_a_config_refuses_what_cannot_be() -> None:
 
 async def test_limits_that_no_node_uses() -> None:
     """A run whose nodes use none of the limits is a ValueError; children of groups count."""
-    call, _ = node("call")
-    limits = {"llm": Limit(concurrent=1, store=AsyncInMemoryStore())}
+    call, _ = node("call")  # No node of another test is named like the limit.
+    limits = {"mine": Limit(concurrent=1, store=AsyncInMemoryStore())}
     with pytest.raises(
-        ValueError, match=r"uses any of the limits \('llm'\); assign them with node_limits={node id: name}"
+        ValueError, match=r"uses any of the limits \('mine'\); assign them with node_limits={node id: name}"
     ):
-        await StromaRunner.quick(limits=limits, node_limits={"cal": "llm"}).run([call], State())
-    await StromaRunner.quick(limits=limits, node_limits={"call": "llm"}).run([parallel(call)], State())
+        await StromaRunner.quick(limits=limits, node_limits={"cal": "mine"}).run([call], State())
+    await StromaRunner.quick(limits=limits, node_limits={"call": "mine"}).run([parallel(call)], State())
 
 
 def test_event_loops_that_are_over() -> None:
