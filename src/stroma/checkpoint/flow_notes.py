@@ -131,8 +131,8 @@ def cut_before(
     """Return the part of a flow that comes before the first call of a node, or before the call at a place.
 
     ``steps``: branch, node id and StepCall of its outputs. ``stopped``: branch and node id of the call whose
-    failure stopped the run, which is no event: all events come before it. Raises CheckpointNotFound,
-    CorruptCheckpoint.
+    failure stopped the run. The flow did not get it, so all recorded events come before it. Raises
+    CheckpointNotFound, CorruptCheckpoint.
     """
     numbers: dict[str, int] = {}
     ends: list[tuple[int, str, str]] = []
