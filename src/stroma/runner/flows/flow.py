@@ -6,12 +6,11 @@ import hashlib
 import inspect
 import random
 import sys
-import typing
 from asyncio.events import _get_running_loop
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from types import FrameType
-from typing import Any, Generic, Literal, TypeAlias, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypedDict, TypeVar, Unpack, overload
 from uuid import UUID
 
 from pydantic import BaseModel
@@ -328,13 +327,11 @@ def define_flow(
     return FlowFunction(flow_id, body, contract, **limits)
 
 
-class FlowDecorator(typing.Protocol, Generic[In, Out]):
-    """Makes a flow of an async function of ``(flow, state)``."""
-
-    def __call__(self, body: Callable[[Flow, In], Coroutine[Any, Any, Out]], /) -> FlowFunction[In, Out]: ...
+#: Makes a flow of an async function of ``(flow, state)``.
+FlowDecorator: TypeAlias = Callable[[Callable[[Flow, In], Coroutine[Any, Any, Out]]], FlowFunction[In, Out]]
 
 
-class AnnotatedFlowDecorator(typing.Protocol):
+class AnnotatedFlowDecorator(Protocol):
     """Makes a flow of an async function of ``(flow, state)``, with the classes of its annotations."""
 
     def __call__(self, body: Callable[[Flow, In], Coroutine[Any, Any, Out]], /) -> FlowFunction[In, Out]: ...
