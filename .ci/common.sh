@@ -1,11 +1,12 @@
 # What .ci/run and .ci/nightly share; it is sourced. It finds the supported Pythons (`pythons`, of which `default` runs what one
-# Python is enough for), installs the Debian packages that tests need if it may, and defines `step` and `finish`.
+# Python is enough for), installs the Debian packages that tests need if it may, and defines `step`, `beside` and `finish`.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 supported="3.11 3.12 3.13"
 failed=()
 skipped=()
+background=()
 
 # usable PYTHON MINOR: it starts (a pyenv shim may not), is that version, and can make environments.
 usable() {
@@ -105,8 +106,22 @@ step() {
   [ "$code" -eq 0 ] || failed+=("$name")
 }
 
+# beside NAME COMMAND...: as step, while the next steps run; `finish` waits for it and prints its output.
+beside() {
+  local log
+  log="$(mktemp)"
+  (failed=(); step "$@"; exit "${#failed[@]}") >"$log" 2>&1 &
+  background+=("$!" "$1" "$log")
+}
+
 # finish: say what failed and what was skipped, and end.
 finish() {
+  while [ "${#background[@]}" -gt 0 ]; do
+    wait "${background[0]}" || failed+=("${background[1]}")
+    cat "${background[2]}"
+    rm -f "${background[2]}"
+    background=("${background[@]:3}")
+  done
   echo
   for what in "${skipped[@]}"; do
     echo "== skipped: $what"
