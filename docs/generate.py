@@ -306,7 +306,8 @@ def errors_page() -> str:
     for name in BUILT_IN:
         for module, texts in sorted(by_module.get(name, {}).items()):
             if not module.startswith(("stroma.cli", "stroma.demo")):
-                place = "a run" if module == "stroma" and name != "AttributeError" else f"`{module}`"
+                whole = {"AttributeError": "`stroma`", "ImportError": "what needs an extra"}
+                place = whole.get(name, "a run") if module == "stroma" else f"`{module}`"
                 lines += ["", f"**{name}** from {place}:", "", *shown(texts)]
     lines += [
         "",

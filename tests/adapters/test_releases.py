@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stroma.adapters import _releases
-from stroma.adapters._releases import RELEASES, import_error, warn_if_untested
+from stroma.adapters._releases import RELEASES, imports_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,14 +28,17 @@ def test_another_release_is_named_with_those_that_are_supported(
     installed: str, tested: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A release that cannot be imported says which is installed and what is supported, not "install it"."""
-    monkeypatch.setattr(_releases, "version", lambda _: installed)
-    message = str(import_error("langgraph", ImportError("cannot import name 'Pregel'")))
+    monkeypatch.setattr(_releases, "installed_version", lambda _: installed)
+    with pytest.raises(ImportError) as refused, imports_of("langgraph"):
+        raise ImportError("cannot import name 'Pregel'")
+    message = str(refused.value)
     assert message.startswith(f"langgraph {installed} is installed, and ")
     assert "cannot import name 'Pregel'" in message
     assert "install it" not in message
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_if_untested("langgraph")
+        with imports_of("langgraph"):
+            pass
     assert [str(one.message).partition(":")[0] for one in caught] == (
         []
         if tested

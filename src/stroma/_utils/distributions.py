@@ -1,4 +1,4 @@
-"""Detection of the distribution `stroma`, another project with the same import name as `stroma-runner`.
+"""Installed packages, and the distribution `stroma`, another project with our import name.
 
 Runs at each first import of the package, so it imports nothing that Python has not loaded by then.
 """
@@ -28,6 +28,23 @@ def find_other_distribution(folder: str) -> str | None:
 def reinstall_command() -> str:
     """Return the command that removes both distributions and installs this one."""
     return "pip uninstall -y stroma stroma-runner && pip install stroma-runner"
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of a distribution, or None where it is not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def missing(package: str, user: str, extra: str) -> ImportError:
+    """Return the error of what needs the package of an extra that is not installed."""
+    return ImportError(
+        f"{package} is required for {user}; install it with: pip install 'stroma-runner[{extra}]'"
+    )
 
 
 def warn_of_other_distribution(package_file: str) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
+
+from stroma._utils.distributions import installed_version, missing
 
 #: By extra: the distribution, its lowest release, and the one below which it has to be. pyproject.toml has
 #: the same.
@@ -28,45 +31,38 @@ RELEASES: Final = {
 _NEEDS: Final = {"crewai": " (on Python before 3.14)"}
 
 
-def import_error(extra: str, error: ImportError) -> ImportError:
-    """Return the error for a framework that could not be imported: it is missing, or is another release."""
-    name = RELEASES[extra][0]
-    installed = _installed(name)
-    if installed is None:
-        return ImportError(
-            f"{name} is required for its adapter{_NEEDS.get(extra, '')}; install it with: pip "
-            f"install 'stroma-runner[{extra}]'"
-        )
-    return ImportError(
-        f"{name} {installed} is installed, and its adapter could not import what it needs ({error}); use "
-        f"{_range(extra)}, with its dependencies"
-    )
+@contextmanager
+def imports_of(extra: str) -> Iterator[None]:
+    """Import a framework inside, for its adapter.
 
-
-def warn_if_untested(extra: str) -> None:
-    """Warn of an installed release that the adapter was not tested with."""
+    Raises ImportError with what to install, or the releases that are supported. Warns of an installed release
+    that the adapter was not tested with.
+    """
     name, lowest, below = RELEASES[extra]
-    installed = _installed(name)
+    try:
+        yield
+    except ImportError as error:
+        installed = installed_version(name)
+        if installed is None:
+            raise missing(name, f"its adapter{_NEEDS.get(extra, '')}", extra) from error
+        raise ImportError(
+            f"{name} {installed} is installed, and its adapter could not import what it needs ({error}); use "
+            f"{_range(extra)}, with its dependencies"
+        ) from error
+    installed = installed_version(name)
     if installed and not _numbers(lowest) <= _numbers(installed) < _numbers(below):
         warnings.warn(
             f"{name} {installed} is installed, and its adapter supports {_range(extra)}: calls may "
             "not be guarded; use "
             "one of these releases",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,  # the import statement
         )
 
 
 def _range(extra: str) -> str:
     name, lowest, below = RELEASES[extra]
     return f"{name}>={lowest},<{below}"
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _numbers(release: str) -> tuple[int, ...]:

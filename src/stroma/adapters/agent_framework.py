@@ -13,9 +13,9 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any, Final
 
 from stroma.adapters._patches import patch
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("agent-framework"):
     from agent_framework import (
         AgentMiddleware,
         AgentMiddlewareLayer,
@@ -24,16 +24,12 @@ try:
         MiddlewareTermination,
         ResponseStream,
     )
-except ImportError as error:
-    raise import_error("agent-framework", error) from error
 
 from stroma.adapters._state_views import newest_of, parse_text
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for, what_stopped
 from stroma.cost.usage import Usage
 from stroma.engine.execution import CURRENT, current_node
-
-warn_if_untested("agent-framework")
 
 __all__ = ["stroma_middleware"]
 

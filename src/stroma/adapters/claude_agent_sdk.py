@@ -17,9 +17,9 @@ from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from stroma.adapters._patches import patch
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("claude-agent-sdk"):
     import claude_agent_sdk
     from claude_agent_sdk import (
         ClaudeAgentOptions,
@@ -31,8 +31,6 @@ try:
         StreamEvent,
         query,
     )
-except ImportError as error:
-    raise import_error("claude-agent-sdk", error) from error
 
 from stroma.adapters._guarded_run import active_run
 from stroma.adapters._state_views import parse_text
@@ -40,8 +38,6 @@ from stroma.adapters._step import Control, emit_text
 from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.cost.usage import Usage, usage_from
 from stroma.engine.execution import CURRENT
-
-warn_if_untested("claude-agent-sdk")
 
 __all__ = ["guarded_query", "guarded_tools"]
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar, cast
 
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("crewai"):
     from crewai import BaseLLM, Crew
     from crewai.flow.async_feedback import HumanFeedbackPending
     from crewai.flow.flow import Flow
@@ -26,8 +26,6 @@ try:
     from crewai.tools.agent_tools.base_agent_tools import BaseAgentTool
     from crewai.utilities.llm_utils import create_llm
     from crewai.utilities.planning_handler import CrewPlanner
-except ImportError as error:
-    raise import_error("crewai", error) from error
 
 from stroma.adapters._delegation import before, guard_methods, within, wrap_method
 from stroma.adapters._state_views import newest_of
@@ -39,8 +37,6 @@ from stroma.contracts.node import framework_node as stroma_crewai_step
 from stroma.cost.usage import Usage
 from stroma.engine.execution import current_node
 from stroma.runner.runner import StromaRunner
-
-warn_if_untested("crewai")
 
 __all__ = ["CrewAIAdapter", "attach", "guard_llm", "stroma_crewai_step"]
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("deepagents"):
     from langgraph.prebuilt import ToolNode
 
     from stroma.adapters.langgraph import attach_steps
-except ImportError as error:
-    raise import_error("deepagents", error) from error
 
 from stroma.adapters.base import marked, marks_of
 from stroma.adapters.guard import Guard
@@ -24,8 +22,6 @@ from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import framework_node as stroma_deepagents_node
 from stroma.cost.budget import CostTracker
 from stroma.runner.runner import StromaRunner
-
-warn_if_untested("deepagents")
 
 __all__ = ["DeepAgentsAdapter", "stroma_deepagents_node"]
 

@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("dspy"):
     import dspy
     from dspy.streaming.messages import StatusMessage
     from dspy.utils.usage_tracker import UsageTracker
-except ImportError as error:
-    raise import_error("dspy", error) from error
 
 from stroma.adapters._background_loop import Changes, applied
 from stroma.adapters._delegation import before, guard_methods, within, wrap_method
@@ -30,8 +28,6 @@ from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import usage_from
 from stroma.engine.execution import CURRENT, current_node
-
-warn_if_untested("dspy")
 
 __all__ = ["attach"]
 

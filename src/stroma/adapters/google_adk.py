@@ -14,24 +14,20 @@ import functools
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, TypeVar
 
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("google-adk"):
     from google.adk.agents import LlmAgent
     from google.adk.models import LLMRegistry
     from google.adk.tools.agent_tool import AgentTool
     from google.adk.tools.base_toolset import BaseToolset
     from google.adk.tools.function_tool import FunctionTool
-except ImportError as error:
-    raise import_error("google-adk", error) from error
 
 from stroma.adapters._delegation import guard_methods, wrap_method
 from stroma.adapters._state_views import arguments_of, newest_of
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, usage_from
-
-warn_if_untested("google-adk")
 
 __all__ = ["attach", "each_run"]
 

@@ -13,22 +13,18 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("haystack"):
     from haystack.core.errors import BreakpointException
     from haystack.core.pipeline.base import PipelineBase
     from haystack.tools import ComponentTool, Toolset
-except ImportError as error:
-    raise import_error("haystack", error) from error
 
 from stroma.adapters._delegation import before, guard_methods, wrap_method
 from stroma.adapters._step import Control, copy_for_retries, mark_published
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, UsageError, usage_from
-
-warn_if_untested("haystack")
 
 __all__ = ["attach"]
 

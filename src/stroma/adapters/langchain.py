@@ -11,21 +11,17 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("langchain"):
     from langchain.agents.middleware import AgentMiddleware
     from langchain_core.messages import ToolMessage
 
     from stroma.adapters._langchain import answer_of, asked_of, counting, result_of
     from stroma.adapters.langgraph import attach_steps, control
-except ImportError as error:
-    raise import_error("langchain", error) from error
 
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
-
-warn_if_untested("langchain")
 
 __all__ = ["StromaMiddleware"]
 

@@ -17,16 +17,14 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stroma._utils.lazy import lazy
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("langgraph"):
     from langchain_core.runnables import RunnableLambda
     from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError, ParentCommand
     from langgraph.graph.state import StateGraph
     from langgraph.pregel import Pregel
     from langgraph.types import Command
-except ImportError as error:
-    raise import_error("langgraph", error) from error
 
 from stroma.adapters._langchain import acounted, counted, counting, update
 from stroma.adapters._step import Control, copy_for_retries, input_of_attempt
@@ -36,8 +34,6 @@ from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import framework_node as stroma_langgraph_node
 from stroma.engine.execution import CURRENT
 from stroma.runner.runner import StromaRunner
-
-warn_if_untested("langgraph")
 
 if TYPE_CHECKING:
     from stroma.adapters._langgraph_durability import InterruptAnswer, NodeOptions, durable

@@ -16,20 +16,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("litellm"):
     import litellm
-except ImportError as error:
-    raise import_error("litellm", error) from error
 
 from stroma.adapters._state_views import newest_of
 from stroma.adapters._step import aclose_stream, note_counted
 from stroma.adapters.guard import Guard
 from stroma.cost.prices import find_pricer
 from stroma.cost.usage import Usage, UsageError, usage_from
-
-warn_if_untested("litellm")
 
 __all__ = ["attach"]
 

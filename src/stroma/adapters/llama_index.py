@@ -12,20 +12,16 @@ from __future__ import annotations
 import inspect
 from typing import Any, TypeVar
 
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("llama-index"):
     from workflows import Workflow
     from workflows.events import Event
     from workflows.runtime.types.results import WaitingForEvent
-except ImportError as error:
-    raise import_error("llama-index", error) from error
 
 from stroma.adapters._delegation import guard_methods
 from stroma.adapters._step import Control
 from stroma.adapters.guard import Contracts, Guard
-
-warn_if_untested("llama-index")
 
 __all__ = ["attach"]
 

@@ -14,19 +14,15 @@ import functools
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("mcp"):
     import mcp  # noqa: F401
-except ImportError as error:
-    raise import_error("mcp", error) from error
 
 from stroma.adapters._delegation import wrap_method
 from stroma.adapters._state_views import parse_text
 from stroma.adapters._step import Control, GuardedStep
 from stroma.adapters.guard import Contracts, Guard, contract_for
-
-warn_if_untested("mcp")
 
 __all__ = ["attach"]
 

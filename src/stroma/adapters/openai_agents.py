@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from stroma._utils.lazy import lazy
 from stroma.adapters._patches import patch
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("openai-agents"):
     from agents import Agent, FunctionTool, Model, Runner, RunResult, RunState
     from agents import run as agents_run
     from agents.exceptions import (
@@ -34,8 +34,6 @@ try:
     from agents.tool import maybe_invoke_function_tool_failure_error_function
 
     from stroma.adapters._openai_agents_steps import Proxy, model_name_of, reached_agents
-except ImportError as error:
-    raise import_error("openai-agents", error) from error
 
 from stroma.adapters._guarded_call import Call
 from stroma.adapters._guarded_run import active_run
@@ -45,8 +43,6 @@ from stroma.adapters.guard import Contracts, Guard, what_stopped
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, usage_from
 from stroma.engine.execution import CURRENT
-
-warn_if_untested("openai-agents")
 
 if TYPE_CHECKING:
     from stroma.adapters._durable_steps import ToolApproval, ToolOptions

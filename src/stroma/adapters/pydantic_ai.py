@@ -17,17 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from stroma._utils.lazy import lazy
 from stroma.adapters._patches import patch
-from stroma.adapters._releases import import_error, warn_if_untested
+from stroma.adapters._releases import imports_of
 
-try:
+with imports_of("pydantic-ai"):
     from pydantic_ai import Agent, ModelRetry, exceptions
     from pydantic_ai.capabilities import AbstractCapability
     from pydantic_ai.models.wrapper import WrapperModel
     from pydantic_ai.tools import DeferredToolRequests
 
     from stroma.adapters._pydantic_ai_responses import emitting, usage_of
-except ImportError as error:
-    raise import_error("pydantic-ai", error) from error
 
 from pydantic import BaseModel
 
@@ -36,8 +34,6 @@ from stroma.adapters._state_views import newest_of, violation
 from stroma.adapters._step import Control, GuardedStep, InnerCalls, find_halt
 from stroma.adapters.guard import Contracts, Guard, contract_for
 from stroma.engine.execution import CURRENT, current_node
-
-warn_if_untested("pydantic-ai")
 
 if TYPE_CHECKING:
     from stroma.adapters._durable_steps import ToolApproval, ToolOptions

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
+from stroma._utils.distributions import missing
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.contracts.copying import Snapshot
@@ -154,9 +155,7 @@ class FsspecBlobs:
         try:
             import fsspec
         except ImportError as error:
-            raise ImportError(
-                "fsspec is required for FsspecBlobs; install it with: pip install 'stroma-runner[blobs]'"
-            ) from error
+            raise missing("fsspec", "FsspecBlobs", "blobs") from error
         self._fs, self._root = fsspec.core.url_to_fs(url, **options)
 
     def _path(self, name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Final
 
 import click
 
+from stroma._utils.distributions import installed_version
 from stroma._utils.text import did_you_mean
 from stroma.cli.errors import Code, Problem, is_debugging
 from stroma.cli.output import OutputError, err, out
@@ -85,13 +86,7 @@ class _Lazy(click.Group):
 
 def _print_version(ctx: click.Context, _parameter: click.Parameter, is_requested: bool) -> None:
     if is_requested and not ctx.resilient_parsing:
-        from importlib import metadata
-
-        try:
-            version = metadata.version("stroma-runner")
-        except metadata.PackageNotFoundError:
-            version = "(not installed: no version)"
-        out.line(f"stroma {version}")
+        out.line(f"stroma {installed_version('stroma-runner') or '(not installed: no version)'}")
         ctx.exit()
 
 

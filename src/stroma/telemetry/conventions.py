@@ -6,7 +6,6 @@ deprecated.
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any, Final, Literal
 
 from stroma.contracts.contract import Role
@@ -40,14 +39,6 @@ _OPERATIONS: Final[dict[Role | None, tuple[str, str | None]]] = {
 #: Keys of the attributes in the notes of a run.
 _ABOUT: Final = "attributes of spans"
 _ATTRIBUTION: Final = "attribution"
-
-
-def version() -> str | None:
-    """Return our version, or None where the code is not installed."""
-    try:
-        return metadata.version("stroma-runner")
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def note_run(run: ReliabilityContext) -> None:

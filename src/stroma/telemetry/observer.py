@@ -504,10 +504,3 @@ class ExporterHooks(NodeHooks):
             return bool(await asyncio.wait_for(pending, seconds))
         except TimeoutError:
             return None
-
-
-def missing(needed: str, factory: str, extra: str) -> ImportError:
-    """Return the ImportError of an exporter whose SDK is not installed."""
-    return ImportError(
-        f"{needed} is required for {factory}; install it with: pip install 'stroma-runner[{extra}]'"
-    )

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from stroma._utils.distributions import missing
 from stroma.checkpoint.queue import QueueReading
 from stroma.telemetry.metrics import (
     EXECUTIONS,
@@ -22,7 +23,7 @@ from stroma.telemetry.metrics import (
     MetricLabels,
     MetricsObserver,
 )
-from stroma.telemetry.observer import ExporterHooks, missing
+from stroma.telemetry.observer import ExporterHooks
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from stroma._utils.distributions import missing
 from stroma.checkpoint import AsyncInMemoryStore
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.node import Node, find_node
@@ -42,10 +43,7 @@ def inputs_of(
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise
-        raise ImportError(
-            "hypothesis is required for assert_contract_holds; "
-            'install it with: pip install "stroma-runner[testing]"'
-        ) from error
+        raise missing("hypothesis", "assert_contract_holds", "testing") from error
     return instances(model, fields or {})
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from stroma._utils.distributions import missing
+
 if TYPE_CHECKING:
     from stroma.ui.app import make_app, serve
     from stroma.ui.settings import Settings
@@ -26,7 +28,5 @@ def __getattr__(name: str) -> Any:
             "markupsafe",
         ):
             raise
-        raise ImportError(
-            f"{error.name} is required for stroma.ui; install it with: pip install 'stroma-runner[ui]'"
-        ) from error
+        raise missing(str(error.name), "stroma.ui", "ui") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

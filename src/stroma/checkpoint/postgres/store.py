@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from stroma._utils.distributions import missing
 from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.states import AsyncStates
@@ -109,6 +110,4 @@ def _require_driver() -> None:
     try:
         import psycopg as psycopg
     except Exception as error:  # Any error: a broken installation is like a missing one.
-        raise ImportError(
-            "psycopg is required for PostgresStore; install it with: pip install 'stroma-runner[postgres]'"
-        ) from error
+        raise missing("psycopg", "PostgresStore", "postgres") from error

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
+from stroma._utils.distributions import missing
 from stroma.checkpoint.durable.news import Listener
 from stroma.checkpoint.durable.operations import (
     Commit,
@@ -244,7 +245,5 @@ def _driver(store: str) -> Any:
         import redis.exceptions
         import redis.retry
     except Exception as error:  # Any error: a broken installation is like a missing one.
-        raise ImportError(
-            f"redis is required for {store}; install it with: pip install 'stroma-runner[redis]'"
-        ) from error
+        raise missing("redis", store, "redis") from error
     return redis

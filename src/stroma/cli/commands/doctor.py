@@ -8,12 +8,11 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from typing import Final, Literal, NamedTuple
 
 import click
 
-from stroma._utils.distributions import find_other_distribution, reinstall_command
+from stroma._utils.distributions import find_other_distribution, installed_version, reinstall_command
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import StoreError
@@ -81,12 +80,9 @@ def doctor(as_json: bool, db: str | None) -> int:
 
 
 def _programs() -> Iterator[Diagnosis]:
-    try:
-        version = metadata.version("stroma-runner")
-    except metadata.PackageNotFoundError:
-        version = "(not installed)"
+    version, pydantic = installed_version("stroma-runner"), installed_version("pydantic")
     where = ".".join(map(str, sys.version_info[:3]))
-    yield Diagnosis("stroma", "ok", f"{version}, Python {where}, pydantic {metadata.version('pydantic')}")
+    yield Diagnosis("stroma", "ok", f"{version or '(not installed)'}, Python {where}, pydantic {pydantic}")
     other = next(filter(None, map(find_other_distribution, sys.path)), None)
     if other is not None:
         message = (

@@ -6,12 +6,12 @@ are in a store that all of them share. Importing this package needs ``temporalio
 
 from __future__ import annotations
 
+from stroma._utils.distributions import missing
+
 try:
     import temporalio  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        "temporalio is required for stroma.temporal; install it with: pip install 'stroma-runner[temporal]'"
-    ) from error
+    raise missing("temporalio", "stroma.temporal", "temporal") from error
 
 from stroma.drivers.temporal.runner import TemporalRunner
 from stroma.drivers.temporal.worker import StromaPlugin, register_search_attributes, stroma_worker

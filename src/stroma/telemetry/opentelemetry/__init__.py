@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
+from stroma._utils.distributions import missing
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode
 from stroma.telemetry.conventions import Vocabulary
 from stroma.telemetry.inference import InferenceMode, InferenceSpans
-from stroma.telemetry.observer import ExporterHooks, missing
+from stroma.telemetry.observer import ExporterHooks
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import Meter, MeterProvider

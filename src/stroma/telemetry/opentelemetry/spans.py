@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from copy import copy
+from math import inf
+from typing import TYPE_CHECKING, Any, Final
 
-from opentelemetry import metrics, trace
+from opentelemetry import context, metrics, trace
+from opentelemetry.baggage import set_baggage
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from stroma._utils.distributions import installed_version
+from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
-from stroma.telemetry.conventions import SCHEMA_URL, SCOPE, version
+from stroma.telemetry.conventions import LANGCHAIN, SCHEMA_URL, SCOPE, about_run
 from stroma.telemetry.observer import AttemptEnd
 
 if TYPE_CHECKING:
@@ -15,21 +22,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.context import Context
     from opentelemetry.metrics import Meter, MeterProvider
-    from opentelemetry.trace import Span, Tracer, TracerProvider
-import sys
-from contextvars import Token
-from copy import copy
-from math import inf
-from typing import Final
-
-from opentelemetry import context
-from opentelemetry.baggage import set_baggage
-from opentelemetry.context import Context
-from opentelemetry.trace import Span, SpanContext, Tracer
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-from stroma.engine.context import ReliabilityContext
-from stroma.telemetry.conventions import LANGCHAIN, about_run
+    from opentelemetry.trace import Span, SpanContext, Tracer, TracerProvider
 
 
 class RunSpan:
@@ -103,14 +96,14 @@ def tracer_of(source: Tracer | TracerProvider) -> Tracer:
     """Return a tracer as it is, or that of a provider under our name, version and schema."""
     if isinstance(source, trace.Tracer):
         return source
-    return source.get_tracer(SCOPE, version(), schema_url=SCHEMA_URL)
+    return source.get_tracer(SCOPE, installed_version("stroma-runner"), schema_url=SCHEMA_URL)
 
 
 def meter_of(source: Meter | MeterProvider) -> Meter:
     """Return a meter as it is, or that of a provider under our name, version and schema."""
     if isinstance(source, metrics.Meter):
         return source
-    return source.get_meter(SCOPE, version() or "", SCHEMA_URL)
+    return source.get_meter(SCOPE, installed_version("stroma-runner") or "", SCHEMA_URL)
 
 
 def place_of(node: RunningNode) -> dict[str, Any]:

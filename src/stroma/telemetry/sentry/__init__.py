@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from stroma._utils.distributions import missing
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode
-from stroma.telemetry.observer import ExporterHooks, missing
+from stroma.telemetry.observer import ExporterHooks
 
 if TYPE_CHECKING:
     from sentry_sdk.client import BaseClient
