@@ -17,6 +17,17 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TELEMETRY = ("otel", "prometheus", "datadog", "sentry")
 
 
+def is_of_this_clone() -> bool:
+    """Return True if ./dev of this clone made the environment: one of another clone would be changed."""
+    installed = metadata.distribution("stroma-runner").read_text("direct_url.json") or ""
+    return Path(sys.prefix, "dev-stamp").exists() and f'"{ROOT.as_uri()}"' in installed
+
+
+needs_own_environment = pytest.mark.skipif(
+    not is_of_this_clone(), reason="this environment was not made by ./dev of this clone"
+)
+
+
 def requirement_name(requirement: str) -> str:
     result = re.match(r"[\w.-]+", requirement)
     return result.group().lower().replace("_", "-")
@@ -188,9 +199,7 @@ class TestDev:
         assert "is not a virtual environment" in done.stderr
         assert (tmp_path / "precious").exists()
 
-    @pytest.mark.skipif(
-        not Path(sys.prefix, "dev-stamp").exists(), reason="this environment was not made by ./dev"
-    )
+    @needs_own_environment
     def test_run_forwards(self) -> None:
         """`run` hands over arguments and the exit code, whatever other environment is active."""
         code = "import os, sys; print(sys.prefix, os.environ['VIRTUAL_ENV'], sys.argv[1:]); sys.exit(7)"
@@ -198,9 +207,7 @@ class TestDev:
         assert done.stdout.strip() == f"{sys.prefix} {sys.prefix} ['a b']"
         assert (done.returncode, done.stderr) == (7, "")
 
-    @pytest.mark.skipif(
-        not Path(sys.prefix, "dev-stamp").exists(), reason="this environment was not made by ./dev"
-    )
+    @needs_own_environment
     def test_no_tests_is_a_failure(self) -> None:
         """`test` fails if no test ran."""
         done = self.dev("test", "-n0", "-k", "no_test_has_this_name", "tests/project/test_package.py")
