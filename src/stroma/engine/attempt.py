@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns
 from typing import Any, Final, final
@@ -18,7 +17,6 @@ from pydantic import BaseModel
 
 from stroma._utils.text import one_line
 from stroma.checkpoint import Fenced, PipelineChanged, StoreError, Waiting
-from stroma.checkpoint.identity import mark_of
 from stroma.contracts.contract import NodeContract, NotDone, Unknown, as_violation, output_violation
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import Group, Node
@@ -368,7 +366,7 @@ class NodeAttempt:
         ctx, run = self.ctx, self.run
         if self.usage_error is not None or ctx.account.limits:
             failure, interrupt = judge(ctx, run, self.usage_error, self.snapshot)
-            self.failure = failure and self._mark(failure)
+            self.failure = failure
             if interrupt is not None:
                 self.interrupt = interrupt
         if run.effect is not None:
@@ -446,13 +444,6 @@ class NodeAttempt:
         )
         return _row_of(fields)  # Named arguments take 0.7 us of the 9 of a node.
 
-    def _mark(self, failure: Failure) -> Failure:
-        """Return a failure with the mark of this attempt, unless it has that of a child."""
-        run, journal = self.run, self.ctx.journal
-        started_ns = self.begin + journal.epoch_ns
-        mark = mark_of(journal.session.epoch, run.position, started_ns, run.attempt, run.branch)
-        return replace(failure, mark=failure.mark or mark)
-
     def _end(self, row: AttemptRow) -> None:
         """Append the row of the end."""
         self.row = self.run.ended = row
@@ -502,7 +493,7 @@ class NodeAttempt:
             return self.model
         if self.usage_error is not None:
             ctx.note_uncounted(self.run.node_id, self.usage_error)
-        return Halt(self.failure, output=self.model, spent=True)
+        return Halt(self.run.marked(self.failure), output=self.model, spent=True)
 
     def _raise_interrupt(self) -> None:
         """Raise the pending interrupt, now that the attempt has its end."""
@@ -519,13 +510,12 @@ class NodeAttempt:
         """End as failed: classify, record, and call the failure hooks."""
         ctx, run = self.ctx, self.run
         failure, halt = diagnose_attempt(ctx, run, error, self.snapshot, is_of_store=is_of_store)
-        failure = self._mark(failure)
         if self.usage_error is not None and error is self.usage_error:
             ctx.note_uncounted(run.node_id, self.usage_error)
             halt = Halt(failure, spent=True)
-        halt = halt and halt._replace(failure=failure)
         row = ctx.session.with_references(self._make_row("failure", self.duration, failure))
         self._end(row)
+        halt = halt and halt._replace(failure=run.marked(failure))
         self._set_failure_hooks(failure)
         ends_by_store = halt is not None and failure.reason == "store"
         if not ends_by_store or self.is_counted:
@@ -541,7 +531,8 @@ class NodeAttempt:
                 )
                 halt = Halt(stored, partial=True)
         log_failure(ctx, run, failure)
-        await self._call_end_hooks()
+        if self.firing is not None:
+            await self._call_end_hooks()
         if ctx.account.limits and ctx.fire.on_budget_warning is not None:
             await warn_of_budget(ctx)
         self._raise_interrupt()

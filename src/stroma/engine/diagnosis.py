@@ -77,6 +77,8 @@ def diagnose_attempt(
 
 
 def _redact(ctx: ReliabilityContext, run: RunningNode, failure: Failure, snapshot: Snapshot) -> Failure:
+    if not ctx.redactor.is_on:
+        return failure
     message = ctx.redactor.redact_message(failure.message, states_around(run, snapshot))
     return failure if message == failure.message else replace(failure, message=message)
 

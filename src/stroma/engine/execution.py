@@ -6,13 +6,13 @@ import contextlib
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 
 from stroma.checkpoint import PipelineChanged, StepCall, Waiting, resolve_schema
-from stroma.checkpoint.identity import StepCalls, has_input, idempotency_key, without_attempts
+from stroma.checkpoint.identity import StepCalls, has_input, idempotency_key, mark_of, without_attempts
 from stroma.contracts.codec import describe_error
 from stroma.contracts.copying import Snapshot
 from stroma.contracts.node import held_by, output_class
@@ -484,6 +484,14 @@ class RunningNode(NodeExecution):
         attempt, inner = self.raised_inside or (0, [])
         known = set(map(id, inner)) if attempt == self.attempt else set()
         return not known or not any(id(cause) in known for cause in causes(error))
+
+    def marked(self, failure: Failure) -> Failure:
+        """Return the failure that stops the node, with the mark of its attempt unless it has a child's."""
+        row = self.ended
+        if row is None or failure.mark is not None:
+            return failure
+        place = row.position, row.started_ns, row.attempt, row.branch
+        return replace(failure, mark=mark_of(self.ctx.session.epoch, *place))
 
     def enter(self, now: int) -> None:
         """Note that a function inside this group begins."""

@@ -156,12 +156,13 @@ async def execute_in_turn(
                     break
                 decision = _decide(ctx, run, node, outcome, number)
                 if isinstance(decision, Stop):
-                    outcome = _stop(ctx, outcome, decision)
+                    outcome = _stop(run, outcome, decision)
                     break
                 await _wait(ctx, run, outcome, number, decision.delay_seconds)
                 if stopping.is_cancelled:  # A step of plain code, whose task is the caller's own.
-                    outcome = _stop(ctx, outcome, Stop("the run was cancelled"))
+                    outcome = _stop(run, outcome, Stop("the run was cancelled"))
                     break
+                run.ended = run.attempt_id = None
                 task = task or asyncio.current_task()
                 if task is not None:
                     cancelling = task.cancelling()
@@ -220,7 +221,7 @@ async def reject(
         run.attempt = 1
         run.schemas = schema_of(type(value)), schema_of(output_class(None)), None
         outcome = await NodeAttempt(ctx).make(run, node, value, 0, error)
-        return Halt(outcome) if isinstance(outcome, Failure) else cast("Halt", outcome)
+        return Halt(run.marked(outcome)) if isinstance(outcome, Failure) else cast("Halt", outcome)
     finally:
         run.close()
 
@@ -254,7 +255,7 @@ def _count_earlier_attempts(
     )
     run.last_failure = failure
     decision = _decide(ctx, run, node, failure, count)
-    return count, _stop(ctx, failure, decision) if isinstance(decision, Stop) else None
+    return count, _stop(run, failure, decision) if isinstance(decision, Stop) else None
 
 
 # ---------------------------------------------------------------------- after a failed attempt
@@ -285,7 +286,8 @@ def _decide(
     return decision
 
 
-def _stop(ctx: ReliabilityContext, failure: Failure, decision: Stop) -> Halt:
+def _stop(run: RunningNode, failure: Failure, decision: Stop) -> Halt:
+    ctx = run.ctx
     ctx.run_logger.info("node %r stopped: %s", failure.node_id, decision.why)
     exceeded = ctx.cost_tracker.exceeded(ctx.budget, failure.node_id) if decision is _SPENT else None
     if exceeded is not None and not isinstance_by_type(failure.exception, BudgetExceeded):
@@ -294,7 +296,7 @@ def _stop(ctx: ReliabilityContext, failure: Failure, decision: Stop) -> Halt:
                 failure.exception,
                 f"No further call is made, since the budget of the run is spent: {exceeded}",
             )
-    return Halt(failure, spent=decision is _SPENT)
+    return Halt(run.marked(failure), spent=decision is _SPENT)
 
 
 async def _wait(
@@ -308,12 +310,12 @@ async def _wait(
         failure = replace(failure, earlier=broken)
     run.last_failure = failure
     run.counted = NO_USAGE
-    about = run.node_id, attempt + 1, delay, failure.failure_class
-    await ctx.fire.fire("on_node_retry", run.node_id, ctx.run_id, *about)
+    if ctx.fire.on_node_retry is not None:
+        about = run.node_id, attempt + 1, delay, failure.failure_class
+        await ctx.fire.fire("on_node_retry", run.node_id, ctx.run_id, *about)
     if ctx.run_logger.isEnabledFor(logging.INFO):
         ctx.run_logger.info("node %r: attempt %d follows in %.3f s", run.node_id, attempt + 1, delay)
     if delay:
         await ctx.stopping.wait_unless_held(partial(sleep, delay))
     else:
         await sleep(0)
-    run.ended = run.attempt_id = None

@@ -52,8 +52,8 @@ class Failure:
         retry_after_seconds: the wait that a server asked for.
         inner: the failure of the node inside that stopped a group; None for a node.
         earlier: the newest output of an earlier attempt that broke its contract, for ``as_prompt()``.
-        mark: :attr:`stroma.checkpoint.records.AttemptRecord.mark` of its attempt, of the child's for a group;
-            None if no attempt was made.
+        mark: :attr:`stroma.checkpoint.records.AttemptRecord.mark` of the attempt that stopped the node, of
+            the child's for a group; None if no attempt was made, or another one follows.
     """
 
     exception: BaseException

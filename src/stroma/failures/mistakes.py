@@ -39,10 +39,10 @@ def explain_mistake(failure: Failure, context: Any) -> str:
         return _explain_key(error, context)
     if type(error) is AttributeError and isinstance(context, dict) and _is_context(error.obj, context):
         return f"; the context is a dict, {_keys_of(context)}; {_PASS_CONTEXT}"
-    causes = list(causes_of(error, 6))
-    if any(type(one) is RuntimeError and _OTHER_LOOP.search(message_of(one)) for one in causes):
-        return _OWN_LOOP
-    cause = causes[-1]
+    cause: BaseException = error
+    for cause in causes_of(error, 6):
+        if type(cause) is RuntimeError and _OTHER_LOOP.search(message_of(cause)):
+            return _OWN_LOOP
     if cause is not error and failure.reason == "connection" and isinstance_by_type(cause, OSError):
         text = typed(kind_of(cause), clean(message_of(cause)))  # Such as the refused address.
         return "" if message_of(cause) in failure.message else f" ({text})"
