@@ -35,6 +35,7 @@ from stroma.engine.lifecycle import (
     note_usage,
     open_run,
 )
+from stroma.engine.metering import note_unpriced
 from stroma.engine.outcome import Halt
 from stroma.engine.tasks import raise_if
 from stroma.failures.classes import FailureClass
@@ -146,7 +147,7 @@ class GuardedRun:
                 self._loop.call_soon_threadsafe(self._store_usage)
         if cost is None and tokens:
             place = f"run {ctx.run_id!r}, outside of its steps,"
-            problem = ctx.note_unpriced(_OUTSIDE, place, usage.model)
+            problem = note_unpriced(ctx, _OUTSIDE, place, usage.model)
             if problem is not None:
                 raise problem
 

@@ -20,7 +20,7 @@ from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.budget import CostTracker, Dimension, ExecutionBudget, limits, replace_limits
 from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
-from stroma.cost.usage import NO_MODEL, UsageError
+from stroma.cost.usage import UsageError
 from stroma.engine.config import NodeTimeout, RunConfig, limits_ms
 from stroma.engine.redaction import Redactor, RunLogger
 from stroma.engine.tasks import as_store_error
@@ -614,39 +614,6 @@ class ReliabilityContext:
         """Make no further call after usage that cannot be counted, if a limit depends on it."""
         if self.has_limit("tokens", node_id) or self.has_limit("cost", node_id):
             self.account.uncounted = error
-
-    def note_unpriced(self, node_id: str, place: str, model: str | None) -> UsageError | None:
-        """List a model without a price; return the error if a limit needs the price, else warn once.
-
-        ``model``: None for tokens reported without a model. ``place``: the subject of the message.
-        """
-        account, chosen = self.account, self.config.unknown_model
-        name = NO_MODEL if model is None else model
-        is_listed = name in account.unpriced
-        if not is_listed:
-            account.unpriced += (name,)
-        is_refused = self.has_limit("cost", node_id) if chosen is None else chosen == "error"
-        if not is_refused:
-            if not is_listed:
-                if model is None:
-                    text = "reported tokens without a model: they count as 0 USD; report the model with them"
-                else:
-                    text = (
-                        f"used model {model!r}, which has no known price: it counts as 0 USD; add it to "
-                        "KNOWN_MODELS"
-                    )
-                self.run_logger.warning("%s %s", place, text)
-            return None
-        if model is None:
-            return UsageError(
-                f"{place} reported tokens without a model, so they have no price; report "
-                "usage_from(response, model=...) or (output, input_tokens, output_tokens, model), or pass "
-                'unknown_model="warn" to count them as 0 USD'
-            )
-        return UsageError(
-            f"{place} used model {model!r}, which has no known price; add it to KNOWN_MODELS, or pass "
-            'unknown_model="warn" to count it as 0 USD'
-        )
 
     def diagnose(self, error: BaseException, node_id: str, attempt: int, snapshot: Any = ()) -> Failure:
         """Return the failure of an exception, without the secrets of the run, its context and a state."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from stroma.contracts.contract import RETURN_SHAPES
 from stroma.cost.prices import cached_pricer, find_pricer
-from stroma.cost.usage import MOST_USD, UsageError, check_usage, report_of, shown
+from stroma.cost.usage import MOST_USD, NO_MODEL, UsageError, check_usage, report_of, shown
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.tasks import Shield, in_thread
@@ -92,6 +92,40 @@ async def price(
             continue
         cost += amount
         if pricer is None:
-            problem = ctx.note_unpriced(run.node_id, f"node {run.node_id!r}", model) or problem
+            problem = note_unpriced(ctx, run.node_id, f"node {run.node_id!r}", model) or problem
     run.counted = AttemptUsage(tokens, produced, cost, named, cached, written)
     return shield.cancellation, problem
+
+
+def note_unpriced(ctx: ReliabilityContext, node_id: str, place: str, model: str | None) -> UsageError | None:
+    """List a model without a price; return the error if a limit needs the price, else warn once.
+
+    ``model``: None for tokens reported without a model. ``place``: the subject of the message.
+    """
+    account, chosen = ctx.account, ctx.config.unknown_model
+    name = NO_MODEL if model is None else model
+    is_listed = name in account.unpriced
+    if not is_listed:
+        account.unpriced += (name,)
+    is_refused = ctx.has_limit("cost", node_id) if chosen is None else chosen == "error"
+    if not is_refused:
+        if not is_listed:
+            if model is None:
+                text = "reported tokens without a model: they count as 0 USD; report the model with them"
+            else:
+                text = (
+                    f"used model {model!r}, which has no known price: it counts as 0 USD; add it to "
+                    "KNOWN_MODELS"
+                )
+            ctx.run_logger.warning("%s %s", place, text)
+        return None
+    if model is None:
+        return UsageError(
+            f"{place} reported tokens without a model, so they have no price; report "
+            "usage_from(response, model=...) or (output, input_tokens, output_tokens, model), or pass "
+            'unknown_model="warn" to count them as 0 USD'
+        )
+    return UsageError(
+        f"{place} used model {model!r}, which has no known price; add it to KNOWN_MODELS, or pass "
+        'unknown_model="warn" to count it as 0 USD'
+    )
