@@ -103,7 +103,7 @@ def crosses(output_model: type[BaseModel], input_model: type[BaseModel], **field
     """Whether an output with these fields crosses the engine's boundary."""
     output, _ = schema_of(output_model).accept_output(fields.get("root", fields))
     try:
-        schema_of(input_model).prepare_input(output)
+        schema_of(input_model).convert(output)
     except ValueError:
         return False
     return True
@@ -653,7 +653,7 @@ def test_no_pair_of_exotic_types_is_misjudged() -> None:
             findings = kinds(model_of(argument), model_of(input_model))
             for output in outputs:
                 try:
-                    schema_of(model_of(input_model)).prepare_input(output)
+                    schema_of(model_of(input_model)).convert(output)
                     crossed = True
                 except ValueError:
                     crossed = False

@@ -36,7 +36,7 @@ def crosses(first: Made, second: Made, values: Any) -> bool | None:
     except Exception:
         return None
     try:
-        target.prepare_input(output)
+        target.convert(output)
     except Exception:
         return False
     return True

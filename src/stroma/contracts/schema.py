@@ -278,9 +278,6 @@ class Schema:
         if self._exclusive is not None:
             self._exclusive.pop(id(model), None)
 
-    def _is_exclusive(self, model: BaseModel) -> bool:
-        return self._exclusive is not None and self._exclusive.get(id(model)) is model
-
     # ------------------------------------------------------------------ boundaries
 
     def convert(self, value: BaseModel) -> BaseModel:
@@ -288,11 +285,14 @@ class Schema:
 
         Raises pydantic's ValidationError.
         """
-        source = schema_of(type(value))
+        source, values = schema_of(type(value)), value.__dict__
+        if len(values) == source._plain_size:
+            # Most states: half of the 8 us of a returned model. Pure validation does not change the dict.
+            return self.validate(values if self.traits.is_pure else values.copy())
         if source.traits.can_renew and self.validators.renew is not None and self._can_renew_from(source):
             return self.validators.renew(source._shallow(value))
         renew = _renew_record
-        if source._is_exclusive(value):
+        if source._exclusive is not None and source._exclusive.get(id(value)) is value:
             if source is self:
                 return self.clone(value)
             renew = _clone_record
@@ -331,16 +331,6 @@ class Schema:
         decoded = self.traits.decoded_fields
         is_decoded = decoded and decoded <= source.traits.decoded_fields
         return self.validators.decoded(raw) if is_decoded else self.validate(raw)
-
-    def prepare_input(self, value: BaseModel) -> tuple[BaseModel, Snapshot]:
-        """Return the validated input of a node from the state before it, and its snapshot."""
-        values = value.__dict__
-        if len(values) == schema_of(type(value))._plain_size:
-            # convert(), for the states of most nodes. Pure validation does not change the dict.
-            state = self.validate(values if self.traits.is_pure else values.copy())
-        else:
-            state = self.convert(value)
-        return state, self._pick(state.__dict__) if self.is_flat else self.snapshot(state)
 
     def accept_output(self, output: Any) -> tuple[BaseModel, Snapshot]:
         """Return the validated output of a node, and its snapshot. Raises what validators raise."""

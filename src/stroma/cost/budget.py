@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from pydantic import Field, PrivateAttr
@@ -138,8 +138,18 @@ class NodeUsage:
 StepUsage = NodeUsage
 
 
+@dataclass(eq=False, repr=False)
 class CostTracker:
     """Running totals of a run, and the sums per node id."""
+
+    #: The figures of the engine's attempts, for :meth:`add`. They stand in the trace already: nothing is kept
+    #: twice.
+    per_node: Callable[[], Iterable[tuple[str, int, int, float, int, str | None]]] = field(
+        default=tuple, init=False
+    )
+    #: Sums of what was added here, without the engine's attempts, by node id: tokens, output tokens, USD, ns,
+    #: model.
+    added: dict[str, list[Any]] = field(default_factory=dict, init=False)
 
     _tokens = 0
     _cost = 0.0
@@ -150,14 +160,6 @@ class CostTracker:
     prior_tokens = 0
     prior_cost_usd = 0.0
     prior_latency_ms = 0.0
-
-    def __init__(self) -> None:
-        #: The figures of the engine's attempts, for :meth:`add`. They stand in the trace already: nothing is
-        #: kept twice.
-        self.per_node: Callable[[], Iterable[tuple[str, int, int, float, int, str | None]]] = tuple
-        #: Sums of what was added here, without the engine's attempts, by node id: tokens, output tokens, USD,
-        #: ns, model.
-        self.added: dict[str, list[Any]] = {}
 
     def record(self, usage: NodeUsage) -> None:
         """Add a usage. Raises UsageError for negative or non-finite figures, and records nothing then."""

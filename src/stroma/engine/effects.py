@@ -516,7 +516,8 @@ def note_input(ctx: ReliabilityContext, place: NotePlace, node: Node, state: Bas
     assert contract is not None  # An effect has one.
     schema = schema_of(contract.input_schema)
     with suppress(Exception):  # The input breaks the contract.
-        intent, digest = _recorded(ctx, place), _digest(ctx, schema, schema.prepare_input(state)[1])
+        digest = _digest(ctx, schema, schema.snapshot(schema.convert(state)))
+        intent = _recorded(ctx, place)
         if intent is not None and not _differ(intent.digest, digest):
             _places_of_calls(ctx, place[0], node.node_id, digest)[place] = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from pydantic import Field
@@ -53,11 +54,11 @@ def default_policy_map() -> PolicyMap:
     }
 
 
+@dataclass(eq=False, repr=False)
 class RetryBudget:
     """Counts retries by (run id, node id), for code that retries by hand. The engine keeps its own counts."""
 
-    def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], int] = {}
+    _counts: dict[tuple[str, str], int] = field(default_factory=dict, init=False)
 
     def increment(self, run_id: str, node_id: str) -> int:
         """Count one more retry and return the new count."""

@@ -80,13 +80,9 @@ def new_owner(session: object | None) -> Owner:
     return owner
 
 
-def memory_owner(*, ends: bool) -> str:
-    """Return the owner of all runs in the memory of this process; their sessions say if they are alive."""
-    return _memory_owner(os.getpid(), ends)
-
-
 @functools.cache
-def _memory_owner(pid: int, ends: bool) -> str:
+def memory_owner(pid: int, ends: bool) -> str:
+    """Return the owner of all runs in the memory of a process; their sessions say if they are alive."""
     return str(_process(pid)._replace(token="memory" if ends else f"{_ENDLESS}memory"))
 
 

@@ -461,7 +461,7 @@ class DurableSession(Session):
             if not self.fence.owner:
                 return None
             end = RunEnd(self.finished.status, self.finished.error, end.wake_ms)
-        return end._replace(error=storable_text(end.error))
+        return end if end.error is None else end._replace(error=storable_text(end.error))
 
     def _finish(self, end: RunEnd, rows: Rows) -> None:
         before, records = self.completed, self._records(rows)
@@ -469,7 +469,8 @@ class DurableSession(Session):
             finish_execution(records, self.fence, end, self._read_messages)
         else:  # A resume without anything to do leaves the run unchanged.
             record_end(records, self.fence, RunEnd(before.status, before.error, updated_ms=before.updated_ms))
-        record_notes(records, self._pending_notes)
+        if self._pending_notes:
+            record_notes(records, self._pending_notes)
 
 
 def _settle(then: Callable[[Any], object], done: asyncio.Future[Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from stroma._utils.text import pluralize
@@ -173,67 +174,62 @@ def _other_version(request: RunRequest, last: RunRow) -> PipelineChanged:
     )
 
 
+@dataclass
 class RunOpener:
     """Opens a run in one transaction.
 
-    Args:
-        session: the DurableSession, which gets what the run has.
+    Attributes:
+        opened: the DurableSession, which gets what the run has.
         opening: what is written for the request; its input is sealed for the first execution.
         plain_input: the input before encryption.
     """
 
-    def __init__(
-        self, session: Any, payloads: Payloads, request: RunRequest, opening: Opening, plain_input: Stored
-    ) -> None:
-        self._opened = session
-        self._payloads = payloads
-        self._request = request
-        self._opening = opening
-        self._plain_input = plain_input
-        self._run_id = request.run_id
+    opened: Any
+    payloads: Payloads
+    request: RunRequest
+    opening: Opening
+    plain_input: Stored
 
     def open(self, rows: Rows) -> None:
         """Open the run. Raises RunBusy, RunExists, PipelineChanged, CheckpointLost, CorruptCheckpoint.
 
         Raises CheckpointNotFound for a run that was deleted since a dispatcher or a reader has found it.
         """
-        opened, request, control = self._opened, self._request, NO_CONTROL
+        opened, request, control = self.opened, self.request, NO_CONTROL
         # An earlier try may have been rolled back.
         opened.finished, opened.completed, opened.lost_start_ms, opened.waiting = None, None, None, {}
-        run = rows.find(self._run_id, lock=True)
+        run = rows.find(request.run_id, lock=True)
         annotations: dict[int, list[StepRow]] = {}
         if run is None or not run.execution:
             if request.due_ms is not None or request.if_exists in ("read", "continue"):
-                raise CheckpointNotFound(f"run {self._run_id!r} was deleted; check the id and the store")
+                raise CheckpointNotFound(f"run {request.run_id!r} was deleted; check the id and the store")
             action = "begin"
         else:
             annotations = self._read_annotations(rows, run)
             stored = next(iter(annotations.get(Annotation.INPUT, ())), None)
-            same_input = has_same_input(
-                stored, run, self._payloads, request, self._opening, self._plain_input
-            )
+            same_input = has_same_input(stored, run, self.payloads, request, self.opening, self.plain_input)
             action = decide(
-                request, run, same_input, lambda: _prior_work(RunRecords.of(rows, run, self._payloads), run)
+                request, run, same_input, lambda: _prior_work(RunRecords.of(rows, run, self.payloads), run)
             )
             # A queued run has its input only.
             is_queued = not (run.attempt_count or run.commit_count)
             if action != "begin" and (stored is None or not (is_queued or rows.is_complete(run))):
-                raise lost_error(self._run_id, "some of its rows are missing")
+                raise lost_error(request.run_id, "some of its rows are missing")
         if action == "begin" or run is None:
-            opening = self._opening if self._payloads.codec is None else self._seal_for_next(run)
+            opening = self.opening if self.payloads.codec is None else self._seal_for_next(run)
             opened.fence, opened.version = rows.begin(run, opening), opening.version
         else:
             opened.before, is_first = run, run.status == QUEUED
-            records = RunRecords.of(rows, run, self._payloads)
+            records = RunRecords.of(rows, run, self.payloads)
             # A run that was submitted without a version has that of the code which starts it.
-            opened.version = run.version or (self._opening.version if is_first else "")
-            self._opening = self._opening._replace(version=opened.version)
+            opened.version = run.version or (self.opening.version if is_first else "")
+            self.opening = self.opening._replace(version=opened.version)
 
             def read(kind: Annotation) -> list[StepRow]:
-                return require_intact(annotations.get(kind, ()), self._run_id)
+                return require_intact(annotations.get(kind, ()), request.run_id)
 
             if action == "continue":
-                control = to_control([row for kind in KINDS for row in read(kind)], self._run_id)
+                control = to_control([row for kind in KINDS for row in read(kind)], request.run_id)
                 opened.held = control._replace(budget={})
             self._load(records, run)
             if action == "return":
@@ -246,10 +242,10 @@ class RunOpener:
                 # As with a cancel; or its time has come, or its answer. Only a person takes the pause back.
                 self._claim_to_end(records, run, Finished("SUSPENDED", PAUSED))
             elif run.expires_ms is not None and has_expired(run.status, run.expires_ms, rows.now_ms()):
-                self._claim_to_end(records, run, Finished("FAILED", expired_error(self._run_id)))
+                self._claim_to_end(records, run, Finished("FAILED", expired_error(request.run_id)))
             else:
                 self._recover(records, run)
-                if run.status in COMPLETE and self._request.discard_from is None:
+                if run.status in COMPLETE and self.request.discard_from is None:
                     opened.completed = run
                 opened.control = RunControl(budget=control.budget)
             if action == "continue" and run.status == "RUNNING":
@@ -259,7 +255,7 @@ class RunOpener:
 
     def _read_annotations(self, rows: Rows, run: RunRow) -> dict[int, list[StepRow]]:
         """Return the annotations by kind: all are read at once, and checked on use."""
-        kinds = [*_OPENED, Annotation.DUE_HOOKS] if self._request.deliver else _OPENED
+        kinds = [*_OPENED, Annotation.DUE_HOOKS] if self.request.deliver else _OPENED
         by_kind: dict[int, list[StepRow]] = {}
         for row in rows.annotations(run.run, *kinds):
             by_kind.setdefault(row.position, []).append(row)
@@ -267,23 +263,23 @@ class RunOpener:
 
     def _load(self, records: RunRecords, run: RunRow) -> None:
         """Load usage, steps and commits of the last execution, and resolve what the request discards."""
-        opened, request, rows = self._opened, self._request, records.rows
+        opened, request, rows = self.opened, self.request, records.rows
         opened.prior = PriorUsage(run.tokens, run.cost_pico / PICO, run.latency_ns / 1e6)
         if run.attempt_count:  # A queued run has none yet.
             opened.places = dict(rows.identities(run.run, run.execution))
         commits = {
             (row.position, row.branch): to_committed(
-                self._payloads, self._run_id, run.execution, row, is_lazy=True
+                self.payloads, request.run_id, run.execution, row, is_lazy=True
             )
             for row in (rows.steps(run.run, run.execution, request.lazily_loaded) if run.commit_count else ())
             if request.discard_from is None or row.position < request.discard_from
         }
         if request.retry_failed:
-            self._request = request.resolve_discard(commits)
-        opened.discards = self._request.discard_from is not None
-        opened.restored = self._request.accept_commits(commits)
-        discard = self._request.discard_of(commits, opened.restored)
-        self._opening = self._opening._replace(discard=discard)
+            self.request = request.resolve_discard(commits)
+        opened.discards = self.request.discard_from is not None
+        opened.restored = self.request.accept_commits(commits)
+        discard = self.request.discard_of(commits, opened.restored)
+        self.opening = self.opening._replace(discard=discard)
 
     def _recover(self, records: RunRecords, run: RunRow) -> None:
         """Continue the execution, or end it if its process died too often.
@@ -293,7 +289,7 @@ class RunOpener:
         one annotation: their number, the epoch of the first one (contract), and the epoch of the session that
         counted last (schema_ref).
         """
-        opened, request, rows = self._opened, self._request, records.rows
+        opened, request, rows = self.opened, self.request, records.rows
         owner = Owner.read(run.owner)
         has_died = run.status == "RUNNING" and owner is not None and owner.may_die
         deaths = (
@@ -303,7 +299,7 @@ class RunOpener:
         if deaths is not None:
             number = deaths.step.number or 0
             if deaths.step.schema_ref == str(run.epoch):
-                first_epoch = decode_number(deaths.step.contract, name_of(deaths, self._run_id))
+                first_epoch = decode_number(deaths.step.contract, name_of(deaths, request.run_id))
         number += has_died
         if (
             not request.force
@@ -322,7 +318,7 @@ class RunOpener:
                 opened.fence = _read_only_fence(run)
                 opened.finished = Finished("FAILED", self._error_of(run))
             return
-        opened.fence = rows.take_over(run, self._opening)
+        opened.fence = rows.take_over(run, self.opening)
         if request.force:
             records.delete(Annotation.DEATHS)
         elif has_died:
@@ -331,7 +327,7 @@ class RunOpener:
                 (last_failed,) = rows.failed([run], _MAX_FAILED)
                 failed = [one for one in reversed(last_failed) if one.epoch >= first_epoch]
                 for one in failed:
-                    open_message(self._payloads, self._run_id, run.execution, one)
+                    open_message(self.payloads, request.run_id, run.execution, one)
                 tried = _count_failed(failed, opened.restored)
                 opened.tried = {at: _with_rejected(records, at, one) for at, one in tried.items()}
 
@@ -340,33 +336,35 @@ class RunOpener:
 
         The claim fences off an owner that is only slow.
         """
-        opened = self._opened
-        opened.fence = records.rows.take_over(run, self._opening._replace(discard=Discard()))
+        opened = self.opened
+        opened.fence = records.rows.take_over(run, self.opening._replace(discard=Discard()))
         opened.finished = finished
-        if not self._request.ends:
-            end = RunEnd(finished.status, finished.error)
-            record_end(records, opened.fence, _seal_end(records, end))
+        if not self.request.ends:
+            error = records.payloads.seal_text(finished.error, records.place("error"))
+            record_end(records, opened.fence, RunEnd(finished.status, error))
 
     def _count_deaths(self, records: RunRecords, number: int, first_epoch: int) -> None:
-        step = Step(str(first_epoch), str(self._opened.fence.epoch), b"", b"", number)
+        step = Step(str(first_epoch), str(self.opened.fence.epoch), b"", b"", number)
         records.put(Annotation.DEATHS, "", "deaths", step)
 
     def _error_of(self, run: RunRow) -> str | None:
-        return self._payloads.open_text(run.error, PayloadPlace(self._run_id, run.execution, "error"))
+        return self.payloads.open_text(run.error, PayloadPlace(self.request.run_id, run.execution, "error"))
 
     def _seal_for_next(self, run: RunRow | None) -> Opening:
         """Seal the input again if it begins another execution than the first, for which it was sealed."""
-        opening = self._opening
+        opening = self.opening
         execution = 1 if run is None else run.execution + 1
         if execution == 1:
             return opening
-        assert isinstance(self._plain_input, bytes)
-        sealed = self._payloads.seal_now(self._plain_input, PayloadPlace(self._run_id, execution, "input"))
-        return opening._replace(input=input_step(self._request.schema.fingerprint, sealed))
+        assert isinstance(self.plain_input, bytes)
+        sealed = self.payloads.seal_now(
+            self.plain_input, PayloadPlace(self.request.run_id, execution, "input")
+        )
+        return opening._replace(input=input_step(self.request.schema.fingerprint, sealed))
 
     def _load_annotations(self, records: RunRecords, read: _Reader) -> None:
         """Take over the annotations of the execution, and delete what the request discards."""
-        opened, request = self._opened, self._request
+        opened, request = self.opened, self.request
         is_claimed = opened.finished is None
         if is_claimed and (opened.held.cancel or opened.held.pause):
             forget_requests(records, CANCEL, PAUSE)  # The caller takes them back.
@@ -458,13 +456,9 @@ def finish_execution(records: RunRecords, fence: Fence, end: RunEnd, read: int |
     news_ms = None if run is None else run.wake_ms
     if news_ms == MESSAGE_SENT and (read is None or read == last_number(records)):
         news_ms = None
-    record_end(records, fence, _seal_end(records, end), news_ms)
-
-
-def _seal_end(records: RunRecords, end: RunEnd) -> RunEnd:
-    if end.error is None:
-        return end
-    return end._replace(error=records.payloads.seal_text(end.error, records.place("error")))
+    if end.error is not None:
+        end = end._replace(error=records.payloads.seal_text(end.error, records.place("error")))
+    record_end(records, fence, end, news_ms)
 
 
 def record_end(records: RunRecords, fence: Fence, end: RunEnd, news_ms: int | None = None) -> None:

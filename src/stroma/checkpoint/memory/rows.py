@@ -260,7 +260,7 @@ class MemoryRows(ScannedRows):
     ) -> bool:
         if fence is not None and (run.epoch, run.owner) != (fence.epoch, fence.owner):
             return False
-        values, now_ms = vars(run), _now_ms()
+        values, now_ms = vars(run), self.now_ms()
         values.update(fields)  # With times of leases, which memory does not have.
         for name in ("started_ms", "updated_ms"):
             if values.get(name) is NOW:
@@ -410,13 +410,13 @@ class MemoryRows(ScannedRows):
     # ------------------------------------------------------------------ cells, retention
 
     def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
-        return self._cells.get(name), _now_ms()
+        return self._cells.get(name), self.now_ms()
 
     def write_cell(self, name: str, data: bytes) -> None:
         self._cells[name] = data
 
     def now_ms(self) -> int:
-        return _now_ms()
+        return time.time_ns() // 1_000_000
 
     def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         runs = [run for run in list(self._runs.values()) if run.updated_ms < before_ms]
@@ -466,10 +466,6 @@ class MemoryRows(ScannedRows):
 
     def facts(self) -> StoreFacts:
         return StoreFacts("the memory of this process", 1)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 _STORED: Final = tuple(name for name in RunRow._fields if hasattr(MemoryRun, name) and name != "claim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple, TypeVar
@@ -144,7 +145,7 @@ class MemorySession(DurableSession):
                 with _lock:
                     self._finish(end, self._rows)
             finally:
-                self.abandon()
+                self.ended = True
             if end.status == "SUSPENDED":
                 self._on_suspension(self.run_id)
 
@@ -203,7 +204,7 @@ class _MemoryStore(RunStore):
     def open_run(self, request: RunRequest) -> MemorySession:
         """Begin an execution of a run, or continue its last one; see DurableStore."""
         data = self._encode(request.schema, request.initial_state)
-        opening = self._opening(request, data, memory_owner(ends=request.ends))
+        opening = self._opening(request, data, memory_owner(os.getpid(), request.ends))
         session = MemorySession(request.run_id, self._rows, self._payloads, self.warn_of_loss)
         with _lock:
             return session.open(request, opening, data, self._rows)

@@ -124,7 +124,8 @@ async def _run_flow(driver: FlowDriver, node: FlowNode, value: BaseModel) -> Bas
     assert contract is not None
     source = schema_of(contract.input_schema)
     try:
-        state, snapshot = source.prepare_input(value)
+        state = source.convert(value)
+        snapshot = source.snapshot(state)
     except BaseException as error:
         if ends_run(error):
             raise

@@ -131,7 +131,8 @@ async def _run_flow(path: FlowPath, node: FlowNode, state: BaseModel, identity: 
     child = FlowPath(driver, path, node, call.branch)
     try:
         try:
-            prepared, snapshot = source.prepare_input(state)
+            prepared = source.convert(state)
+            snapshot = source.snapshot(prepared)
         except ValueError as error:
             raw = schema_of(type(state)).state(state)
             raise as_violation(node.node_id, "input", raw, error, source.model) from error
