@@ -489,11 +489,6 @@ class Schema:
                 return key
         return None
 
-    @staticmethod
-    def decode_raw(data: bytes) -> Any:
-        """Return an encoded model as plain values, without a schema. Raises ValueError for other data."""
-        return decode_raw(data)
-
 
 #: Prefix of the digests of inputs with secrets; no stored form begins with it. The name of the process in
 #: them, and its key.

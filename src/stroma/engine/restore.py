@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged, StepCall, Waiting
 from stroma.checkpoint.entries import Intent
 from stroma.checkpoint.identity import child_indexes, is_called
-from stroma.contracts.codec import describe_error
+from stroma.contracts.codec import decode_raw, describe_error
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.copying import StoredSnapshot, isolate
 from stroma.contracts.node import FlowNode, Group, Node, held_by, last_in, output_class
@@ -129,7 +129,7 @@ def raw_output(committed: Committed) -> Any:
     if committed.schema is not None:
         return committed.schema.raw(committed.schema.restore(committed.output))
     output = committed.output.load() if isinstance(committed.output, StoredSnapshot) else committed.output
-    return Schema.decode_raw(output) if isinstance(output, bytes) else output
+    return decode_raw(output) if isinstance(output, bytes) else output
 
 
 def _upcast(

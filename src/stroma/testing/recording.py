@@ -17,7 +17,7 @@ from stroma.checkpoint.entries import OF_FLOW
 from stroma.checkpoint.flow_notes import MessageNote, decode_flow_note
 from stroma.checkpoint.history.redaction import redact_value
 from stroma.checkpoint.records import PICO, AttemptRecord
-from stroma.contracts.schema import Schema
+from stroma.contracts.codec import decode_raw
 from stroma.failures.classes import FailureClass
 from stroma.trace.events import FAILED_ITEM
 from stroma.trace.plain import jsonable
@@ -163,7 +163,7 @@ class RecordedRun(_Recorded):
         """Return the run without what ``redact`` removes from states."""
 
         def hidden(data: bytes | None) -> bytes | None:
-            raw = None if data is None else jsonable(Schema.decode_raw(data))
+            raw = None if data is None else jsonable(decode_raw(data))
             shown = redact_value(redact, raw)
             return data if data is None or shown == raw else json.dumps(shown).encode()
 

@@ -17,9 +17,10 @@ from pydantic import BaseModel
 from stroma._utils.text import pluralize
 from stroma.checkpoint import Session, Waiting
 from stroma.checkpoint.identity import is_called, with_outer
+from stroma.contracts.codec import decode_raw
 from stroma.contracts.contract import ContractRegistry, ContractViolation, as_violation
 from stroma.contracts.node import FlowNode, Group, Node
-from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
@@ -319,9 +320,7 @@ class Tape(Interceptor):
             model = read_output(schema, one.committed(), upcast)
         except Exception as error:
             assert one.output is not None
-            raise as_violation(
-                run.node_id, "output", Schema.decode_raw(one.output), error, schema.model
-            ) from error
+            raise as_violation(run.node_id, "output", decode_raw(one.output), error, schema.model) from error
         if upcast is not None:
             self._note_upcast(run.position, run.branch)
         if isinstance(model, UntypedState):

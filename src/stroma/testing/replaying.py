@@ -15,9 +15,10 @@ from stroma.checkpoint.history.comparison import Change, NodeDiff, compare
 from stroma.checkpoint.history.redaction import Payload, redact_value
 from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.records import AttemptRecord
+from stroma.contracts.codec import decode_raw
 from stroma.contracts.contract import ContractRegistry, as_violation
 from stroma.contracts.node import Group, Node, find_node
-from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import INTERCEPTORS
 from stroma.engine.restore import node_at
@@ -156,7 +157,7 @@ def _input(
     """Return the input of the run, and its problem if the first node rejects it."""
     first = records[0] if records else None
     contract = registry.find(first.node_id) or first.contract if isinstance(first, Node) else None
-    raw = Schema.decode_raw(recorded.input)
+    raw = decode_raw(recorded.input)
     wrong = None
     if contract is not None:
         schema = schema_of(contract.input_schema)
@@ -220,7 +221,7 @@ def _begun_in_both(attempts: list[AttemptRecord], others: list[AttemptRecord]) -
 
 
 def _payload(one: AttemptRecord) -> Payload:
-    return Payload(None if one.output is None else jsonable(Schema.decode_raw(one.output)))
+    return Payload(None if one.output is None else jsonable(decode_raw(one.output)))
 
 
 def _describe(pair: NodeDiff) -> str:

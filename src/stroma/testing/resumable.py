@@ -16,8 +16,8 @@ from stroma.checkpoint.history.bars import place_of
 from stroma.checkpoint.history.comparison import Change, changes
 from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.sqlite.store import SQLiteStore
+from stroma.contracts.codec import decode_raw
 from stroma.contracts.node import apart_in, find_node
-from stroma.contracts.schema import Schema
 from stroma.runner.pipeline import Pipeline
 from stroma.runner.rehearsal import Answers, Rehearsal
 from stroma.runner.runner import StromaRunner
@@ -253,7 +253,7 @@ def _differing_outputs(
     for one in sorted(last.values(), key=lambda x: (x.started_ns + x.duration_ns, -len(x.branch))):
         other = others.get((one.position, one.branch), one)
         ends: list[Any] = [
-            x.message if x.output is None else jsonable(Schema.decode_raw(x.output)) for x in (one, other)
+            x.message if x.output is None else jsonable(decode_raw(x.output)) for x in (one, other)
         ]
         difference = _describe_changes(changes(*ends), ignore)
         if difference:

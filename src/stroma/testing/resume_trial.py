@@ -20,7 +20,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.checkpoint.sqlite.store import SQLiteStore
-from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.codec import decode_raw
+from stroma.contracts.schema import schema_of
 from stroma.engine.context import INTERCEPTORS
 from stroma.runner.rehearsal import Rehearsal, missing_reply
 from stroma.runner.runner import StromaRunner
@@ -104,7 +105,7 @@ class Trial:
             life.failure = missing_reply(result)
         final = result.final_state
         if final is not None:
-            life.state = jsonable(Schema.decode_raw(schema_of(type(final)).encode(final)))
+            life.state = jsonable(decode_raw(schema_of(type(final)).encode(final)))
 
     # ------------------------------------------------------------------ processes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from stroma.contracts.schema import Schema
+from stroma.contracts.codec import decode_raw
 from stroma.trace.plain import jsonable
 from stroma.trace.redaction import Redact, hide_state
 
@@ -26,7 +26,7 @@ def decode_payload(data: bytes, max_bytes: int | None) -> Payload:
     if max_bytes is not None and len(data) > max_bytes:
         return too_large(len(data))
     try:
-        return Payload(jsonable(Schema.decode_raw(data)))
+        return Payload(jsonable(decode_raw(data)))
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         return Payload(None, f"it cannot be read back: {type(error).__name__}: {error}")
 
