@@ -1,6 +1,5 @@
 """Messages of a run with a ``redact``: they are redacted once, and nothing shows them in another form."""
 
-import asyncio
 import json
 import logging
 from collections.abc import Callable
@@ -383,12 +382,12 @@ async def test_a_changed_call_is_named_by_its_fields(
     @runner.flow
     async def changes(flow: Flow, state: Person) -> Person:
         found = await flow.step(look, Person(ssn=state.ssn, n=number))
-        await flow.sleep(0.01)
+        await flow.receive(Done)
         return found
 
     await runner.run(changes, Person(ssn=SSN), run_id="r")
     number = 2
-    await asyncio.sleep(0.02)
+    await runner.send("r", Done())
     blocked = await runner.drive("r")
     assert "with other values of 'n'" in str(blocked)
     assert SSN not in str(blocked) + caplog.text + str(store.get_run("r"))
