@@ -379,13 +379,13 @@ class Schema:
 
     def snapshot(self, model: BaseModel) -> Snapshot:
         """Return an immutable form of a state; :meth:`thaw` and :meth:`restore` read it."""
-        values, traits = model.__dict__, self.traits
-        if traits.is_flat:
+        values = model.__dict__
+        if self.is_flat:
             try:
                 return self._pick(values)
             except KeyError:  # Constructed without validation, and without some fields.
                 return self.copy(model)
-        if traits.is_picklable and len(values) == self._size:
+        if self.traits.is_picklable and len(values) == self._size:
             data = pickle_data(values)
             if data is not None:
                 return PickledSnapshot(data)
