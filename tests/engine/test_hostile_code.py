@@ -682,6 +682,37 @@ async def test_hooks_change_nothing(kind: str, hook: str, store: Any) -> None:
     nothing_runs()
 
 
+class Refuses(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        raise RuntimeError(f"no {record.getMessage()}")
+
+
+async def test_a_log_handler_changes_nothing(caplog: Any, capsys: Any, store: Any) -> None:
+    """A handler or filter that raises costs no retry, hook or end of a run; stderr has its traceback."""
+    calls: list[int] = []
+
+    async def flaky(state: Num) -> Num:
+        calls.append(state.n)
+        if len(calls) == 1:
+            raise ConnectionError("later")
+        return state
+
+    caplog.set_level(logging.DEBUG, logger="stroma")
+    refuses = Refuses()
+    caplog.handler.addFilter(refuses)
+    try:
+        runner = quick(
+            store=store, policy_map=ONCE, hooks=NodeHooks(on_node_success=failing_with(ValueError))
+        )
+        result = await runner.run([node("flaky", flaky)], Num(n=1), run_id="r")
+        again = await runner.run([node("flaky", flaky)], Num(n=1), run_id="r", resume=True)
+    finally:
+        caplog.handler.removeFilter(refuses)
+    assert (result.status, again.status, calls) == (RunStatus.COMPLETED, RunStatus.RESUMED, [1, 1])
+    assert [failed.hook for failed in result.hook_errors] == ["on_node_success"]
+    assert "RuntimeError: no run 'r': node 'flaky' failed at attempt 1" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------- cancelled anywhere, then resumed
 
 

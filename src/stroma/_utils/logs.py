@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from typing import Any, Final
 
 from pydantic_core import ValidationError
@@ -52,7 +54,12 @@ class SafeLogger(logging.LoggerAdapter[logging.Logger]):
             args = ({name: self._shown(value) for name, value in args[0].items()},)
         else:
             args = tuple(map(self._shown, args))
-        self.logger.log(level, msg, *args, **processed)
+        try:
+            self.logger.log(level, msg, *args, **processed)
+        except Exception as raised:  # A handler or filter of the application, which changes no outcome.
+            if logging.raiseExceptions and sys.stderr is not None:
+                with suppress(OSError):
+                    traceback.print_exception(raised, chain=False)
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         """Return the message and the options of a record, with the fields of this logger."""
