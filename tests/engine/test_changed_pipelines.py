@@ -27,6 +27,7 @@ from tests.kit import (
 
 from stroma import (
     AsyncInMemoryStore,
+    Flow,
     NodeHooks,
     Pipeline,
     PipelineChanged,
@@ -35,6 +36,7 @@ from stroma import (
     StoreError,
     map_over,
     parallel,
+    stroma_flow,
 )
 
 
@@ -56,6 +58,30 @@ async def test_a_child_of_another_group_is_a_changed_pipeline() -> None:
     broken.clear()
     with pytest.raises(PipelineChanged, match=r"parallel\(a, b\)"):
         await runner.run([parallel(first, third)], Num(), resume=True)
+
+
+async def test_the_run_of_a_flow_is_not_a_list(store: Any) -> None:
+    """A list that takes the place of a flow is refused: it would call the saved steps of the flow again."""
+    calls: list[int] = []
+
+    async def pay(state: Num) -> Num:
+        calls.append(state.n)
+        return state
+
+    paid = node("pay", pay)
+
+    @stroma_flow
+    async def order(flow: Flow, state: Num) -> Num:
+        await flow.step(paid, state)
+        return await flow.wait_for(Num, reason="Ship it?")
+
+    runner = quick_without_retries(store=store, run_id="r")
+    assert (await runner.run(order, Num(n=1))).status is RunStatus.SUSPENDED
+    with pytest.raises(PipelineChanged, match="inside position 0, and 'pay' has no such child"):
+        await runner.run(Pipeline("order", [paid]), Num(n=1), resume=True)
+    await runner.signal("r", Num(n=2))
+    assert (await runner.run(order, Num(n=1), resume=True)).final_state == Num(n=2)
+    assert calls == [1]
 
 
 class Other(BaseModel):

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged, StepCall, Waiting
-from stroma.checkpoint.entries import Intent
+from stroma.checkpoint.entries import OF_FLOW, Intent
 from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.codec import decode_raw, describe_error
 from stroma.contracts.contract import ContractRegistry, NodeContract
@@ -280,15 +280,19 @@ def check_place(
             f"{committed.node_id!r}, but the pipeline has {first.node_id!r} there"
             f"{_orders(nodes, position, committed.node_id)}; restore the order of nodes, or start a new run"
         )
-    node, group = node_at(nodes, position, branch)
+    node, group = None, None
+    if not is_called(branch):
+        node, group = node_at(nodes, position, branch)
+    elif committed.step is None or committed.step.number > OF_FLOW or not isinstance(first, Node):
+        return  # Steps that a node or its hooks call are known when they are called.
+    elif isinstance(first, FlowNode):
+        return  # And so are those of a flow.
     if node is None:
         around = first.node_id if group is None else group.node_id
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot be resumed: it has the output of node {committed.node_id!r} inside "
             f"position {position}, and {around!r} has no such child; restore it, or start a new run"
         )
-    if is_called(branch):  # Steps that a node or its hooks call are known when they are called.
-        return
     # The schema of a group depends on its input, and is checked when it is restored.
     schema = output_schema(ctx, node, None) if isinstance(node, Node) else None
     around_id = None if group is None else group.node_id
