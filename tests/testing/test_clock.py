@@ -191,6 +191,21 @@ async def test_advance_lets_time_pass_for_who_waits():
             clock.advance(-1)
 
 
+async def test_years_pass():
+    """Timers are due at any reading of the clock, also where a nanosecond no longer changes it."""
+    loop = asyncio.get_running_loop()
+    resolution = loop._clock_resolution
+    with FakeClock() as clock:
+        await asyncio.sleep(timedelta(days=3650).total_seconds())
+        await asyncio.gather(*(asyncio.sleep(seconds) for seconds in (0.1, 0.2, 0.1)))
+        sleeper = asyncio.create_task(asyncio.sleep(10))
+        await asyncio.sleep(0)
+        clock.advance(10)
+        await sleeper
+    assert clock.elapsed == pytest.approx(3650 * 86400 + 10.2, abs=0.01)
+    assert loop._clock_resolution == resolution
+
+
 @pytest.mark.core
 async def test_a_thread_at_work_is_waited_for():
     """A sync node at work is not cut off by its timeout, however much the clock could jump meanwhile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import sys
 import threading
 import time
@@ -91,6 +92,12 @@ class FakeClock:
     def _pass(self, seconds: float) -> None:
         with self._lock:
             self._passed += seconds
+            for loop, idle in list(self._loops.items()):
+                self._set_resolution(loop, idle)
+
+    def _set_resolution(self, loop: asyncio.AbstractEventLoop, idle: _Idle) -> None:
+        # A timer is due before `time + resolution`, which after 194 days is `time` itself: it would never be.
+        loop.__dict__["_clock_resolution"] = max(idle.resolution, math.ulp(self._monotonic()))
 
     def _monotonic(self) -> float:
         return self._base + self._passed
@@ -178,9 +185,10 @@ class FakeClock:
                 "FakeClock works with asyncio's own event loops, not with "
                 f"{type(loop).__module__}.{type(loop).__name__}; run this test on asyncio.SelectorEventLoop"
             )
-        idle = _Idle(self, selector, loop.run_in_executor)
-        self._loops[loop] = idle
         attributes = loop.__dict__
+        idle = _Idle(self, selector, loop.run_in_executor, attributes["_clock_resolution"])
+        self._loops[loop] = idle
+        self._set_resolution(loop, idle)
         attributes["_selector"] = idle
         attributes["time"] = self._monotonic
         attributes["run_in_executor"] = lambda *work: self._watch(idle.run_in_executor(*work))
@@ -192,6 +200,7 @@ class FakeClock:
         attributes = loop.__dict__
         if attributes.get("_selector") is idle:
             attributes["_selector"] = idle.selector
+        attributes["_clock_resolution"] = idle.resolution
         attributes.pop("time", None)
         attributes.pop("run_in_executor", None)
         attributes.pop("shutdown_default_executor", None)
@@ -233,10 +242,13 @@ class FakeClock:
 class _Idle:
     """Selector of an event loop that advances the clock instead of waiting."""
 
-    def __init__(self, clock: FakeClock, selector: Any, run_in_executor: Callable[..., Any]) -> None:
+    def __init__(
+        self, clock: FakeClock, selector: Any, run_in_executor: Callable[..., Any], resolution: float
+    ) -> None:
         self.clock = clock
         self.selector = selector
         self.run_in_executor = run_in_executor
+        self.resolution = resolution
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.selector, name)
