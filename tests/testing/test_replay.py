@@ -1,5 +1,6 @@
 """replay(): what the code of today makes of a recorded run, without a call."""
 
+import asyncio
 import json
 
 import pytest
@@ -379,6 +380,31 @@ async def test_a_run_that_never_ended_is_followed_as_far_as_it_came(store, nodes
     result, text = await differences(RecordedRun.read(store, "r"), nodes)
     assert text == []
     assert result.stopped == "at 1 check: the run came no further"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("how", ["cancelled", "interrupted"])
+@pytest.mark.parametrize("in_group", [False, True])
+async def test_a_run_that_was_cut_off_is_followed_as_far_as_it_came(in_group, how):
+    """A run that was cancelled, or that a process left, is no different up to the calls in progress."""
+    store, begun = AsyncInMemoryStore(), asyncio.Event()
+
+    async def wait(state):
+        begun.set()
+        await asyncio.Event().wait()
+
+    waits = make("wait", wait)
+    nodes = [make("add", add_one), parallel(make("double", double), waits) if in_group else waits]
+    runner = patient(store=store)
+    task = asyncio.create_task(runner.run(nodes, Number(), run_id="r"))
+    await begun.wait()
+    if how == "cancelled":
+        task.cancel()
+    else:
+        await runner.shutdown(drain_seconds=0)
+    await asyncio.wait([task])
+    result, text = await differences(RecordedRun.read(store, "r"), nodes)
+    assert (text, result.stopped) == ([], f"at {'1.1' if in_group else '1'} wait: the run came no further")
 
 
 @pytest.mark.core

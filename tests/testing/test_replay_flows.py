@@ -76,6 +76,11 @@ class Flows:
             return Num(n=flow.now().minute + int(10 * flow.random()))
 
         @runner.flow
+        async def nap(flow: Flow, state: Num) -> Num:
+            await flow.sleep(5)
+            return state
+
+        @runner.flow
         async def late(flow: Flow, state: Num) -> Num:
             try:
                 return await flow.wait_for(Num, reason="in time?", timeout=100)
@@ -145,6 +150,7 @@ async def record(flows: Flows, store: Any, name: str, *, ends: bool = True) -> R
         ("message", False, "SUSPENDED"),
         ("sleep", True, "COMPLETED"),
         ("sleep", False, "SUSPENDED"),
+        ("nap", False, "SUSPENDED"),
         ("late", True, "COMPLETED"),
         ("late", False, "SUSPENDED"),
         ("race", True, "COMPLETED"),

@@ -246,6 +246,8 @@ class Tape(Interceptor):
                 )
             self._stop(run, None, "the run came no further")
         one = attempts[run.attempt - 1]
+        if is_cancelled and self._is_cut_off(run):
+            self._stop(run, None, "the run came no further")
         if is_cancelled:
             self._stop(run, "decision", "nothing cancels it now, and the run has no answer of it")
         if one.reason == "contract" and one.output is None and "(input)" in (one.message or ""):
@@ -263,6 +265,13 @@ class Tape(Interceptor):
             if group := self._at(around):
                 return group[-1].output is None
         return False
+
+    def _is_cut_off(self, run: RunningNode) -> bool:
+        """Return True if no group around a cancelled call has ended: the end of the run cancelled it."""
+        around = [self._at(outer) for outer in islice(run.with_outer(), 1, None)]
+        return self.recorded.status not in ENDED and all(
+            group[-1].outcome == "cancelled" for group in around if group
+        )
 
     async def _outlast_siblings(self, run: RunningNode, attempts: Sequence[RecordedAttempt]) -> None:
         """Wait until the siblings end that ended before this failure, or with it, stopped their group."""

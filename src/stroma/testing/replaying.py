@@ -140,6 +140,7 @@ async def _run(
     """Run a pipeline with the tape; ``configured``: the pipeline or nodes whose config counts."""
     changed: dict[str, Any] = {"hooks": NodeHooks(), "hook_delivery": "at_most_once", "check": False}
     changed |= {"limits": {}, "node_limits": {}, "breaker": None, "node_timeouts": {}}
+    changed["inline_wait_seconds"] = 0  # A wait without a recorded end stays open.
     store = AsyncInMemoryStore()
     twin = runner._twin(configured, store, run_id=tape.recorded.run_id, resume=False, **changed)
     clock = contextlib.nullcontext() if FakeClock._active is not None else FakeClock()
