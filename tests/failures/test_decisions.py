@@ -116,6 +116,18 @@ def test_a_failure_of_another_process_is_what_that_process_recorded() -> None:
     assert (type_name(error), kind_of(error)) == ("openai.RateLimitError", "RateLimitError")
 
 
+def test_an_exception_of_the_same_name_is_shown_by_its_name() -> None:
+    """A class of the user's that is called RunFailed is not Stroma's, whatever its attributes."""
+
+    class RunFailed(Exception):
+        def __init__(self) -> None:
+            super().__init__("no such job")
+            self.type_name = "nightly"
+
+    assert type_name(RunFailed()).endswith("<locals>.RunFailed")
+    assert kind_of(RunFailed()) == "RunFailed"
+
+
 @pytest.mark.parametrize(
     ("base", "expected"),
     [(UsageError, (TERMINAL, "usage", None)), (TimeoutError, (RECOVERABLE, "rate_limit", 7.0))],

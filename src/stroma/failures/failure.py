@@ -16,7 +16,15 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import CircuitOpen, LimitError, PlaceError, WaitedTooLong, WorkerLost, verdict_of
+from stroma.failures.errors import (
+    CircuitOpen,
+    LimitError,
+    PlaceError,
+    RunFailed,
+    WaitedTooLong,
+    WorkerLost,
+    verdict_of,
+)
 from stroma.failures.providers import read_provider_error
 
 logger = get_logger()
@@ -82,6 +90,7 @@ class Failure:
 
 
 E = TypeVar("E", bound=BaseException)
+_OF_RUN: Final = f"{RunFailed.__module__}.{RunFailed.__qualname__}"
 
 
 def isinstance_by_type(exc: BaseException, kind: type[E]) -> TypeGuard[E]:
@@ -115,7 +124,7 @@ def message_of(exc: BaseException) -> str:
 def type_name(exc: BaseException) -> str:
     """Return the full name of an exception's type, also of one that was raised in another process."""
     kind = type(exc)
-    recorded = vars(exc).get("type_name") if kind.__name__ == "RunFailed" else None
+    recorded = vars(exc).get("type_name") if kind is RunFailed else None
     if recorded is not None:
         return str(recorded)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
@@ -126,8 +135,8 @@ def kind_of(exc: BaseException) -> str | None:
 
     None for a RunFailed whose message is that of a whole run: it begins with the type.
     """
-    name = type_name(exc).rpartition(".")[2]
-    return None if name == "RunFailed" else name
+    name = type_name(exc)
+    return None if name == _OF_RUN else name.rpartition(".")[2]
 
 
 def classify(
