@@ -358,7 +358,7 @@ async def test_what_run_raises_comes_out() -> None:
             await anext(busy)
         with pytest.raises(RunBusy):
             _ = busy.result
-        with pytest.raises(RuntimeError, match="the run has not ended"):
+        with pytest.raises(RuntimeError, match="no result before its end"):
             _ = stream.result
 
     def no_hook(*_: Any) -> Any:

@@ -75,7 +75,7 @@ class RunStream:
         """The return value of ``run()``. Raises RuntimeError before the end, and what ``run()`` raised."""
         self._run.raise_if_failed()
         if self._run.result is None:
-            raise RuntimeError("the run has not ended; read the stream to its end first")
+            raise RuntimeError("the stream has no result before its end; read it to its end")
         return self._run.result
 
     async def aclose(self) -> None:
