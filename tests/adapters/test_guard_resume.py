@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Note, run_python
+from tests.kit import NEVER, Note, run_python
 from tests.shared_stores import STORES, store_of
 
 from stroma import (
@@ -169,9 +169,8 @@ async def test_steps_of_a_guard_in_the_nodes_of_a_pipeline(kind: str) -> None:
 
         return stroma_node(name, input=Note, output=Note)(call)
 
-    never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
     with store_of(kind) as store:
-        runner = StromaRunner.quick(store=store, run_id="r", resume=True, policy_map=never)
+        runner = StromaRunner.quick(store=store, run_id="r", resume=True, policy_map=NEVER)
         assert (await runner.run([node("a"), node("b")], Note())).status is RunStatus.PARTIAL
         fails[0] = False
         result = await runner.run([node("a"), node("b")], Note())
@@ -192,9 +191,8 @@ async def test_a_group_that_is_tried_again_calls_guarded_steps_again() -> None:
         return {"text": match}
 
     child = stroma_node("part", input=Note, output=Note)(part)
-    never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
     again = {"parallel(part)": {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0)}}
-    runner = StromaRunner.quick(policy_map=never, node_policies=again)
+    runner = StromaRunner.quick(policy_map=NEVER, node_policies=again)
     result = await runner.run([parallel(child)], Note())
     assert result.final_state.text == "answer 1"
 
@@ -236,8 +234,7 @@ async def test_a_step_in_a_thread_that_knows_nothing_of_its_node() -> None:
             raise ValueError("no")
         return {"text": f"{state.text} second"}
 
-    never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
-    runner = StromaRunner.quick(run_id="r", resume=True, policy_map=never)
+    runner = StromaRunner.quick(run_id="r", resume=True, policy_map=NEVER)
     nodes = [
         stroma_node(name, input=Note, output=Note)(func)
         for name, func in (("first", first), ("second", second))

@@ -10,8 +10,9 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tests.kit import ONCE
 
-from stroma import FailureClass, FailurePolicy, NodeHooks, StromaRunner, current_node
+from stroma import NodeHooks, StromaRunner, current_node
 from stroma.adapters import Guard
 from stroma.telemetry import otel_hooks
 
@@ -23,7 +24,6 @@ class Spans:
         self.exporter, provider = InMemorySpanExporter(), TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         self.framework = provider.get_tracer("framework")
-        again = {each: FailurePolicy(max_retries=1, backoff_seconds=0) for each in FailureClass}
         #: The current spans in the hooks of the run.
         self.seen: list[str | None] = []
 
@@ -31,7 +31,7 @@ class Spans:
             self.seen.append(getattr(trace.get_current_span(), "name", None))
 
         hooks = otel_hooks(tracer=provider) | NodeHooks(on_run_start=see, on_run_end=see)
-        self.guard = Guard(StromaRunner.quick(hooks=hooks, policy_map=again))
+        self.guard = Guard(StromaRunner.quick(hooks=hooks, policy_map=ONCE))
 
     @property
     def parents(self) -> dict[str, str | None]:

@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.checkpoint.damage import reseal
-from tests.kit import Num
+from tests.kit import NEVER, Num, passing
 
-from stroma import CorruptCheckpoint, FailureClass, FailurePolicy, NotSerialisable, SQLiteStore, StromaRunner
+from stroma import CorruptCheckpoint, NotSerialisable, SQLiteStore, StromaRunner
 from stroma.contracts.schema import schema_of
-
-NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
 
 
 class Sum(BaseModel):
@@ -25,10 +23,7 @@ class Sum(BaseModel):
 
 def pipeline(store: Any, *, fails: bool) -> tuple[StromaRunner, list[Any]]:
     runner = StromaRunner.quick(store=store, policy_map=NEVER)
-
-    @runner.node("a", input=Num, output=Num)
-    async def a(state: Num) -> Num:
-        return state
+    a = runner.node("a", input=Num, output=Num)(passing())
 
     @runner.node("b", input=Num, output=Num)
     async def b(state: Num) -> Num:

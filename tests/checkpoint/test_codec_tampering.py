@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.checkpoint.test_payloads import AesGcm
+from tests.kit import NEVER
 from tests.servers import shared_redis
 from tests.servers_postgres import shared_postgres
 
 from stroma import (
     CorruptCheckpoint,
-    FailureClass,
-    FailurePolicy,
     NodeContract,
     PipelineChanged,
     PostgresStore,
@@ -33,7 +32,6 @@ from stroma.checkpoint.durable.integrity import seal
 from stroma.checkpoint.durable.operations import Transaction
 from stroma.checkpoint.durable.rows import Annotation, Fence, Rows, RunEnd, Step
 
-NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
 KEY = bytes(range(32))
 NUMBERS = count()
 

@@ -534,11 +534,7 @@ async def test_a_damaged_cause(tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
     often = {"AMBIGUOUS": {"max_retries": 24, "backoff_seconds": 0}}
     runner = StromaRunner.quick(store=SQLiteStore(path), policy_map=often)
-
-    @runner.node("a", input=Num, output=Num)
-    async def fail(state: Num) -> Num:
-        raise PermissionError("first")
-
+    fail = runner.node("a", input=Num, output=Num)(failing_with(PermissionError, "first"))
     await runner.run([fail], Num(), run_id="r")
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("UPDATE runs SET cause = '1:x'")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field, SecretStr
 from tests.kit import Note as Inner
-from tests.kit import context_of, ended, start_python
+from tests.kit import computing, context_of, ended, start_python
 from tests.shared_stores import SHARED, opened, place
 
 from stroma import (
@@ -106,9 +106,7 @@ def store(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[An
 
 
 def nodes_of(runner: StromaRunner, kind: type[BaseModel], fails: list[int]) -> list[Any]:
-    @runner.node("make", input=kind, output=kind)
-    async def make(state: Any) -> Any:
-        return large(kind, state.n + 1)
+    make = runner.node("make", input=kind, output=kind)(computing(lambda state: large(kind, state.n + 1)))
 
     @runner.node("again", input=kind, output=kind)
     async def again(state: Any) -> Any:
@@ -196,10 +194,7 @@ async def test_maps_and_steps_refer_to_their_states_too(store: Any) -> None:
     class Texts(BaseModel):
         items: list[Inner]
 
-    @runner.node("big", input=Inner, output=Flat)
-    async def big(state: Inner) -> Any:
-        return {"text": state.text * 3}
-
+    big = runner.node("big", input=Inner, output=Flat)(computing(lambda state: {"text": state.text * 3}))
     value = Texts(items=[Inner(text=str(n) * LARGE) for n in range(3)])
     result = await runner.run([map_over("items", big, into="out")], value, run_id="r")
     assert all(isinstance(row.output, StoredSnapshot) for row in rows_of(result))

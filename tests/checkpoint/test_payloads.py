@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretBytes, SecretStr
-from tests.kit import NEVER, Note, context_of, failing_with, stuck
+from tests.kit import NEVER, Note, context_of, failing_with, passing, stuck
 from tests.shared_stores import opened
 from tests.store_suite.journal import JournalStoreTests
 
@@ -197,10 +197,7 @@ async def test_secrets_are_kept_only_through_a_codec(tmp_path: Path) -> None:
     """SecretStr and SecretBytes are refused by name without a codec, and come back with one."""
     value = Login(user="ada", password=SecretStr("pässword"), token=SecretBytes(b"\x00\xff"))
 
-    async def passes(state: Login) -> Any:
-        return state
-
-    nodes = [node("a", passes, Login, Login)]
+    nodes = [node("a", passing(), Login, Login)]
     async with SQLiteStore(tmp_path / "plain.db") as store:
         result = await runner(store).run(nodes, value)
         assert isinstance(result.failure.exception, NotSerialisable)
@@ -378,12 +375,9 @@ async def _age(store: SQLiteStore, *run_ids: str) -> None:
 async def test_old_runs_are_collected(tmp_path: Path) -> None:
     """gc() deletes runs that ended long ago with all that was kept of them, and no other."""
 
-    async def good(state: Note) -> Any:
-        return state
-
     async with SQLiteStore(tmp_path / "runs.db") as store:
         for run_id in ("old", "young"):
-            await runner(store).run([node("a", good)], Note(), run_id=run_id)
+            await runner(store).run([node("a", passing())], Note(), run_id=run_id)
         await runner(store).run([node("a", failing_with(ValueError))], Note(), run_id="partial")
         inside = asyncio.Event()
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 from tests.checkpoint.dying_helper import State, pipeline
-from tests.kit import NEVER, cancel, ended, failing_with, start_python
+from tests.kit import NEVER, THRICE, cancel, ended, failing_with, start_python
 from tests.shared_stores import SHARED, opened, place
 
 from stroma import (
@@ -145,9 +145,8 @@ async def test_retries_and_repairs_count_apart_across_a_crash(
         return {"stars": 4 if answer == "o" else 9}
 
     nodes = [stroma_node("rate", input=State, output=Rating)(rate)]
-    policies = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
-    policies[FailureClass.TERMINAL] = FailurePolicy(max_retries=0)
-    options: Any = {"policy_map": policies, "contract_retries": {"rate": 2}}
+    THRICE[FailureClass.TERMINAL] = FailurePolicy(max_retries=0)
+    options: Any = {"policy_map": THRICE, "contract_retries": {"rate": 2}}
     with SQLiteStore(tmp_path / "runs.db") as store:
         running = asyncio.create_task(
             StromaRunner.quick(store=store, **options).run(nodes, State(), run_id="r")

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import ended, start_python
+from tests.kit import computing, ended, start_python
 from tests.shared_stores import subclass_of
 from tests.store_suite.journal import State, begin, row, settled
 
@@ -313,11 +313,7 @@ class TestProcesses:
         open."""
         store, other = SQLiteStore(path), SQLiteStore(path)
         runner = StromaRunner.quick(store=store)
-
-        @runner.node("add", input=State, output=State)
-        async def add(state: State) -> State:
-            return State(n=state.n + 1)
-
+        add = runner.node("add", input=State, output=State)(computing(lambda state: State(n=state.n + 1)))
         runner.run_sync([add, add], State(), run_id="sync")
         copy = path.with_name("copy.db")
         shutil.copy(path, copy)

@@ -40,7 +40,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from tests.kit import Item, Text, run_python
+from tests.kit import Item, Text, computing, run_python
 from typing_extensions import TypedDict
 
 from stroma import (
@@ -69,17 +69,11 @@ def node(
     output_model: type[BaseModel] = Anything,
     returned: Any = None,
 ) -> Any:
-    async def func(state: Any) -> Any:
-        return returned
-
-    return stroma_node(node_id, input=input_model, output=output_model)(func)
+    return stroma_node(node_id, input=input_model, output=output_model)(computing(lambda _: returned))
 
 
 def bare(node_id: str, returned: Any = None) -> Any:
-    async def func(state: Any) -> Any:
-        return returned
-
-    return stroma_node(node_id, None)(func)
+    return stroma_node(node_id, None)(computing(lambda _: returned))
 
 
 def check(*nodes: Any) -> list[Finding]:
@@ -715,15 +709,12 @@ def test_a_validator_of_the_source_is_taken_at_its_word() -> None:
     def describe(value: int) -> str:
         return str(value)
 
-    def silent(value):
-        return str(value)
-
     assert kinds(model_of(Annotated[int, AfterValidator(describe)]), model_of(str)) == []
     assert crosses(model_of(Annotated[int, AfterValidator(describe)]), model_of(str), x=1)
     assert kinds(model_of(Annotated[int, AfterValidator(describe)]), model_of(list[int])) == [
         ("error", "type", "x")
     ]
-    assert kinds(model_of(Annotated[int, AfterValidator(silent)]), model_of(int)) == [
+    assert kinds(model_of(Annotated[int, AfterValidator(lambda value: str(value))]), model_of(int)) == [
         ("warning", "unknown", "x")
     ]
 

@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 from pydantic_core import core_schema
 from tests.contracts.test_checks import Anything, node
-from tests.kit import NEVER, Item, Text
+from tests.kit import NEVER, Item, Text, computing
 from typing_extensions import TypedDict
 
 from stroma import ContractRegistry, Finding, RunStatus, StromaRunner, map_over, parallel, stroma_node
@@ -280,10 +280,7 @@ async def test_an_extra_field_never_takes_the_place_of_a_field() -> None:
 
 
 def bare(node_id: str, returned: Any) -> Any:
-    async def func(state: Any) -> Any:
-        return returned
-
-    return stroma_node(node_id, None)(func)
+    return stroma_node(node_id, None)(computing(lambda _: returned))
 
 
 Words = RootModel[dict[str, list[str]]]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import bare
+from tests.kit import bare, computing
 
 from stroma import StromaRunner, parallel
 from stroma.contracts.copying import replicate
@@ -77,9 +77,6 @@ async def test_what_a_child_returned_is_kept_as_it_was(output: dict[str, Any]) -
     """A dict that a child goes on changing changes neither the merged state nor the trace."""
     before = json.loads(json.dumps(output))
 
-    async def gives(state: Any) -> dict[str, Any]:
-        return output
-
     async def changes(state: Any) -> dict[str, Any]:
         await asyncio.sleep(0)
         if isinstance(output.get("a"), dict):
@@ -87,7 +84,7 @@ async def test_what_a_child_returned_is_kept_as_it_was(output: dict[str, Any]) -
         output["new"] = output["a" if "a" in output else "k1"] = "changed"
         return {}
 
-    nodes = [parallel(bare("gives", gives), bare("changes", changes))]
+    nodes = [parallel(bare("gives", computing(lambda _: output)), bare("changes", changes))]
     result = await StromaRunner.quick().run(nodes, State())
     assert result.final_state is not None, result.failure
     assert result.final_state.model_dump() == before

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Note, Num, context_of
+from tests.kit import Note, Num, context_of, passing, returning
 
 from stroma import (
     AsyncInMemoryStore,
@@ -49,10 +49,7 @@ def two_of_one_id(runner: StromaRunner, *, marked: bool = False) -> tuple[Any, A
     """A function that was defined twice with the same id, under different contracts: old and new node."""
 
     def define(decorator: Any) -> Any:
-        async def again(state: Note) -> Any:
-            return {"text": "x", "n": 1}
-
-        return decorator(again)
+        return decorator(returning({"text": "x", "n": 1}))
 
     old: Any = runner.node("a", input=Note, output=Note)
     if marked:
@@ -183,11 +180,7 @@ async def test_decorating_again_and_running_the_new_function_is_fine() -> None:
     runner = StromaRunner.quick()
 
     def decorate() -> Any:
-        @runner.node("a", input=Note, output=Note)
-        async def a(state: Note) -> Any:
-            return {"text": "x"}
-
-        return a
+        return runner.node("a", input=Note, output=Note)(returning({"text": "x"}))
 
     old, new = decorate(), decorate()
     for node in (new, old):
@@ -226,11 +219,7 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def extract_node(runner: StromaRunner) -> Any:
-    @runner.node("extract", input=Note, output=Note)
-    async def extract(state: Note) -> Any:
-        return state
-
-    return extract
+    return runner.node("extract", input=Note, output=Note)(passing())
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 from tests.fixtures import store_fixture
-from tests.kit import Loose, Num, environment, node, quick_without_retries, run_python, same
+from tests.kit import Loose, Num, computing, environment, node, quick_without_retries, run_python, same
 
 from stroma import FailureClass, RunStatus
 from stroma.contracts import NotSerialisable
@@ -212,10 +212,7 @@ async def test_a_class_that_validates_in_its_own_way() -> None:
                 raise ValueError("unlucky")
             return super().model_validate(obj)
 
-    async def func(state: Num) -> Any:
-        return {"n": state.n}
-
-    nodes = [node("a", func, output=Own)]
+    nodes = [node("a", computing(lambda state: {"n": state.n}), output=Own)]
     assert (await quick_without_retries().run(nodes, Num(n=1))).final_state == Own(n=1)
     assert (await quick_without_retries().run(nodes, Num(n=13))).status is RunStatus.FAILED
 

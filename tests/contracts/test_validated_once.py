@@ -19,7 +19,7 @@ from pydantic import (
     create_model,
     field_validator,
 )
-from tests.kit import NEVER, Num, context_of, node, same
+from tests.kit import NEVER, Num, computing, context_of, node, same
 
 from stroma import RunConfig, RunStatus, SQLiteStore, StromaRunner, execute_step, map_over, parallel
 from stroma.contracts import NotSerialisable
@@ -45,10 +45,7 @@ TAKEN = {"data": [1], "text": "hi", "loud": "hi!"}
 def gives(
     node_id: str, output: Any, output_model: type[BaseModel], input_model: type[BaseModel] = Num
 ) -> Any:
-    async def func(state: BaseModel) -> Any:
-        return output
-
-    return node(node_id, func, input_model, output_model)
+    return node(node_id, computing(lambda _: output), input_model, output_model)
 
 
 def quick(tmp_path: Path | None = None, **config: Any) -> StromaRunner:

@@ -11,6 +11,7 @@ from tests.fixtures import store_fixture
 from tests.kit import (
     NEVER,
     Num,
+    computing,
     failing_with,
     node,
     quick,
@@ -35,11 +36,8 @@ async def test_a_validator_cannot_change_the_state_it_reads() -> None:
         def take(cls, data: Any) -> Any:
             return {"n": data.pop("n") + 1}
 
-    async def func(state: Greedy) -> Any:
-        return {"n": state.n}
-
     initial = Num(n=1)
-    result = await quick().run([node("a", func, Greedy)], initial)
+    result = await quick().run([node("a", computing(lambda state: {"n": state.n}), Greedy)], initial)
     assert (result.final_state, initial.__dict__) == (Num(n=2), {"n": 1})
 
 
@@ -60,10 +58,7 @@ async def test_each_child_gets_the_state_that_a_validator_of_its_sibling_read() 
             return value
 
     def child(name: str) -> Any:
-        async def func(state: Greedy) -> Any:
-            return {"n": state.n}
-
-        return node(name, func, Greedy)
+        return node(name, computing(lambda state: {"n": state.n}), Greedy)
 
     result = await quick().run([parallel(child("a"), child("b"))], Num(n=3))
     assert [event.output_state for event in result.trace.walk()] == [{"n": 3}] * 3
@@ -83,10 +78,7 @@ async def test_the_repr_of_a_violation_has_no_values() -> None:
         password: SecretStr
         number: int
 
-    @stroma_node("log_in", input=Login, output=Login)
-    async def log_in(state: Login) -> dict[str, object]:
-        return {"password": "hunter2", "number": "many"}
-
+    log_in = node("log_in", returning({"password": "hunter2", "number": "many"}), Login, Login)
     result = await quick().run([log_in], Login(password=SecretStr("hunter2"), number=1))
     assert result.failure
     assert repr(result.failure.exception) == f"ContractViolation({result.failure.message!r})"

@@ -12,7 +12,7 @@ from genai_prices import extract_usage
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from tests.kit import Note
+from tests.kit import THRICE, Note, computing
 from tests.providers.clients import _openai, ask_openai
 from tests.providers.replies import _CHAT, _CHAT_CHUNKS, _CONTENT, _MESSAGE_EVENTS, REPLIES, Reply, sse
 from tests.providers.server import Server
@@ -468,11 +468,7 @@ SILENT: list[Any] = [
 
 
 def by_returning(response: Any, runner: StromaRunner) -> Any:
-    @runner.node("ask", input=Note, output=Note)
-    async def ask(state: Note) -> Any:
-        return {"text": "kept"}, response
-
-    return ask
+    return runner.node("ask", input=Note, output=Note)(computing(lambda _: ({"text": "kept"}, response)))
 
 
 def by_reporting(response: Any, runner: StromaRunner) -> Any:
@@ -524,11 +520,10 @@ async def test_a_limit_that_cannot_be_counted_stops_the_run(how: Any, config: di
 @pytest.mark.parametrize("shape", ["classifier", "group", "map", "flow", "inside"])
 async def test_no_call_follows_one_without_a_price(shape: str, fails: bool) -> None:
     """G6: Under a cost limit no call follows one without a price, whoever collects or catches its failure."""
-    patient = {kind: FailurePolicy(max_retries=3, backoff_seconds=0) for kind in FailureClass}
     runner = StromaRunner.quick(
         budget=ExecutionBudget(max_cost_usd=5.0),
-        policy_map=patient,
-        node_policies={"parallel(ask)": patient},
+        policy_map=THRICE,
+        node_policies={"parallel(ask)": THRICE},
         classifiers=[lambda error, context: FailureClass.RECOVERABLE] if shape == "classifier" else [],
     )
     calls: list[str] = []

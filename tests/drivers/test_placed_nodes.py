@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.drivers.conftest import Cluster, fleet_of, fresh_id
 from tests.drivers.worker_helper import placed_pipeline
-from tests.kit import NEVER, ONCE, Num, Text, here, node, noting, quick
+from tests.kit import NEVER, ONCE, Num, Text, computing, failing_with, here, node, noting, quick
 from tests.servers_temporal import TemporalServer
 
 from stroma import (
@@ -290,10 +290,7 @@ async def test_an_owner_that_is_shut_down(cluster: Cluster) -> None:
 async def test_a_flow_and_a_map_at_a_place(cluster: Cluster) -> None:
     """Steps of flows, and items of maps, are called at their places."""
 
-    async def double(state: Num) -> Num:
-        return Num(n=state.n * 2)
-
-    step = placed(fresh_id(), double, place_of(cluster))
+    step = placed(fresh_id(), computing(lambda state: Num(n=state.n * 2)), place_of(cluster))
 
     @stroma_flow("flow", input=Num, output=Num)
     async def body(flow: Flow, state: Num) -> Num:
@@ -309,16 +306,13 @@ async def test_a_flow_and_a_map_at_a_place(cluster: Cluster) -> None:
 async def test_what_is_not_available_at_a_place(cluster: Cluster) -> None:
     """Questions, and steps that the function calls, are failures that name the fix, not unanswered calls."""
 
-    async def ask(state: Num) -> Num:
-        raise Suspend("Well?")
-
     async def step(state: Num) -> Num:
         context = current_run()
         assert context is not None
         await execute_step("inner", step, state, context)
         return state
 
-    row = await run_once(cluster, ask, policy_map=ONCE)
+    row = await run_once(cluster, failing_with(Suspend, "Well?"), policy_map=ONCE)
     assert (row.failure_class, row.reason) == ("TERMINAL", "place")
     assert "ask in another node" in row.message
     row = await run_once(cluster, step, policy_map=ONCE)

@@ -26,7 +26,6 @@ from stroma import (
 )
 from stroma.testing import assert_resumable
 
-pytestmark = pytest.mark.asyncio
 store = store_fixture(*FAMILIES)
 
 

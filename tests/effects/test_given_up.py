@@ -24,7 +24,6 @@ from stroma import (
     parallel,
 )
 
-pytestmark = pytest.mark.asyncio
 store = store_fixture(*FAMILIES)
 
 

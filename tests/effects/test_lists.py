@@ -365,11 +365,7 @@ async def test_a_charge_whose_commit_is_refused_stays_unknown(store: Any, monkey
     """G13: A call whose output the store refuses is unknown; it is settled before another input's call."""
     shop, cents = Shop(), [100, 200]
     runner = StromaRunner.quick(store=store, policy_map=THRICE)
-
-    @runner.node("before", input=Order, output=Order)
-    async def before(order: Order) -> Order:
-        return Order(cents=cents.pop(0))
-
+    before = runner.node("before", input=Order, output=Order)(computing(lambda _: Order(cents=cents.pop(0))))
     nodes = [before, runner.node("charge", input=Order, output=Receipt, effect=True)(shop.charge)]
     record = RunJournal.record
 

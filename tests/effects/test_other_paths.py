@@ -22,7 +22,6 @@ from stroma import (
     stroma_node,
 )
 
-pytestmark = pytest.mark.asyncio
 store = store_fixture(*FAMILIES)
 #: What a flow does once on all of its paths: an effect, a paid step, or a submission.
 DOES = ("effect", "paid", "submit")

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
-from tests.kit import context_on, failing_with, passing
+from tests.kit import computing, context_on, failing_with, passing
 from tests.shared_stores import STORES
 
 from stroma import Flow, NodeContract, Pipeline, RunConfig, RunExists, RunStatus, StromaRunner, execute_step
@@ -123,11 +123,7 @@ async def test_a_queued_run_is_not_replaced(store: Any) -> None:
 async def test_an_interrupted_run_keeps_its_outputs(store: Any) -> None:
     """run() of an interrupted id is RunExists with the number of its commits, for lists, guards and code."""
     runner = StromaRunner.quick(store=store)
-
-    @runner.node("first", input=Letter, output=Letter)
-    async def first(letter: Letter) -> Letter:
-        return Letter(text="paid")
-
+    first = runner.node("first", input=Letter, output=Letter)(computing(lambda _: Letter(text="paid")))
     second = runner.node("second", input=Letter, output=Letter)(failing_with(Stopped))
     with pytest.raises(Stopped):
         await runner.run([first, second], Letter(), run_id="r")

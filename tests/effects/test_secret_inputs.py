@@ -23,8 +23,6 @@ from stroma import (
 )
 from stroma.contracts import schema
 
-pytestmark = pytest.mark.asyncio
-
 
 class Card(BaseModel):
     order: int

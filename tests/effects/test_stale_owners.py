@@ -28,11 +28,8 @@ async def test_a_call_after_the_lease(store: Any, monkeypatch: Any, is_async: bo
     shop = Shop()
     runner = StromaRunner.quick(store=store)
 
-    def charge_sync(order: Order) -> Any:
-        return asyncio.run(shop.charge(order))
-
     charge = runner.node("charge", input=Order, output=Receipt, effect=True)(
-        shop.charge if is_async else charge_sync
+        shop.charge if is_async else (lambda order: asyncio.run(shop.charge(order)))
     )
     begin, main, clock, is_late = Effect.begin, threading.current_thread(), rows.lease_clock, []
 

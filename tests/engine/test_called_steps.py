@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import Note, cancel, computing, context_of, ended, start_python
+from tests.kit import NEVER, THRICE, Note, cancel, computing, context_of, ended, start_python
 from tests.shared_stores import IN_PROCESS, SHARED, place
 
 from stroma import (
@@ -34,8 +34,6 @@ from stroma.checkpoint import AttemptRecord
 from stroma.checkpoint.history.bars import find_progress, in_order
 from stroma.engine.lifecycle import open_run
 
-AT_ONCE = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
-RETRIED = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
 HELPER = Path(__file__).with_name("called_steps_helper.py")
 
 
@@ -59,7 +57,7 @@ def node(node_id: str, func: Callable[..., Any], input_model: Any = Note, output
 
 def runner_on(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(
-        **{"store": store, "run_id": "r", "resume": True, "policy_map": AT_ONCE, **config}
+        **{"store": store, "run_id": "r", "resume": True, "policy_map": NEVER, **config}
     )
 
 
@@ -521,7 +519,7 @@ def test_steps_are_shown_with_what_is_inside_of_them() -> None:
 @pytest.mark.parametrize("fails", [False, True])
 async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) -> None:
     """After an acknowledged cancel() the current attempt of a step is the last; the run is CANCELLED."""
-    runner = StromaRunner.quick(store=store, run_id="r", policy_map=RETRIED)
+    runner = StromaRunner.quick(store=store, run_id="r", policy_map=THRICE)
     started, request = asyncio.Event(), asyncio.Event()
     calls: list[str] = []
 
@@ -567,7 +565,7 @@ async def test_a_step_that_waits_for_its_retry_when_the_run_is_cancelled() -> No
         calls += 1
         raise ValueError("no")
 
-    runner = StromaRunner.quick(run_id="r", policy_map=RETRIED, hooks=NodeHooks(on_node_retry=cancel))
+    runner = StromaRunner.quick(run_id="r", policy_map=THRICE, hooks=NodeHooks(on_node_retry=cancel))
     async with context_of(runner) as ctx:
         result = await execute_step("fails", fails, Note(), ctx)
     assert (result.status, calls) == (RunStatus.PARTIAL, 1)

@@ -523,11 +523,8 @@ async def test_context_variables_of_runs_side_by_side() -> None:
         await asyncio.sleep(0)
         return {"n": var.get()}
 
-    def reads_sync(state: Num) -> Any:
-        return {"n": var.get()}
-
     runner = StromaRunner.quick()
-    nodes = [node("sets", sets), node("reads", reads), node("sync", reads_sync)]
+    nodes = [node("sets", sets), node("reads", reads), node("sync", lambda state: {"n": var.get()})]
     results = await asyncio.gather(*[runner.run(nodes, Num(n=i)) for i in range(1, 50)])
     assert [result.final_state for result in results] == [Num(n=i) for i in range(1, 50)]
     assert var.get() == 0

@@ -7,7 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
-from tests.kit import Num, context_on
+from tests.kit import Num, context_on, passing
 
 from stroma import (
     AsyncInMemoryStore,
@@ -133,13 +133,9 @@ async def test_hooks_that_are_set_on_a_default_are_called() -> None:
         events.append(run_id)
 
     ours, others = (StromaRunner.quick() for _ in range(2))
-    node = ours.node("n", input=Num, output=Num)(_same)
+    node = ours.node("n", input=Num, output=Num)(passing())
     assert isinstance(ours.config.hooks, NodeHooks)
     ours.config.hooks.on_run_start = start
     await others.run([node], Num(), run_id="theirs")
     await ours.run([node], Num(), run_id="ours")
     assert events == ["ours"]
-
-
-async def _same(state: Num) -> Num:
-    return state

@@ -635,10 +635,7 @@ async def closed_in_a_start_hook(diary: Diary) -> None:
 def never_kept(start_event: asyncio.Event, call: str) -> Any:
     """Sessions that do not come to an end with it."""
 
-    def between(session: Any) -> Any:
-        return Between(session, **{call: stuck(start_event)})
-
-    return between
+    return lambda session: Between(session, **{call: stuck(start_event)})
 
 
 @scenario

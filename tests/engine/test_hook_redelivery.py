@@ -65,16 +65,9 @@ def make(url: str, die_at: tuple[str, str] | None, deliveries: list[Told]) -> tu
             raise ConnectionError("gone")
         return {"n": state.n + 1}, 3, 4, "gpt-4o-mini"
 
-    @runner.node("left", input=State, output=Made)
-    async def left(state: State) -> Made:
-        return Made(n=state.n + 10)
-
+    left = runner.node("left", input=State, output=Made)(computing(lambda state: Made(n=state.n + 10)))
     right = runner.node("right", input=State, output=State)(passing())
-
-    @runner.node("item", input=Item, output=Made)
-    async def item(state: Item) -> Made:
-        return Made(n=state.n * 2)
-
+    item = runner.node("item", input=Item, output=Made)(computing(lambda state: Made(n=state.n * 2)))
     return runner, [flaky, parallel(left, right), map_over("items", item, into="made")]
 
 

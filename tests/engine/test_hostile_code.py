@@ -175,10 +175,6 @@ WRONG: dict[str, Callable[[], Any]] = {
 }
 
 
-def _in_node(hostile: Any) -> Any:
-    return node("bad", hostile)
-
-
 def _in_thread(hostile: Any) -> Any:
     def sync(state: Any) -> Any:
         coroutine = hostile(state)
@@ -192,7 +188,7 @@ def _in_thread(hostile: Any) -> Any:
 
 
 PLACES: dict[str, Callable[[Any], Any]] = {
-    "node": _in_node,
+    "node": lambda hostile: node("bad", hostile),
     "thread": _in_thread,
     "child": lambda hostile: parallel(node("good", _good), node("bad", hostile)),
     "item": lambda hostile: map_over("items", node("bad", hostile), into="out"),
@@ -893,10 +889,6 @@ class Stops(BaseModel):
         return value
 
 
-async def _interrupts(*_: Any) -> Any:
-    raise KeyboardInterrupt
-
-
 async def _interrupts_later(*_: Any) -> Any:
     await asyncio.sleep(0)
     raise KeyboardInterrupt
@@ -910,17 +902,13 @@ async def _breaks(state: Any) -> Any:
     raise LookupError
 
 
-async def _to_13(state: Any) -> Any:
-    return {"n": 13}, 5
-
-
 STOPPED: dict[str, tuple[Any, dict[str, Any]]] = {
-    "node": (lambda: node("bad", _interrupts), {}),
+    "node": (lambda: node("bad", failing_with(KeyboardInterrupt)), {}),
     "node-later": (lambda: node("bad", _interrupts_later), {}),
     "thread": (lambda: node("bad", _interrupts_sync), {}),
     "child": (lambda: parallel(node("side", _good), node("bad", _interrupts_later)), {}),
     "item": (lambda: map_over("items", node("bad", _interrupts_later), into="out"), {}),
-    "output-validator": (lambda: node("bad", _to_13, Num, Stops), {}),
+    "output-validator": (lambda: node("bad", returning(({"n": 13}, 5)), Num, Stops), {}),
     "input-validator": (lambda: node("bad", _good, Stops, Num), {}),
     "classifier": (lambda: node("bad", _breaks), {"classifiers": [_interrupts_sync]}),
     "redact": (lambda: node("bad", _good), {"redact": _interrupts_sync}),

@@ -193,10 +193,7 @@ async def test_the_bound_of_a_flow_holds_for_what_it_runs_inside(way: str) -> No
     world = World()
     peak = 0
 
-    def work(n: int) -> int:
-        return n
-
-    add = world.step("add", work)
+    add = world.step("add", lambda n: n)
     call = world._call
 
     async def counted(what: str) -> None:

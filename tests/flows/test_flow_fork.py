@@ -20,7 +20,6 @@ from stroma import (
     stroma_node,
 )
 
-pytestmark = pytest.mark.asyncio
 store = store_fixture(*STORES)
 
 

@@ -86,7 +86,6 @@ def lines(entries: list[OutlineEntry], depth: int = 0) -> list[str]:
     return shown
 
 
-@pytest.mark.asyncio
 async def test_waits_for_messages_are_shown(store: Any) -> None:
     """A message that came, one that did not in time and one that is awaited are lines, live and stored."""
 
@@ -123,7 +122,6 @@ async def test_waits_for_messages_are_shown(store: Any) -> None:
     assert "none in time" in Timeline(Story("r", "", "RUNNING", [], 0, 0.0, waits=waits), link=None).draw()
 
 
-@pytest.mark.asyncio
 async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> None:
     """Repeated calls of one node in a flow are one entry; a question, a sleep, a map and a flow are named."""
     runner = runner_on(store)
@@ -164,7 +162,6 @@ async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> No
     assert began + 0.045 <= first_s + (question.began_ms + question.took_ms) / 1000 <= answered + 0.005
 
 
-@pytest.mark.asyncio
 async def test_a_question_without_an_answer_in_time(store: Any) -> None:
     """A question whose time is over shows as expired at that time, and is not a sleep."""
 
@@ -186,7 +183,6 @@ async def test_a_question_without_an_answer_in_time(store: Any) -> None:
     assert bar.took_ms > 0
 
 
-@pytest.mark.asyncio
 async def test_inputs_of_steps_are_shown(store: Any) -> None:
     """The input of each step of a flow is read from the store, also if it failed or is an item of a map."""
     world = World()
@@ -224,7 +220,6 @@ async def test_inputs_of_steps_are_shown(store: Any) -> None:
     }
 
 
-@pytest.mark.asyncio
 async def test_a_trace_folds_as_the_store_does(triage: Any) -> None:
     """The trace of a run in this process draws the same tree as HTML."""
     result = await runner_on(None).run(triage, Num())

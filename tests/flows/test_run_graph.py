@@ -4,7 +4,6 @@ import asyncio
 from typing import Any
 from xml.etree import ElementTree
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.fixtures import store_fixture
@@ -24,7 +23,6 @@ def edges_of(graph: RunGraph) -> dict[tuple[str, str], int]:
     return {("/".join(a), "/".join(b)): count for (a, b), count in graph.edges.items()}
 
 
-@pytest.mark.asyncio
 async def test_steps_of_all_runs_are_counted(store: Any) -> None:
     """Nodes have calls and failures, edges how often one call followed another, ends the runs' statuses."""
     world = World()

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.kit import NEVER, Num, noting
+from tests.kit import NEVER, Num, computing, noting
 from tests.tiers import examples
 
 from stroma import (
@@ -228,9 +228,7 @@ async def test_a_call_that_waits_holds_no_other_budget() -> None:
         await gate.wait()
         return state, 1
 
-    @runner.node("both", input=Num, output=Num)
-    async def both(state: Num) -> Any:
-        return state, 1
+    both = runner.node("both", input=Num, output=Num)(computing(lambda state: (state, 1)))
 
     async def look(*_: Any) -> None:
         account = await one.state()

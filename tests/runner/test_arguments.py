@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.kit import Num, SimpleStore
+from tests.kit import Num, SimpleStore, computing
 
 from stroma import (
     AsyncInMemoryStore,
@@ -26,11 +26,7 @@ from stroma import (
 def test_a_runner_takes_the_url_or_path_of_a_store(tmp_path: Path, form: Any) -> None:
     file = tmp_path / "runs.db"
     runner = StromaRunner.quick(store=form(str(file)), run_id="r")
-
-    @runner.node("add", input=Num, output=Num)
-    async def add(state: Num) -> Num:
-        return Num(n=state.n + 1)
-
+    add = runner.node("add", input=Num, output=Num)(computing(lambda state: Num(n=state.n + 1)))
     assert runner.run_sync([add], Num()).final_state == Num(n=1)
     record = SQLiteStore(file).get_run("r")
     assert record.status == "COMPLETED"

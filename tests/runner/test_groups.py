@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel
-from tests.kit import NEVER, ONCE, Num, context_of, node, record_hooks, returning, same
+from tests.kit import NEVER, ONCE, Num, computing, context_of, node, record_hooks, returning, same
 
 from stroma import (
     CheckpointManager,
@@ -361,13 +361,10 @@ async def test_scalar_items() -> None:
     async def shout(state: Word) -> Any:
         return {"word": state.word.upper() if state.upper else state.word}
 
-    async def add(state: Root) -> Any:
-        return state.root + 1
-
     nodes = [map_over("items", node("shout", shout, Word, Word), into="out")]
     result = await quick().run(nodes, Items(items=["a", "b"]))
     assert [w["word"] for w in result.final_state.model_dump()["out"]] == ["A", "B"]
-    nodes = [map_over("items", node("add", add, Root, Root), into="out")]
+    nodes = [map_over("items", node("add", computing(lambda state: state.root + 1), Root, Root), into="out")]
     result = await quick().run(nodes, Items(items=[1, 2]))
     assert result.status is RunStatus.COMPLETED, result.failure
     assert result.final_state.model_dump()["out"] == [2, 3]
@@ -426,9 +423,6 @@ async def test_map_over_what_no_class_names_the_fields_of(contract: Any, returne
     async def shout(state: Word) -> Any:
         return {"word": state.word.upper()}
 
-    async def free(state: Any) -> Any:
-        return returned
-
     async def end(state: Any) -> Any:
         given.append(state)
         return {"n": 1}
@@ -436,7 +430,7 @@ async def test_map_over_what_no_class_names_the_fields_of(contract: Any, returne
     marked = (
         None if contract is None else NodeContract(node_id="free", input_schema=Num, output_schema=contract)
     )
-    first = stroma_node("free", marked)(free)
+    first = stroma_node("free", marked)(computing(lambda _: returned))
     last = stroma_node("end", None)(end)
     group = map_over("items", node("shout", shout, Word, Word), into="out")
     result = await quick().run([first, group, last], Num())

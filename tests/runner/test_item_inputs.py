@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 from tests.kit import Item as Count
 from tests.kit import Text as Part
-from tests.kit import passing, returning
+from tests.kit import computing, passing, returning
 from tests.shared_stores import STORES, store_of
 
 from stroma import JsonLines, RunStatus, StromaRunner, map_over, parallel
@@ -49,11 +49,7 @@ def nodes_of(runner: StromaRunner, fails: str = "") -> dict[str, Any]:
     count_again = runner.node("again", input=Count, output=Count)(returning({"n": 1}))
 
     part = runner.node("part", input=Part, output=Part)(passing())
-
-    @runner.node("whole", input=Batch, output=Count)
-    async def whole(state: Batch) -> Any:
-        return {"n": len(state.items)}
-
+    whole = runner.node("whole", input=Batch, output=Count)(computing(lambda state: {"n": len(state.items)}))
     return {
         "map": map_over("items", count, into="out"),
         "map of groups": map_over("items", parallel(count), into="out"),
@@ -141,10 +137,7 @@ async def test_items_that_are_not_in_the_state_are_said_to_be_elsewhere(store: A
 
     part = runner.node("part", input=Part, output=Part)(passing())
 
-    def some(state: Any) -> Any:
-        return [{"text": "a"}]
-
-    sources: list[Any] = [JsonLines(str(path)), some]
+    sources: list[Any] = [JsonLines(str(path)), lambda state: [{"text": "a"}]]
     for number, source in enumerate(sources):
         run_id = f"r{number}"
         await runner.run([map_over(source, part, into="out")], batch(1), run_id=run_id)

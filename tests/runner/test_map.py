@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel, create_model
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, TWICE, SimpleStore, failing_with, noting, passing
+from tests.kit import NEVER, ONCE, TWICE, SimpleStore, computing, failing_with, noting, passing, returning
 from tests.kit import Item as Num
 from tests.shared_stores import IN_PROCESS
 
@@ -205,10 +205,7 @@ async def test_lines_have_what_utf_8_lacks_as_escapes(value: Any, written: str, 
     class Anything(BaseModel):
         value: Any
 
-    @runner.node("cut", input=Num, output=Anything)
-    async def cut(state: Num) -> Anything:
-        return Anything(value=value)
-
+    cut = runner.node("cut", input=Num, output=Anything)(computing(lambda _: Anything(value=value)))
     work = map_over(JsonLines(write(tmp_path / "in", range(1))), cut, into=JsonLines(tmp_path / "out"))
     result = await runner.run([work], State())
     assert result.status is RunStatus.COMPLETED, result.failure
@@ -229,11 +226,7 @@ async def test_lines_have_what_json_lacks(kind: Any, value: Any, written: Any, t
     runner = quick(AsyncInMemoryStore())
 
     model = create_model("Model", value=(kind, ...))
-
-    @runner.node("give", input=Num, output=model)
-    async def give(state: Num) -> Any:
-        return model(value=value)
-
+    give = runner.node("give", input=Num, output=model)(computing(lambda _: model(value=value)))
     work = map_over(JsonLines(write(tmp_path / "in", range(1))), give, into=JsonLines(tmp_path / "out"))
     result = await runner.run([work], State())
     assert result.status is RunStatus.COMPLETED, result.failure
@@ -321,14 +314,8 @@ async def test_what_a_map_passes_on_replaces_no_output(store: Any, doubler: Doub
     class Left(BaseModel):
         left: list[Num]
 
-    @stroma_node(input=Two, output=Left)
-    async def beside(state: Two) -> Any:
-        return {"left": [{"n": 9}]}
-
-    @stroma_node(input=Two, output=Num)
-    async def count(state: Two) -> Any:
-        return {"n": 5}
-
+    beside = stroma_node(input=Two, output=Left)(returning({"left": [{"n": 9}]}))
+    count = stroma_node(input=Two, output=Num)(returning({"n": 5}))
     left_map = map_over("left", doubler.node, into="left")
     right = map_over("right", doubler.node, into="right")
     doubled, given = [Made(twice=2)], [Num(n=9)]
@@ -553,11 +540,8 @@ async def test_a_source_that_gives_something_else_is_refused(store: Any, doubler
     """A function that gives other or fewer items than are done is PipelineChanged, whatever their text is."""
     inputs = [{"n": n, "text": f"<Job object at 0x7f01> {n}"} for n in range(20)]
 
-    def gives(state: State) -> Any:
-        return iter(inputs)
-
     doubler.failing = {15}
-    work = map_over(gives, doubler.node, into=Journal(), max_concurrency=1)
+    work = map_over(lambda state: iter(inputs), doubler.node, into=Journal(), max_concurrency=1)
     runner = quick(store)
     await runner.run([work], State())
     doubler.failing = set()
@@ -1243,10 +1227,7 @@ def test_rows_that_are_left_out_are_summed() -> None:
 @pytest.mark.slow
 async def test_memory_is_flat(tmp_path: Path) -> None:
     """Three times the items take no more memory, on a durable store with a file for outputs: also resumed."""
-
-    @stroma_node("same", input=Num, output=Num)
-    async def same(state: Num) -> Any:
-        return {"n": state.n}
+    same = stroma_node("same", input=Num, output=Num)(computing(lambda state: {"n": state.n}))
 
     async def peak(items: int, *, resumed: bool) -> int:
         source, out = tmp_path / f"in{items}", tmp_path / f"out{items}"

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from tests.fixtures import store_fixture
 from tests.kit import (
     NEVER,
+    ONCE,
     THRICE,
     Num,
     SimpleStore,
@@ -25,7 +26,6 @@ from tests.shared_stores import IN_PROCESS
 from stroma import (
     CheckpointNotFound,
     FailureClass,
-    FailurePolicy,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -76,8 +76,7 @@ async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
     async def bad(state: Num) -> Any:
         raise LookupError("nothing there")
 
-    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-    runner = StromaRunner.quick(store=store, policy_map=policies)
+    runner = StromaRunner.quick(store=store, policy_map=ONCE)
     await runner.run([stroma_node("bad", input=Num, output=Num)(bad)], Num(), run_id="r")
     trouble = store.failure_site_of("r", 0)
     frame = trouble.own[-1]

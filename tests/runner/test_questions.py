@@ -154,12 +154,8 @@ async def test_the_schema_of_an_answer_is_stored(store: Any) -> None:
     result = await runner_on(store).run(asking_flow("a", answer=Names), Num())
     assert result.questions[0].schema == Names.model_json_schema()
     assert store.waiting("r")[0].answer_schema() == Names.model_json_schema()
-    free = await runner_on(store, run_id="s").run([node("ask", _asks_for_anything)], Num())
+    free = await runner_on(store, run_id="s").run([node("ask", failing_with(Suspend, "what?"))], Num())
     assert free.questions[0].schema is None
-
-
-async def _asks_for_anything(state: Num) -> Any:
-    raise Suspend("what?")
 
 
 @pytest.mark.core

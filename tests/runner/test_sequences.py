@@ -208,14 +208,10 @@ async def test_outputs_of_any_kind(store: Any) -> None:
     result = await runner.run([work], Tickets(), run_id="run")
     assert result.final_state is not None, result.failure
     assert result.final_state.model_dump()["counts"] == [2, 2, 2]
-    lists = map_over("tickets", [words, bare("same", _root)], into="lists")
+    lists = map_over("tickets", [words, bare("same", computing(lambda state: state.root))], into="lists")
     result = await runner.run([lists], Tickets(tickets=["x"]), run_id="lists")
     assert result.final_state is not None, result.failure
     assert result.final_state.model_dump()["lists"] == [["x", "x"]]
-
-
-async def _root(state: Any) -> Any:
-    return state.root
 
 
 async def test_groups_and_maps_inside(world: World, store: Any) -> None:

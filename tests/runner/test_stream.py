@@ -361,10 +361,7 @@ async def test_what_run_raises_comes_out() -> None:
         with pytest.raises(RuntimeError, match="no result before its end"):
             _ = stream.result
 
-    def no_hook(*_: Any) -> Any:
-        return len(_)
-
-    wrong = quick(hooks=NodeHooks(on_node_success=no_hook))
+    wrong = quick(hooks=NodeHooks(on_node_success=lambda *_: len(_)))
     events = []
     with pytest.raises(TypeError, match="is not async"):
         async for event in wrong.stream([node("a")], Num()):

@@ -11,7 +11,7 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.trace import StatusCode
 from pydantic import BaseModel
-from tests.kit import failing_with, passing
+from tests.kit import computing, failing_with, passing
 from tests.telemetry.test_opentelemetry import Item, Seen, State, quick
 
 from stroma import NodeHooks, RunStatus, SQLiteStore, StromaRunner, Suspend, current_node, parallel
@@ -211,11 +211,7 @@ async def test_a_model_that_no_protocol_can_say() -> None:
     """A lone surrogate in the name of a model costs the metrics no label: it is written out."""
     seen = Seen()
     runner = quick(seen.hooks())
-
-    @runner.node("node", input=State, output=State)
-    async def node(state: State) -> Any:
-        return state, 1, "model \udcff"
-
+    node = runner.node("node", input=State, output=State)(computing(lambda state: (state, 1, "model \udcff")))
     await runner.run([node], State())
     models = {dict(labels)["stroma.model"] for labels in seen.points("stroma.tokens")}
     assert models == {"model \\udcff"}

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 from prometheus_client import CollectorRegistry
 from pydantic import AliasChoices, BaseModel, Field, RootModel, Secret, SecretBytes, SecretStr
-from tests.kit import context_of, noting, passing
+from tests.kit import computing, context_of, noting, passing
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_opentelemetry import Seen, quick
 
@@ -226,11 +226,7 @@ async def test_a_set_that_reads_no_state_gets_none_of_the_result() -> None:
     ended = noting(results, lambda _, result: result)
     sets = [NodeHooks(on_run_end=ended, reads_state=False), NodeHooks(on_run_end=ended)]
     runner = quick(sets, retries=0)
-
-    @runner.node("node", input=Document, output=Document)
-    async def node(state: Document) -> Any:
-        return state, 3
-
+    node = runner.node("node", input=Document, output=Document)(computing(lambda state: (state, 3)))
     await runner.run([node], Document(title="a", text="b"))
     full, unread = results
     assert full.final_state == Document(title="a", text="b")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretStr
+from tests.kit import computing
 from tests.telemetry.test_opentelemetry import Seen, quick
 
 from stroma import Pipeline, Usage
@@ -21,11 +22,7 @@ class State(BaseModel):
 
 async def run_once(seen: Seen, **options: Any) -> None:
     runner = quick(seen.hooks(**options))
-
-    @runner.node("add", input=State, output=State)
-    async def add(state: State) -> State:
-        return State(n=state.n + 1)
-
+    add = runner.node("add", input=State, output=State)(computing(lambda state: State(n=state.n + 1)))
     await runner.run(Pipeline("sums", [add]), State())
 
 

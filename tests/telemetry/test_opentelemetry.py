@@ -451,11 +451,8 @@ class TestEndings:
     async def test_a_neighbour_that_raises(self, seen: Seen) -> None:
         """Hooks of another set that raise are counted, and cost no span its end."""
 
-        async def bad(*_: Any) -> None:
-            raise RuntimeError
-
         names = ("on_run_start", "on_node_start", "on_node_failure", "on_node_retry", "on_node_success")
-        neighbour = NodeHooks(**dict.fromkeys(names, bad))
+        neighbour = NodeHooks(**dict.fromkeys(names, failing_with(RuntimeError)))
         runner = quick(neighbour | seen.hooks() | neighbour)
         result = await runner.run([flaky(runner)], State())
         assert len(result.hook_errors) == 2 * (1 + 2 + 1 + 1 + 1)

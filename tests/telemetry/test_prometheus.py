@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
-from tests.kit import ONCE, TWICE, Num, environment, returning, run_python
+from tests.kit import ONCE, TWICE, Num, computing, environment, failing_with, returning, run_python
 from tests.receivers.prometheus import SharedPrometheus, check_metrics
 
 from stroma import ExecutionBudget, NodeHooks, RunStatus, StromaRunner, Usage, current_node, parallel
@@ -76,10 +76,7 @@ async def test_the_names_are_good_names() -> None:
     """`promtool check metrics` finds nothing to say about a page with every metric on it."""
     registry = CollectorRegistry()
 
-    async def bad(*_: Any) -> None:
-        raise RuntimeError
-
-    hooks = prometheus_hooks(registry=registry) | NodeHooks(on_node_start=bad)
+    hooks = prometheus_hooks(registry=registry) | NodeHooks(on_node_start=failing_with(RuntimeError))
     runner = quick(registry, budget=ExecutionBudget(max_tokens_total=150), hooks=hooks)
     nodes = [node(runner, "a"), node(runner, "b")]
     await runner.run(nodes, Num(), run_id="r")
@@ -159,11 +156,7 @@ async def test_any_text_can_be_a_label() -> None:
     """Ids with quotes, newlines or lone surrogates in models break no scrape."""
     registry = CollectorRegistry()
     runner = quick(registry)
-
-    @runner.node('a"b\n\\ é', input=Num, output=Num)
-    async def odd(state: Num) -> Any:
-        return state, 1, "model \udcff"
-
+    odd = runner.node('a"b\n\\ é', input=Num, output=Num)(computing(lambda state: (state, 1, "model \udcff")))
     result = await runner.run([odd], Num())
     assert result.status is RunStatus.COMPLETED
     assert runner.config.hooks.errors == {}

@@ -8,7 +8,7 @@ import pytest
 import sentry_sdk
 from pydantic import BaseModel, SecretStr
 from sentry_sdk.integrations.logging import LoggingIntegration
-from tests.kit import ONCE, context_of, failing_with, passing, retry_policies
+from tests.kit import ONCE, computing, context_of, failing_with, passing, retry_policies
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import (
@@ -224,11 +224,7 @@ async def test_what_is_no_failure_is_no_issue(sentry: RecordedSentry, ending: st
 async def test_a_budget_that_refuses_a_node_is_an_issue(sentry: RecordedSentry) -> None:
     """A run that stops before a node, with no attempt that failed, has its issue at the run's span."""
     runner = quick(sentry, budget=ExecutionBudget(max_tokens_total=0))
-
-    @runner.node("spender", input=State, output=State)
-    async def spender(state: State) -> Any:
-        return state, 5
-
+    spender = runner.node("spender", input=State, output=State)(computing(lambda state: (state, 5)))
     await runner.run([spender], State())
     (event,) = sentry.transport.events
     assert event["fingerprint"][-1] == "stroma.cost.budget.BudgetExceeded"

@@ -28,6 +28,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from tests.kit import computing
 from tests.testing.pipelines import Number, make
 from tests.tiers import examples
 from typing_extensions import TypedDict
@@ -220,11 +221,8 @@ def test_a_contract_that_holds():
 def test_the_smallest_input_that_breaks_it_is_shown():
     """The failure has the shrunk input and what is wrong with the output."""
 
-    async def bad(state):
-        return {"total": sum(state.items)}
-
     with pytest.raises(AssertionError) as result:
-        assert_contract_holds(adder(bad))
+        assert_contract_holds(adder(computing(lambda state: {"total": sum(state.items)})))
     assert str(result.value) == (
         "node 'sum' breaks its output contract: Contract violation for 'sum' (output): total: Input should "
         "be less than 1000; "

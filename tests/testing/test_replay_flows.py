@@ -13,7 +13,7 @@ from tests.fixtures import store_fixture
 from tests.flows.program_world import runner_of
 from tests.flows.programs import Life, Program, flow_of, program_of
 from tests.flows.test_flow_programs import disturbed, seeds
-from tests.kit import Num
+from tests.kit import Num, failing_with, node
 
 from stroma import (
     CheckpointManager,
@@ -25,7 +25,6 @@ from stroma import (
     Suspend,
     parallel,
     stroma_flow,
-    stroma_node,
 )
 from stroma.contracts.schema import schema_of
 from stroma.runner.rehearsal import Rehearsal
@@ -213,9 +212,7 @@ async def test_the_cause_of_other_calls_comes_first() -> None:
     class Wide(Num):
         m: int
 
-    @stroma_node("add", input=Num, output=Wide)
-    async def add(state: Num) -> dict[str, int]:
-        raise AssertionError
+    add = node("add", failing_with(AssertionError), Num, Wide)
 
     @stroma_flow("question", input=Num, output=Num)
     async def question(flow: Flow, state: Num) -> Num:

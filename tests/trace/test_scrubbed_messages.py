@@ -14,12 +14,10 @@ from urllib.parse import quote
 
 import pytest
 from pydantic import BaseModel, SecretStr, field_validator, model_validator
-from tests.kit import passing, returning, undone_command
+from tests.kit import NEVER, computing, passing, returning, undone_command
 
 from stroma import (
     AsyncInMemoryStore,
-    FailureClass,
-    FailurePolicy,
     NodeHooks,
     SQLiteStore,
     StromaRunner,
@@ -34,7 +32,6 @@ from stroma.telemetry.content import DeniedNames
 from stroma.trace.redaction import forms_to_hide
 
 SECRET = "sk-live/abc+def 123456"
-NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
 FORGED = "no\r\n2026-01-01 ERROR forged\x1b[2J\u202egnp.exe"
 
 
@@ -212,11 +209,7 @@ async def test_a_secret_that_a_schema_declares_is_masked_at_any_depth(log: Log, 
     for _ in range(depth):
         value = {"child": value}
     runner = StromaRunner.quick(policy_map=NEVER)
-
-    @runner.node("call", input=Call, output=Folder)
-    async def call(state: Call) -> Any:
-        return value
-
+    call = runner.node("call", input=Call, output=Folder)(computing(lambda _: value))
     result = await runner.run([call], Call(token=SecretStr("")))
     assert "**********" in result.failure.message
     for text in (result.failure.message, log.text, result.to_html(), str(result.failure.as_prompt())):

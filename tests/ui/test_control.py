@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 from starlette.responses import Response
+from tests.kit import returning
 from tests.store_suite.helpers import due_runs
 from tests.store_suite.journal import State
 from tests.ui.conftest import BAD, GOOD, Site, make_runs, node
@@ -37,15 +38,11 @@ def test_a_refused_form_leads_back(store: SQLiteStore, serve: Any) -> None:
     assert (refused.status, 'href="/run?id=x">Back to the run' in refused.text) == (422, True)
 
 
-async def _breaks(state: Any) -> Any:
-    return {"n": "x"}, 100, 0, "gpt-4o-mini"
-
-
 def test_a_limit_behind_another_failure(store: SQLiteStore, serve: Any) -> None:
     """The pages name the limit that stopped a run whose last output broke its contract."""
     budget = ExecutionBudget(max_tokens_total=150)
     runner = StromaRunner.quick(store=store, budget=budget, contract_retries={"a": 5})
-    asyncio.run(runner.run([node("a", _breaks)], State(), run_id="x"))
+    asyncio.run(runner.run([node("a", returning(({"n": "x"}, 100, 0, "gpt-4o-mini")))], State(), run_id="x"))
     site: Site = serve(store)
     for path in ("/", "/run?id=x"):
         assert "BudgetExceeded: budget exceeded: max_tokens_total limit 150" in site.ask("GET", path).text

@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 import pytest
 from pydantic import BaseModel
 from tests.checkpoint import large_stores
-from tests.kit import computing, undone_command, words
+from tests.kit import computing, passing, undone_command, words
 from tests.trace.standalone_pages import Page
 from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 
@@ -496,10 +496,6 @@ def test_redaction(store: SQLiteStore, serve: Any) -> None:
     assert exported.count("***") >= 4
 
 
-async def _keep(state: Any) -> Any:
-    return state
-
-
 async def _tells(state: Any) -> Any:
     raise ValueError(f"cannot bill {state.text!r}: no card of {state.text[:20]}... is left")
 
@@ -516,7 +512,7 @@ def test_messages_are_redacted(store: SQLiteStore, serve: Any) -> None:
         return {**state, "text": "***"} if "text" in state else state
 
     secret = "Augusta Ada King, Countess of Lovelace"
-    one = Pipeline("flows", [node("first", _keep), node("bills", _tells)])
+    one = Pipeline("flows", [node("first", passing()), node("bills", _tells)])
     runs = ("bad", one), ("waits", Pipeline("flows", [node("asks", _asks)]))
     make_runs(store, *runs, state=State(text=secret), redact=hide)
     make_runs(store, ("good", GOOD))

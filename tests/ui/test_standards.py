@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit import failing_with
 from tests.ui.browser import Browser
 from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 from tests.ui.page_tools import AXE, missing, page_tools, validate
@@ -29,15 +30,11 @@ def home() -> Path:
     return result
 
 
-async def _asks(state: Any) -> Any:
-    raise Suspend("may it be billed?")
-
-
 @pytest.fixture
 def pages(tmp_path: Path, serve: Any) -> list[str]:
     """The address of every kind of page, whole and empty."""
     store, empty = SQLiteStore(tmp_path / "runs.db"), SQLiteStore(tmp_path / "none.db")
-    waits = Pipeline("flows", [node("asks", _asks)])
+    waits = Pipeline("flows", [node("asks", failing_with(Suspend, "may it be billed?"))])
     make_runs(store, ("good", GOOD), ("bad", BAD), ("waits", waits), tags=("nightly", SCRIPT[:40]))
     make_runs(store, (SCRIPT, BAD), state=State(text="a\x00b\u202e"))
     runner = StromaRunner.quick(store=store)
