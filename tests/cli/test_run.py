@@ -1,18 +1,21 @@
-"""`stroma run` and `stroma resume`: what they print, keep and return."""
+"""`stroma run` and `stroma resume`: what they print, log, keep and return."""
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shlex
 import signal
 import stat
 import time
+from collections.abc import Iterator
 
 import pytest
 from tests.cli.test_signals import wait_for
 
 from stroma import StromaRunner
+from stroma.cli.progress import show_warnings
 
 GOOD = '{"start": 1}'
 
@@ -496,3 +499,35 @@ def test_the_time_of_a_run_has_no_flush(inside, monkeypatch):
     done = inside("run", "sums.py:pipeline", GOOD)
     assert time.monotonic() - began >= 1.5
     assert float(re.search(r"done: COMPLETED in (\S+) s", done.err)[1]) < 1
+
+
+logger = logging.getLogger("stroma")
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+    __repr__ = __str__
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """Restore the handlers of the logger."""
+    before = logger.handlers[:]
+    yield
+    logger.handlers[:] = before
+
+
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_an_exception_without_text_is_logged_by_its_type(
+    debug: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: printing a record raises nothing, whatever the exception of a hook does when it is shown."""
+    monkeypatch.setenv("STROMA_DEBUG", debug)
+    show_warnings(quiet=False)
+    try:
+        raise Unprintable
+    except Unprintable:
+        logger.exception("hook on_run_end raised")
+    assert "hook on_run_end raised: Unprintable" in capsys.readouterr().err

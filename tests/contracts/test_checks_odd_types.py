@@ -1,16 +1,16 @@
-"""The static checker on odd types: each verdict is compared with the engine on real outputs."""
-
-from __future__ import annotations
+"""The static checker on odd and on generated types: each verdict is compared with the engine."""
 
 import enum
 import time
 import uuid
 import xml.etree.ElementTree as ElementTree
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Hashable
 from typing import Annotated, Any, ClassVar, Literal, Optional
 
 import pytest
+from hypothesis import Phase, given, seed, settings
+from hypothesis import strategies as st
 from pydantic import (
     UUID1,
     UUID4,
@@ -25,6 +25,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 from pydantic_core import core_schema
+from tests.contracts.generated_schemas import Made, pairs
 from tests.contracts.test_checks import Anything, node
 from tests.kit import NEVER, Item, Text, computing
 from typing_extensions import TypedDict
@@ -32,6 +33,7 @@ from typing_extensions import TypedDict
 from stroma import ContractRegistry, Finding, RunStatus, StromaRunner, map_over, parallel, stroma_node
 from stroma.contracts.checks.lineage import lineage_of
 from stroma.contracts.node import find_node
+from stroma.contracts.schema import schema_of
 
 
 def model_of(annotation: Any, **options: Any) -> type[BaseModel]:
@@ -62,7 +64,7 @@ class Level(enum.Enum):
     LOW = "low"
 
     @classmethod
-    def _missing_(cls, value: object) -> Level:
+    def _missing_(cls, value: object) -> "Level":
         return cls.LOW
 
 
@@ -463,3 +465,69 @@ async def test_the_same_node_twice_and_no_node_at_all() -> None:
     assert check(again, again, again) == check() == []
     one = node("one", output_model=create_model("N", n=(int, ...)), returned={"n": 1})
     assert [(f.source_at, f.target_at) for f in check(one, again, one, again)] == [("0", "1"), ("2", "3")]
+
+
+PAIRS = 600
+OUTPUTS = 5
+seen: Counter[str] = Counter()
+
+
+def checked(first: Made, second: Made) -> list[Finding]:
+    nodes = []
+    for node_id, consumed, produced in (("first", first, first), ("second", second, second)):
+
+        async def func(state: Any) -> Any: ...
+
+        nodes.append(stroma_node(node_id, input=consumed.model, output=produced.model)(func))
+    return StromaRunner.quick().check(nodes)
+
+
+def crosses(first: Made, second: Made, values: Any) -> bool | None:
+    """Whether an output crosses the engine's own boundary; None if the values make no output."""
+    source, target = schema_of(first.model), schema_of(second.model)
+    try:
+        output, _ = source.accept_output(values)
+    except Exception:
+        return None
+    try:
+        target.convert(output)
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.filterwarnings("ignore")  # pydantic's, of odd names and defaults.
+@seed(20260)
+@settings(
+    max_examples=PAIRS, phases=[Phase.generate]
+)  # So many in every profile: what is decided is counted.
+@given(pairs(), st.data())
+def agree(pair: tuple[Made, Made], data: st.DataObject) -> None:
+    first, second = pair
+    findings = checked(first, second)
+    assert not [finding for finding in findings if "comparing them raised" in finding.message], findings
+    errors = [finding for finding in findings if finding.severity == "error"]
+    # A list of the wrong items is an error, though an empty one would pass: outputs have items then.
+    outputs = [data.draw(first.values(bool(errors) or n % 2 == 0)) for n in range(OUTPUTS)]
+    crossed = [
+        result for result in (crosses(first, second, values) for values in outputs) if result is not None
+    ]
+    if not crossed:
+        seen["no output"] += 1
+        return
+    seen["error" if errors else "warning" if findings else "nothing"] += 1
+    if not findings:
+        assert all(crossed), (outputs, crossed)
+    if errors:
+        assert not any(crossed), (outputs, crossed, [str(error) for error in errors])
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+def test_the_checker_agrees_with_the_boundary_on_generated_pairs() -> None:
+    """A pair without a finding is crossed by every output, one with an error by none; 200 are decided."""
+    seen.clear()
+    agree()
+    assert seen["nothing"] + seen["error"] + seen["warning"] > 400, seen
+    assert min(seen["nothing"], seen["error"], seen["warning"]) > 50, seen
+    assert seen["nothing"] + seen["error"] >= 200, seen

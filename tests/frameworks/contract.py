@@ -111,7 +111,7 @@ class FrameworkContract:
     """The eight sentences that hold for every framework.
 
     A sentence that a framework cannot have is set to None in its subclass, with the reason in ``NOT_THERE``
-    of tests/adapters/test_framework_coverage.py.
+    of tests/adapters/test_releases.py.
     """
 
     #: The ways to call a program.

@@ -19,7 +19,7 @@ from stroma.trace import ExecutionResult
 
 F = TypeVar("F")
 
-#: What each framework's tests show with its real release; tests/adapters/test_framework_coverage.py sees that
+#: What each framework's tests show with its real release; tests/adapters/test_releases.py sees that
 #: none is missing.
 LINES = {
     "same answer": "the framework's own program gives the same answer with and without the guard",

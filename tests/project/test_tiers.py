@@ -1,12 +1,16 @@
-"""The tiers are what they claim to be: see tests/conftest.py."""
+"""The tiers of tests, the gate of benchmarks and the errors for warnings are what they claim to be."""
 
 import ast
 import json
 import re
+import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from benchmarks import gate, hooks
 from tests.tiers import CORE_PATHS, PROFILES, SLOW_PATHS, examples
 
 pytest_plugins = ["pytester"]
@@ -92,3 +96,49 @@ def test_a_process_in_the_default_tier_is_noticed(pytester: pytest.Pytester) -> 
     result = pytester.runpytest_inprocess("-p", "no:ddtrace")
     result.assert_outcomes(passed=2, errors=1)
     result.stdout.fnmatch_lines(["*test_one started a process (*); mark it with @pytest.mark.slow*"])
+
+
+def test_the_gate_lets_pass_what_is_within_its_slack() -> None:
+    """A quarter more is too much, a tenth more is not."""
+    assert gate.above(2.0 * 1.25, 2.0)
+    assert not gate.above(2.0 * 1.1, 2.0)
+
+
+def test_each_case_of_the_gate_has_its_figure() -> None:
+    """A case that nobody wrote a figure down for would be no gate."""
+    entry = json.loads(Path(gate.__file__).with_name("gate.json").read_text())
+    assert entry
+    for python, figures in entry.items():
+        assert list(figures) == [case.name for case in gate.cases()], python
+
+
+def test_every_question_about_hooks_is_found(tmp_path: Path) -> None:
+    """`benchmarks.hooks --unset` finds what a run without hooks asks about them, in each file that does."""
+    package = tmp_path / "stroma"
+    shutil.copytree(hooks.SOURCE / "engine", package / "engine", ignore=shutil.ignore_patterns("__pycache__"))
+    assert hooks.strip_questions(package) >= 10
+    for path in package.rglob("*.py"):
+        compile(path.read_text(), str(path), "exec")
+
+
+def warn_from(module: str, category: type[Warning]) -> None:
+    """Raise a warning that is attributed to a module."""
+    scope: dict[str, Any] = {"__name__": module, "warnings": warnings, "category": category}
+    exec("warnings.warn('old', category)", scope)
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning])
+@pytest.mark.parametrize(
+    "module", ["stroma", "stroma.checkpoint.sqlite.store", "tests.project.test_tiers"]
+)
+def test_a_deprecation_in_our_own_code_is_an_error(module: str, category: type[Warning]) -> None:
+    """Whatever our modules call that will be removed fails the test that notices it."""
+    with pytest.raises(category, match="old"):
+        warn_from(module, category)
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning])
+def test_a_deprecation_in_foreign_code_is_a_warning(category: type[Warning]) -> None:
+    """A dependency that deprecates something of its own is no fault of ours."""
+    with pytest.warns(category, match="old"):
+        warn_from("a_dependency", category)

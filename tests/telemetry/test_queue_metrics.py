@@ -1,6 +1,7 @@
-"""Figures of queues from a store: gauges of Prometheus, OpenTelemetry and a worker's health."""
+"""Figures of queues and cooldowns of limits, from a store, in every exporter that has metrics."""
 
 import asyncio
+import logging
 import time
 from typing import Any
 
@@ -8,19 +9,22 @@ import pytest
 from prometheus_client import CollectorRegistry
 from tests.fixtures import store_fixture
 from tests.kit import Num, node, same
+from tests.limits.budget_helper import State
+from tests.limits.test_cooldown import NAMES, NO_RETRY, Refused, node_of
 from tests.shared_stores import STORES
 from tests.telemetry.test_labels import Systems
 
-from stroma import Pipeline, RunConfig, StromaRunner
+from stroma import Limit, Pipeline, RunConfig, StromaRunner
 from stroma.checkpoint.queue import QueueReading
+from stroma.limits.rate_limit import read_cooldowns, read_limit
 from stroma.runner import worker
 from stroma.runner.pipeline import code_of
 from stroma.runner.worker import WorkerHealth
-from stroma.telemetry import prometheus_hooks
+from stroma.telemetry import log_hooks, prometheus_hooks
 
 store = store_fixture(*STORES)
 
-NAMES = (
+FIGURES = (
     ("stroma.runs.queued", "stroma_runs_queued", ""),
     ("stroma.runs.oldest_due", "stroma_runs_oldest_due_seconds", ""),
     ("stroma.runs.blocked", "stroma_runs_blocked", ""),
@@ -64,7 +68,7 @@ async def test_a_worker_shows_the_queues_that_it_serves(store: Any) -> None:
     )
 
     def figures(at: int) -> list[dict[tuple[str, ...], float]]:
-        return systems.counts(*NAMES[at])[:2]
+        return systems.counts(*FIGURES[at])[:2]
 
     await entered.wait()
     await until(lambda: figures(0) == [{("p",): 3, ("idle",): 0}] * 2)
@@ -95,7 +99,7 @@ async def test_a_worker_shows_blocked_runs(store: Any) -> None:
     served = asyncio.ensure_future(runner.serve(pipeline, poll_seconds=0.02, health=health))
 
     def figures(at: int) -> list[dict[tuple[str, ...], float]]:
-        return systems.counts(*NAMES[at])[:2]
+        return systems.counts(*FIGURES[at])[:2]
 
     await until(lambda: health.blocked == 2)
     assert figures(2) == [{("p",): 2}] * 2
@@ -113,7 +117,7 @@ def test_processes_that_share_their_metrics(monkeypatch: pytest.MonkeyPatch) -> 
     read("letters", QueueReading(5, 9.0, 1, 2.0))
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "any")
     read("letters", None)
-    shown = [registry.get_sample_value(name, {"pipeline": "letters"}) for _, name, _ in NAMES]
+    shown = [registry.get_sample_value(name, {"pipeline": "letters"}) for _, name, _ in FIGURES]
     assert shown == [0, 0, 0, 0]
 
 
@@ -130,3 +134,56 @@ async def test_nobody_reads_without_a_reader(monkeypatch: pytest.MonkeyPatch) ->
     await runner.shutdown()
     await served
     assert asked == []
+
+
+pytest_plugins = ["tests.receivers.fixtures"]
+
+
+async def close_limit(name: str, hooks: Any = None, store: Any = None, seconds: str = "20") -> None:
+    """Run a node whose call closes a limit."""
+
+    async def function(n: int) -> None:
+        raise Refused(429, retry_after=seconds)
+
+    limits = {name: Limit(requests_per_minute=100, store=store)}
+    runner = StromaRunner.quick(
+        limits=limits, node_limits={"call": name}, policy_map=NO_RETRY, hooks=hooks, pipeline="letters"
+    )
+    await runner.run([node_of(function)], State(n=1))
+
+
+async def test_all_systems_count_cooldowns() -> None:
+    """Each system counts the cooldowns that calls of a pipeline have begun, by limit."""
+    systems, name = Systems(), next(NAMES)
+    await close_limit(name, systems.hooks())
+    names = ("stroma.limit.cooldowns", "stroma_limit_cooldowns_total", "stroma.limit.cooldowns")
+    assert systems.counts(*names) == [{tuple(sorted(("letters", name))): 1}] * 3
+
+
+async def test_logs(caplog: pytest.LogCaptureFixture) -> None:
+    """Both log_hooks and the engine write a warning."""
+    name = next(NAMES)
+    with caplog.at_level(logging.INFO):
+        await close_limit(name, log_hooks())
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(
+        line.endswith(f": limit '{name}' is closed for 20 s because the provider asked to wait")
+        for line in warnings
+    )
+    assert any(
+        line.startswith("limit cooldown:") and f"limit={name} delay_s=20.0" in line for line in warnings
+    )
+
+
+async def test_closed_limits_are_found_in_a_store(store: Any) -> None:
+    """The limits of a store that are closed can be listed, those that are open again not."""
+    first, second = next(NAMES), next(NAMES)
+    await close_limit(first, store=store)
+    await close_limit(second, store=store, seconds="60")
+    await store.change_cell("cooldowns", lambda data, now: (None, None))  # After what was posted before.
+    closed = read_cooldowns(store)
+    assert sorted(closed) == [first, second]
+    assert 55_000 < closed[second] <= 60_000
+    state = read_limit(store, first)
+    assert (state.requests, state.tokens, state.calls) == (1, 0, 0)
+    assert read_limit(store, "other") is None

@@ -1,6 +1,4 @@
-"""Messages of failures wherever they are shown: no secrets or control characters, and their type."""
-
-from __future__ import annotations
+"""Messages of failures and exceptions wherever they are shown: no secrets or control characters."""
 
 import base64
 import io
@@ -14,16 +12,21 @@ from urllib.parse import quote
 
 import pytest
 from pydantic import BaseModel, SecretStr, field_validator, model_validator
-from tests.kit import NEVER, computing, passing, returning, undone_command
+from tests.kit import NEVER, computing, context_of, passing, returning, same, undone_command
 
 from stroma import (
     AsyncInMemoryStore,
+    Flow,
     NodeHooks,
+    RunStatus,
     SQLiteStore,
     StromaRunner,
     Suspend,
     current_node_or_none,
+    execute_step,
     map_over,
+    parallel,
+    stroma_flow,
 )
 from stroma._utils.hiding import without
 from stroma.cli import main as stroma_command
@@ -191,7 +194,7 @@ async def test_a_logged_traceback_tells_no_secret(log: Log) -> None:
 
 
 class Folder(BaseModel):
-    child: Folder | None = None
+    child: "Folder | None" = None
     password: SecretStr = SecretStr("")
 
     @model_validator(mode="before")
@@ -257,10 +260,6 @@ async def test_a_message_is_one_line_of_a_log(log: Log) -> None:
 
 async def test_the_line_of_an_item_that_is_left_out_is_one_line(log: Log) -> None:
     """What the log says of an item of a map collected as failed has its type first, and is one line."""
-
-    class Calls(BaseModel):
-        calls: list[Call] = []
-        done: list[Call] = []
 
     runner = StromaRunner.quick(policy_map=NEVER)
     (call,) = failing(runner, ConnectionResetError(FORGED))
@@ -348,3 +347,105 @@ def test_a_long_key_takes_bounded_time() -> None:
         assert name in denied, name
     for name in ("keyboard", "passwords_sent", "api", "monkey"):
         assert name not in denied, name
+
+
+class Calls(BaseModel):
+    calls: list[Call] = []
+    done: list[Call] = []
+
+
+def quick(store: Any = None, **config: Any) -> StromaRunner:
+    return StromaRunner.quick(store=store or AsyncInMemoryStore(), policy_map=NEVER, **config)
+
+
+def identity(runner: StromaRunner, name: str) -> Any:
+    return runner.node(name, input=Call, output=Call)(passing())
+
+
+async def test_the_cause_of_an_unknown_effect_is_masked() -> None:
+    """The error of an effect's call and of its reconcile is in the question without secrets."""
+    store = AsyncInMemoryStore()
+    runner = quick(store)
+
+    def reconcile(state: Call, _key: str) -> Any:
+        raise LookupError(f"no answer about {state.token.get_secret_value()}")
+
+    @runner.node("pay", input=Call, output=Call, effect=True, reconcile=reconcile)
+    async def pay(state: Call) -> Call:
+        raise ConnectionResetError(f"reset after {state.token.get_secret_value()}")
+
+    result = await runner.run([pay], Call(), run_id="r")
+    assert result.status is RunStatus.SUSPENDED
+    (question,) = store.waiting("r")
+    assert "reset after **********; reconcile raised LookupError: no answer about **********" in (
+        question.effect.cause
+    )
+
+
+async def test_the_end_of_plain_code_is_masked(caplog: pytest.LogCaptureFixture) -> None:
+    """What a block of plain code raises is recorded without the secrets of its steps."""
+    store = AsyncInMemoryStore()
+    runner = quick(store)
+
+    with pytest.raises(ValueError, match=SECRET):
+        config = runner.config.with_run_id("r")
+        async with context_of(runner, config) as ctx:
+            await execute_step("step", same, Call(), ctx)
+            raise ValueError(f"401 for {SECRET}")
+    assert store.get_run("r").error == "ValueError: 401 for **********"
+
+
+async def test_what_a_classifier_raises_is_masked(caplog: pytest.LogCaptureFixture) -> None:
+    """The traceback of a classifier that raises is logged without the secrets of the attempt's input."""
+
+    def classifier(exc: Exception, _context: Any) -> Any:
+        raise ExceptionGroup("cannot tell", [ValueError(str(exc))])
+
+    runner = quick(classifiers=[classifier])
+
+    @runner.node("call", input=Call, output=Call)
+    async def call(state: Call) -> Call:
+        raise ValueError(state.token.get_secret_value())
+
+    await runner.run([call], Call())
+    assert "in classifier" in caplog.text
+    assert "ValueError: **********" in caplog.text
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize("nested", [False, True])
+async def test_what_a_flow_raises_is_masked(nested: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The body of a flow can raise with the secret of its input: record, message and log have it masked."""
+    store = AsyncInMemoryStore()
+    runner = quick(store)
+
+    @stroma_flow("inner", input=Call, output=Call)
+    async def inner(flow: Flow, state: Call) -> Call:
+        raise ValueError(f"401 for {state.token.get_secret_value()}")
+
+    @stroma_flow("outer", input=Call, output=Call)
+    async def outer(flow: Flow, state: Call) -> Call:
+        return await flow.run(inner, state)
+
+    with caplog.at_level(logging.DEBUG, "stroma"):
+        result = await runner.run(outer if nested else inner, Call(), run_id="r")
+    assert SECRET not in f"{result.failure.message} {store.get_run('r')} {caplog.text}"
+    assert "**********" in result.failure.message
+
+
+@pytest.mark.parametrize("kind", ["parallel", "map"])
+async def test_the_failure_of_a_group_is_masked(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A child's exception group with the secret of its state is masked in both failures."""
+    runner = quick()
+
+    @runner.node("call", input=Call, output=Call)
+    async def call(state: Call) -> Call:
+        raise ExceptionGroup(f"of {SECRET}", [ValueError(state.token.get_secret_value())])
+
+    group: Any = (
+        map_over("calls", call, into="done") if kind == "map" else parallel(call, identity(runner, "other"))
+    )
+    with caplog.at_level(logging.DEBUG, "stroma"):
+        result = await runner.run([group], Calls(calls=[Call()]) if kind == "map" else Call(), run_id="r")
+    for message in (result.failure.message, result.failure.inner.message, caplog.text, result.to_html()):
+        assert SECRET not in message

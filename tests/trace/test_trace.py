@@ -1,17 +1,31 @@
-"""What a trace holds, to the last field: rows, events, sums of what was left out, copies, JSON."""
+"""What a trace and a result hold, to the last field: rows, events, times, sums, copies, JSON."""
 
 import json
+import logging
 import pickle
+import time
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, TypeAdapter
+from tests.kit import Num, SimpleStore, Text, computing, failing_with, node, quick, sleep_forever
 from tests.kit import One as Given
 from tests.kit import Two as Made
 from tests.kit import Words as Deep
 from tests.trace.rows import USED, WHEN, event, failed, failed_event, row, trace
 
-from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus
+from stroma import (
+    ExecutionResult,
+    ExecutionTrace,
+    FailureClass,
+    FailurePolicy,
+    NodeHooks,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    parallel,
+)
 from stroma.contracts.schema import schema_of
 from stroma.failures import NodeContext
 from stroma.failures.failure import diagnose
@@ -329,3 +343,135 @@ def test_figures_of_every_attempt_in_the_order_of_a_walk() -> None:
     expected[7] = ("kept", 7, 2, 0.5, 0, "m")
     assert list(looked.figures()) == expected
     assert list(looked.copy().figures()) == expected
+
+
+class Late(BaseModel):
+    value: Unknown  # noqa: F821
+
+
+async def test_the_end_of_a_node_whose_contract_cannot_be_read() -> None:
+    """It is an attempt like any other, and drawn like one; its message names what is not defined."""
+    result = await StromaRunner.quick().run([node("one", sleep_forever, Late, Num)], Num())
+    (event,) = list(result.trace)
+    assert (result.status, event.outcome, event.failure) == ("FAILED", "failure", FailureClass.TERMINAL)
+    assert "name 'Unknown' is not defined" in str(event.failure_message)
+    assert "is not defined" in result._repr_html_()
+
+
+class Stubborn(SimpleStore):
+    """It refuses the first time."""
+
+    refused = False
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+        if not self.refused:
+            self.refused = True
+            raise OSError("not now")
+
+
+async def test_every_record_carries_the_run_id(caplog: pytest.LogCaptureFixture) -> None:
+    """Every record that a run logs is on the logger `stroma` and carries its run_id, whoever it is about."""
+    caplog.set_level(logging.DEBUG)
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("once")
+        return {"n": 1}, 1, "nobody knows this model"
+
+    async def blocking(*_: Any) -> None:
+        time.sleep(0.02)
+
+    def lying(error: Exception, context: Any) -> FailureClass | None:
+        raise LookupError("a classifier's own")
+
+    hooks = NodeHooks(on_node_start=failing_with(LookupError, "a hook's own"), on_node_success=blocking)
+    runner = quick(store=Stubborn(), hooks=hooks, hook_timeout_ms=5, classifiers=[lying], run_id="r")
+    assert (await runner.run([node("a", func)], Num())).status is RunStatus.COMPLETED
+    text = "\n".join(record.getMessage() for record in caplog.records if record.name == "stroma")
+    for part in (
+        "classifier",
+        "failed at attempt 1",
+        "follows in",
+        "raised for",
+        "blocked",
+        "no known price",
+        "refused",
+        "ended",
+    ):
+        assert part in text
+    ours = [record for record in caplog.records if record.name.startswith("stroma")]
+    assert {(record.name, getattr(record, "run_id", None)) for record in ours} == {("stroma", "r")}
+
+
+async def test_a_trace_that_was_looked_at_is_still_the_runs_own() -> None:
+    """G7, G8: Neither `redact` nor `on_run_end` changes an event, also if a hook reads the trace."""
+
+    async def look(*_: Any) -> None:
+        list(current_node().ctx.trace.walk())
+
+    async def spoil(run_id: str, result: Any) -> None:
+        for one in result.trace.walk():
+            assert one.input_state == {"n": "hidden"}
+            one.input_state["n"] = one.node_id = "spoiled"
+
+    plus = computing(lambda state: {"n": state.n + 1})
+    nodes = [node("a", plus), parallel(node("b", plus)), node("c", plus)]
+    hooks = NodeHooks(on_node_success=look, on_run_end=spoil)
+    result = await quick(hooks=[hooks, hooks], redact=lambda state: {"n": "hidden"}).run(nodes, Num())
+    assert result.hook_errors == []
+    inputs = [(event.node_id, event.input_state) for event in result.trace.walk()]
+    assert inputs == [("a", {"n": 0}), ("parallel(b)", {"n": 1}), ("b", {"n": 1}), ("c", {"n": 2})]
+
+
+@pytest.mark.parametrize("kind", [ExecutionResult, ExecutionResult[Text]])
+async def test_a_result_serialises_without_its_trace(kind: type[ExecutionResult]) -> None:
+    """Pydantic serialises a result as ids, status, final state, totals and a plain failure, without trace."""
+    runner = StromaRunner.quick(policy_map={"AMBIGUOUS": FailurePolicy(max_retries=0)})
+
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> tuple[Text, int]:
+        if state.text == "bad":
+            raise ValueError("no answer")
+        return state, 7
+
+    good = TypeAdapter(kind).dump_python(await runner.run([ask], Text(text="hi"), run_id="r1"), mode="json")
+    assert good == {
+        "run_id": "r1",
+        "status": "COMPLETED",
+        "final_state": {"text": "hi"},
+        "total_cost_usd": 0.0,
+        "total_tokens": 7,
+        "total": {"tokens": 7, "cost_usd": 0.0},
+        "failure": None,
+        "unpriced_models": ["(no model)"],
+        "suspended": [],
+        "questions": [],
+        "failed_items": 0,
+    }
+    bad = TypeAdapter(kind).dump_python(await runner.run([ask], Text(text="bad"), run_id="r2"), mode="json")
+    assert bad["failure"] == {
+        "type": "ValueError",
+        "message": "no answer",
+        "failure_class": "AMBIGUOUS",
+        "node_id": "ask",
+        "attempt": 1,
+        "reason": None,
+        "retry_after_seconds": None,
+    }
+    assert set(TypeAdapter(kind).json_schema(mode="serialization")["properties"]) == set(good)
+
+
+@pytest.mark.parametrize("status", list(RunStatus))
+def test_ok_is_one_name_for_success(status: RunStatus) -> None:
+    """A result is ok if its run is COMPLETED or RESUMED, and in no other status."""
+    result = ExecutionResult(
+        run_id="r",
+        status=status,
+        trace=ExecutionTrace("r"),
+        final_state=None,
+        total_cost_usd=0.0,
+        total_tokens=0,
+    )
+    assert result.ok == (status.value in ("COMPLETED", "RESUMED"))

@@ -441,7 +441,7 @@ def test_forks(store: SQLiteStore, serve: Any) -> None:
 
 def test_limits_that_are_closed(tmp_path: Path, serve: Callable[..., Site]) -> None:
     """The overview and a running run name limits that are closed by a cooldown, and for how long."""
-    from tests.telemetry.test_cooldowns import close_limit
+    from tests.telemetry.test_queue_metrics import close_limit
 
     store = SQLiteStore(tmp_path / "runs.db")
     asyncio.run(close_limit("llm <b>", store=store, seconds="50"))
