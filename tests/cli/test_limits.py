@@ -8,7 +8,7 @@ from pathlib import Path
 import genai_prices
 import pytest
 from genai_prices import data_snapshot
-from tests.telemetry.test_cooldowns import close_limit
+from tests.telemetry.test_queue_metrics import close_limit
 
 from stroma import KNOWN_MODELS, SQLiteStore
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel
-from tests.kit import THRICE, Loose, Num, Text, node, record_node_hooks
+from tests.kit import THRICE, Item, Loose, Num, Text, node, record_node_hooks
 
 from stroma import (
     ContractViolation,
@@ -101,11 +101,8 @@ async def test_broken_output_stops_at_its_boundary(name: str, grouped: bool) -> 
 async def test_a_function_sees_only_valid_input(state: BaseModel, grouped: bool) -> None:
     """G1: A node is not called with input that fails its contract."""
 
-    class Needs(BaseModel):
-        n: int
-
     func, calls = giving({"n": 1})
-    bare = node("a", func, Needs, Num)
+    bare = node("a", func, Item, Num)
     result = await quick().run([parallel(bare) if grouped else bare], state)
     assert result.status is RunStatus.FAILED
     assert calls == []

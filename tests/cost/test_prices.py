@@ -16,7 +16,7 @@ from genai_prices import data_snapshot
 from genai_prices.types import ModelInfo, Provider
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from tests.kit import Note
 
 from stroma import KNOWN_MODELS, StromaRunner, Usage, estimate_cost_usd, update_prices
 from stroma.cost.prices import Rates, cached_pricer, data_state, find_pricer, prices_of
@@ -190,14 +190,11 @@ async def test_an_entry_that_makes_no_sense_is_said(
     monkeypatch.setitem(KNOWN_MODELS, "gpt-4o", entry)
     runner = StromaRunner.quick()
 
-    class Text(BaseModel):
-        text: str = ""
-
-    @runner.node("ask", input=Text, output=Text)
-    async def ask(state: Text) -> tuple[dict[str, Any], Usage]:
+    @runner.node("ask", input=Note, output=Note)
+    async def ask(state: Note) -> tuple[dict[str, Any], Usage]:
         return {"text": "kept"}, Usage(100, 10, cached, model="gpt-4o")
 
-    result = await runner.run([ask], Text())
+    result = await runner.run([ask], Note())
     assert result.failure.reason == "usage"
     assert "'gpt-4o', whose price makes no sense" in result.failure.message
     assert next(iter(result.trace)).output_state == {"text": "kept"}

@@ -9,6 +9,7 @@ import pytest
 from pydantic import BaseModel
 from tests.effects.shop import Order, Receipt, Refused, Shop
 from tests.fixtures import store_fixture
+from tests.kit import Note as Letter
 from tests.kit import computing, context_on, failing_with, passing
 from tests.shared_stores import STORES
 
@@ -16,10 +17,6 @@ from stroma import Flow, NodeContract, Pipeline, RunConfig, RunExists, RunStatus
 from stroma.adapters import Guard
 
 store = store_fixture(*STORES)
-
-
-class Letter(BaseModel):
-    text: str = ""
 
 
 class Approval(BaseModel):

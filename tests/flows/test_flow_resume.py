@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, run_of, runner_on
 from tests.kit import NEVER, Num, node, noting, quick
+from tests.kit import Item as Page
 from tests.shared_stores import IN_PROCESS, STORES
 
 from stroma import (
@@ -653,10 +654,6 @@ async def test_a_change_before_an_open_wait_is_found(store: Any, change: str) ->
     assert world.calls == ["add 0"]
     is_changed = False
     assert (await run()).status is RunStatus.SUSPENDED
-
-
-class Page(BaseModel):
-    n: int
 
 
 class Sizes(BaseModel):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.kit import NEVER, ONCE, SimpleStore, Text, cancel_after, failing_with, returning
+from tests.kit import Item as Number
 
 from stroma import (
     KNOWN_MODELS,
@@ -46,10 +47,6 @@ ENDS = (SUCCESS, FAILURE, CANCELLED)
 class State(BaseModel):
     value: int = 0
     items: list[int] = []
-
-
-class Number(BaseModel):
-    n: int
 
 
 class Recorder:

@@ -128,9 +128,7 @@ def warn_from(module: str, category: type[Warning]) -> None:
 
 
 @pytest.mark.parametrize("category", [DeprecationWarning, PendingDeprecationWarning])
-@pytest.mark.parametrize(
-    "module", ["stroma", "stroma.checkpoint.sqlite.store", "tests.project.test_tiers"]
-)
+@pytest.mark.parametrize("module", ["stroma", "stroma.checkpoint.sqlite.store", "tests.project.test_tiers"])
 def test_a_deprecation_in_our_own_code_is_an_error(module: str, category: type[Warning]) -> None:
     """Whatever our modules call that will be removed fails the test that notices it."""
     with pytest.raises(category, match="old"):

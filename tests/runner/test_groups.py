@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel
-from tests.kit import NEVER, ONCE, Num, computing, context_of, node, record_hooks, returning, same
+from tests.kit import NEVER, ONCE, Many, Num, computing, context_of, node, record_hooks, returning, same
 
 from stroma import (
     CheckpointManager,
@@ -373,11 +373,8 @@ async def test_scalar_items() -> None:
 async def test_model_items_of_a_typed_list() -> None:
     """Items that are models are validated by the node's own input contract, and a bad one fails the group."""
 
-    class Typed(BaseModel):
-        items: list[Num]
-
     group = map_over("items", node("same", same), into="items")
-    result = await quick().run([group], Typed(items=[Num(n=1), Num(n=2)]))
+    result = await quick().run([group], Many(items=[Num(n=1), Num(n=2)]))
     assert result.final_state.model_dump() == {"items": [{"n": 1}, {"n": 2}]}
     bad = await quick().run([group], Items(items=[{"n": 1}, {"n": "x"}]))
     assert bad.status is RunStatus.FAILED

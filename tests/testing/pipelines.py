@@ -3,13 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from pydantic import BaseModel
+from tests.kit import Num as Number
 
 from stroma import FailurePolicy, StromaRunner, stroma_node
-
-
-class Number(BaseModel):
-    n: int = 0
 
 
 def make(

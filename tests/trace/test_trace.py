@@ -346,7 +346,7 @@ def test_figures_of_every_attempt_in_the_order_of_a_walk() -> None:
 
 
 class Late(BaseModel):
-    value: Unknown  # noqa: F821
+    value: "Unknown"  # noqa: F821
 
 
 async def test_the_end_of_a_node_whose_contract_cannot_be_read() -> None:

@@ -21,7 +21,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import BaseModel
-from tests.kit import passing, returning
+from tests.kit import Text, passing, returning
 from tests.store_suite.journal import State as Kept
 from tests.store_suite.journal import begin, commit, finish
 from tests.ui.conftest import BAD, GOOD, Site, State, make_runs, node
@@ -205,13 +205,10 @@ def test_a_cost_without_tokens(store: SQLiteStore, serve: Any) -> None:
 def test_failed_items_are_named(store: SQLiteStore, serve: Any) -> None:
     """The page of a run names its failed items and --retry-failed, and counts each failed call once."""
 
-    class Part(BaseModel):
-        text: str
-
     class Parts(BaseModel):
         parts: list[str] = ["a", "b"]
 
-    async def fail(part: Part) -> Part:
+    async def fail(part: Text) -> Text:
         raise PermissionError("no")
 
     work = map_over("parts", stroma_node("fail")(fail), into="out", on_item_failure="collect")

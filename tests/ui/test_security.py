@@ -15,9 +15,8 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from pydantic import BaseModel
 from tests.checkpoint import large_stores
-from tests.kit import computing, passing, undone_command, words
+from tests.kit import Note, computing, passing, undone_command, words
 from tests.trace.standalone_pages import Page
 from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 
@@ -402,13 +401,10 @@ def test_scripts_are_words(site: Site) -> None:
 def test_fifty_megabytes(store: SQLiteStore, serve: Any) -> None:
     """A payload of 50 MB makes no page large; it can be downloaded whole."""
 
-    class Big(BaseModel):
-        text: str = ""
-
     grow = computing(lambda _: {"text": "x" * 50_000_000})
-    again = stroma_node("again", input=Big, output=Big)(lambda state: state)
-    pipeline = Pipeline("big", [stroma_node("grow", input=Big, output=Big)(grow), again])
-    asyncio.run(StromaRunner.quick(store=store).run(pipeline, Big(), run_id="big"))
+    again = stroma_node("again", input=Note, output=Note)(lambda state: state)
+    pipeline = Pipeline("big", [stroma_node("grow", input=Note, output=Note)(grow), again])
+    asyncio.run(StromaRunner.quick(store=store).run(pipeline, Note(), run_id="big"))
     site = serve(store)
     for path in ("/", "/run?id=big", *attempts_of(site, "big")):
         answer = site.ask("GET", path)
