@@ -166,6 +166,16 @@ def computing(output: Callable[[Any], Any]) -> Any:
     return func
 
 
+def recording(calls: list[Any], note: Any, output: Callable[[Any], Any]) -> Any:
+    """Return a node's function that appends ``note`` to ``calls`` and returns what ``output`` makes."""
+
+    async def func(state: Any) -> Any:
+        calls.append(note)
+        return output(state)
+
+    return func
+
+
 def failing_with(error: type[BaseException], *arguments: object) -> Any:
     """Return a node's function, or a hook, that raises such an error, a new one in each attempt."""
 

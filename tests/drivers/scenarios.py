@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
-from tests.kit import NEVER, THRICE, Num, Positive, Words, bare, node
+from tests.kit import NEVER, THRICE, Num, Positive, Text, Words, bare, node, recording
 
 from stroma import (
     ExecutionBudget,
@@ -75,11 +75,7 @@ class Scenario:
 
 
 def counted(calls: list[str], node_id: str, by: int = 1, **schemas: Any) -> Any:
-    async def func(state: Any) -> dict[str, int]:
-        calls.append(node_id)
-        return {"n": state.n + by}
-
-    return node(node_id, func, **schemas)
+    return node(node_id, recording(calls, node_id, lambda state: {"n": state.n + by}), **schemas)
 
 
 def failing(calls: list[str], node_id: str, *errors: Any, tokens: int = 0) -> Any:
@@ -98,48 +94,24 @@ def failing(calls: list[str], node_id: str, *errors: Any, tokens: int = 0) -> An
 
 
 def spending(calls: list[str], node_id: str, tokens: int, model: str | None = None) -> Any:
-    async def func(state: Num) -> Any:
-        calls.append(node_id)
-        return {"n": state.n + 1}, tokens, 0, model
-
-    return node(node_id, func)
+    return node(node_id, recording(calls, node_id, lambda state: ({"n": state.n + 1}, tokens, 0, model)))
 
 
 def giving(calls: list[str], node_id: str, *outputs: Any) -> Any:
     """Gives these, one in each attempt."""
-
-    async def func(state: Num) -> Any:
-        calls.append(node_id)
-        return outputs[calls.count(node_id) - 1]
-
-    return node(node_id, func)
+    return node(node_id, recording(calls, node_id, lambda _: outputs[calls.count(node_id) - 1]))
 
 
 def half(calls: list[str], node_id: str, name: str, promised: type[BaseModel]) -> Any:
-    async def func(state: Num) -> dict[str, int]:
-        calls.append(node_id)
-        return {name: state.n + 1}
-
-    return node(node_id, func, Num, promised)
+    return node(node_id, recording(calls, node_id, lambda state: {name: state.n + 1}), Num, promised)
 
 
 def joined(calls: list[str]) -> Any:
-    async def func(state: Both) -> dict[str, int]:
-        calls.append("join")
-        return {"n": state.left + state.right}
-
-    return node("join", func, Both, Num)
+    return node("join", recording(calls, "join", lambda state: {"n": state.left + state.right}), Both, Num)
 
 
 def lengths(calls: list[str]) -> Any:
-    class Text(BaseModel):
-        text: str
-
-    async def func(state: Text) -> dict[str, int]:
-        calls.append("length")
-        return {"length": len(state.text)}
-
-    return node("length", func, Text, Length)
+    return node("length", recording(calls, "length", lambda state: {"length": len(state.text)}), Text, Length)
 
 
 class Word(BaseModel):
@@ -151,12 +123,8 @@ def measuring(
 ) -> list[Any]:
     """Three nodes: the second one doubles what the first one has doubled, and fails where it is told to."""
 
-    class Text(BaseModel):
-        text: str
-
-    async def read(state: Text) -> Any:
-        calls.append("read")
-        return {"word": state.text * 2}, 5
+    read = recording(calls, "read", lambda state: ({"word": state.text * 2}, 5))
+    length = recording(calls, "length", lambda state: {"length": len(state.word)})
 
     async def doubled(state: Word) -> Any:
         calls.append("doubled")
@@ -165,10 +133,6 @@ def measuring(
             raise ValueError(f"{half} is too long")
         return {"word": state.word * 2}, 5
 
-    async def length(state: Word) -> dict[str, int]:
-        calls.append("length")
-        return {"length": len(state.word)}
-
     doubler = node("doubled", doubled, Word, Word)
     return [node("read", read, Text, Word), doubler, node("length", length, Word, Length)]
 
@@ -176,29 +140,23 @@ def measuring(
 def branching(calls: list[str]) -> list[Any]:
     """A node, a map beside another node, and a node that joins what they made."""
 
-    class Text(BaseModel):
-        text: str
-
     class Parts(BaseModel):
         words: list[str]
         lengths: list[Length]
         word: str
 
-    async def split(state: Text) -> dict[str, list[str]]:
-        calls.append("split")
-        return {"words": [state.text, state.text * 2]}
-
-    async def first(state: Words) -> dict[str, str]:
-        calls.append("first")
-        return {"word": state.words[0]}
-
-    async def total(state: Parts) -> dict[str, int]:
-        calls.append("sum")
+    def total(state: Parts) -> dict[str, int]:
         return {"length": sum(one.length for one in state.lengths) + len(state.word)}
 
+    split = recording(calls, "split", lambda state: {"words": [state.text, state.text * 2]})
+    first = recording(calls, "first", lambda state: {"word": state.words[0]})
     lengths_of = map_over("words", lengths(calls), into="lengths")
     both = parallel(lengths_of, node("first", first, Words, Word), max_concurrency=1)
-    return [node("split", split, Text, Words), both, node("sum", total, Parts, Length)]
+    return [
+        node("split", split, Text, Words),
+        both,
+        node("sum", recording(calls, "sum", total), Parts, Length),
+    ]
 
 
 def endless(calls: list[str], node_id: str, output: type[BaseModel] = Num) -> Any:
@@ -221,9 +179,8 @@ def failing_beside(calls: list[str], node_id: str, other: str) -> Any:
     return node(node_id, func, Num, Left)
 
 
-KNOWN_MODELS.setdefault(
-    "a-dear-one", (1.0, 2.0)
-)  # USD for each token would be a lot: these are for 1,000 tokens
+# USD for each token would be a lot: these are for 1,000 tokens.
+KNOWN_MODELS.setdefault("a-dear-one", (1.0, 2.0))
 
 
 AMBIGUOUS, RECOVERABLE, TERMINAL = FailureClass.AMBIGUOUS, FailureClass.RECOVERABLE, FailureClass.TERMINAL
@@ -475,7 +432,11 @@ SCENARIOS: dict[str, Scenario] = {
         config={"budget": ExecutionBudget(max_tokens_total=14)},
     ),
     "no contract": Scenario(
-        lambda calls: [without_contract(calls), counted(calls, "b")], completed("a b", {"n": 6})
+        lambda calls: [
+            bare("a", recording(calls, "a", lambda state: {"n": state.n + 5})),
+            counted(calls, "b"),
+        ],
+        completed("a b", {"n": 6}),
     ),
     "a sync node": Scenario(lambda calls: [in_a_thread(calls)], completed("a", {"n": 1})),
     "what one node tells the next": Scenario(
@@ -502,14 +463,6 @@ def flaky_half(calls: list[str], node_id: str) -> Any:
         return {"right": state.n + 1}
 
     return node(node_id, func, Num, Right)
-
-
-def without_contract(calls: list[str]) -> Any:
-    async def func(state: Any) -> dict[str, int]:
-        calls.append("a")
-        return {"n": state.n + 5}
-
-    return bare("a", func)
 
 
 def in_a_thread(calls: list[str]) -> Any:
