@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.fixtures import journal, provider, temporal_server  # noqa: F401
+from tests.fixtures import clock, journal, provider, temporal_server  # noqa: F401
 from tests.tiers import (
     CORE_PATHS,
     EACH_SERVER_PATHS,

@@ -29,6 +29,14 @@ def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
         yield request.param, where
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The time of waits and of due runs, which a test moves."""
+    from tests.flows.steps import Clock
+
+    return Clock(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def provider() -> Iterator[Any]:
     """A provider of models on localhost that a test controls; see tests/providers/server.py."""

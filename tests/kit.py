@@ -124,6 +124,11 @@ def quick_without_retries(**config: Any) -> StromaRunner:
     return StromaRunner.quick(**{"policy_map": NEVER, **config})
 
 
+def quick_on(store: Any, **config: Any) -> StromaRunner:
+    """Return a runner on a store that retries nothing, unless ``config`` has policies."""
+    return StromaRunner.quick(**{"store": store, "policy_map": NEVER, **config})
+
+
 def context_of(runner: StromaRunner, config: RunConfig | None = None) -> ReliabilityContext:
     """Return a context for steps of plain code, on the store of a runner."""
     return ReliabilityContext.for_run(config or runner.config, runner.registry, runner.checkpoint_manager)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Note, cancel, computing, context_of, ended, start_python
+from tests.flows.steps import runner_on
+from tests.kit import THRICE, Note, cancel, computing, context_of, ended, start_python
 from tests.shared_stores import IN_PROCESS, SHARED, place
 
 from stroma import (
@@ -53,12 +54,6 @@ store = store_fixture(*IN_PROCESS)
 
 def node(node_id: str, func: Callable[..., Any], input_model: Any = Note, output_model: Any = Note) -> Any:
     return stroma_node(node_id, input=input_model, output=output_model)(func)
-
-
-def runner_on(store: Any, **config: Any) -> StromaRunner:
-    return StromaRunner.quick(
-        **{"store": store, "run_id": "r", "resume": True, "policy_map": NEVER, **config}
-    )
 
 
 def context_on(store: Any, **config: Any) -> ReliabilityContext:

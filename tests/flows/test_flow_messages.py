@@ -28,11 +28,6 @@ from stroma.checkpoint.memory.store import MemorySession
 store = store_fixture(*STORES)
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
-
-
 def receiver(count: int, **options: Any) -> Any:
     """A flow that receives a number of messages, and returns their texts."""
 

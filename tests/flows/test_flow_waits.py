@@ -17,11 +17,6 @@ from stroma.checkpoint.flow_notes import LAST_MS
 store = store_fixture(*STORES)
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
-
-
 async def test_a_long_sleep_suspends_the_run(store: Any, clock: Clock) -> None:
     """The run is SUSPENDED until the recorded time, whatever process looks at it, and goes on from there."""
     world = World()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
-from tests.kit import NEVER, Num, cancel, cancel_after, node, same
+from tests.kit import Num, cancel, cancel_after, node, quick_on, same
 from tests.shared_stores import STORES
 
 from stroma import (
@@ -16,16 +16,11 @@ from stroma import (
     Pipeline,
     RunStatus,
     StoreError,
-    StromaRunner,
     stroma_flow,
 )
 from stroma.runner.drive import Blocked, Busy, DriveOutcome, Ended, Suspended, Yielded
 
 store = store_fixture(*STORES)
-
-
-def _runner(store: Any, **config: Any) -> StromaRunner:
-    return StromaRunner.quick(**{"store": store, "policy_map": NEVER, **config})
 
 
 def _result(outcome: DriveOutcome) -> ExecutionResult:
@@ -36,7 +31,7 @@ def _result(outcome: DriveOutcome) -> ExecutionResult:
 
 async def _interrupt(store: Any, world: World, pipeline: Pipeline, call: str) -> None:
     """Run a pipeline until a call, and shut its runner down."""
-    runner = _runner(store)
+    runner = quick_on(store)
     run = asyncio.ensure_future(runner.run(pipeline, Num(), run_id="r"))
     world.dies_in = call
     await world.dies.wait()
@@ -51,11 +46,11 @@ async def test_an_interrupted_run_is_driven_to_its_end(store: Any) -> None:
     world = World()
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     await _interrupt(store, world, pipeline, "b 1")
-    ended = await _runner(store).drive("r", pipelines=[pipeline])
+    ended = await quick_on(store).drive("r", pipelines=[pipeline])
     assert ended == Ended("r", RunStatus.RESUMED)
     assert _result(ended).output == Num(n=2)
     assert world.calls == ["a 0", "b 1", "b 1"]
-    again = await _runner(store).drive("r", pipelines=[pipeline])
+    again = await quick_on(store).drive("r", pipelines=[pipeline])
     assert isinstance(again, Ended)
     assert (again, again.result) == (Ended("r", RunStatus.RESUMED), None)
     assert isinstance(again.status, RunStatus)
@@ -68,7 +63,7 @@ async def test_a_failure_is_an_end(store: Any) -> None:
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     await _interrupt(store, world, pipeline, "b 1")
     world.failing.add("b")
-    ended = await _runner(store).drive("r", pipelines=[pipeline])
+    ended = await quick_on(store).drive("r", pipelines=[pipeline])
     failure = _result(ended).failure
     assert (ended, failure.message) == (Ended("r", RunStatus.PARTIAL), "b 1 failed")
 
@@ -82,7 +77,7 @@ async def test_a_suspended_run(store: Any, monkeypatch: pytest.MonkeyPatch) -> N
         await flow.sleep(hours=1)
         return await flow.wait_for(Text, reason="Well?")
 
-    runner = _runner(store)
+    runner = quick_on(store)
     await runner.run(ask, Num(), run_id="r")
     due = datetime.fromtimestamp(clock.ms / 1000, UTC) + timedelta(hours=1)
     assert await runner.drive("r", pipelines=[ask]) == Suspended("r", due)
@@ -102,7 +97,7 @@ async def test_a_paused_run_stays_paused(store: Any) -> None:
     world = World()
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     await _interrupt(store, world, pipeline, "b 1")
-    runner = _runner(store)
+    runner = quick_on(store)
     await runner.pause("r")
     assert await runner.drive("r", pipelines=[pipeline]) == Suspended("r", None)
     await runner.unpause("r")
@@ -114,9 +109,9 @@ async def test_a_run_with_an_owner_is_busy(store: Any) -> None:
     world = World()
     pipeline = Pipeline("p", [world.step("a")])
     world.dies_in = "a 0"
-    run = asyncio.ensure_future(_runner(store).run(pipeline, Num(), run_id="r"))
+    run = asyncio.ensure_future(quick_on(store).run(pipeline, Num(), run_id="r"))
     await world.dies.wait()
-    busy = await _runner(store).drive("r", pipelines=[pipeline])
+    busy = await quick_on(store).drive("r", pipelines=[pipeline])
     assert isinstance(busy, Busy)
     assert busy.owner
     if busy.until is not None:  # A store in memory has no leases.
@@ -137,7 +132,7 @@ async def test_a_long_run_yields_at_a_step_boundary(store: Any) -> None:
     pipeline = Pipeline("p", [world.step("a"), *(node(f"slow{i}", slow) for i in range(3))])
     await _interrupt(store, world, pipeline, "a 0")
     world.calls.clear()
-    runner = _runner(store)
+    runner = quick_on(store)
     outcomes = [await runner.drive("r", pipelines=[pipeline], max_seconds=0.01)]
     while outcomes[-1] == Yielded("r"):
         outcomes.append(await runner.drive("r", pipelines=[pipeline], max_seconds=0.01))
@@ -150,7 +145,7 @@ async def test_a_shutdown_yields(store: Any) -> None:
     world = World()
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     await _interrupt(store, world, pipeline, "a 0")
-    runner = _runner(store)
+    runner = quick_on(store)
     world.dies_in = "a 0"
     driving = asyncio.ensure_future(runner.drive("r", pipelines=[pipeline]))
     await world.dies.wait()
@@ -163,7 +158,7 @@ async def test_code_that_does_not_fit_is_blocked(store: Any) -> None:
     world = World()
     a, b = world.step("a"), world.step("b")
     await _interrupt(store, world, Pipeline("p", [a, b]), "b 1")
-    runner = _runner(store)
+    runner = quick_on(store)
     unknown = await runner.drive("r")
     assert isinstance(unknown, Blocked)
     assert "'p' is not served here" in unknown.reason
@@ -179,7 +174,7 @@ async def test_code_that_does_not_fit_is_blocked(store: Any) -> None:
 
 async def test_flows_of_the_runner_are_known(store: Any) -> None:
     """drive() finds the flows that the runner has registered; a list with one name twice is refused."""
-    runner = _runner(store)
+    runner = quick_on(store)
 
     @runner.flow("ask", input=Num, output=Text)
     async def ask(flow: Flow, state: Num) -> Text:
@@ -208,13 +203,13 @@ async def test_a_failing_store_leaves_the_run_to_others(store: Any, monkeypatch:
 
     monkeypatch.setattr(kind, "record", refuse)
     with pytest.raises(StoreError, match="the disk is full"):
-        await _runner(store).drive("r", pipelines=[pipeline])
+        await quick_on(store).drive("r", pipelines=[pipeline])
     monkeypatch.setattr(kind, "record", record)
     assert store.get_run("r").status == "INTERRUPTED"
     due = datetime.fromtimestamp(clock.ms / 1000, UTC) + timedelta(seconds=5)
-    assert await _runner(store).drive("r", pipelines=[pipeline]) == Suspended("r", due)
+    assert await quick_on(store).drive("r", pipelines=[pipeline]) == Suspended("r", due)
     clock.pass_by(seconds=5)
-    assert await _runner(store).drive("r", pipelines=[pipeline]) == Ended("r", RunStatus.RESUMED)
+    assert await quick_on(store).drive("r", pipelines=[pipeline]) == Ended("r", RunStatus.RESUMED)
 
 
 async def _session_of(store: Any, run_id: str) -> Any:
@@ -231,7 +226,7 @@ async def test_a_cancelled_call_leaves_the_run_to_others(store: Any) -> None:
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
     await _interrupt(store, world, pipeline, "a 0")
     world.dies_in = "b 1"
-    await cancel_after(_runner(store).drive("r", pipelines=[pipeline]), world.dies)
+    await cancel_after(quick_on(store).drive("r", pipelines=[pipeline]), world.dies)
     world.dies_in = None
     assert store.get_run("r").status == "INTERRUPTED"
-    assert await _runner(store).drive("r", pipelines=[pipeline]) == Ended("r", RunStatus.RESUMED)
+    assert await quick_on(store).drive("r", pipelines=[pipeline]) == Ended("r", RunStatus.RESUMED)

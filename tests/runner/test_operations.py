@@ -19,6 +19,7 @@ from tests.kit import (
     failing_with,
     node,
     noting,
+    quick_on,
     same,
 )
 from tests.shared_stores import IN_PROCESS
@@ -66,10 +67,6 @@ class Work:
         return stroma_node(node_id, input=Num, output=Num)(func)
 
 
-def quick(store: Any, **config: Any) -> StromaRunner:
-    return StromaRunner.quick(store=store, policy_map=NEVER, **config)
-
-
 async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
     """A store has the frames of the last failed attempt at a place, with the line that raised."""
 
@@ -89,10 +86,10 @@ async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
     """runner.cancel() ends a run of another task or process; it is CANCELLED, and may be resumed."""
     work, ended = Work(), []
 
-    runner = quick(store, hooks=NodeHooks(on_run_end=noting(ended, lambda run_id, result: result.status)))
+    runner = quick_on(store, hooks=NodeHooks(on_run_end=noting(ended, lambda run_id, result: result.status)))
     task = asyncio.create_task(runner.run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
-    assert await quick(store).cancel("r")
+    assert await quick_on(store).cancel("r")
     result = await asyncio.wait_for(task, 10)
     assert (result.status, result.final_state, result.failure) == (RunStatus.CANCELLED, Num(n=1), None)
     assert not task.cancelled()
@@ -101,7 +98,7 @@ async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
     assert store.get_run("r").status == "CANCELLED"
     assert [e.outcome for e in result.trace] == ["success", "cancelled"]
     work.gate.set()
-    again = await quick(store).run(work.nodes, Num(), run_id="r", resume=True)
+    again = await quick_on(store).run(work.nodes, Num(), run_id="r", resume=True)
     assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=3))
 
 
@@ -109,21 +106,21 @@ async def test_children_are_cancelled_from_elsewhere(store: Any) -> None:
     """A run inside a group ends as well, its children awaited."""
     work = Work()
     group = parallel(work.nodes[1], work.nodes[0])
-    task = asyncio.create_task(quick(store).run([group], Num(), run_id="r"))
+    task = asyncio.create_task(quick_on(store).run([group], Num(), run_id="r"))
     await work.inside.wait()
-    await quick(store).cancel("r")
+    await quick_on(store).cancel("r")
     assert (await asyncio.wait_for(task, 10)).status is RunStatus.CANCELLED
 
 
 async def test_steps_of_a_cancelled_run_are_not_called(store: Any) -> None:
     """Code that attaches to a run calls no step after its cancellation; the failure says how it ended."""
     work = Work()
-    task = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
+    task = asyncio.create_task(quick_on(store).run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
-    runner = quick(store, run_id="r", if_running="attach")
+    runner = quick_on(store, run_id="r", if_running="attach")
     ctx = context_of(runner)
     step = asyncio.create_task(execute_step("c", work.make("c"), Num(), ctx))
-    assert await quick(store).cancel("r")
+    assert await quick_on(store).cancel("r")
     await task
     result = await asyncio.wait_for(step, 10)
     failure = result.failure
@@ -143,7 +140,7 @@ async def test_a_run_whose_loop_was_closed_can_be_cancelled(tmp_path: Path) -> N
 
             async def begin() -> None:
                 work.gate, work.inside = asyncio.Event(), asyncio.Event()
-                entries.append(asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r")))
+                entries.append(asyncio.create_task(quick_on(store).run(work.nodes, Num(), run_id="r")))
                 await work.inside.wait()
 
             loop.run_until_complete(begin())
@@ -151,7 +148,7 @@ async def test_a_run_whose_loop_was_closed_can_be_cancelled(tmp_path: Path) -> N
 
         await asyncio.to_thread(leave)
         assert store.get_run("r").holder is not None
-        assert await quick(store).cancel("r")
+        assert await quick_on(store).cancel("r")
         assert store.get_run("r").status == "CANCELLED"
         entries[0]._log_destroy_pending = False
 
@@ -161,18 +158,18 @@ async def test_a_run_that_nobody_holds_is_cancelled_at_once(store: Any) -> None:
     work = Work()
     work.gate.set()
     with pytest.raises(CheckpointNotFound):
-        await quick(store).cancel("r")
-    await quick(store).run(work.nodes, Num(), run_id="r")
-    assert await quick(store).cancel("r") is False
+        await quick_on(store).cancel("r")
+    await quick_on(store).run(work.nodes, Num(), run_id="r")
+    assert await quick_on(store).cancel("r") is False
     assert store.get_run("r").status == "COMPLETED"
-    stopped = quick(store)
+    stopped = quick_on(store)
     work.gate.clear()
     work.inside.clear()
     task = asyncio.create_task(stopped.run(work.nodes, Num(), run_id="i"))
     await work.inside.wait()
     await stopped.shutdown(drain_seconds=0)
     assert (await task).status is RunStatus.INTERRUPTED
-    assert await quick(store).cancel("i")
+    assert await quick_on(store).cancel("i")
     assert store.get_run("i").status == "CANCELLED"
 
 
@@ -180,7 +177,7 @@ async def test_a_run_that_nobody_holds_is_cancelled_at_once(store: Any) -> None:
 async def test_a_cancellation_of_the_task_itself_still_comes_out(store: Any) -> None:
     """A run whose own task is cancelled raises CancelledError, also if somebody asked for its end as well."""
     work = Work()
-    task = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
+    task = asyncio.create_task(quick_on(store).run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
     await store.cancel("r")
     await cancel(task)
@@ -191,22 +188,22 @@ async def test_a_fork_goes_on_from_a_node(store: Any) -> None:
     """fork() runs on from a committed node with an edited state, as a new run that names its parent."""
     work = Work()
     work.gate.set()
-    await quick(store).run(work.nodes, Num(), run_id="r")
+    await quick_on(store).run(work.nodes, Num(), run_id="r")
     work.calls.clear()
-    result = await quick(store).fork("r", work.nodes, at="c", state=Num(n=40), new_run_id="f")
+    result = await quick_on(store).fork("r", work.nodes, at="c", state=Num(n=40), new_run_id="f")
     assert (result.run_id, result.status, result.final_state) == ("f", RunStatus.RESUMED, Num(n=41))
     assert work.calls == ["c"]
     assert (store.get_run("f").parent, store.get_run("r").parent) == ("r", None)
     assert store.get_run("r").status == "COMPLETED"
     assert [a.node_id for a in store.attempts("r")] == ["a", "b", "c"]
-    plain = await quick(store).fork("r", work.nodes, at="b")
+    plain = await quick_on(store).fork("r", work.nodes, at="b")
     assert plain.final_state == Num(n=3)
     assert plain.run_id not in ("r", "f")
-    first = await quick(store).fork("r", work.nodes, at="a", state=Num(n=7), new_run_id="g")
+    first = await quick_on(store).fork("r", work.nodes, at="a", state=Num(n=7), new_run_id="g")
     assert first.final_state == Num(n=10)
-    assert (await quick(store).run(work.nodes, Num(n=7), run_id="g", if_exists="return")).final_state == Num(
-        n=10
-    )
+    assert (
+        await quick_on(store).run(work.nodes, Num(n=7), run_id="g", if_exists="return")
+    ).final_state == Num(n=10)
 
 
 async def test_a_person_gives_the_output_of_a_node_that_failed(store: Any) -> None:
@@ -217,20 +214,20 @@ async def test_a_person_gives_the_output_of_a_node_that_failed(store: Any) -> No
         stroma_node("broken", input=Num, output=Num)(failing_with(KeyError, "x")),
         work.nodes[2],
     ]
-    assert not (await quick(store).run(nodes, Num(), run_id="r")).ok
-    forked = await quick(store).fork("r", nodes, at="c", state=Num(n=40), new_run_id="f")
+    assert not (await quick_on(store).run(nodes, Num(), run_id="r")).ok
+    forked = await quick_on(store).fork("r", nodes, at="c", state=Num(n=40), new_run_id="f")
     assert (forked.status, forked.final_state) == (RunStatus.RESUMED, Num(n=41))
     assert store.get_run("r").status == "PARTIAL"
-    again = await quick(store, resume=True).run(nodes, Num(), run_id="f")
+    again = await quick_on(store, resume=True).run(nodes, Num(), run_id="f")
     assert (again.final_state, work.calls) == (Num(n=41), ["a", "c"])
-    given = await quick(store).fork("r", nodes, at="broken", output=Num(n=50))
+    given = await quick_on(store).fork("r", nodes, at="broken", output=Num(n=50))
     assert (given.final_state, work.calls) == (Num(n=51), ["a", "c", "c"])
-    last = await quick(store).fork("r", nodes[:2], at="broken", output=Num(n=50))
+    last = await quick_on(store).fork("r", nodes[:2], at="broken", output=Num(n=50))
     assert (last.status, last.final_state) == (RunStatus.RESUMED, Num(n=50))
-    only = await quick(store).fork("r", nodes[:1], at="a", output=Num(n=9))
+    only = await quick_on(store).fork("r", nodes[:1], at="a", output=Num(n=9))
     assert (only.status, only.final_state, work.calls) == (RunStatus.RESUMED, Num(n=9), ["a", "c", "c"])
     with pytest.raises(ValueError, match="exclude each other"):
-        await quick(store).fork("r", nodes, at="c", state=Num(), output=Num())
+        await quick_on(store).fork("r", nodes, at="c", state=Num(), output=Num())
 
 
 async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -> None:
@@ -250,14 +247,16 @@ async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -
     work.gate.set()
     group = stroma_node("last", input=Free, output=Free)(last)
     nodes = [parallel(work.nodes[0], work.nodes[1]), loose, group]
-    result = await quick(store).run(nodes, Num(), run_id="r")
+    result = await quick_on(store).run(nodes, Num(), run_id="r")
     assert result.final_state == Free(n=20, more="made"), result.failure
-    forked = await quick(store).fork("r", nodes, at="last", state=Free(n=7, more="edited"), input_schema=Num)
+    forked = await quick_on(store).fork(
+        "r", nodes, at="last", state=Free(n=7, more="edited"), input_schema=Num
+    )
     assert forked.final_state == Free(n=70, more="edited")
-    forked = await quick(store).fork("r", nodes, at="loose", state=Num(n=3), input_schema=Num)
+    forked = await quick_on(store).fork("r", nodes, at="loose", state=Num(n=3), input_schema=Num)
     assert forked.final_state == Free(n=40, more="made")
     with pytest.raises(TypeError, match="input_schema="):
-        await quick(store).fork("r", nodes, at="last")
+        await quick_on(store).fork("r", nodes, at="last")
 
 
 @pytest.mark.core
@@ -266,19 +265,21 @@ async def test_what_cannot_be_forked(store: Any) -> None:
     work = Work()
     work.gate.set()
     with pytest.raises(CheckpointNotFound):
-        await quick(store).fork("r", work.nodes, at="b")
-    await quick(store).run(work.nodes[:1], Num(), run_id="r")
+        await quick_on(store).fork("r", work.nodes, at="b")
+    await quick_on(store).run(work.nodes[:1], Num(), run_id="r")
     with pytest.raises(ValueError, match="its nodes are"):
-        await quick(store).fork("r", work.nodes, at="d")
+        await quick_on(store).fork("r", work.nodes, at="d")
     with pytest.raises(CheckpointNotFound, match="no output at position 1"):
-        await quick(store).fork("r", work.nodes, at="c", new_run_id="stray")
+        await quick_on(store).fork("r", work.nodes, at="c", new_run_id="stray")
     with pytest.raises(CheckpointNotFound, match="no output at position 1"):
-        await quick(store).fork("r", [*work.nodes, work.make("d")], at="d", state=Num(), new_run_id="stray")
+        await quick_on(store).fork(
+            "r", [*work.nodes, work.make("d")], at="d", state=Num(), new_run_id="stray"
+        )
     assert store.get_run("stray") is None
     with pytest.raises(RunExists):
-        await quick(store).fork("r", work.nodes, at="b", new_run_id="r")
+        await quick_on(store).fork("r", work.nodes, at="b", new_run_id="r")
     with pytest.raises(TypeError, match="must be a pydantic model"):
-        await quick(store).fork("r", work.nodes, at="b", state={"n": 1}, new_run_id="stray")
+        await quick_on(store).fork("r", work.nodes, at="b", state={"n": 1}, new_run_id="stray")
     assert store.get_run("stray") is None
 
 
@@ -301,7 +302,7 @@ async def test_many_runs(store: Any) -> None:
 
     nodes = [stroma_node("x", input=Num, output=Num)(func)]
     events: list[int] = []
-    outcomes = await quick(store).run_many(
+    outcomes = await quick_on(store).run_many(
         nodes,
         (Num(n=i) if i != 5 else None for i in range(20)),
         max_concurrency=4,
@@ -318,16 +319,16 @@ async def test_many_runs(store: Any) -> None:
             assert outcome.status is (RunStatus.PARTIAL if i == 3 else RunStatus.COMPLETED)
             assert outcome.final_state == Num(n=3 if i == 3 else i * 10)
     with pytest.raises(ValueError, match="max_concurrency"):
-        await quick(store).run_many(nodes, [Num()], max_concurrency=0)
+        await quick_on(store).run_many(nodes, [Num()], max_concurrency=0)
 
 
 async def test_recovery_without_a_name_is_warned_of(store: Any, caplog: pytest.LogCaptureFixture) -> None:
     """Runs are found by the name of their pipeline: without one a warning says that others may be found."""
     work = Work()
-    await quick(store).recover(Pipeline("p", work.nodes))
-    await quick(store, pipeline="q").recover(work.nodes)
+    await quick_on(store).recover(Pipeline("p", work.nodes))
+    await quick_on(store, pipeline="q").recover(work.nodes)
     assert not caplog.records
-    await quick(store).recover(work.nodes)
+    await quick_on(store).recover(work.nodes)
     assert "name it with Pipeline" in caplog.text
 
 
@@ -349,7 +350,7 @@ async def test_what_breaks_run_many_comes_out_as_itself(store: Any, broken: str)
     if broken == "on_result":
         work.gate.set()
     with pytest.raises(KeyError, match=broken):
-        await quick(store).run_many(work.nodes, inputs(), **options)
+        await quick_on(store).run_many(work.nodes, inputs(), **options)
     if broken != "run_ids":  # Which no run came before.
         assert all(run.holder is None for run in store.list_runs())
 
@@ -359,13 +360,13 @@ async def test_interrupted_runs_are_recovered(store: Any) -> None:
     """recover() goes on with what was interrupted under this pipeline's name, and with nothing else."""
     work = Work()
     pipeline = Pipeline("p", work.nodes)
-    first = quick(store)
+    first = quick_on(store)
     stopped = [asyncio.create_task(first.run(pipeline, Num(n=i), run_id=f"i{i}")) for i in range(3)]
     while work.calls.count("b") < 3:
         await asyncio.sleep(0.001)
     theirs = Work()  # It is at work for as long as this looks for others.
-    held = asyncio.create_task(quick(store).run(Pipeline("p", theirs.nodes), Num(), run_id="held"))
-    other = quick(store)
+    held = asyncio.create_task(quick_on(store).run(Pipeline("p", theirs.nodes), Num(), run_id="held"))
+    other = quick_on(store)
     another = asyncio.create_task(other.run(Pipeline("q", work.nodes), Num(), run_id="q"))
     while work.calls.count("b") < 4 or "b" not in theirs.calls:
         await asyncio.sleep(0.001)
@@ -373,7 +374,7 @@ async def test_interrupted_runs_are_recovered(store: Any) -> None:
     assert {(await task).status for task in (*stopped, another)} == {RunStatus.INTERRUPTED}
     work.gate.set()
     work.calls.clear()
-    outcomes = await quick(store).recover(pipeline)
+    outcomes = await quick_on(store).recover(pipeline)
     assert sorted(outcomes) == ["i0", "i1", "i2"]
     assert [getattr(outcomes[f"i{i}"], "final_state", None) for i in range(3)] == [
         Num(n=i + 3) for i in range(3)
@@ -382,36 +383,36 @@ async def test_interrupted_runs_are_recovered(store: Any) -> None:
     assert (await held).status is RunStatus.COMPLETED
     assert theirs.calls == ["a", "b", "c"]
     assert sorted(work.calls) == ["b", "b", "b", "c", "c", "c"]
-    assert await quick(store).recover(pipeline) == {}
+    assert await quick_on(store).recover(pipeline) == {}
 
 
 async def test_a_run_is_resumed_by_its_id_alone(store: Any) -> None:
     """With the input that it was begun with, in any process; what is committed is not called again."""
     work = Work()
-    first = quick(store)
+    first = quick_on(store)
     stopped = asyncio.create_task(first.run(work.nodes, Num(n=5), run_id="r"))
     await work.inside.wait()
     await first.shutdown(drain_seconds=0)
     assert (await stopped).status is RunStatus.INTERRUPTED
     work.gate.set()
     work.calls.clear()
-    result = await quick(store).resume(work.nodes, "r", if_running="error")
+    result = await quick_on(store).resume(work.nodes, "r", if_running="error")
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=8))
     assert work.calls == ["b", "c"]
-    again = await quick(store).resume(iter(work.nodes), "r")
+    again = await quick_on(store).resume(iter(work.nodes), "r")
     assert (again.status, again.final_state, work.calls) == (RunStatus.RESUMED, Num(n=8), ["b", "c"])
     with pytest.raises(CheckpointNotFound, match="'other'"):
-        await quick(store).resume(work.nodes, "other")
+        await quick_on(store).resume(work.nodes, "other")
 
 
 async def test_a_run_that_begins_with_a_group_is_resumed_with_the_class_of_its_input(store: Any) -> None:
     work = Work()
     work.gate.set()
     nodes = [parallel(*work.nodes[:2])]
-    await quick(store).run(nodes, Num(n=1), run_id="r")
+    await quick_on(store).run(nodes, Num(n=1), run_id="r")
     with pytest.raises(TypeError, match="input_schema="):
-        await quick(store).resume(nodes, "r")
-    result = await quick(store).resume(nodes, "r", input_schema=Num)
+        await quick_on(store).resume(nodes, "r")
+    result = await quick_on(store).resume(nodes, "r", input_schema=Num)
     assert result.status is RunStatus.RESUMED
 
 
@@ -421,16 +422,16 @@ async def test_the_advice_about_a_group_at_the_beginning_works(store: Any) -> No
     work.gate.set()
     nodes = [parallel(*work.nodes[:2])]
     with pytest.raises(TypeError, match=r"to resume\(\), recover\(\) or fork\(\).* need a node there"):
-        await quick(store).run_many(Pipeline("group", nodes), [Num(n=1)], recover=True)
-    assert await quick(store).recover(Pipeline("group", nodes), input_schema=Num) == {}
+        await quick_on(store).run_many(Pipeline("group", nodes), [Num(n=1)], recover=True)
+    assert await quick_on(store).recover(Pipeline("group", nodes), input_schema=Num) == {}
     first = Pipeline("node", [work.nodes[2], *nodes])
-    (result,) = await quick(store).run_many(first, [Num(n=1)], recover=True)
+    (result,) = await quick_on(store).run_many(first, [Num(n=1)], recover=True)
     assert getattr(result, "status", result) is RunStatus.COMPLETED
 
 
 async def test_what_keeps_no_journal_resumes_nothing_by_its_id() -> None:
     with pytest.raises(StoreError, match="has no journal of runs"):
-        await quick(SimpleStore()).resume(Work().nodes, "r")
+        await quick_on(SimpleStore()).resume(Work().nodes, "r")
 
 
 async def test_the_first_start_of_all_recovers_nothing(tmp_path: Path) -> None:
@@ -439,13 +440,13 @@ async def test_the_first_start_of_all_recovers_nothing(tmp_path: Path) -> None:
     work.gate.set()
     async with SQLiteStore(tmp_path / "runs.db") as store:
         options = {"recover": True, "resume": True, "run_ids": lambda number, _: f"r{number}"}
-        (first,) = await quick(store).run_many(work.nodes, [Num()], **options)
+        (first,) = await quick_on(store).run_many(work.nodes, [Num()], **options)
         assert getattr(first, "status", first) is RunStatus.COMPLETED
         session = await store.open_run(
             RunRequest("r1", "pipeline", Num(), schema_of(Num), lease_seconds=0.1, ends=False)
         )
         session.abandon()  # Its process died.
-        _, second = await quick(store).run_many(work.nodes, [Num(), Num()], **options)
+        _, second = await quick_on(store).run_many(work.nodes, [Num(), Num()], **options)
         assert getattr(second, "status", second) is RunStatus.RESUMED
         assert work.calls == ["a", "b", "c"] * 2
 
@@ -453,7 +454,7 @@ async def test_the_first_start_of_all_recovers_nothing(tmp_path: Path) -> None:
 @pytest.mark.core
 async def test_a_shutdown_lets_the_node_in_flight_finish(store: Any) -> None:
     """shutdown() waits for the nodes in flight, begins no other, and leaves the runs to recovery."""
-    work, runner = Work(), quick(store)
+    work, runner = Work(), quick_on(store)
     task = asyncio.create_task(runner.run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
     closing = asyncio.create_task(runner.shutdown(drain_seconds=30))
@@ -466,14 +467,14 @@ async def test_a_shutdown_lets_the_node_in_flight_finish(store: Any) -> None:
     assert work.calls == ["a", "b"]
     run = store.get_run("r")
     assert (run.status, run.holder, run.nodes) == ("INTERRUPTED", None, 2)
-    again = await quick(store).run(work.nodes, Num(), run_id="r", resume=True)
+    again = await quick_on(store).run(work.nodes, Num(), run_id="r", resume=True)
     assert again.final_state == Num(n=3)
     assert work.calls == ["a", "b", "c"]
 
 
 async def test_a_node_that_shuts_down_is_the_last_of_its_run(store: Any) -> None:
     """A node may call shutdown(), which does not wait for it: its run is INTERRUPTED after it."""
-    runner = quick(store)
+    runner = quick_on(store)
 
     async def leave(state: Num) -> dict[str, int]:
         await runner.shutdown()
@@ -487,7 +488,7 @@ async def test_a_node_that_shuts_down_is_the_last_of_its_run(store: Any) -> None
 
 async def test_a_shutdown_does_not_wait_for_ever(store: Any) -> None:
     """A node that does not end within the limit is cut short; what was committed is kept."""
-    work, runner = Work(), quick(store)
+    work, runner = Work(), quick_on(store)
     task = asyncio.create_task(runner.run(work.nodes, Num(), run_id="r"))
     await work.inside.wait()
     await runner.shutdown(drain_seconds=0.02)
@@ -500,7 +501,7 @@ async def test_a_shutdown_does_not_wait_for_ever(store: Any) -> None:
 @pytest.mark.core
 async def test_a_shutdown_waits_for_runs_not_for_what_comes_after_them(store: Any) -> None:
     """A task that goes on after its run, as a worker awaiting a message, holds up no shutdown."""
-    work, runner = Work(), quick(store)
+    work, runner = Work(), quick_on(store)
     over = asyncio.Event()
 
     async def worker() -> None:
@@ -524,7 +525,7 @@ async def test_a_shutdown_waits_for_runs_not_for_what_comes_after_them(store: An
 @pytest.mark.parametrize("drain_seconds", [0, 30])
 async def test_a_shutdown_ends_run_many(store: Any, drain_seconds: float) -> None:
     """After a shutdown run_many begins no further run, and gives what became of those that it had begun."""
-    work, runner = Work(), quick(store)
+    work, runner = Work(), quick_on(store)
     starts: list[int] = []
 
     def inputs() -> Any:
@@ -548,8 +549,8 @@ async def test_a_shutdown_ends_run_many(store: Any, drain_seconds: float) -> Non
 async def test_a_shutdown_ends_what_waits_or_opens(tmp_path: Path) -> None:
     """A run that attaches to another, or is being opened, is ended by a shutdown as well, with a result."""
     async with SQLiteStore(tmp_path / "runs.db") as store:
-        work, runner = Work(), quick(store)
-        held = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
+        work, runner = Work(), quick_on(store)
+        held = asyncio.create_task(quick_on(store).run(work.nodes, Num(), run_id="r"))
         await work.inside.wait()
         attached = asyncio.create_task(runner.run(work.nodes, Num(), run_id="r", if_running="attach"))
         await asyncio.sleep(0.05)
@@ -583,7 +584,7 @@ async def test_a_node_cannot_swallow_the_end_of_its_run(store: Any) -> None:
 
     contracts = [NodeContract(node_id=name, input_schema=Num, output_schema=Num) for name in ("a", "b")]
     first, last = stroma_node("a", contracts[0])(stubborn), stroma_node("b", contracts[1])(after)
-    runner = quick(store)
+    runner = quick_on(store)
 
     async def run(nodes: list[Any]) -> tuple[Any, int]:
         result = await runner.run(nodes, Num(), run_id="r")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, create_model
 from tests.fixtures import store_fixture
-from tests.flows.steps import Clock
-from tests.kit import NEVER, Num, failing_with, node
+from tests.flows.steps import Clock, runner_on
+from tests.kit import Num, failing_with, node
 from tests.shared_stores import STORES
 
 from stroma import (
@@ -19,7 +19,6 @@ from stroma import (
     PipelineChanged,
     RunStatus,
     StoreError,
-    StromaRunner,
     Suspend,
     current_node,
     parallel,
@@ -37,17 +36,6 @@ class Approval(BaseModel):
 
 class Names(BaseModel):
     names: list[str]
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
-
-
-def runner_on(store: Any, **config: Any) -> StromaRunner:
-    return StromaRunner.quick(
-        **{"store": store, "run_id": "r", "resume": True, "policy_map": NEVER, **config}
-    )
 
 
 class Heard:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import field_validator
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
-from tests.kit import NEVER, Num, SimpleStore, cancel, node, passing
+from tests.kit import Num, SimpleStore, cancel, node, passing, quick_on
 from tests.runner.serving import Serving
 from tests.shared_stores import STORES
 from tests.shared_stores import opened as open_kind
@@ -36,15 +36,6 @@ from stroma.testing import FakeClock
 store = store_fixture(*STORES)
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
-
-
-def _runner(store: Any, **config: Any) -> StromaRunner:
-    return StromaRunner.quick(**{"store": store, "policy_map": NEVER, **config})
-
-
 def _sleepy(world: World) -> Any:
     add = world.step("add")
 
@@ -61,9 +52,9 @@ async def test_a_worker_wakes_a_sleeping_run(store: Any, clock: Clock) -> None:
     """A suspended run is continued once its wake time has come, and not before."""
     world = World()
     sleepy = _sleepy(world)
-    first = await _runner(store).run(sleepy, Num(), run_id="r")
+    first = await quick_on(store).run(sleepy, Num(), run_id="r")
     assert first.status is RunStatus.SUSPENDED
-    async with Serving(_runner(store), sleepy) as serving:
+    async with Serving(quick_on(store), sleepy) as serving:
         clock.pass_by(minutes=59)
         await asyncio.sleep(0.1)
         assert (serving.outcomes, world.calls) == ({}, ["add 0"])
@@ -84,9 +75,9 @@ async def test_a_worker_continues_an_answered_run(store: Any, clock: Clock) -> N
             return Text(text="late")
 
     for run_id in ("answered", "late"):
-        await _runner(store).run(ask, Num(), run_id=run_id)
-    async with Serving(_runner(store), ask) as serving:
-        await _runner(store).signal("answered", Text(text="yes"))
+        await quick_on(store).run(ask, Num(), run_id=run_id)
+    async with Serving(quick_on(store), ask) as serving:
+        await quick_on(store).signal("answered", Text(text="yes"))
         await serving.until(1)
         assert serving.outcomes["answered"][0].output == Text(text="yes")
         clock.pass_by(days=7)
@@ -115,9 +106,9 @@ async def test_concurrency_is_bounded(clock: Clock) -> None:
 
     store = AsyncInMemoryStore()
     for number in range(7):
-        await _runner(store).run(f, Num(), run_id=f"r{number}")
+        await quick_on(store).run(f, Num(), run_id=f"r{number}")
     clock.pass_by(hours=1)
-    async with Serving(_runner(store), f, max_concurrency=3) as serving:
+    async with Serving(quick_on(store), f, max_concurrency=3) as serving:
         while active < 3:
             await asyncio.sleep(0.01)
         assert serving.health.active == 3
@@ -131,10 +122,10 @@ async def test_a_shutdown_drains(store: Any, clock: Clock) -> None:
     world = World()
     sleepy = _sleepy(world)
     for number in (0, 100):
-        await _runner(store).run(sleepy, Num(n=number), run_id=f"r{number}")
+        await quick_on(store).run(sleepy, Num(n=number), run_id=f"r{number}")
     clock.pass_by(hours=1)
     world.dies_in = "add 1"
-    async with Serving(_runner(store), sleepy, max_concurrency=1) as serving:
+    async with Serving(quick_on(store), sleepy, max_concurrency=1) as serving:
         while "add 1" not in world.calls:
             await asyncio.sleep(0.01)
         assert serving.health.is_ok
@@ -144,7 +135,7 @@ async def test_a_shutdown_drains(store: Any, clock: Clock) -> None:
         assert serving.statuses("r0") == ["INTERRUPTED"]
     world.dies_in = None
     taken = set(serving.outcomes)
-    async with Serving(_runner(store), sleepy) as serving:
+    async with Serving(quick_on(store), sleepy) as serving:
         await serving.until(1 if "r100" in taken else 2)
     assert world.calls.count("add 1") == 2
     assert world.calls.count("add 101") == 1
@@ -180,10 +171,10 @@ async def test_a_cancelled_worker_interrupts_its_runs(store: Any, clock: Clock) 
     """Cancelling serve() ends its runs as INTERRUPTED, so another worker continues them; others go on."""
     world = World()
     sleepy = _sleepy(world)
-    await _runner(store).run(sleepy, Num(), run_id="r")
+    await quick_on(store).run(sleepy, Num(), run_id="r")
     clock.pass_by(hours=1)
     world.dies_in = "add 1"
-    serving = Serving(_runner(store), sleepy)
+    serving = Serving(quick_on(store), sleepy)
     await world.dies.wait()
     await cancel(serving.task)
     assert serving.statuses("r") == ["INTERRUPTED"]
@@ -197,11 +188,11 @@ async def test_a_run_that_fails_does_not_stop_others(clock: Clock, caplog: pytes
     world = World()
     sleepy = _sleepy(world)
     changed = Pipeline("changed", [world.step("a")])
-    runner = _runner(store, pipeline="changed")
+    runner = quick_on(store, pipeline="changed")
     # A run of another input class than the pipeline has now.
     opened = store.open_run(RunRequest("broken", "changed", Text(text="x"), schema_of(Text)))
     opened.end("INTERRUPTED", None)
-    await _runner(store).run(sleepy, Num(), run_id="r")
+    await quick_on(store).run(sleepy, Num(), run_id="r")
     clock.pass_by(hours=1)
     with caplog.at_level(logging.WARNING, "stroma"):
         async with Serving(runner, changed, sleepy) as serving:
@@ -233,9 +224,9 @@ async def test_a_run_whose_store_refuses_its_commits_waits_longer_each_time(
     """A refused commit makes the run due after a doubling delay; another run waits for the first delay."""
     refuses, world = _refuse_outputs(monkeypatch), World()
     pipeline = Pipeline("p", [world.step("add")])
-    await _runner(store).submit(pipeline, Num(), run_id="r")
+    await quick_on(store).submit(pipeline, Num(), run_id="r")
     for calls, seconds in ((1, 5), (2, 10)):
-        async with Serving(_runner(store), pipeline) as serving:
+        async with Serving(quick_on(store), pipeline) as serving:
             await serving.until(1)
             assert [str(one) for one in serving.outcomes["r"]] == ["AccessDenied"]
             clock.pass_by(seconds=seconds - 1)
@@ -243,7 +234,7 @@ async def test_a_run_whose_store_refuses_its_commits_waits_longer_each_time(
             assert len(world.calls) == calls
         assert store.get_run("r").status == "INTERRUPTED"
         clock.pass_by(seconds=1)
-    runner = _runner(store)
+    runner = quick_on(store)
     with pytest.raises(StoreError, match="AccessDenied"):
         await runner.drive("r", pipelines=[pipeline])
     waiting = await runner.drive("r", pipelines=[pipeline])
@@ -265,9 +256,9 @@ async def test_a_run_whose_failure_hook_is_not_async_waits_longer_each_time(cloc
         raise ValueError("no")
 
     pipeline = Pipeline("p", [node("fail", fail)])
-    await _runner(store).submit(pipeline, Num(), run_id="r")
+    await quick_on(store).submit(pipeline, Num(), run_id="r")
     for count in (1, 2):
-        async with Serving(_runner(store, hooks=hooks), pipeline) as serving:
+        async with Serving(quick_on(store, hooks=hooks), pipeline) as serving:
             await serving.until(1)
             await asyncio.sleep(0.1)
             assert len(calls) == count
@@ -281,8 +272,8 @@ async def test_a_run_whose_end_hook_is_not_async_has_ended(caplog: pytest.LogCap
     store, world = AsyncInMemoryStore(), World()
     hooks: Any = NodeHooks(on_run_end=lambda *_: None)  # type: ignore[arg-type, return-value]
     pipeline = Pipeline("p", [world.step("add")])
-    await _runner(store).submit(pipeline, Num(), run_id="r")
-    async with Serving(_runner(store, hooks=hooks), pipeline) as serving:
+    await quick_on(store).submit(pipeline, Num(), run_id="r")
+    async with Serving(quick_on(store, hooks=hooks), pipeline) as serving:
         await serving.until(1)
     assert store.get_run("r").status == "COMPLETED"
     (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -303,7 +294,7 @@ async def test_a_stored_input_is_not_logged(caplog: pytest.LogCaptureFixture) ->
     opened = store.open_run(RunRequest("broken", "changed", Text(text=text), schema_of(Text)))
     opened.end("INTERRUPTED", None)
     pipeline = Pipeline("changed", [node("a", passing(), Strict, Strict)])
-    async with Serving(_runner(store, pipeline="changed"), pipeline) as serving:
+    async with Serving(quick_on(store, pipeline="changed"), pipeline) as serving:
         await serving.until(1)
     (line,) = [r.getMessage() for r in caplog.records if "broken" in r.getMessage()]
     assert "is not a Strict: text (value_error); restore its schema; trying again in" in line
@@ -320,7 +311,7 @@ async def test_what_on_result_raises_is_logged_in_single_lines(caplog: pytest.Lo
     store = AsyncInMemoryStore()
     opened = store.open_run(RunRequest("broken", "changed", Text(text="x"), schema_of(Text)))
     opened.end("INTERRUPTED", None)
-    runner = _runner(store, pipeline="changed")
+    runner = quick_on(store, pipeline="changed")
     serving = asyncio.ensure_future(
         runner.serve(Pipeline("changed", [World().step("a")]), poll_seconds=0.02, on_result=on_result)
     )
@@ -349,7 +340,7 @@ async def test_a_store_that_is_away_is_asked_again(caplog: pytest.LogCaptureFixt
     world = World()
     sleepy = _sleepy(world)
     with FakeClock() as fake:
-        async with Serving(_runner(store), sleepy, poll_seconds=1.0) as serving:
+        async with Serving(quick_on(store), sleepy, poll_seconds=1.0) as serving:
             await asyncio.sleep(10)
             assert 6 <= polls <= 21
             polls, is_away = 0, True
@@ -371,7 +362,7 @@ async def test_a_store_that_is_away_is_asked_again(caplog: pytest.LogCaptureFixt
 
 async def test_wrong_arguments(tmp_path: Any) -> None:
     """Wrong arguments of serve() and a store that cannot be used are errors of the call."""
-    runner = _runner(AsyncInMemoryStore())
+    runner = quick_on(AsyncInMemoryStore())
     world = World()
     a = world.step("a")
     one = Pipeline("one", [a])
@@ -389,11 +380,11 @@ async def test_wrong_arguments(tmp_path: Any) -> None:
         await runner.serve(Pipeline("group", [parallel(a, world.step("b"))]))
 
     with pytest.raises(StoreError, match="no journal"):
-        await _runner(SimpleStore()).serve(one)
+        await quick_on(SimpleStore()).serve(one)
     broken = tmp_path / "runs.db"
     broken.write_text("no database, but text that is long enough to be read as the header of one" * 20)
     with pytest.raises(StoreError):
-        await _runner(open_kind("sqlite", str(broken))).serve(one)
+        await quick_on(open_kind("sqlite", str(broken))).serve(one)
 
 
 async def test_an_answer_that_comes_while_a_run_is_suspended_is_taken_at_once(store: Any) -> None:
@@ -403,7 +394,7 @@ async def test_an_answer_that_comes_while_a_run_is_suspended_is_taken_at_once(st
     async def ask(flow: Flow, state: Num) -> Text:
         return await flow.wait_for(Text, reason="Well?")
 
-    runner = _runner(store)
+    runner = quick_on(store)
     handles = [await runner.submit(ask, Num(), run_id=f"r{number}") for number in range(20)]
 
     async def answer(run_id: str) -> None:
@@ -413,7 +404,7 @@ async def test_an_answer_that_comes_while_a_run_is_suspended_is_taken_at_once(st
             except StoreError:  # It has not asked yet.
                 await asyncio.sleep(0)
 
-    async with Serving(_runner(store), ask, poll_seconds=0.01):
+    async with Serving(quick_on(store), ask, poll_seconds=0.01):
         async with asyncio.timeout(20):
             await asyncio.gather(*(answer(handle.run_id) for handle in handles))
             results = await asyncio.gather(*(handle.result() for handle in handles))

@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel, ValidationError, create_model
 from tests.fixtures import store_fixture
 from tests.flows.steps import World
-from tests.kit import NEVER, Num, Text, node, record_hooks, same
+from tests.kit import Num, Text, node, quick_on, record_hooks, same
 from tests.shared_stores import STORES
 
 from stroma import (
@@ -38,14 +38,10 @@ class Counts(BaseModel):
     by_name: dict[str, int]
 
 
-def _runner(store: Any, **config: Any) -> StromaRunner:
-    return StromaRunner.quick(**{"store": store, "policy_map": NEVER, **config})
-
-
 @asynccontextmanager
 async def serving(store: Any, *pipelines: Any, **options: Any) -> AsyncIterator[StromaRunner]:
     """Serve pipelines in this process, with another runner than the one that submits."""
-    runner = _runner(store)
+    runner = quick_on(store)
     task = asyncio.ensure_future(runner.serve(*pipelines, **{"poll_seconds": 0.02, **options}))
     try:
         yield runner
@@ -58,7 +54,7 @@ async def test_a_worker_executes_a_submitted_run(store: Any) -> None:
     """A submitted run waits as QUEUED; a worker executes it from the start, its handle returns the result."""
     world = World()
     pipeline = Pipeline("p", [world.step("a"), world.step("b")])
-    handle = await _runner(store).submit(pipeline, Num(n=3), run_id="r")
+    handle = await quick_on(store).submit(pipeline, Num(n=3), run_id="r")
     assert (handle.run_id, await handle.status(), world.calls) == ("r", "QUEUED", [])
     async with serving(store, pipeline):
         result = await handle.result(timeout=20)
@@ -68,7 +64,7 @@ async def test_a_worker_executes_a_submitted_run(store: Any) -> None:
 
 async def test_a_flow_that_asks(store: Any) -> None:
     """A handle waits over a suspension: an answer continues the run, and result() returns its end."""
-    runner = _runner(store)
+    runner = quick_on(store)
 
     @runner.flow("ask", input=Num, output=Text)
     async def ask(flow: Flow, state: Num) -> Text:
@@ -89,7 +85,7 @@ async def test_every_end_is_a_result(store: Any) -> None:
     world = World()
     world.failing.add("a")
     pipeline = Pipeline("p", [world.step("a")])
-    runner = _runner(store)
+    runner = quick_on(store)
     failed = await runner.submit(pipeline, Num())
     late = await runner.submit(pipeline, Num(), expires=0.0)
     cancelled = await runner.submit(pipeline, Num())
@@ -109,7 +105,7 @@ async def test_giving_up_a_wait_changes_nothing(store: Any) -> None:
     """A result() that times out or is cancelled leaves the run as it is, and others that wait for it."""
     world = World()
     pipeline = Pipeline("p", [world.step("a")])
-    handle = await _runner(store).submit(pipeline, Num())
+    handle = await quick_on(store).submit(pipeline, Num())
     with pytest.raises(TimeoutError, match=f"run '{handle.run_id}' has not ended within 0.05 s"):
         await handle.result(timeout=0.05)
     waits = [asyncio.ensure_future(handle.result(timeout=20)) for _ in range(2)]
@@ -123,20 +119,20 @@ async def test_giving_up_a_wait_changes_nothing(store: Any) -> None:
 async def test_a_wait_without_time_looks_once(store: Any) -> None:
     """result(timeout=0) returns the result of a run that has ended, and raises TimeoutError for any other."""
     pipeline = Pipeline("p", [World().step("a")])
-    handle = await _runner(store).submit(pipeline, Num())
+    handle = await quick_on(store).submit(pipeline, Num())
     with pytest.raises(TimeoutError, match=f"run '{handle.run_id}' has not ended within 0 s"):
         await handle.result(timeout=0)
     async with serving(store, pipeline):
         await handle.result(timeout=20)
     assert (await handle.result(timeout=0)).status is RunStatus.COMPLETED
     with pytest.raises(CheckpointNotFound):
-        await _runner(store).handle("unknown", pipeline).result(timeout=0)
+        await quick_on(store).handle("unknown", pipeline).result(timeout=0)
 
 
 async def test_a_wait_that_begins_while_the_store_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """The failure of a query ends the waits that it was for. One that began meanwhile ends with its run."""
     store, failing, fail = AsyncInMemoryStore(), asyncio.Event(), threading.Event()
-    pipeline, runner = Pipeline("p", [World().step("a")]), _runner(store)
+    pipeline, runner = Pipeline("p", [World().step("a")]), quick_on(store)
     first, second = [await runner.submit(pipeline, Num(), run_id=run_id) for run_id in ("first", "second")]
     loop, statuses = asyncio.get_running_loop(), store.statuses
 
@@ -169,7 +165,7 @@ async def test_a_deploy_may_add_fields_to_the_input(store: Any) -> None:
 
     A class that lacks a recorded field, or refuses the input, leaves the run blocked.
     """
-    runner = _runner(store)
+    runner = quick_on(store)
     before, letter = _letters(seal=(str, "red"))
     await runner.submit(before, letter(text="hi"), run_id="r")
     renamed, _ = _letters(wax=(str, "green"))
@@ -192,7 +188,7 @@ async def test_submitting_again_restarts_nothing(store: Any) -> None:
     """The same submission, in any order of keys, gives the handle of the run; another input is RunExists."""
     world = World()
     pipeline = Pipeline("p", [world.step("a")])
-    runner = _runner(store)
+    runner = quick_on(store)
     handle = await runner.submit(pipeline, Num(), run_id="r")
     async with serving(store, pipeline):
         await handle.result(timeout=20)
@@ -215,7 +211,7 @@ async def test_submitting_again_restarts_nothing(store: Any) -> None:
 async def test_a_delay(store: Any) -> None:
     """A run with a delay is due at its time, given as seconds, a duration, or a time with a zone."""
     pipeline = Pipeline("p", [node("a", same)])
-    runner = _runner(store)
+    runner = quick_on(store)
     before = datetime.now(UTC)
     for delay in (3600, timedelta(hours=1), before + timedelta(hours=1)):
         handle = await runner.submit(pipeline, Num(), delay=delay)
@@ -227,10 +223,10 @@ async def test_hooks_are_called_where_the_run_is_executed(store: Any) -> None:
     """The worker calls the hooks of the run, once; submitting and waiting for the result call none."""
     pipeline = Pipeline("p", [node("a", same)])
     submitter: list[str] = []
-    runner = _runner(store, hooks=record_hooks(submitter))
+    runner = quick_on(store, hooks=record_hooks(submitter))
     handle = await runner.submit(pipeline, Num())
     seen: list[str] = []
-    worker = _runner(store, hooks=record_hooks(seen))
+    worker = quick_on(store, hooks=record_hooks(seen))
     task = asyncio.ensure_future(worker.serve(pipeline, poll_seconds=0.02))
     await handle.result(timeout=20)
     await worker.shutdown()
@@ -242,7 +238,7 @@ async def test_hooks_are_called_where_the_run_is_executed(store: Any) -> None:
 @pytest.mark.parametrize("method", ["status", "resume", "signal", "drive"])
 async def test_a_run_that_was_never_submitted(tmp_path: Path, method: str) -> None:
     """An unknown run is CheckpointNotFound, also before the first run has created the store."""
-    runner = _runner(SQLiteStore(tmp_path / "runs.db"))
+    runner = quick_on(SQLiteStore(tmp_path / "runs.db"))
     calls: dict[str, Callable[[], Awaitable[Any]]] = {
         "status": lambda: runner.handle("unknown").status(),
         "resume": lambda: runner.resume([node("a", same)], "unknown"),
@@ -256,7 +252,7 @@ async def test_a_run_that_was_never_submitted(tmp_path: Path, method: str) -> No
 async def test_wrong_submissions() -> None:
     """Wrong submissions are refused to the submitter, and nothing is stored."""
     store = AsyncInMemoryStore()
-    runner = _runner(store)
+    runner = quick_on(store)
     text = node("a", same, input=Text, output=Text)
     pipeline = Pipeline("p", [text])
     with pytest.raises(ValidationError):
@@ -301,7 +297,7 @@ async def test_limits_hold_over_workers(store: Any) -> None:
         return state
 
     pipeline = Pipeline("p", [node("work", work)], max_runs=2)
-    runner = _runner(store)
+    runner = quick_on(store)
     handles = [await runner.submit(pipeline, Num(n=n)) for n in range(8)]
     async with serving(store, pipeline), serving(store, pipeline):
         await asyncio.gather(*(handle.result(timeout=30) for handle in handles))

@@ -8,26 +8,17 @@ from typing import Any
 import pytest
 from tests.fixtures import store_fixture
 from tests.flows.steps import Clock, Text, World
-from tests.kit import NEVER, Num, node, noting
+from tests.kit import Num, node, noting, quick_on
 from tests.runner.serving import Serving
 from tests.shared_stores import ON_SERVERS, STORES, store_of
 
-from stroma import Flow, NodeHooks, Pipeline, PipelineChanged, RunStatus, StromaRunner, Suspend, stroma_flow
+from stroma import Flow, NodeHooks, Pipeline, PipelineChanged, RunStatus, Suspend, stroma_flow
 from stroma.checkpoint.queue import BlockedMark, ServedCode, block
 from stroma.checkpoint.records import RunQuery
 from stroma.runner.drive import Blocked, Suspended
 from stroma.runner.pipeline import code_of
 
 store = store_fixture(*STORES)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
-
-
-def _runner(store: Any, **config: Any) -> StromaRunner:
-    return StromaRunner.quick(**{"store": store, "policy_map": NEVER, **config})
 
 
 def _flow(world: World, *before: str, **options: Any) -> Any:
@@ -69,11 +60,11 @@ async def test_a_run_keeps_the_version_that_it_began_with(store: Any, clock: Clo
         return f
 
     old, new = build("1"), build("2", "1")
-    await _runner(store).run(old, Num(), run_id="first")
-    await _runner(store).submit(new, Num(), run_id="second")
+    await quick_on(store).run(old, Num(), run_id="first")
+    await quick_on(store).submit(new, Num(), run_id="second")
     assert [store.get_run(name).version for name in ("first", "second")] == ["1", "2"]
     world.calls.clear()
-    async with Serving(_runner(store), new) as serving:
+    async with Serving(quick_on(store), new) as serving:
         await serving.until(1)
         clock.pass_by(hours=2)
         await serving.until(2)
@@ -92,14 +83,14 @@ async def test_a_worker_takes_the_versions_that_it_serves(
     world = World()
     old, new = _flow(world, "a", version="1"), _flow(world, "a", "b", version="2")
     for run_id in ("s1", "s2"):
-        await _runner(store).run(old, Num(), run_id=run_id)
-    await _runner(store).submit(old, Num(), run_id="q1")
-    await _runner(store).submit(old, Num(), run_id="k1", key="customer")
-    await _runner(store).submit(new, Num(), run_id="q2")
+        await quick_on(store).run(old, Num(), run_id=run_id)
+    await quick_on(store).submit(old, Num(), run_id="q1")
+    await quick_on(store).submit(old, Num(), run_id="k1", key="customer")
+    await quick_on(store).submit(new, Num(), run_id="q2")
     clock.pass_by(hours=2)
     before = [_stored(store, run_id) for run_id in ("s1", "s2", "q1", "k1")]
     with caplog.at_level(logging.WARNING, "stroma"):
-        async with Serving(_runner(store), new) as serving:
+        async with Serving(quick_on(store), new) as serving:
             await serving.until(1)
             await asyncio.sleep(0.1)
     assert list(serving.outcomes) == ["q2"]
@@ -107,7 +98,7 @@ async def test_a_worker_takes_the_versions_that_it_serves(
     assert "4 runs wait for f version 1, which is not served here" in caplog.text
     assert store.queue_figures({"f": ServedCode(("2",))}, clock.ms)["f"].queued == 0
     assert store.queue_figures({"f": ServedCode(("1",))}, clock.ms)["f"].queued == 2
-    async with Serving(_runner(store), old) as serving:
+    async with Serving(quick_on(store), old) as serving:
         await serving.until(4)
     assert serving.statuses("s1") == serving.statuses("s2") == ["RESUMED"]
 
@@ -115,24 +106,24 @@ async def test_a_worker_takes_the_versions_that_it_serves(
 async def test_a_person_cannot_resume_a_run_of_another_version(store: Any) -> None:
     """resume() of a run whose version the code does not accept is PipelineChanged with both names."""
     world = World()
-    await _runner(store).run(_flow(world, "a", version="1"), Num(), run_id="r")
+    await quick_on(store).run(_flow(world, "a", version="1"), Num(), run_id="r")
     before = _stored(store, "r")
     for other in (_flow(world, "a", version="2"), _flow(world, "a"), Pipeline("f", _flow(world, "a").nodes)):
         with pytest.raises(
             PipelineChanged, match="started with version '1' of pipeline 'f', and this code serves"
         ):
-            await _runner(store).resume(other, "r")
+            await quick_on(store).resume(other, "r")
     assert _stored(store, "r") == before
-    changed = await _runner(store, allow_changes=True).resume(_flow(world, "a", version="2"), "r")
+    changed = await quick_on(store, allow_changes=True).resume(_flow(world, "a", version="2"), "r")
     assert (changed.status, store.get_run("r").version) == (RunStatus.SUSPENDED, "1")
 
 
 async def test_a_run_without_a_version_is_continued_by_code_with_one(store: Any, clock: Clock) -> None:
     """A run from before the flow had versions has flow.version None; any code that fits continues it."""
     world = World()
-    await _runner(store).run(_flow(world, "a"), Num(), run_id="r")
+    await quick_on(store).run(_flow(world, "a"), Num(), run_id="r")
     clock.pass_by(hours=2)
-    async with Serving(_runner(store), _flow(world, "a", version="2")) as serving:
+    async with Serving(quick_on(store), _flow(world, "a", version="2")) as serving:
         await serving.until(1)
     assert serving.statuses("r") == ["RESUMED"]
     assert store.get_run("r").version is None
@@ -141,7 +132,7 @@ async def test_a_run_without_a_version_is_continued_by_code_with_one(store: Any,
 async def test_recover_takes_served_versions_only(store: Any) -> None:
     """recover() leaves interrupted runs of other versions alone."""
     world = World()
-    runner = _runner(store, inline_wait_seconds=1e6)
+    runner = quick_on(store, inline_wait_seconds=1e6)
     runs = [
         asyncio.ensure_future(runner.run(_flow(world, "a", version=version), Num(), run_id=version))
         for version in ("1", "2")
@@ -150,15 +141,15 @@ async def test_recover_takes_served_versions_only(store: Any) -> None:
         await asyncio.sleep(0.01)
     await runner.shutdown()
     assert {(await run).status for run in runs} == {RunStatus.INTERRUPTED}
-    outcomes = await _runner(store).recover(_flow(world, version="2"))
+    outcomes = await quick_on(store).recover(_flow(world, version="2"))
     assert list(outcomes) == ["2"]
 
 
 async def test_a_restart_has_the_version_of_the_code(store: Any) -> None:
     """A new execution of a run has the version of the code that begins it."""
     world = World()
-    await _runner(store).run(_flow(world, version="1"), Num(), run_id="r")
-    await _runner(store).run(_flow(world, version="2"), Num(), run_id="r", if_exists="restart")
+    await quick_on(store).run(_flow(world, version="1"), Num(), run_id="r")
+    await quick_on(store).run(_flow(world, version="2"), Num(), run_id="r", if_exists="restart")
     assert store.get_run("r").version == "2"
 
 
@@ -166,10 +157,10 @@ async def test_a_list_may_have_a_version(store: Any) -> None:
     """A Pipeline with a version is continued by one that serves it."""
     world = World()
     old, new = (Pipeline("p", [world.step("a")], version=version) for version in ("1", "2"))
-    await _runner(store).submit(old, Num(), run_id="r")
-    assert isinstance(await _runner(store).drive("r", pipelines=[new]), Blocked)
+    await quick_on(store).submit(old, Num(), run_id="r")
+    assert isinstance(await quick_on(store).drive("r", pipelines=[new]), Blocked)
     accepting = Pipeline("p", [world.step("a")], version="2", accepts=("1",))
-    assert (await _runner(store).drive("r", pipelines=[accepting])).status == "COMPLETED"
+    assert (await quick_on(store).drive("r", pipelines=[accepting])).status == "COMPLETED"
 
 
 def test_what_a_version_may_be() -> None:
@@ -183,7 +174,7 @@ def test_what_a_version_may_be() -> None:
         Pipeline("p", [], version="2", accepts="1")
     pipeline = Pipeline("p", [], version="2", accepts=("1", "2"), max_runs=3)
     assert (pipeline.version, pipeline.versions) == ("2", ("2", "1"))
-    other = pipeline.with_config(_runner(None).config)
+    other = pipeline.with_config(quick_on(None).config)
     assert (other.versions, other.limits) == (pipeline.versions, pipeline.limits)
 
 
@@ -193,10 +184,10 @@ async def test_a_worker_gives_a_run_back_that_its_code_does_not_fit(store: Any, 
 
     note = noting(ends, lambda run_id, result: run_id)
     old, new = _flow(world, "a", "b"), _flow(world, "a", "audit", "b")
-    await _runner(store).run(old, Num(), run_id="r")
+    await quick_on(store).run(old, Num(), run_id="r")
     clock.pass_by(hours=2)
     before, calls = _stored(store, "r"), list(world.calls)
-    async with Serving(_runner(store, hooks=NodeHooks(on_run_end=note)), new) as serving:
+    async with Serving(quick_on(store, hooks=NodeHooks(on_run_end=note)), new) as serving:
         await serving.until(1)
     (outcome,) = serving.outcomes["r"]
     assert isinstance(outcome, PipelineChanged)
@@ -209,7 +200,7 @@ async def test_a_worker_gives_a_run_back_that_its_code_does_not_fit(store: Any, 
     assert (figure.queued, figure.oldest_due_ms, figure.blocked) == (0, None, 1)
     assert figure.oldest_blocked_ms == clock.ms
     assert [one.run_id for one in store.run_page(RunQuery(blocked=True)).runs] == ["r"]
-    async with Serving(_runner(store), old) as serving:
+    async with Serving(quick_on(store), old) as serving:
         await serving.until(1)
     assert serving.statuses("r") == ["RESUMED"]
     assert store.get_run("r").blocked is None
@@ -221,18 +212,18 @@ async def test_a_blocked_run_is_tried_again_after_a_growing_time(store: Any, clo
     """The store keeps when code may try a blocked run again; the wait doubles each time."""
     world = World()
     old, new = _flow(world, "a"), _flow(world, "b")
-    await _runner(store).run(old, Num(), run_id="r")
+    await quick_on(store).run(old, Num(), run_id="r")
     clock.pass_by(hours=2)
     since = clock.ms
     for seconds in (0, 1, 2, 4):
         clock.ms = since + 1000 * seconds
         if seconds:
             clock.ms -= 1
-            async with Serving(_runner(store), new) as serving:
+            async with Serving(quick_on(store), new) as serving:
                 await asyncio.sleep(0.05)
             assert serving.outcomes == {}
             clock.ms += 1
-        async with Serving(_runner(store), new) as serving:  # Another worker each time.
+        async with Serving(quick_on(store), new) as serving:  # Another worker each time.
             await serving.until(1)
         mark = store.get_run("r").blocked
         assert (mark.since_ms, mark.until_ms) == (since, clock.ms + 1000 * max(seconds, 1))
@@ -255,10 +246,10 @@ async def test_a_resume_that_a_person_calls_writes_nothing(store: Any) -> None:
     world, ends = World(), list[str]()
 
     note = noting(ends, lambda run_id, result: run_id)
-    await _runner(store).run(_flow(world, "a", "b"), Num(), run_id="r")
+    await quick_on(store).run(_flow(world, "a", "b"), Num(), run_id="r")
     before = _stored(store, "r")
     with pytest.raises(PipelineChanged, match="cannot be resumed"):
-        await _runner(store, hooks=NodeHooks(on_run_end=note)).resume(_flow(world, "b"), "r")
+        await quick_on(store, hooks=NodeHooks(on_run_end=note)).resume(_flow(world, "b"), "r")
     assert (_stored(store, "r"), ends) == (before, [])
 
 
@@ -276,7 +267,7 @@ async def test_an_open_question_outlives_code_that_does_not_fit(store: Any) -> N
         return f
 
     old, new = build(a), build(b)
-    runner = _runner(store)
+    runner = quick_on(store)
     assert isinstance(
         await runner.drive((await runner.submit(old, Num())).run_id, pipelines=[old]), Suspended
     )
@@ -310,7 +301,7 @@ async def test_a_changed_list_blocks_its_run(store: Any, way: str) -> None:
         "removed": [a],
     }[way]
     old, new = Pipeline("p", [a, question, last]), Pipeline("p", nodes)
-    runner = _runner(store)
+    runner = quick_on(store)
     await runner.run(old, Num(), run_id="r")
     await runner.signal("r", Num(n=5))
     before, calls = _stored(store, "r"), list(world.calls)
@@ -337,12 +328,12 @@ async def test_a_death_is_counted_once_however_often_code_does_not_fit(
     """A run that is given back counts as no death of its owner: max_recoveries is not used up."""
     world = World()
     old, new = _flow(world, "a"), _flow(world, "b")
-    await _runner(store).run(old, Num(), run_id="r")
+    await quick_on(store).run(old, Num(), run_id="r")
     clock.pass_by(hours=2)
     for _ in range(5):
-        assert isinstance(await _runner(store, max_recoveries=2).drive("r", pipelines=[new]), Blocked)
+        assert isinstance(await quick_on(store, max_recoveries=2).drive("r", pipelines=[new]), Blocked)
     assert "could not be given back" not in caplog.text
-    assert (await _runner(store, max_recoveries=2).drive("r", pipelines=[old])).status == "RESUMED"
+    assert (await quick_on(store, max_recoveries=2).drive("r", pipelines=[old])).status == "RESUMED"
 
 
 @pytest.mark.nightly
@@ -385,12 +376,12 @@ async def _deploy(store: Any, directions: str, count: int) -> None:
 
     old, new = build(False), build(True)
     before, after = (old, new) if directions == "forwards" else (new, old)
-    starter = _runner(store, inline_wait_seconds=0)
+    starter = quick_on(store, inline_wait_seconds=0)
     for number in range(count):
         await starter.run(before, Num(n=number), run_id=f"r{number}")
     for number in range(count, count + 2):
         await starter.run(after, Num(n=number), run_id=f"r{number}")
-    runners = [_runner(store, inline_wait_seconds=0) for _ in range(2)]
+    runners = [quick_on(store, inline_wait_seconds=0) for _ in range(2)]
     async with Serving(runners[0], before), Serving(runners[1], after):
         for waiting in [one.run_id for one in store.list_runs(limit=1000) if store.waiting(one.run_id)]:
             await starter.signal(waiting, Text(text="yes"))
