@@ -10,7 +10,7 @@ from typing import Any
 from tests.kit import Num
 from tests.store_suite.journal import row, settled
 
-from stroma import RunStatus, SQLiteStore, StromaRunner, stroma_node
+from stroma import SQLiteStore, stroma_node
 from stroma.checkpoint import RunQuery, RunRequest, open_store
 from stroma.checkpoint.durable.integrity import input_step, seal
 from stroma.checkpoint.durable.rows import Annotation, Step
@@ -255,13 +255,3 @@ def long_nodes(nodes: int, calls: list[int]) -> list[Any]:
         return stroma_node(f"n{number}", input=Num, output=Num)(func)
 
     return [make(number) for number in range(nodes)]
-
-
-async def long_run(store: Any, nodes: int) -> Any:
-    """A run that stops at its last node; called again, it goes on."""
-    calls: list[int] = []
-    policy = {"AMBIGUOUS": {"max_retries": 0}}
-    runner = StromaRunner.quick(store=store, run_id="long", policy_map=policy, if_exists="resume")
-    result = await runner.run(long_nodes(nodes, calls), Num())
-    assert result.status in (RunStatus.PARTIAL, RunStatus.RESUMED), result.failure
-    return len(calls)

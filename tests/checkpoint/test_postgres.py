@@ -65,11 +65,6 @@ class TestConformance(JournalStoreTests):
     """All that every journal store must do."""
 
     @pytest.fixture
-    def store(self, server: PostgresServer, schema: str) -> Iterator[PostgresStore]:
-        with PostgresStore(server.dsn, schema=schema) as store:
-            yield store
-
-    @pytest.fixture
     def other(self, server: PostgresServer, schema: str, store: PostgresStore) -> Iterator[PostgresStore]:
         with PostgresStore(server.dsn, schema=schema) as other:
             yield other

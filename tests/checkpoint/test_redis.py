@@ -72,11 +72,6 @@ async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
 
 class TestJournal(JournalStoreTests):
     @pytest.fixture
-    async def store(self, server: RedisServer) -> AsyncIterator[RedisStore]:
-        async with RedisStore(server.url) as store:
-            yield store
-
-    @pytest.fixture
     async def other(self, server: RedisServer, store: RedisStore) -> AsyncIterator[RedisStore]:
         async with RedisStore(server.url) as other:
             yield other

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import Note, Num, context_of, passing, returning
+from tests.kit import Note, Num, context_of
 
 from stroma import (
     AsyncInMemoryStore,
@@ -49,7 +49,10 @@ def two_of_one_id(runner: StromaRunner, *, marked: bool = False) -> tuple[Any, A
     """A function that was defined twice with the same id, under different contracts: old and new node."""
 
     def define(decorator: Any) -> Any:
-        return decorator(returning({"text": "x", "n": 1}))
+        async def again(state: Note) -> Any:
+            return {"text": "x", "n": 1}
+
+        return decorator(again)
 
     old: Any = runner.node("a", input=Note, output=Note)
     if marked:
@@ -180,7 +183,11 @@ async def test_decorating_again_and_running_the_new_function_is_fine() -> None:
     runner = StromaRunner.quick()
 
     def decorate() -> Any:
-        return runner.node("a", input=Note, output=Note)(returning({"text": "x"}))
+        @runner.node("a", input=Note, output=Note)
+        async def a(state: Note) -> Any:
+            return {"text": "x"}
+
+        return a
 
     old, new = decorate(), decorate()
     for node in (new, old):
@@ -219,7 +226,11 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def extract_node(runner: StromaRunner) -> Any:
-    return runner.node("extract", input=Note, output=Note)(passing())
+    @runner.node("extract", input=Note, output=Note)
+    async def extract(state: Note) -> Any:
+        return state
+
+    return extract
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@
 import json
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from genai_prices.types import ModelInfo, Provider
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tests.kit import Note
+from tests.providers.server import Answer, Server
 
 from stroma import KNOWN_MODELS, StromaRunner, Usage, estimate_cost_usd, update_prices
 from stroma.cost.prices import Rates, cached_pricer, data_state, find_pricer, prices_of
@@ -300,20 +299,6 @@ def test_a_price_of_the_day_is_looked_up_for_each_call(monkeypatch: pytest.Monke
         assert after[model] == pytest.approx(float(theirs.total_price))
 
 
-class Handler(BaseHTTPRequestHandler):
-    body = b"[]"
-    short = 0  # bytes that are promised and do not come
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("content-length", str(len(self.body) + self.short))
-        self.end_headers()
-        self.wfile.write(self.body)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
 #: Data with less than half as many models would be refused.
 OTHERS = [
     {"id": f"old-{number}", "match": {"equals": f"old-{number}"}, "prices": {"input_mtok": 1}}
@@ -338,27 +323,17 @@ DATA: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def prices_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Handler]]:
-    """Where genai-prices fetches its data in this test."""
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), type("Here", (Handler,), {"body": json.dumps(DATA).encode()})
-    )
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    real = genai_prices.UpdatePrices
-    url = f"http://127.0.0.1:{server.server_address[1]}/data.json"
+def fetched(provider: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], None]]:
+    """Set what genai-prices fetches in this test, at first ``DATA``."""
+    real, url = genai_prices.UpdatePrices, provider.url(Answer(body=DATA))
     monkeypatch.setattr(genai_prices, "UpdatePrices", lambda: real(url=url))
-    try:
-        yield server.RequestHandlerClass
-    finally:
-        data_snapshot.set_custom_snapshot(None)
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    yield lambda answer: provider.answers.update({url.rpartition("/")[2]: (answer,)})
+    data_snapshot.set_custom_snapshot(None)
 
 
 @pytest.mark.core
-def test_prices_can_be_refreshed(prices_server: type[Handler]) -> None:
+@pytest.mark.usefixtures("fetched")
+def test_prices_can_be_refreshed() -> None:
     """update_prices() fetches with genai-prices' own means; what was looked up before is looked up anew."""
     assert estimate_cost_usd("new-model", 1_000_000) == 0.0
     assert estimate_cost_usd("gpt-4o-2024-05-13", 1_000_000) == 5.0
@@ -389,21 +364,17 @@ def test_prices_can_be_refreshed(prices_server: type[Handler]) -> None:
     ],
     ids=lambda body: f"{body[:12]!r} {len(body)}" if body is not None else "lost",
 )
-def test_what_cannot_be_fetched_changes_nothing(body: bytes | None, prices_server: type[Handler]) -> None:
+def test_what_cannot_be_fetched_changes_nothing(body: bytes | None, fetched: Any) -> None:
     """A proxy's page, other data, or a lost connection is an error that says which prices stay in use."""
-    if body is None:
-        prices_server.short = 1
-    else:
-        prices_server.body = body
+    fetched(Answer(body=DATA, fault="cut") if body is None else Answer(body=body))
     with pytest.raises(RuntimeError, match=r"those that came with genai-prices .* stay in use"):
         update_prices()
     assert data_state()[1] is None
     assert estimate_cost_usd("gpt-4o-2024-05-13", 1_000_000) == 5.0
 
 
-def test_fetched_prices_are_kept_in_memory_alone(
-    prices_server: type[Handler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("fetched")
+def test_fetched_prices_are_kept_in_memory_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No file is written, so no disk has to be writable; another process does not see them."""
     for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "TMPDIR"):
         monkeypatch.setenv(name, str(tmp_path))
@@ -413,10 +384,10 @@ def test_fetched_prices_are_kept_in_memory_alone(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fetch_that_failed_keeps_what_was_fetched_before(prices_server: type[Handler]) -> None:
+def test_a_fetch_that_failed_keeps_what_was_fetched_before(fetched: Any) -> None:
     """The prices in use stay, and are said to be those of then."""
     update_prices()
-    prices_server.body = b"[]"
+    fetched(Answer(body=b"[]"))
     with pytest.raises(RuntimeError, match=r"the data has 0 models.*; those of 20.* stay in use"):
         update_prices()
     assert estimate_cost_usd("new-model", 1_000_000) == 7.0

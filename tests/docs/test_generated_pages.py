@@ -277,46 +277,78 @@ async def run(nodes: list[Any], state: BaseModel | None = None, **config: Any) -
     return result
 
 
+Provoke = Callable[[Path], Awaitable[Any]]
+#: What provokes an error, its class, what it must name (the node, the run), and the fix.
+MET: list[tuple[Provoke, type[Exception], tuple[str, ...], str]] = []
+
+
+def met(kind: type[Exception], *names: str, fix: str = "") -> Callable[[Provoke], Provoke]:
+    """Return a decorator that says which error a function provokes."""
+
+    def add_error(provoke: Provoke) -> Provoke:
+        MET.append((provoke, kind, names, fix))
+        return provoke
+
+    return add_error
+
+
+@met(ContractViolation, "'shorten'", "output", "text: Input should be a valid string")
 async def violation(path: Path) -> Any:
     await run([a_node("shorten", {"text": 5})])
 
 
+@met(BudgetExceeded, "'shorten'", "10 tokens", "11 tokens", fix="raise max_tokens_total")
 async def budget(path: Path) -> Any:
     await run([a_node("shorten", ({}, 11))], budget=ExecutionBudget(max_tokens_total=10))
 
 
+@met(UsageError, "'shorten'", "-1", fix="report whole numbers of tokens")
 async def usage(path: Path) -> Any:
     await run([a_node("shorten", ({}, -1))])
 
 
+@met(UsageError, "'shorten'", "'no-such-model'", fix="add it to KNOWN_MODELS")
 async def unpriced(path: Path) -> Any:
     await run([a_node("shorten", ({}, 1, 1, "no-such-model"))], unknown_model="error")
 
 
+@met(NotSerialisable, "Secret.key")
 async def unserialisable(path: Path) -> Any:
     await run([a_node("shorten", {"key": "x"}, Secret)], store=SQLiteStore(path / "x.db"))
 
 
+@met(CheckpointNotFound, "'run-7'", "'read'", "'shorten'", fix="run the pipeline from its start")
 async def not_found(path: Path) -> Any:
     await run([a_node("read", {}), a_node("shorten", {})], resume_from="shorten")
 
 
+@met(
+    PipelineChanged,
+    "'run-7'",
+    "'shorten'",
+    "'cut'",
+    "position 1",
+    fix="restore the order of nodes, or start a new run",
+)
 async def changed(path: Path) -> Any:
     store = AsyncInMemoryStore()
     await run([a_node("read", {}), a_node("shorten", {})], store=store)
     await run([a_node("read", {}), a_node("cut", {})], store=store, resume=True)
 
 
+@met(PipelineChanged, "'run-7'", fix="pass the same input, or use another run id")
 async def other_input(path: Path) -> Any:
     store = SQLiteStore(path / "x.db")
     await run([a_node("read", {})], store=store)
     await run([a_node("read", {})], Note(text="other"), store=store, resume=True)
 
 
+@met(StoreError, "'run-7'", "Simple", fix="use resume_from=, or a journal store such as SQLiteStore")
 async def no_journal(path: Path) -> Any:
     await run([a_node("read", {})], store=SimpleStore(), resume=True)
 
 
+@met(StoreError, "'run-7'", "'read'", "the disk is full")
 async def refused(path: Path) -> Any:
     class Full(SimpleStore):
         def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
@@ -325,6 +357,7 @@ async def refused(path: Path) -> Any:
     await run([a_node("read", {})], store=Full())
 
 
+@met(StoreError, "x.db", fix="use another path, or move that file away")
 async def no_database(path: Path) -> Any:
     (path / "x.db").write_text("no database")
     await run([a_node("read", {})], store=SQLiteStore(path / "x.db"))
@@ -333,6 +366,7 @@ async def no_database(path: Path) -> Any:
 TAKEN: dict[str, Any] = {"if_running": "take_over", "if_exists": "restart"}
 
 
+@met(Fenced, "'run-7'", fix="see the result of the other one")
 async def fenced(path: Path) -> Any:
     async def again(run_id: str, node_id: str, state: dict[str, Any]) -> None:
         await run([a_node("read", {})], store=SQLiteStore(path / "x.db"), **TAKEN)
@@ -341,6 +375,7 @@ async def fenced(path: Path) -> Any:
     await run([a_node("read", {})], store=SQLiteStore(path / "x.db"), hooks=hooks)
 
 
+@met(Fenced, "'run-7'", fix="see the result of the other one")
 async def fenced_in_memory(path: Path) -> Any:
     store = AsyncInMemoryStore()
 
@@ -350,6 +385,7 @@ async def fenced_in_memory(path: Path) -> Any:
     await run([a_node("read", {})], store=store, hooks=NodeHooks(on_node_start=again))
 
 
+@met(RunBusy, "'run-7'", "process", fix='if_running="attach"')
 async def busy(path: Path) -> Any:
     async def again(run_id: str, node_id: str, state: dict[str, Any]) -> None:
         await run([a_node("read", {})], store=SQLiteStore(path / "x.db"))
@@ -359,12 +395,14 @@ async def busy(path: Path) -> Any:
     raise result.hook_errors[0].exception
 
 
+@met(RunExists, "'run-7'", "COMPLETED", fix="use another run id")
 async def exists(path: Path) -> Any:
     store = SQLiteStore(path / "x.db")
     await run([a_node("read", {})], store=store)
     await run([a_node("read", {})], store=store, if_exists="error")
 
 
+@met(RunFailed, "'read'", "text: Input should be a valid string")
 async def failed_elsewhere(path: Path) -> Any:
     store = SQLiteStore(path / "x.db")
     other: list[asyncio.Task[Any]] = []
@@ -381,6 +419,7 @@ async def failed_elsewhere(path: Path) -> Any:
     await other[0]
 
 
+@met(HookError, "on_node_success", "'read'", "no dashboard")
 async def hook_raises(path: Path) -> Any:
     async def broken(*args: Any) -> None:
         raise LookupError("no dashboard")
@@ -388,10 +427,12 @@ async def hook_raises(path: Path) -> Any:
     await run([a_node("read", {})], hooks=NodeHooks(on_node_success=broken), hook_errors="raise")
 
 
+@met(HookNotAsync, "on_node_start", "'read'", fix="define it with async def")
 async def hook_not_async(path: Path) -> Any:
     await run([a_node("read", {})], hooks=NodeHooks(on_node_start=lambda *args: None))  # type: ignore[arg-type,return-value]
 
 
+@met(HookTimeout, "5 ms", fix="hook_timeout_ms")
 async def hook_slow(path: Path) -> Any:
     async def slow(*args: Any) -> None:
         await asyncio.sleep(5)
@@ -400,6 +441,7 @@ async def hook_slow(path: Path) -> Any:
     raise result.hook_errors[0].exception
 
 
+@met(TimeoutError, "'slow'", "5 ms", fix="raise node_timeouts['slow']")
 async def timeout(path: Path) -> Any:
     @stroma_node("slow", input=Note, output=Note)
     async def slow(state: Note) -> dict[str, Any]:
@@ -409,6 +451,7 @@ async def timeout(path: Path) -> Any:
     await run([slow], node_timeouts={"slow": 5}, policy_map={c: {"max_retries": 0} for c in ("RECOVERABLE",)})
 
 
+@met(TypeError, "plain", fix="decorate it with @stroma_node or @runner.node")
 async def no_node(path: Path) -> Any:
     async def plain(state: Note) -> dict[str, Any]:
         return {}
@@ -416,30 +459,37 @@ async def no_node(path: Path) -> Any:
     await run([plain])
 
 
+@met(ValueError, "'raed'", fix="its nodes are 'read'")
 async def unknown_target(path: Path) -> Any:
     await run([a_node("read", {})], resume_from="raed")
 
 
+@met(TypeError, "dict", fix="must be a pydantic model")
 async def no_state(path: Path) -> Any:
     await run([a_node("read", {})], {"text": ""})  # type: ignore[arg-type]
 
 
+@met(ValueError, "parallel()", fix="needs at least one node")
 async def no_children(path: Path) -> Any:
     parallel()
 
 
+@met(TypeError, "'text'", fix="fields: text")
 async def no_list(path: Path) -> Any:
     await run([map_over("text", a_node("read", {}), into="read")])
 
 
+@met(ValueError, "node id", fix="must not be empty")
 async def empty_id(path: Path) -> Any:
     NodeContract(node_id="", input_schema=Note, output_schema=Note)
 
 
+@met(KeyError, "'read'", fix="register one, or decorate the node")
 async def no_contract(path: Path) -> Any:
     ContractRegistry().get("read")
 
 
+@met(CheckFailed, "'read'", "'needs'", "number (int)", fix="add it to the output of 'read'")
 async def cannot_work(path: Path) -> Any:
     needs = stroma_node("needs", input=Strict, output=Note)(a_function)
     await run([a_node("read", {}), needs], check=True)
@@ -448,49 +498,65 @@ async def cannot_work(path: Path) -> Any:
 async def a_function(state: Any) -> Any: ...
 
 
+@met(BudgetExceeded, "'read'", fix="raise max_tokens_total")
 async def over_by_hand(path: Path) -> Any:
     tracker = CostTracker()
     tracker.record(NodeUsage("read", 11, 0.0, 0))
     tracker.check_budget(ExecutionBudget(max_tokens_total=10), "read")
 
 
+@met(TypeError, "schema", fix="must be a BaseModel type")
 async def other_class(path: Path) -> Any:
     store = InMemoryStore()
     store.save("run-7", "read", Items())
     store.load_typed("run-7", "read", int)  # type: ignore[type-var]
 
 
+@met(ValueError, "mongodb://", fix="use ")
 async def no_store(path: Path) -> Any:
     open_store("mongodb://somewhere")
 
 
+@met(
+    SharedBudgetExceeded,
+    "'team-a'",
+    "'shorten'",
+    "10 tokens",
+    "8 spent",
+    fix="raise max_tokens, then resume the run",
+)
 async def shared_budget(path: Path) -> Any:
     team = SharedBudget("team-a", max_tokens=10, store=AsyncInMemoryStore(), reserve_tokens=8)
     await run([a_node("read", ({}, 8)), a_node("shorten", {})], shared_budgets=team)
 
 
+@met(LimitError, "'read'", "8 tokens", "tokens_per_minute=5", "limit 'docs-tokens'", fix="raise the limit")
 async def never_met(path: Path) -> Any:
     name = "docs-tokens"
     options = {"limits": {name: Limit(tokens_per_minute=5)}, "node_limits": {"read": name}}
     await run([a_node("read", ({}, 8)), a_node("read", ({}, 8))], **options)
 
 
+@met(WaitedTooLong, "'read'", "limit 'docs-requests'", fix="raise the limit, or max_wait_seconds")
 async def waited_too_long(path: Path) -> Any:
     name = "docs-requests"
     limit = Limit(requests_per_minute=1, max_wait_seconds=0.01)
     await run([a_node("read", {}), a_node("read", {})], limits={name: limit}, node_limits={"read": name})
 
 
+@met(CircuitOpen, "limit 'read'", fix="raise max_wait_seconds of the breaker")
 async def circuit_open(path: Path) -> Any:
     breaker = Breaker(min_calls=1, max_wait_seconds=0)
     breaker.leave("limit 'read'", False, probe=False)
     await run([a_node("read", {})], breaker=breaker, limits={"read": Limit(concurrent=1)})
 
 
+@met(UnknownNode, "'serach'", "tool", fix="known: 'search'")
 async def no_such_tool(path: Path) -> Any:
     Guard().contracts({"serach": (Note, Note)}, ["search"], "tool")
 
 
+@met(RunCancelled, "'r1'", "'read'", fix="call it in another run")
 async def ended_from_elsewhere(path: Path) -> Any:
     guard = Guard()
 
@@ -502,89 +568,21 @@ async def ended_from_elsewhere(path: Path) -> Any:
         await guard.wrap("read", read)()
 
 
+@met(RequestRefused, "'run-7'", "COMPLETED", fix="send it to another run")
 async def message_to_an_ended_run(path: Path) -> Any:
     store = AsyncInMemoryStore()
     await run([a_node("read", {})], store=store, run_id="run-7")
     await StromaRunner.quick(store=store).send("run-7", "hello")
 
 
+@met(ValueError, "'read'", "got 0", fix="must be a positive number of milliseconds")
 async def zero_timeout(path: Path) -> Any:
     StromaRunner.quick(node_timeouts={"read": 0})
 
 
-Provoke = Callable[[Path], Awaitable[Any]]
-#: What provokes it, its class, what it must name (the node, the run), and the fix.
-MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
-    (violation, ContractViolation, ["'shorten'", "output", "text: Input should be a valid string"], ""),
-    (budget, BudgetExceeded, ["'shorten'", "10 tokens", "11 tokens"], "raise max_tokens_total"),
-    (
-        shared_budget,
-        SharedBudgetExceeded,
-        ["'team-a'", "'shorten'", "10 tokens", "8 spent"],
-        "raise max_tokens, then resume the run",
-    ),
-    (
-        never_met,
-        LimitError,
-        ["'read'", "8 tokens", "tokens_per_minute=5", "limit 'docs-tokens'"],
-        "raise the limit",
-    ),
-    (
-        waited_too_long,
-        WaitedTooLong,
-        ["'read'", "limit 'docs-requests'"],
-        "raise the limit, or max_wait_seconds",
-    ),
-    (circuit_open, CircuitOpen, ["limit 'read'"], "raise max_wait_seconds of the breaker"),
-    (over_by_hand, BudgetExceeded, ["'read'"], "raise max_tokens_total"),
-    (cannot_work, CheckFailed, ["'read'", "'needs'", "number (int)"], "add it to the output of 'read'"),
-    (usage, UsageError, ["'shorten'", "-1"], "report whole numbers of tokens"),
-    (unpriced, UsageError, ["'shorten'", "'no-such-model'"], "add it to KNOWN_MODELS"),
-    (unserialisable, NotSerialisable, ["Secret.key"], ""),
-    (not_found, CheckpointNotFound, ["'run-7'", "'read'", "'shorten'"], "run the pipeline from its start"),
-    (
-        changed,
-        PipelineChanged,
-        ["'run-7'", "'shorten'", "'cut'", "position 1"],
-        "restore the order of nodes, or start a new run",
-    ),
-    (other_input, PipelineChanged, ["'run-7'"], "pass the same input, or use another run id"),
-    (
-        no_journal,
-        StoreError,
-        ["'run-7'", "Simple"],
-        "use resume_from=, or a journal store such as SQLiteStore",
-    ),
-    (refused, StoreError, ["'run-7'", "'read'", "the disk is full"], ""),
-    (no_database, StoreError, ["x.db"], "use another path, or move that file away"),
-    (fenced, Fenced, ["'run-7'"], "see the result of the other one"),
-    (fenced_in_memory, Fenced, ["'run-7'"], "see the result of the other one"),
-    (busy, RunBusy, ["'run-7'", "process"], 'if_running="attach"'),
-    (exists, RunExists, ["'run-7'", "COMPLETED"], "use another run id"),
-    (failed_elsewhere, RunFailed, ["'read'", "text: Input should be a valid string"], ""),
-    (hook_raises, HookError, ["on_node_success", "'read'", "no dashboard"], ""),
-    (hook_not_async, HookNotAsync, ["on_node_start", "'read'"], "define it with async def"),
-    (hook_slow, HookTimeout, ["5 ms"], "hook_timeout_ms"),
-    (timeout, TimeoutError, ["'slow'", "5 ms"], "raise node_timeouts['slow']"),
-    (no_node, TypeError, ["plain"], "decorate it with @stroma_node or @runner.node"),
-    (unknown_target, ValueError, ["'raed'"], "its nodes are 'read'"),
-    (no_state, TypeError, ["dict"], "must be a pydantic model"),
-    (no_children, ValueError, ["parallel()"], "needs at least one node"),
-    (no_list, TypeError, ["'text'"], "fields: text"),
-    (empty_id, ValueError, ["node id"], "must not be empty"),
-    (no_contract, KeyError, ["'read'"], "register one, or decorate the node"),
-    (other_class, TypeError, ["schema"], "must be a BaseModel type"),
-    (no_store, ValueError, ["mongodb://"], "use "),
-    (no_such_tool, UnknownNode, ["'serach'", "tool"], "known: 'search'"),
-    (ended_from_elsewhere, RunCancelled, ["'r1'", "'read'"], "call it in another run"),
-    (message_to_an_ended_run, RequestRefused, ["'run-7'", "COMPLETED"], "send it to another run"),
-    (zero_timeout, ValueError, ["'read'", "got 0"], "must be a positive number of milliseconds"),
-]
-
-
 @pytest.mark.parametrize(("provoke", "kind", "names", "fix"), MET, ids=lambda v: getattr(v, "__name__", ""))
 async def test_what_an_error_says(
-    provoke: Provoke, kind: type[Exception], names: list[str], fix: str, tmp_path: Path
+    provoke: Provoke, kind: type[Exception], names: tuple[str, ...], fix: str, tmp_path: Path
 ) -> None:
     """An error that a user meets names the node and the run it is about, and the way out."""
     with pytest.raises(kind) as caught:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, create_model
 from tests.effects.shop import Order, Receipt, Shop
 from tests.fixtures import store_fixture
 from tests.flows.steps import runner_on
-from tests.kit import NEVER, Num, computing, failing_with, node, open_question
+from tests.kit import NEVER, Num, node, open_question
 from tests.shared_stores import FAMILIES
 
 from stroma import (
@@ -47,8 +47,8 @@ class Code:
         )
         self.pay = stroma_node(name, contract)(shop.charge)
         self.first, self.other = stroma_node("first")(_same), stroma_node("other")(_same)
-        self.fails = stroma_node("fails")(failing_with(KeyError, "fails"))
-        self.ends = stroma_node("ends")(computing(lambda _: Receipt(number=0)))
+        self.fails = stroma_node("fails")(_fails)
+        self.ends = stroma_node("ends")(_ends)
 
     @property
     def inner(self) -> Any:
@@ -69,6 +69,14 @@ class Code:
 
 async def _same(order: Order) -> Order:
     return order
+
+
+async def _ends(order: Order) -> Receipt:
+    return Receipt(number=0)
+
+
+async def _fails(order: Order) -> Order:
+    raise KeyError("fails")
 
 
 class Change(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.kit import NEVER, ONCE, SimpleStore, Text, cancel_after, failing_with, returning
+from tests.kit import NEVER, ONCE, SimpleStore, Text, cancel_after, computing, failing_with, returning
 from tests.kit import Item as Number
 
 from stroma import (
@@ -98,24 +98,12 @@ def node(node_id: str, output: type[BaseModel] = State, input: type[BaseModel] =
     return stroma_node(node_id, Contract(node_id=node_id, input_schema=input, output_schema=output))
 
 
-@node("plus")
-async def plus(state: State) -> Any:
-    return {"value": state.value + 1}
-
-
-@node("plus two")
-async def plus_two(state: State) -> Any:
-    return {"value": state.value + 2}
-
-
-@node("bad")
-async def bad(state: State) -> Any:
-    raise ValueError("no")
-
-
-@node("invalid", output=Text)
-async def invalid(state: State) -> Any:
-    return {"text": 5}
+plus = node("plus")(computing(lambda state: {"value": state.value + 1}))
+plus_two = node("plus two")(computing(lambda state: {"value": state.value + 2}))
+plus_tokens = node("plus tokens")(computing(lambda state: ({"value": state.value + 1}, 5)))
+spender = node("spender")(returning(({"value": 1}, 9)))
+bad = node("bad")(failing_with(ValueError, "no"))
+invalid = node("invalid", output=Text)(returning({"text": 5}))
 
 
 def flaky(failures: int = 1) -> Any:
@@ -332,11 +320,6 @@ async def test_run_end_cannot_change_the_result() -> None:
     assert result.hook_errors == []
 
 
-@node("plus tokens")
-async def plus_tokens(state: State) -> Any:
-    return {"value": state.value + 1}, 5
-
-
 def sync_hook(*_: Any) -> Any:
     """Return no awaitable, which only a call shows."""
     return len(_)
@@ -400,11 +383,6 @@ def scenario(name: str, store: Any) -> tuple[list[Any], dict[str, Any]]:
     if name == WARNING:
         return [spender, plus], {"budget": ExecutionBudget(max_tokens_total=10)}
     return [plus, plus_two], {}
-
-
-@node("spender")
-async def spender(state: State) -> Any:
-    return {"value": 1}, 9
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != CANCELLED])

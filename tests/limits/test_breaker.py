@@ -2,12 +2,9 @@
 
 import asyncio
 import copy
-import http.server
 import math
-import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +13,7 @@ import pytest
 import requests
 from tests.kit import NEVER, failing_with, node, noting
 from tests.limits.budget_helper import State
+from tests.providers.server import Answer, Server
 
 from stroma import (
     AsyncInMemoryStore,
@@ -203,35 +201,23 @@ def test_a_host_that_makes_no_sense(url: Any) -> None:
     assert host_of(Hostile()) is None
 
 
-class Server:
-    """Answers with whatever status is set."""
+class Answering:
+    """A provider that answers with whatever status is set."""
 
-    def __init__(self) -> None:
-        self.status = 200
-        self.seen = 0
-        outer = self
+    def __init__(self, provider: Server) -> None:
+        self._provider, self.url = provider, provider.url(Answer())
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.seen += 1
-                self.send_response(outer.status)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+    def answer(self, status: int) -> None:
+        self._provider.answers[self.url.rpartition("/")[2]] = (Answer(status),)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    @property
+    def seen(self) -> int:
+        return self._provider.calls_of(self.url)
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
+def server(provider: Server) -> Answering:
+    return Answering(provider)
 
 
 @pytest.fixture
@@ -240,7 +226,7 @@ async def client() -> Any:
         yield client
 
 
-def asking(server: Server, client: httpx.AsyncClient, node_id: str = "call") -> Any:
+def asking(server: Answering, client: httpx.AsyncClient, node_id: str = "call") -> Any:
     @stroma_node(node_id, input=State, output=State)
     async def ask(state: State) -> Any:
         (await client.get(server.url)).raise_for_status()
@@ -256,14 +242,14 @@ def watching(changes: list[Any], waits: list[Any]) -> NodeHooks:
     )
 
 
-async def test_a_provider_that_fails_is_left_alone(server: Server, client: httpx.AsyncClient) -> None:
+async def test_a_provider_that_fails_is_left_alone(server: Answering, client: httpx.AsyncClient) -> None:
     """It is called until the circuit opens, then by nobody; after open_seconds one call probes it."""
     changes: list[Any] = []
     waits: list[Any] = []
     broken, clock = breaker(max_wait_seconds=0)
     runner = StromaRunner.quick(breaker=broken, policy_map=NEVER, hooks=watching(changes, waits))
     ask = asking(server, client)
-    server.status = 503
+    server.answer(503)
     for n in range(4):
         result = await runner.run([ask], State(), run_id=str(n))
         assert result.failure.reason == "overloaded"
@@ -276,7 +262,7 @@ async def test_a_provider_that_fails_is_left_alone(server: Server, client: httpx
     assert refused.failure.reason == "circuit_open"
     assert "127.0.0.1 failed too often and is not called for another 30.0 s" in refused.failure.message
     clock.now += 30
-    server.status = 200
+    server.answer(200)
     well = await runner.run([ask], State(), run_id="refused", resume=True)
     assert (well.status, server.seen) == (RunStatus.RESUMED, 5)
     assert [mark.kind for mark in well.trace.marks] == ["circuit_half_open", "circuit_closed"]
@@ -288,17 +274,17 @@ async def test_a_provider_that_fails_is_left_alone(server: Server, client: httpx
     assert waits == []
 
 
-async def test_attempts_wait_for_an_open_circuit(server: Server, client: httpx.AsyncClient) -> None:
+async def test_attempts_wait_for_an_open_circuit(server: Answering, client: httpx.AsyncClient) -> None:
     """They wait until it is closed, which uses up none of their retries; one of them finds out."""
     changes: list[Any] = []
     waits: list[Any] = []
     broken = Breaker(min_calls=2, open_seconds=0.2)
     runner = StromaRunner.quick(breaker=broken, policy_map=NEVER, hooks=watching(changes, waits))
     ask = asking(server, client)
-    server.status = 500
+    server.answer(500)
     for _ in range(2):
         await runner.run([ask], State())
-    server.status = 200
+    server.answer(200)
     results = await asyncio.gather(*(runner.run([ask], State()) for _ in range(5)))
     assert {result.status for result in results} == {RunStatus.COMPLETED}
     assert {result.trace.marks[0].reason for result in results} == {"circuit 127.0.0.1"}
@@ -309,42 +295,39 @@ async def test_attempts_wait_for_an_open_circuit(server: Server, client: httpx.A
 
 
 @pytest.mark.core
-async def test_requests_that_are_refused_open_nothing(server: Server, client: httpx.AsyncClient) -> None:
+async def test_requests_that_are_refused_open_nothing(server: Answering, client: httpx.AsyncClient) -> None:
     """However many calls end with 400, or 429, the provider is well."""
     broken, _ = breaker()
     runner = StromaRunner.quick(breaker=broken, policy_map=NEVER)
     ask = asking(server, client)
     for status in (400, 429) * 5:
-        server.status = status
+        server.answer(status)
         await runner.run([ask], State())
     assert (server.seen, broken.states()) == (10, {"127.0.0.1": "closed"})
 
 
 @pytest.mark.parametrize(("node_id", "pipeline"), [("other", "p"), ("call", "other")])
 async def test_other_hosts_are_called_all_the_same(
-    server: Server, client: httpx.AsyncClient, node_id: str, pipeline: str
+    server: Answering, provider: Server, client: httpx.AsyncClient, node_id: str, pipeline: str
 ) -> None:
     """A node that calls a healthy provider is not held up by another host, of a node or of its namesake."""
     broken, _ = breaker(max_wait_seconds=0)
     runner = StromaRunner.quick(breaker=broken, policy_map=NEVER)
-    server.status = 500
+    server.answer(500)
     for _ in range(5):
         await runner.run(Pipeline("p", [asking(server, client)]), State())
-    other = Server()
+    other = Answering(provider)
     other.url = other.url.replace("127.0.0.1", "localhost")
     result = await runner.run(Pipeline(pipeline, [asking(other, client, node_id)]), State())
-    other.server.shutdown()
-    other.server.server_close()
     assert result.status is RunStatus.COMPLETED
     assert (server.seen, broken.states()) == (4, {"127.0.0.1": "open"})
 
 
-async def test_a_provider_that_cannot_be_reached(client: httpx.AsyncClient) -> None:
+async def test_a_provider_that_cannot_be_reached(client: httpx.AsyncClient, provider: Server) -> None:
     """Connection errors open the circuit of the host that they name."""
     broken, _ = breaker(max_wait_seconds=0)
-    gone = Server()
-    gone.server.shutdown()
-    gone.server.server_close()
+    gone = Answering(provider)
+    gone.url = provider.url(Answer(fault="refuse"))
     runner = StromaRunner.quick(breaker=broken, policy_map=NEVER)
     results = [await runner.run([asking(gone, client)], State()) for _ in range(5)]
     assert [result.failure and result.failure.reason for result in results] == ["connection"] * 4 + [
@@ -393,12 +376,14 @@ async def test_effects_with_an_unknown_outcome_count(stated: Any) -> None:
     assert [round(seconds) for seconds in closed] == [7]
 
 
-async def test_a_wait_for_a_circuit_ends_with_the_budget(server: Server, client: httpx.AsyncClient) -> None:
+async def test_a_wait_for_a_circuit_ends_with_the_budget(
+    server: Answering, client: httpx.AsyncClient
+) -> None:
     """Who has less time left than the circuit stays open is told at once."""
     broken, _ = breaker(max_wait_seconds=None)
     budget = ExecutionBudget(max_latency_ms=20_000)
     runner = StromaRunner.quick(breaker=broken, policy_map=NEVER, budget=budget)
-    server.status = 500
+    server.answer(500)
     for _ in range(4):
         await runner.run([asking(server, client)], State())
     result = await runner.run([asking(server, client)], State())
@@ -406,12 +391,14 @@ async def test_a_wait_for_a_circuit_ends_with_the_budget(server: Server, client:
     assert (result.status, result.failure.exception.dimension) == (RunStatus.PARTIAL, "latency")
 
 
-async def test_who_may_not_wait_does_not_wait_for_probes(server: Server, client: httpx.AsyncClient) -> None:
+async def test_who_may_not_wait_does_not_wait_for_probes(
+    server: Answering, client: httpx.AsyncClient
+) -> None:
     """With max_wait_seconds=0 an attempt beside the one that finds out is refused at once."""
     waits: list[Any] = []
     broken, clock = breaker(max_wait_seconds=0)
     runner = StromaRunner.quick(breaker=broken, policy_map=NEVER, hooks=watching([], waits))
-    server.status = 500
+    server.answer(500)
     for _ in range(4):
         await runner.run([asking(server, client)], State())
     clock.now += 30

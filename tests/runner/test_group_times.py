@@ -1,13 +1,13 @@
 """How long a group took: as recorded, as drawn, and as budgets count it."""
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.fixtures import store_fixture
 from tests.kit import Note as Item
-from tests.shared_stores import STORES, store_of
+from tests.shared_stores import STORES
 
 from stroma import FailurePolicy, NodeHooks, StromaRunner, current_node, map_over, parallel
 from stroma.testing import FakeClock
@@ -117,10 +117,7 @@ async def test_a_group_that_failed_or_was_cancelled_has_its_time_too() -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as instance:
-        yield instance
+store = store_fixture(*STORES)
 
 
 @pytest.mark.slow

@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.fixtures import store_fixture
 from tests.kit import Item as Count
 from tests.kit import Text as Part
 from tests.kit import computing, passing, returning
@@ -29,10 +29,7 @@ class Batch(BaseModel):
     note: str = "for all"
 
 
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as instance:
-        yield instance
+store = store_fixture(*STORES)
 
 
 def batch(count: int) -> Batch:

@@ -540,8 +540,11 @@ async def test_a_source_that_gives_something_else_is_refused(store: Any, doubler
     """A function that gives other or fewer items than are done is PipelineChanged, whatever their text is."""
     inputs = [{"n": n, "text": f"<Job object at 0x7f01> {n}"} for n in range(20)]
 
+    def gives(state: State) -> Any:
+        return iter(inputs)
+
     doubler.failing = {15}
-    work = map_over(lambda state: iter(inputs), doubler.node, into=Journal(), max_concurrency=1)
+    work = map_over(gives, doubler.node, into=Journal(), max_concurrency=1)
     runner = quick(store)
     await runner.run([work], State())
     doubler.failing = set()

@@ -29,10 +29,6 @@ class CellStoreTests:
     """
 
     @pytest.fixture
-    def store(self) -> Any:
-        raise NotImplementedError("define a fixture `store` that returns an empty store")
-
-    @pytest.fixture
     def other(self, store: Any) -> Any:
         """Return another client of the same data; override it if processes can share the store."""
         return store

@@ -1,14 +1,12 @@
 """Responses of providers that vcrpy has recorded, as the page on testing has it."""
 
-import json
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import vcr
 from openai import AsyncOpenAI
 from tests.kit import Note
+from tests.providers.server import Answer, Server
 
 from stroma import StromaRunner
 
@@ -31,31 +29,14 @@ ANTHROPIC = {
 }
 
 
-class Provider(BaseHTTPRequestHandler):
-    """A provider that answers as both do."""
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
-        body = json.dumps(OPENAI if "chat" in self.path else ANTHROPIC).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-async def test_recorded_responses_of_both_clients_are_replayed(tmp_path: Path) -> None:
+async def test_recorded_responses_of_both_clients_are_replayed(tmp_path: Path, provider: Server) -> None:
     """A cassette of vcrpy replays both clients without provider or keys, with the usage of responses."""
-    server = HTTPServer(("127.0.0.1", 0), Provider)
-    url = f"http://127.0.0.1:{server.server_address[1]}"
+    openai, anthropic = provider.url(Answer(body=OPENAI)), provider.url(Answer(body=ANTHROPIC))
     runner = StromaRunner.quick()
 
     @runner.node("greet", input=Note, output=Note)
     async def greet(state: Note) -> Any:
-        client = AsyncOpenAI(base_url=f"{url}/v1", api_key="sk-openai", max_retries=0)
+        client = AsyncOpenAI(base_url=openai, api_key="sk-openai", max_retries=0)
         prompt: Any = [{"role": "user", "content": "greet"}]
         response = await client.chat.completions.create(model="gpt-4o", messages=prompt)
         return Note(text=response.choices[0].message.content or ""), response
@@ -65,7 +46,7 @@ async def test_recorded_responses_of_both_clients_are_replayed(tmp_path: Path) -
         # It takes 2 s of each worker to import.
         from anthropic import AsyncAnthropic
 
-        client = AsyncAnthropic(base_url=url, api_key="sk-anthropic", max_retries=0)
+        client = AsyncAnthropic(base_url=anthropic, api_key="sk-anthropic", max_retries=0)
         prompt: Any = [{"role": "user", "content": "name"}]
         response = await client.messages.create(model="claude-test", max_tokens=5, messages=prompt)
         return Note(text=f"{state.text} {response.content[0].text}"), response
@@ -75,11 +56,8 @@ async def test_recorded_responses_of_both_clients_are_replayed(tmp_path: Path) -
         with vcr.use_cassette(str(tmp_path / "greet.yaml"), record_mode=mode, filter_headers=hidden):
             return await runner.run([greet, name], Note())
 
-    Thread(target=server.serve_forever, daemon=True).start()
-    live = await run("once")
-    server.shutdown()
-    server.server_close()
-    again = await run("none")
+    live, again = await run("once"), await run("none")
+    assert provider.calls_of(openai) == provider.calls_of(anthropic) == 1
     for result in (live, again):
         assert (result.final_state, result.total_tokens) == (Note(text="Dear Ada"), 11), result.failure
     assert "sk-" not in (tmp_path / "greet.yaml").read_text("utf-8")

@@ -3,6 +3,7 @@
 import base64
 import io
 import logging
+import re
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -387,7 +388,7 @@ async def test_the_end_of_plain_code_is_masked(caplog: pytest.LogCaptureFixture)
     store = AsyncInMemoryStore()
     runner = quick(store)
 
-    with pytest.raises(ValueError, match=SECRET):
+    with pytest.raises(ValueError, match=re.escape(SECRET)):
         config = runner.config.with_run_id("r")
         async with context_of(runner, config) as ctx:
             await execute_step("step", same, Call(), ctx)
