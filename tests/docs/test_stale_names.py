@@ -1,6 +1,4 @@
-"""Names in docstrings, comments and pages: each exists in the code."""
-
-from __future__ import annotations
+"""Names and figures in docstrings, comments and pages: each is that of the code."""
 
 import ast
 import builtins
@@ -11,7 +9,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.docs.blocks import ROOT
+
 #: An identifier, dotted or called: `f()`, `A.b`, `f(x, ...)`.
 EXPRESSION = re.compile(r"[\w.~]+(?:\(.*\))?")
 MENTIONS = re.compile(r"``([^`]+)``|:\w+:`([^`]+)`|\b((?:\w+\.)*\w+)\(\)|\b(stroma(?:\.\w+)+)")
@@ -120,3 +119,30 @@ def test_no_foreign_name_is_listed_in_vain() -> None:
     """Each name of another library that the checks allow is on a page or in a docstring."""
     everything = "\n".join([text for _, text in pages()] + [text for _, text in read_source()[1]])
     assert words(everything) >= FOREIGN
+
+
+PROGRAMS = ROOT / "examples" / "comparison"
+SYSTEMS = ("stroma", "pydantic_ai", "langgraph", "dbos", "temporal")
+
+
+def count_lines(path: Path) -> int:
+    """Return the lines of a program without its docstring, blank lines and comments."""
+    text = path.read_text("utf-8")
+    docstring = ast.parse(text).body[0]
+    lines = [line.strip() for line in text.splitlines()[docstring.end_lineno :]]
+    return sum(bool(line) and not line.startswith("#") for line in lines)
+
+
+def test_the_table_of_lines_has_what_the_programs_have() -> None:
+    """Each row has the count of each program, and no program is left out."""
+    page = (ROOT / "docs" / "comparison.md").read_text("utf-8")
+    rows = re.findall(r"^\| .*\(\.\./examples/comparison/(\w+)_stroma\.py\).* \|$", page, re.MULTILINE)
+    shown = {
+        task: [int(cell) for cell in re.findall(r"\[(\d+)\]\(\.\./examples/comparison/" + task, page)]
+        for task in rows
+    }
+    assert shown == {
+        task: [count_lines(PROGRAMS / f"{task}_{system}.py") for system in SYSTEMS] for task in rows
+    }
+    there = {path.stem for path in PROGRAMS.glob("*_*.py")}
+    assert there == {f"{task}_{system}" for task in rows for system in SYSTEMS}
