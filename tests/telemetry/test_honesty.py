@@ -449,7 +449,7 @@ async def test_a_contract_that_cannot_be_read() -> None:
     """A node whose contract is not fully defined has a span that ends, under its group."""
 
     class Half(BaseModel):
-        x: Missing  # noqa: F821
+        x: "Missing"  # noqa: F821
 
     seen = Seen()
     runner = quick(seen.hooks(), retries=0)
