@@ -22,7 +22,7 @@ from stroma.cli.output import emit, err, out
 from stroma.cli.stores import Database
 from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import FlowNode, Group, Node, find_node
+from stroma.contracts.node import FlowNode, Group, Node, contract_of_node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.config import RunConfig
@@ -95,7 +95,7 @@ def _read(
         node = node.children[0 if node.is_map else index]
     if isinstance(node, Group) or committed.is_failed_item:
         return
-    contract = ctx.contract_of(node)
+    contract = contract_of_node(node, ctx.registry)
     schema = schema_of(UntypedState if contract is None else contract.output_schema)
     changed = committed.contract.partition(":")[0] != schema.fingerprint
     read_output(schema, committed, contract.upcast if changed and contract is not None else None)

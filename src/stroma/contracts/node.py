@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, TypeAl
 from pydantic import BaseModel
 
 from stroma.contracts.annotations import check_annotations, infer_contract
-from stroma.contracts.contract import NodeContract, Reconcile, Role, check_id
+from stroma.contracts.contract import ContractRegistry, NodeContract, Reconcile, Role, check_id
 
 if TYPE_CHECKING:
     import typing_extensions
@@ -231,6 +231,11 @@ def last_in(node: Node | Group) -> Node | Group:
     while isinstance(node, Group) and node.is_sequence:
         node = node.children[-1]
     return node
+
+
+def contract_of_node(node: Node | Group | None, registry: ContractRegistry) -> NodeContract[Any, Any] | None:
+    """Return the contract of a node: the registered one, else that of its marker; None of a group."""
+    return registry.find(node.node_id) or node.contract if isinstance(node, Node) else None
 
 
 def output_class(contract: NodeContract[Any, Any] | None) -> type[BaseModel]:

@@ -15,7 +15,7 @@ from stroma.checkpoint import CheckpointManager, Committed, Session, StepCall, W
 from stroma.checkpoint.entries import OF_FLOW, PriorUsage, RunControl, Tried
 from stroma.checkpoint.identity import StepCalls
 from stroma.checkpoint.sessions import NULL_SESSION
-from stroma.contracts.contract import ContractRegistry, NodeContract
+from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.budget import CostTracker, Dimension, ExecutionBudget, limits, replace_limits
@@ -588,10 +588,6 @@ class ReliabilityContext:
             self.stopping.holds, self.stopping.is_paused = True, False
         elif control.pause:
             self.stopping.holds = self.stopping.is_paused = self.stopping.is_asked = True
-
-    def contract_of(self, node: Node) -> NodeContract[Any, Any] | None:
-        """Return the contract of a node: the registry's, else its marker's."""
-        return self.registry.find(node.node_id) or node.contract
 
     def fallback_model(self) -> str | None:
         """Return the furthest fallback that is due, or None."""

@@ -45,7 +45,7 @@ from stroma.checkpoint.sessions import SimpleSession
 from stroma.contracts.codec import describe_error
 from stroma.contracts.contract import NodeContract, NotDone, Unknown
 from stroma.contracts.copying import Snapshot
-from stroma.contracts.node import Node
+from stroma.contracts.node import Node, contract_of_node
 from stroma.contracts.schema import Schema, has_secrets, schema_of
 from stroma.engine.commit import store_notes
 from stroma.engine.config import limits_ms
@@ -512,7 +512,7 @@ def write_intent(ctx: ReliabilityContext, place: NotePlace, intent: Intent) -> N
 
 def note_input(ctx: ReliabilityContext, place: NotePlace, node: Node, state: BaseModel) -> None:
     """Note the input of a call in a flow as it is compared now: its class may have changed since the call."""
-    contract = ctx.contract_of(node)
+    contract = contract_of_node(node, ctx.registry)
     assert contract is not None  # An effect has one.
     schema = schema_of(contract.input_schema)
     with suppress(Exception):  # The input breaks the contract.

@@ -24,7 +24,7 @@ from typing import Any, Final, cast
 from pydantic import BaseModel
 
 from stroma.contracts.contract import ContractViolation, NodeContract
-from stroma.contracts.node import Group, Node, output_class
+from stroma.contracts.node import Group, Node, contract_of_node, output_class
 from stroma.contracts.schema import schema_of
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.admission import make_admitted
@@ -192,7 +192,7 @@ def _schemas_of(
     """Return the schemas of input and output, with the contract. Without one the input is not validated."""
     if type(node) is not Node:
         return schema_of(type(value)), output_schema(ctx, node, value), None
-    contract = contract or ctx.registry.find(node.node_id) or node.contract
+    contract = contract or contract_of_node(node, ctx.registry)
     if contract is None:
         return schema_of(type(value)), schema_of(output_class(None)), None
     # Looking schemas up is a tenth of the engine's time: the node caches them while contract and classes are
@@ -238,7 +238,7 @@ def _count_earlier_attempts(
     # It was granted before the process died: _decide() grants it again.
     if tried.is_repaired and run.repairs:
         run.repairing, run.repairs = True, run.repairs - 1
-    contract, broken = None if isinstance(node, Group) else ctx.contract_of(node), None
+    contract, broken = contract_of_node(node, ctx.registry), None
     if tried.rejected is not None and contract is not None:
         broken = violation_of(tried.node_id, tried.rejected, contract.output_schema)
     failure = Failure(

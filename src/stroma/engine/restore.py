@@ -16,7 +16,7 @@ from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.codec import decode_raw, describe_error
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.copying import StoredSnapshot, isolate
-from stroma.contracts.node import FlowNode, Group, Node, held_by, last_in, output_class
+from stroma.contracts.node import FlowNode, Group, Node, contract_of_node, held_by, last_in, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import CURRENT, Kind, RunningNode, leave
@@ -111,7 +111,7 @@ def value_of(registry: ContractRegistry, node: Node | Group, committed: Committe
         node = last_in(node)
         if isinstance(node, Group):
             return raw_output(committed)
-        contract = registry.find(node.node_id) or node.contract
+        contract = contract_of_node(node, registry)
         schema = schema_of(output_class(contract))
         changed = committed.contract.partition(":")[0] != schema.fingerprint
         model = read_output(schema, committed, contract.upcast if changed and contract is not None else None)
@@ -135,8 +135,7 @@ def raw_output(committed: Committed) -> Any:
 def _upcast(
     ctx: ReliabilityContext, node: Node | Group, contract: NodeContract[Any, Any] | None
 ) -> Callable[[Any], Any] | None:
-    if contract is None and isinstance(node, Node):
-        contract = ctx.contract_of(node)
+    contract = contract or contract_of_node(node, ctx.registry)
     return None if contract is None else contract.upcast
 
 
@@ -163,8 +162,7 @@ def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel 
     if isinstance(node, Group):
         assert value is not None
         return schema_of(_output_class(ctx, node, type(value)))
-    contract = ctx.contract_of(node)
-    return schema_of(output_class(contract))
+    return schema_of(output_class(contract_of_node(node, ctx.registry)))
 
 
 def _output_class(
@@ -240,7 +238,7 @@ def check_unfinished_call(
     if position < len(nodes) and isinstance(nodes[position], FlowNode):
         return  # Its body makes the calls.
     node, _ = node_at(nodes, position, branch)
-    contract = ctx.contract_of(node) if isinstance(node, Node) else None
+    contract = contract_of_node(node, ctx.registry)
     is_effect = contract is not None and contract.effect
     if node is None or node.node_id != of.node_id or (isinstance(of, Intent) and not is_effect):
         what = of.described if isinstance(of, Intent) else f"it waits for an answer to node {of.node_id!r}"

@@ -15,7 +15,7 @@ from stroma._utils.text import one_line
 from stroma.checkpoint import Committed, PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.entries import OF_MAP
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import Group, Node, first_in
+from stroma.contracts.node import Group, Node, contract_of_node, first_in
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.commit import failed_of, settle
@@ -446,10 +446,7 @@ def item_state(registry: ContractRegistry, node: Node | Group, item: Any) -> Bas
         item = schema_of(type(item)).raw(item)  # The class of a group's output is made from MapItem.
     if isinstance(item, dict):
         return _open_model(item) if all(isinstance(k, str) for k in item) else UntypedState(item)
-    contract = None
-    node = first_in(node)
-    if isinstance(node, Node):
-        contract = registry.find(node.node_id) or node.contract
+    contract = contract_of_node(first_in(node), registry)
     if contract is not None and not contract.input_schema.__pydantic_root_model__:
         required = [n for n, info in contract.input_schema.model_fields.items() if info.is_required()]
         if len(required) == 1:

@@ -17,7 +17,16 @@ from stroma._utils.text import did_you_mean
 from stroma.checkpoint.flow_notes import LAST_MS
 from stroma.checkpoint.queue import QueueEntry, RunLimits, ServedCode
 from stroma.contracts.contract import ContractRegistry, Decorated, check_id
-from stroma.contracts.node import DepsT, FlowNode, Group, Node, find_node, marked_nodes, output_class
+from stroma.contracts.node import (
+    DepsT,
+    FlowNode,
+    Group,
+    Node,
+    contract_of_node,
+    find_node,
+    marked_nodes,
+    output_class,
+)
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.config import RunConfig, check_label
 from stroma.engine.context import ReliabilityContext
@@ -282,7 +291,7 @@ def input_schema_of(
             f"the pipeline starts with {first.node_id!r}; pass the class of its input as input_schema= to "
             "resume(), recover() or fork(); submit(), serve() and run_many(recover=True) need a node there"
         )
-    contract = None if first is None else registry.find(first.node_id) or first.contract
+    contract = contract_of_node(first, registry)
     return schema_of(output_class(None) if contract is None else contract.input_schema)
 
 

@@ -26,7 +26,7 @@ from stroma.checkpoint.entries import NOT_DONE, RunFacts, SentMessage
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.queue import COMPLETE, RunLimits, ServedCode
 from stroma.contracts.contract import ContractRegistry, NotDone, Unknown, check_id
-from stroma.contracts.node import Group, Node, find_node, output_class
+from stroma.contracts.node import Group, Node, contract_of_node, find_node, output_class
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.budget import ExecutionBudget
@@ -376,7 +376,7 @@ class StoredRuns:
             schema = schema_of(type(state))
             last = nodes[position - 1] if position and call is None else None
             if isinstance(last, Node):
-                contract = self._registry.find(last.node_id) or last.contract
+                contract = contract_of_node(last, self._registry)
                 schema = schema_of(output_class(contract))
                 replaced["edited_node"] = last.node_id
             value = (

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from stroma._utils.distributions import missing
 from stroma.checkpoint import AsyncInMemoryStore
 from stroma.contracts.contract import ContractViolation
-from stroma.contracts.node import Node, find_node
+from stroma.contracts.node import contract_of_node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.engine.tasks import has_running_loop
 from stroma.failures.classes import FailureClass
@@ -72,9 +72,7 @@ def assert_contract_holds(
     """
     target = find_node(node)
     runner = runner or StromaRunner.quick()
-    contract = (
-        None if not isinstance(target, Node) else runner.registry.find(target.node_id) or target.contract
-    )
+    contract = contract_of_node(target, runner.registry)
     if contract is None:
         raise TypeError(f"{target.node_id!r} has no contract; pass a node with a contract")
     strategy = inputs if inputs is not None else inputs_of(contract.input_schema, fields)

@@ -19,7 +19,7 @@ from stroma.checkpoint import Session, Waiting
 from stroma.checkpoint.identity import is_called, with_outer
 from stroma.contracts.codec import decode_raw
 from stroma.contracts.contract import ContractRegistry, ContractViolation, as_violation
-from stroma.contracts.node import FlowNode, Group, Node
+from stroma.contracts.node import FlowNode, Group, Node, contract_of_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.cost.budget import BudgetExceeded
@@ -322,7 +322,7 @@ class Tape(Interceptor):
 
     def _read(self, run: RunningNode, node: Node | Group, one: RecordedAttempt, state: BaseModel) -> Any:
         """Decode an output by the current schema. Raises ContractViolation if it does not fit."""
-        contract = self.registry.find(node.node_id) or node.contract if isinstance(node, Node) else None
+        contract = contract_of_node(node, self.registry)
         schema = output_schema(run.ctx, node, state)
         upcast = None if contract is None or one.contract == schema.fingerprint else contract.upcast
         try:
@@ -385,7 +385,7 @@ class Tape(Interceptor):
                 one_ = recorded_attempts[-1] if recorded_attempts else None
                 if one_ is None or one_.output is None or one_.node_id != inner.node_id or not one_.contract:
                     continue
-                contract = self.registry.find(inner.node_id) or inner.contract
+                contract = contract_of_node(inner, self.registry)
                 if contract is not None and contract.upcast is not None:
                     continue
                 schema = schema_of(UntypedState if contract is None else contract.output_schema)

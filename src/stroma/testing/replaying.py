@@ -17,7 +17,7 @@ from stroma.checkpoint.identity import is_called
 from stroma.checkpoint.records import AttemptRecord
 from stroma.contracts.codec import decode_raw
 from stroma.contracts.contract import ContractRegistry, as_violation
-from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.node import Group, Node, contract_of_node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 from stroma.engine.context import INTERCEPTORS
@@ -157,7 +157,7 @@ def _input(
 ) -> tuple[BaseModel, str | None]:
     """Return the input of the run, and its problem if the first node rejects it."""
     first = records[0] if records else None
-    contract = registry.find(first.node_id) or first.contract if isinstance(first, Node) else None
+    contract = contract_of_node(first, registry)
     raw = decode_raw(recorded.input)
     wrong = None
     if contract is not None:

@@ -27,7 +27,7 @@ from stroma.contracts.checks.types import (
     under,
 )
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import Group, Node
+from stroma.contracts.node import Group, Node, contract_of_node
 
 #: The fits of pairs of classes, which pipelines repeat.
 Known = dict[tuple[type[BaseModel], type[BaseModel], bool], Fit]
@@ -244,7 +244,7 @@ def _of_effects(
             inner = node.node_id if node.node_id in retried else group
             yield from _of_effects(node.children, registry, retried, f"{at}.", inner)
             continue
-        contract = registry.find(node.node_id) or node.contract
+        contract = contract_of_node(node, registry)
         if contract is None or not contract.effect:
             continue
         here, name = Giver(node.node_id, at), repr(node.node_id)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from stroma.contracts.checks.records import Record, record_of_class
 from stroma.contracts.checks.types import Finding, Giver, Side
 from stroma.contracts.contract import ContractRegistry, NodeContract
-from stroma.contracts.node import Group, Node, first_in
+from stroma.contracts.node import Group, Node, contract_of_node, first_in
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import UntypedState
 
@@ -128,7 +128,7 @@ class _Walk:
     def through(self, node: Node | Group, state: FlowState, at: str) -> Generator[Step, None, FlowState]:
         giver = Giver(node.node_id, at)
         if isinstance(node, Node):
-            contract = self._registry.find(node.node_id) or node.contract
+            contract = contract_of_node(node, self._registry)
             output = None
             if contract is not None:
                 output = contract.output_schema

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import StepCall
 from stroma.contracts.contract import ContractViolation, as_violation, output_violation
 from stroma.contracts.copying import Snapshot
-from stroma.contracts.node import FlowNode, Group, Node
+from stroma.contracts.node import FlowNode, Group, Node, contract_of_node
 from stroma.contracts.schema import schema_of
 from stroma.engine.commit import failed_of, settle
 from stroma.engine.context import ReliabilityContext
@@ -38,7 +38,7 @@ async def commit_output(
 ) -> BaseModel | Halt:
     """Validate and commit the output of a flow. ``snapshot``: of its input. ``step``: in another flow."""
     ctx, execution, node_id = flow.ctx, flow.execution, node.node_id
-    contract = ctx.contract_of(node)
+    contract = contract_of_node(node, ctx.registry)
     assert contract is not None  # A flow has one.
     source, schema = schema_of(contract.input_schema), schema_of(contract.output_schema)
     try:
@@ -120,7 +120,7 @@ async def run_with_flows(
 async def _run_flow(driver: FlowDriver, node: FlowNode, value: BaseModel) -> BaseModel | Halt | Stopped:
     """Run a flow at a position of the run. Return its committed output, or its end."""
     ctx = driver.ctx
-    contract = ctx.contract_of(node)
+    contract = contract_of_node(node, ctx.registry)
     assert contract is not None
     source = schema_of(contract.input_schema)
     try:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, StepCall, Waiting
 from stroma.checkpoint.entries import OF_FLOW, SentMessage
-from stroma.contracts.node import FlowNode, Group, Node, held_by
+from stroma.contracts.node import FlowNode, Group, Node, contract_of_node, held_by
 from stroma.contracts.schema import comparable, schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.effects import flight_inside, is_unknown
@@ -127,7 +127,7 @@ class FlowCall:
 
     def is_effect(self) -> bool:
         """Return True for a call of one effect, whose ``reconcile`` can be called without the call."""
-        contract = None if isinstance(self.node, Group) else self.scope.ctx.contract_of(self.node)
+        contract = contract_of_node(self.node, self.scope.ctx.registry)
         return contract is not None and contract.effect
 
     def is_unknown(self) -> bool:

@@ -20,7 +20,7 @@ from stroma.checkpoint.entries import OF_FLOW, RunRequest
 from stroma.checkpoint.identity import quoted
 from stroma.contracts.contract import NodeContract, as_violation, check_id
 from stroma.contracts.copying import Snapshot
-from stroma.contracts.node import FlowNode, Group, Node, find_node
+from stroma.contracts.node import FlowNode, Group, Node, contract_of_node, find_node
 from stroma.contracts.schema import comparable, schema_of
 from stroma.engine.execution import current_node
 from stroma.engine.outcome import Halt
@@ -124,7 +124,7 @@ def call_flow(path: FlowPath, flow: Any, state: Any, key: str | None) -> Corouti
 
 async def _run_flow(path: FlowPath, node: FlowNode, state: BaseModel, identity: str) -> Any:
     driver, ctx = path.driver, path.ctx
-    contract = ctx.contract_of(node)
+    contract = contract_of_node(node, ctx.registry)
     assert contract is not None  # A flow has one.
     call = path.prepare(_FlowEnd(path, identity, node, state))
     begin, source = perf_counter_ns(), schema_of(contract.input_schema)
@@ -167,7 +167,7 @@ class _FlowEnd(FlowCall):
     def take_output(self, records: FlowRecords) -> str:
         # Its body may have decided otherwise since: then the output is committed in place of the earlier one.
         earlier, (child, _, returned, _) = records.loose.get(self.branch), self.output
-        contract = self.scope.ctx.contract_of(child.node)
+        contract = contract_of_node(child.node, self.scope.ctx.registry)
         if earlier is None or contract is None:
             return ""
         with contextlib.suppress(ValueError):

@@ -25,7 +25,7 @@ from stroma.checkpoint.decoding import RecordName, decode_number, storable_text
 from stroma.checkpoint.entries import OF_FLOW, SentMessage
 from stroma.checkpoint.flow_notes import FailureNote, MessageNote, decode_flow_note
 from stroma.checkpoint.identity import is_called, with_outer, without_attempts
-from stroma.contracts.node import Group, Node
+from stroma.contracts.node import Group, Node, contract_of_node
 from stroma.contracts.schema import Schema, comparable, schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.effects import intents, write_intent
@@ -380,7 +380,7 @@ def misfit_of(problem: str) -> Failure:
 
 def input_schema(ctx: ReliabilityContext, node: Node | Group, state: BaseModel) -> Schema:
     """Return the schema that the input of a call is recorded with."""
-    contract = None if isinstance(node, Group) else ctx.contract_of(node)
+    contract = contract_of_node(node, ctx.registry)
     return schema_of(type(state) if contract is None else contract.input_schema)
 
 
