@@ -281,7 +281,7 @@ def check_place(
     node, group = None, None
     if not is_called(branch):
         node, group = node_at(nodes, position, branch)
-    elif committed.step is None or committed.step.number > OF_FLOW or not isinstance(first, Node):
+    elif committed.step is None or committed.step.number >= OF_FLOW or not isinstance(first, Node):
         return  # Steps that a node or its hooks call are known when they are called.
     elif isinstance(first, FlowNode):
         return  # And so are those of a flow.
