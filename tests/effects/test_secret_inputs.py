@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, SecretStr, create_model
 from tests.flows.steps import runner_on
-from tests.kit import Num
+from tests.kit import Num, Rot
 from tests.shared_stores import opened, place
 
 from stroma import (
@@ -40,19 +40,12 @@ class Order(BaseModel):
     client: Client
 
 
-class Codec:
-    def encode(self, data: bytes) -> bytes:
-        return bytes(byte ^ 90 for byte in data)
-
-    decode = encode
-
-
 @pytest.fixture(params=["memory", "sqlite", "codec"])
 def store(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "memory":
         yield opened("memory")
         return
-    codec = Codec() if request.param == "codec" else None
+    codec = Rot() if request.param == "codec" else None
     with place("sqlite") as where, opened("sqlite", where, codec=codec) as instance:
         yield instance
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, SecretStr
 from tests.fixtures import store_fixture
-from tests.kit import Num, SimpleStore, Text, computing, node, noting, quick, returning
+from tests.kit import Num, Rot, SimpleStore, Text, computing, node, noting, quick, returning
 from tests.shared_stores import FAMILIES
 
 from stroma import NodeHooks, RunConfig, RunStatus, SQLiteStore, current_node_or_none, map_over
@@ -434,19 +434,10 @@ async def test_a_notebook_shows_it_field_by_field() -> None:
     assert "<td><code>&quot;hidden&quot;</code></td>" in hidden
 
 
-class Rot13:
-    """A codec that anybody can undo: what is plain in a store shows."""
-
-    def encode(self, data: bytes) -> bytes:
-        return bytes(byte ^ 0x55 for byte in data)
-
-    decode = encode
-
-
 async def test_a_codec_seals_it(tmp_path: Path) -> None:
     """Under a codec a rejected output is sealed for its place; without it, the run can still be read."""
     path = tmp_path / "one.db"
-    with SQLiteStore(path, codec=Rot13()) as store:
+    with SQLiteStore(path, codec=Rot()) as store:
         await quick(store=store).run([rate([{"stars": "a-word-of-the-model"}])], Num(), run_id="r")
         (one,) = rejected_outputs(store, "r")
         assert one.value == {"stars": "a-word-of-the-model"}
@@ -455,9 +446,9 @@ async def test_a_codec_seals_it(tmp_path: Path) -> None:
         assert rejected_outputs(plain, "r") == [None]
     with SQLiteStore(tmp_path / "old.db") as store:
         await quick(store=store).run([rate([BAD])], Num(), run_id="r")
-    with SQLiteStore(tmp_path / "old.db", codec=Rot13()) as later:
+    with SQLiteStore(tmp_path / "old.db", codec=Rot()) as later:
         assert rejected_outputs(later, "r") == [None], "nobody without the key can forge one"
-    with SQLiteStore(tmp_path / "old.db", codec=Rot13(), plain_until_migrated=True) as later:
+    with SQLiteStore(tmp_path / "old.db", codec=Rot(), plain_until_migrated=True) as later:
         assert rejected_outputs(later, "r")[0] is not None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, SecretStr, ValidationError
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, THRICE, Num, SimpleStore, failing_with, node
+from tests.kit import NEVER, THRICE, Num, Rot, SimpleStore, failing_with, node
 from tests.kit import Many as Items
 from tests.shared_stores import IN_PROCESS
 
@@ -354,13 +354,6 @@ async def test_what_a_suspension_may_ask_for() -> None:
     assert "must be a pydantic model" in result.failure.message
     result = await runner(AsyncInMemoryStore()).run([node("quiet", failing_with(Quiet))], Num())
     assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["Quiet"])
-
-
-class Rot:
-    def encode(self, data: bytes) -> bytes:
-        return bytes(byte ^ 90 for byte in data)
-
-    decode = encode
 
 
 class Login(BaseModel):

@@ -190,6 +190,20 @@ async def test_a_retry_discards_the_half_sentence(store: Any) -> None:
     ]
 
 
+async def asked(runner: StromaRunner) -> tuple[Page, str]:
+    """Follow a run until it is suspended. Return the page and the cursor of that event."""
+    page = Page()
+    async with aclosing(runner.follow("run")) as events:
+        async for event in events:
+            page.take(event)
+            if event.kind == "run_suspended":
+                break
+    assert event.details["suspended"] == ["how many?"]
+    assert event.details["questions"][0]["kind"] == "approval"
+    assert event.to_sse().startswith("id: 1-suspended\n")
+    return page, event.cursor
+
+
 async def test_a_follow_goes_on_over_suspensions(store: Any) -> None:
     """A suspension comes once, with its questions, also after a reconnect; an answer and the end follow."""
     runner = runner_of(store)
@@ -200,18 +214,10 @@ async def test_a_follow_goes_on_over_suspensions(store: Any) -> None:
         return await flow.step(node("say", say, output=Text), answer)
 
     await runner.run(ask, Num(n=1), run_id="run")
-    page = Page()
-    async with aclosing(runner.follow("run")) as events:
-        async for event in events:
-            page.take(event)
-            if event.kind == "run_suspended":
-                break
-    assert event.details["suspended"] == ["how many?"]
-    assert event.details["questions"][0]["kind"] == "approval"
-    assert event.to_sse().startswith("id: 1-suspended\n")
+    page, cursor = await asked(runner)
     following = asyncio.create_task(page.read(runner.follow("run", page.cursor)))
     await asyncio.sleep(0.3)
-    assert page.cursor == event.cursor
+    assert page.cursor == cursor
     await runner.signal("run", Num(n=2))
     other = runner_of(store)
     other._flows = runner._flows
@@ -232,15 +238,7 @@ async def test_a_suspension_says_what_the_run_waits_for(store: Any) -> None:
         return await flow.wait_for(Num, reason="how many?")
 
     await runner.run(ask, Num(n=1), run_id="run")
-    page = Page()
-    async with aclosing(runner.follow("run")) as events:
-        async for event in events:
-            page.take(event)
-            if event.kind == "run_suspended":
-                break
-    assert event.details["suspended"] == ["how many?"]
-    assert event.details["questions"][0]["kind"] == "approval"
-    assert event.to_sse().startswith("id: 1-suspended\n")
+    page, _cursor = await asked(runner)
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.3):
             await page.read(runner.follow("run", page.cursor))

@@ -13,7 +13,7 @@ from tests.fixtures import store_fixture
 from tests.flows.program_world import runner_of
 from tests.flows.programs import Life, Program, flow_of, program_of
 from tests.flows.test_flow_programs import disturbed, seeds
-from tests.kit import Num, failing_with, node
+from tests.kit import Num, Rot, failing_with, node
 
 from stroma import (
     CheckpointManager,
@@ -261,13 +261,6 @@ async def test_redaction_reaches_answers_and_messages() -> None:
         assert before != after
         assert not re.search(r'n.?.?": [1-9]', after)
         assert (await replay(redacted, flows.by_name[name], runner=flows.runner)).status == "COMPLETED"
-
-
-class Rot:
-    def encode(self, data: bytes) -> bytes:
-        return bytes(byte ^ 90 for byte in data)
-
-    decode = encode
 
 
 class Login(BaseModel):

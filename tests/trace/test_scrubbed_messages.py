@@ -5,7 +5,6 @@ import io
 import logging
 import re
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 from pydantic import BaseModel, SecretStr, field_validator, model_validator
-from tests.kit import NEVER, computing, context_of, passing, returning, same, undone_command
+from tests.kit import NEVER, Rot, computing, context_of, passing, returning, same, undone_command
 
 from stroma import (
     AsyncInMemoryStore,
@@ -42,16 +41,6 @@ FORGED = "no\r\n2026-01-01 ERROR forged\x1b[2J\u202egnp.exe"
 class Call(BaseModel):
     user: str = "ada"
     token: SecretStr = SecretStr(SECRET)
-
-
-class Zip:
-    """A codec, so that the store takes secrets."""
-
-    def encode(self, data: bytes) -> bytes:
-        return zlib.compress(data)
-
-    def decode(self, data: bytes) -> bytes:
-        return zlib.decompress(data)
 
 
 class Log:
@@ -94,7 +83,7 @@ def forms(secret: str) -> list[str]:
 @pytest.mark.parametrize("durable", [False, True])
 async def test_secrets_are_masked_everywhere(tmp_path: Path, log: Log, form: int, durable: bool) -> None:
     """The text of a SecretStr, also encoded, is in no log line, trace, page, store or exporter's field."""
-    store: Any = SQLiteStore(tmp_path / "runs.db", codec=Zip()) if durable else AsyncInMemoryStore()
+    store: Any = SQLiteStore(tmp_path / "runs.db", codec=Rot()) if durable else AsyncInMemoryStore()
     runner = StromaRunner.quick(store=store, policy_map=NEVER, hooks=log_hooks(content="redacted"))
     text = lambda state: ValueError(f"GET /v1?key={forms(state.token.get_secret_value())[form]} failed")  # noqa: E731
     result = await runner.run(failing(runner, text), Call(), run_id="r")
