@@ -883,63 +883,35 @@ async def result_of(*nodes: Any, **config: Any) -> Any:
     return await StromaRunner.quick(**config).run(nodes, Anything())
 
 
+TEXTS: Any = node("a", output_model=model_of(list[str]), returned={"x": ["a"]})
+STREETS: Any = node("a", output_model=model_of(list[Street]), returned={"x": [{"name": "a"}]})
+SHOUT: Any = node("w", Text, Text, {"text": "b"})
+BOTH: Any = create_model("Both", text=(str, ...), n=(int, ...))
+APART: Any = parallel(
+    node("a", output_model=Text, returned={"text": "a"}), node("b", output_model=Item, returned={"n": 1})
+)
+TWICE: Any = parallel(
+    node("a", output_model=model_of(str), returned={"x": "a"}),
+    node("b", output_model=model_of(int), returned={"x": 1}),
+)
 GROUPED: list[tuple[list[Any], bool]] = [
     (
         [
-            node("a", output_model=model_of(list[str]), returned={"x": ["a"]}),
-            map_over("x", node("w", Text, Text, {"text": "b"}), into="y"),
+            TEXTS,
+            map_over("x", SHOUT, into="y"),
             node("b", create_model("Y", y=(list[Text], ...)), Text, {"text": ""}),
         ],
         True,
     ),
+    ([TEXTS, map_over("x", node("w", NameYear, Text), into="y")], False),
+    ([TEXTS, map_over("x", parallel(SHOUT), into="y")], False),
     (
-        [
-            node("a", output_model=model_of(list[str]), returned={"x": ["a"]}),
-            map_over("x", node("w", NameYear, Text), into="y"),
-        ],
+        [node("a", output_model=model_of(set[str]), returned={"x": ["a"]}), map_over("x", SHOUT, into="y")],
         False,
     ),
-    (
-        [
-            node("a", output_model=model_of(list[str]), returned={"x": ["a"]}),
-            map_over("x", parallel(node("w", Text, Text)), into="y"),
-        ],
-        False,
-    ),
-    (
-        [
-            node("a", output_model=model_of(set[str]), returned={"x": ["a"]}),
-            map_over("x", node("w", Text, Text), into="y"),
-        ],
-        False,
-    ),
-    (
-        [
-            node("a", output_model=model_of(list[Street]), returned={"x": [{"name": "a"}]}),
-            map_over("x", node("w", StreetIn, Text, {"text": ""}), into="y"),
-        ],
-        False,
-    ),
-    (
-        [
-            parallel(
-                node("a", output_model=Text, returned={"text": "a"}),
-                node("b", output_model=Item, returned={"n": 1}),
-            ),
-            node("c", create_model("Both", text=(str, ...), n=(int, ...)), Text, {"text": ""}),
-        ],
-        True,
-    ),
-    (
-        [
-            parallel(
-                node("a", output_model=model_of(str), returned={"x": "a"}),
-                node("b", output_model=model_of(int), returned={"x": 1}),
-            ),
-            node("c", model_of(int), Text, {"text": ""}),
-        ],
-        True,
-    ),
+    ([STREETS, map_over("x", node("w", StreetIn, Text, {"text": ""}), into="y")], False),
+    ([APART, node("c", BOTH, Text, {"text": ""})], True),
+    ([TWICE, node("c", model_of(int), Text, {"text": ""})], True),
 ]
 
 
