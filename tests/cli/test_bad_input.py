@@ -97,8 +97,7 @@ def test_targets(files, inside, fails, target, code, words):
 
 
 @pytest.mark.parametrize(
-    "target",
-    ["many.py:holder.inner", "my-pipe.py:pipeline", "json.py:pipeline", "package.flows:pipeline"],
+    "target", ["many.py:holder.inner", "my-pipe.py:pipeline", "json.py:pipeline", "package.flows:pipeline"]
 )
 def test_targets_that_load(files, inside, target):
     """A nested name, a file with any name and a module inside a package all load."""

@@ -215,12 +215,7 @@ def test_fork(stroma, inside, fails):
     assert json.loads(inside(*words, '{"start": 4}').out) == {"n": 10}
     fails(inside(*words, '{"start": "x"}'), 2, "start: Input should be a valid integer")
     words[4] = "third"
-    fails(
-        inside(*words, "{}"),
-        2,
-        "--state does not fit the output of node 'second'",
-        "n: Field required",
-    )
+    fails(inside(*words, "{}"), 2, "--state does not fit the output of node 'second'", "n: Field required")
 
 
 def test_what_cannot_be_forked(stroma, inside, fails, ran):

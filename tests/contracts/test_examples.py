@@ -27,18 +27,7 @@ class Tree(BaseModel):
     items: list["Tree"]
 
 
-LEAVES: list[Any] = [
-    str,
-    int,
-    float,
-    bool,
-    Any,
-    Colour,
-    Inner,
-    Tree,
-    Literal["yes", 3],
-    dict[str, int],
-]
+LEAVES: list[Any] = [str, int, float, bool, Any, Colour, Inner, Tree, Literal["yes", 3], dict[str, int]]
 KINDS = st.recursive(
     st.sampled_from(LEAVES),
     lambda inner: st.one_of(

@@ -10,14 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    RootModel,
-    computed_field,
-    field_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, RootModel, computed_field, field_serializer, model_validator
 from tests.kit import Item as Base
 from tests.kit import Num, Text, computing, context_of, forever, node, noting, passing, returning
 

@@ -85,13 +85,7 @@ ALL = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "die_at",
-    [
-        ("failure", "flaky"),
-        ("success", "left"),
-        ("success", "parallel(left, right)"),
-        None,
-    ],
+    "die_at", [("failure", "flaky"), ("success", "left"), ("success", "parallel(left, right)"), None]
 )
 def test_what_a_killed_process_did_not_call(die_at: tuple[str, str] | None, tmp_path: pathlib.Path) -> None:
     """A process is killed between a commit and its hook: the resume tells that event as redelivered."""

@@ -109,13 +109,7 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
     """)
     for name in rooms + parts:
         assert f"stroma.{name}" not in loaded, name
-    assert not loaded & {
-        "sqlite3",
-        "genai_prices",
-        "html",
-        "pydantic.networks",
-        "pydantic.root_model",
-    }
+    assert not loaded & {"sqlite3", "genai_prices", "html", "pydantic.networks", "pydantic.root_model"}
 
 
 def test_lock_is_portable() -> None:

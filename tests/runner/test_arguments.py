@@ -91,25 +91,13 @@ async def no_classifier(exception: Exception, context: Any) -> None: ...
     [
         (lambda: quick(node_timeouts={"a": 0.5}), ValueError, "got 0.5; pass 500 for 0.5 seconds"),
         (lambda: quick(node_timeouts={"a": timedelta(seconds=3)}), ValueError, "pass 3000 for 3 seconds"),
-        (
-            lambda: quick(contract_retries={"a": -1}),
-            ValueError,
-            r"contract_retries\.a\n  Input should be",
-        ),
-        (
-            lambda: quick(classifiers=[FailureClass.TERMINAL]),
-            TypeError,
-            "pass a function of",
-        ),
+        (lambda: quick(contract_retries={"a": -1}), ValueError, r"contract_retries\.a\n  Input should be"),
+        (lambda: quick(classifiers=[FailureClass.TERMINAL]), TypeError, "pass a function of"),
         (lambda: quick(classifiers=no_classifier), TypeError, "must be a list of functions"),
         (lambda: quick(classifiers=[no_classifier]), TypeError, "must not be async, got .*; define it"),
         (lambda: quick(redact=5), TypeError, "redact must be callable, got 5"),
         (lambda: NodeHooks(on_node_start=5), TypeError, "on_node_start must be callable, got 5"),
-        (
-            lambda: FallbackPolicy("a", "b", 80),
-            ValueError,
-            "must be a share from 0 to 1, got 80",
-        ),
+        (lambda: FallbackPolicy("a", "b", 80), ValueError, "must be a share from 0 to 1, got 80"),
         (
             lambda: StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()), {}),
             TypeError,

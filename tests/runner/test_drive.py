@@ -10,14 +10,7 @@ from tests.flows.steps import Clock, Text, World
 from tests.kit import Num, cancel, cancel_after, node, quick_on, same
 from tests.shared_stores import STORES
 
-from stroma import (
-    ExecutionResult,
-    Flow,
-    Pipeline,
-    RunStatus,
-    StoreError,
-    stroma_flow,
-)
+from stroma import ExecutionResult, Flow, Pipeline, RunStatus, StoreError, stroma_flow
 from stroma.runner.drive import Blocked, Busy, DriveOutcome, Ended, Suspended, Yielded
 
 store = store_fixture(*STORES)

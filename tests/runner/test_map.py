@@ -1093,11 +1093,7 @@ def test_what_is_refused_when_a_map_is_made(doubler: Doubler) -> None:
     apart = map_over("nums", node, into=Journal())
     calls: list[tuple[Any, str, Callable[[], Any]]] = [
         (TypeError, "must be the name of a list field, JsonLines", lambda: map_over(wrong, node, into="a")),
-        (
-            TypeError,
-            r"field, JsonLines\(path\) or Journal",
-            lambda: map_over("a", node, into=wrong),
-        ),
+        (TypeError, r"field, JsonLines\(path\) or Journal", lambda: map_over("a", node, into=wrong)),
         (ValueError, "is not the name of a field", lambda: map_over("a b", node, into="a")),
         (ValueError, "is not the name of a field", lambda: map_over("a", node, into="a b")),
         (ValueError, '"stop" or "collect"', lambda: map_over("a", node, into="b", on_item_failure=wrong)),

@@ -304,14 +304,7 @@ def test_a_queued_run(store: SQLiteStore, site: Site) -> None:
     submit(store, "one", priority=-4, key=SCRIPT, delay=LATER, expires=2 * LATER)
     submit(store, "two")
     page = text_of(site.get("/run", id="one").text)
-    for expected in (
-        "QUEUED",
-        "Submitted 2",
-        "Due 2",
-        "Priority -4",
-        f"Key {SCRIPT[:30]}",
-        "Expires 2",
-    ):
+    for expected in ("QUEUED", "Submitted 2", "Due 2", "Priority -4", f"Key {SCRIPT[:30]}", "Expires 2"):
         assert expected in page, expected
     assert SCRIPT not in site.get("/run", id="one").text
     plain = text_of(site.get("/run", id="two").text)
