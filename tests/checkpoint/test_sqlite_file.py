@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit import words
 from tests.shared_stores import subclass_of
 
 from stroma.checkpoint import SQLiteStore, StoreError
@@ -138,14 +139,7 @@ def test_after_which_errors_nothing_may_be_written(code: int | None, fatal: bool
 @pytest.mark.parametrize(("synchronous", "number", "fullfsync"), [("full", 2, 1), ("normal", 1, 0)])
 def test_the_settings_of_the_writer(tmp_path: Path, synchronous: str, number: int, fullfsync: int) -> None:
     db = database(tmp_path / "runs.db", synchronous).open()
-    names = (
-        "journal_mode",
-        "synchronous",
-        "fullfsync",
-        "journal_size_limit",
-        "trusted_schema",
-        "busy_timeout",
-    )
+    names = words("journal_mode synchronous fullfsync journal_size_limit trusted_schema busy_timeout")
     events = [pragma(db, name) for name in names]
     assert events == ["wal", number, fullfsync, 64 * 1024 * 1024, 0, 0]
     assert db.isolation_level is None

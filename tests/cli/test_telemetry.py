@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.kit import words
 from tests.receivers.datadog import DatadogAgent, StatsdSocket
 from tests.receivers.otlp import OtlpReceiver
 from tests.receivers.processes import free_port
@@ -252,14 +253,10 @@ def test_assets(inside: Any, tmp_path: Path) -> None:
     done = inside("telemetry", "assets", "out", "--json")
     assert done.code == 0, done
     paths = [Path(path) for path in json.loads(done.out)["paths"]]
-    assert [path.name for path in paths] == [
-        "datadog-dashboard.json",
-        "grafana-dashboard.json",
-        "prometheus-alerts.test.yml",
-        "prometheus-alerts.yml",
-        "prometheus-recording.test.yml",
-        "prometheus-recording.yml",
-    ]
+    assert [path.name for path in paths] == words("""
+        datadog-dashboard.json grafana-dashboard.json prometheus-alerts.test.yml prometheus-alerts.yml
+        prometheus-recording.test.yml prometheus-recording.yml
+    """)
     assert inside("telemetry", "assets", "out").code == 0
     changed = tmp_path / paths[1]
     entry = changed.read_bytes()

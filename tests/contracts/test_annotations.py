@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional, Protocol, TypeVar, Union
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import words
 
 from stroma import Flow, NodeContract, NotDone, StromaRunner, Unknown, stroma_flow, stroma_node
 from stroma.contracts.node import framework_node
@@ -350,18 +351,7 @@ async def test_a_bound_method_is_a_node(method: Any) -> None:
         (takes_text, "'takes_text' is annotated with str as input, which is not a pydantic model"),
         (returns_list, r"annotated with list\[.*B\] as output, which is not a pydantic model"),
     ],
-    ids=[
-        "method",
-        "classmethod",
-        "staticmethod",
-        "lambda",
-        "partial",
-        "none",
-        "maybe",
-        "union",
-        "text",
-        "list",
-    ],
+    ids=words("method classmethod staticmethod lambda partial none maybe union text list"),
 )
 def test_a_node_without_models(func: Any, says: str) -> None:
     """A function whose annotations name no model of input or output is refused with the parameter to pass."""

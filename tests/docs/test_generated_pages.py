@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretStr
-from tests.kit import Note, SimpleStore
+from tests.kit import Note, SimpleStore, words
 from tests.project.test_language import BANNED_PROSE
 
 import stroma
@@ -114,14 +114,7 @@ def test_every_parameter_has_a_type_a_default_and_a_description() -> None:
                 assert unit.strip() or in_name is None, (name, row)
     none = {"InMemoryStore", "AsyncInMemoryStore"}  # They take no argument.
     assert listed == (reference.PARAMETERS - none) | {"StromaRunner.quick"}
-    assert {
-        "RunConfig",
-        "FailurePolicy",
-        "NodeContract",
-        "NodeHooks",
-        "ExecutionResult",
-        "SQLiteStore",
-    } <= listed
+    assert set(words("RunConfig FailurePolicy NodeContract NodeHooks ExecutionResult SQLiteStore")) <= listed
     running = (ROOT / "docs" / "reference" / "running.md").read_text("utf-8")
     for field in stroma.RunConfig.model_fields:
         assert running.count(f"`{field}`") > 1, field
@@ -191,16 +184,10 @@ def test_every_public_error_is_on_the_page(generate: Any) -> None:
 def test_every_reason_has_its_meaning(generate: Any) -> None:
     """Each word that a failure's reason may be is explained."""
     known = set()
-    for name in (
-        "failures/provider_verdicts",
-        "failures/failure",
-        "engine/attempt",
-        "engine/commit",
-        "engine/diagnosis",
-        "engine/loop",
-        "engine/metering",
-        "engine/outcome",
-    ):
+    for name in words("""
+        failures/provider_verdicts failures/failure engine/attempt engine/commit engine/diagnosis engine/loop
+        engine/metering engine/outcome
+    """):
         tree = ast.parse((ROOT / "src" / "stroma" / f"{name}.py").read_text("utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ProviderVerdict":
@@ -597,18 +584,10 @@ def test_every_public_error_is_met() -> None:
     met = {kind.__name__ for _, kind, _, _ in MET}
     # Raised by nodes and in flows, never out of run(); by nodes with a place; by Redis alone; made of what
     # another machine says; by tests that ask for it.
-    unmet = {
-        "CorruptCheckpoint",
-        "PlaceError",
-        "WorkerLost",
-        "Problem",
-        "Suspend",
-        "CheckpointLost",
-        "Crashed",
-        "StepFailed",
-        "Transient",
-    }
-    assert set(public_errors()) - met == unmet
+    unmet = words("""
+        CorruptCheckpoint PlaceError WorkerLost Problem Suspend CheckpointLost Crashed StepFailed Transient
+    """)
+    assert set(public_errors()) - met == set(unmet)
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"])

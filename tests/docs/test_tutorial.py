@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.docs.blocks import ROOT, Shell, Wrong, commands, of_page, reader_env, same, walk
+from tests.kit import words
 
 CHAPTERS = sorted((ROOT / "docs" / "tutorial").glob("[0-9]*.md"))
 
@@ -33,19 +34,10 @@ def test_a_newcomer_who_follows_the_tutorial_never_meets_an_error(tmp_path: Path
 
 def test_the_tutorial_has_eleven_chapters_that_lead_to_each_other() -> None:
     """Eleven chapters in order, each short, each with something to do, and each with a link to the next."""
-    assert [chapter.stem for chapter in CHAPTERS] == [
-        "01-first-pipeline",
-        "02-contracts",
-        "03-failures-and-retries",
-        "04-cost",
-        "05-checkpoints-and-resume",
-        "06-hooks",
-        "07-shared-context",
-        "08-parallel-and-map",
-        "09-if-while-how-many",
-        "10-tracing",
-        "11-going-to-production",
-    ]
+    assert [chapter.stem for chapter in CHAPTERS] == words("""
+        01-first-pipeline 02-contracts 03-failures-and-retries 04-cost 05-checkpoints-and-resume 06-hooks
+        07-shared-context 08-parallel-and-map 09-if-while-how-many 10-tracing 11-going-to-production
+    """)
     for number, chapter in enumerate(CHAPTERS):
         text = chapter.read_text("utf-8")
         assert text.startswith(f"# {number + 1}. ")

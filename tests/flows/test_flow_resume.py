@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 from tests.fixtures import store_fixture
 from tests.flows.steps import Text, World, run_of, runner_on
-from tests.kit import NEVER, Num, node, noting, quick
+from tests.kit import NEVER, Num, node, noting, quick, words
 from tests.kit import Item as Page
 from tests.shared_stores import IN_PROCESS, STORES
 
@@ -368,14 +368,7 @@ async def test_steps_that_a_node_calls_do_not_number_the_tasks_of_the_body() -> 
 
     await assert_resumable(f, Num(), runner=quick(policy_map=NEVER), processes=False)
     result = await quick().run(f, Num())
-    assert [event.branch for event in result.trace] == [
-        "calls#0",
-        "add#1",
-        "add#2",
-        "add#3",
-        "add#4",
-        "add#5",
-    ]
+    assert [event.branch for event in result.trace] == words("calls#0 add#1 add#2 add#3 add#4 add#5")
 
 
 @pytest.mark.slow

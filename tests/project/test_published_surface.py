@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
-from tests.kit import NEVER, AsyncSimpleStore, SimpleStore, returning
+from tests.kit import NEVER, AsyncSimpleStore, SimpleStore, returning, words
 from tests.servers import RedisServer, shared_redis
 
 import stroma
@@ -737,15 +737,7 @@ def test_run_config_defaults() -> None:
     assert (one.node_policies, one.classifiers, one.context, one.node_timeouts) == ({}, [], {}, {})
     assert (one.resume_from, one.model_fallbacks) == (None, [])
     assert one.hooks == NodeHooks()
-    for name in (
-        "policy_map",
-        "node_policies",
-        "classifiers",
-        "context",
-        "node_timeouts",
-        "model_fallbacks",
-        "hooks",
-    ):
+    for name in words("policy_map node_policies classifiers context node_timeouts model_fallbacks hooks"):
         assert getattr(one, name) is not getattr(two, name)
 
 

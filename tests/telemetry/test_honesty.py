@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import StatusCode
 from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import BaseModel
-from tests.kit import Num, computing, context_on, failing_with, node, passing, retry_policies, same
+from tests.kit import Num, computing, context_on, failing_with, node, passing, retry_policies, same, words
 from tests.receivers.sentry import RecordedSentry
 from tests.telemetry.test_counted_once import Otel, Statsd, Tracer, runner_of, total
 from tests.telemetry.test_opentelemetry import Item, Seen, State, quick
@@ -385,15 +385,10 @@ class TestClosed:
     @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
     @pytest.mark.parametrize(
         "event",
-        [
-            "on_run_start",
-            "on_node_start",
-            "on_node_success",
-            "on_node_failure",
-            "on_node_retry",
-            "on_node_suspended",
-            "on_run_end",
-        ],
+        words("""
+            on_run_start on_node_start on_node_success on_node_failure on_node_retry on_node_suspended
+            on_run_end
+        """),
     )
     async def test_in_a_neighbours_hook(self, event: str, caplog: pytest.LogCaptureFixture) -> None:
         """G9: closed while a neighbour's hook awaits, a coroutine ends each span and gauge."""
