@@ -286,50 +286,32 @@ def bare(node_id: str, returned: Any) -> Any:
 
 
 Words = RootModel[dict[str, list[str]]]
-WORK: Any = map_over("x", node("work", Text, Text, {"text": "b"}), into="y")
+TEXT: Any = node("work", Text, Text, {"text": "b"})
+WORK: Any = map_over("x", TEXT, into="y")
 END: Any = node("end", create_model("End", y=(list[Text], ...)), Text, {"text": ""})
+TAKES_A_ROOT: Any = node("b", create_model("R", root=(list[str], ...)), Text, {"text": ""})
+
+
+def first(model: Any, returned: Any) -> Any:
+    return node("a", output_model=model, returned=returned)
+
+
 GROUPED: list[tuple[list[Any], set[str], bool]] = [
-    ([node("a", output_model=Words, returned={"x": ["a"]}), WORK, END], {"warning"}, True),
-    ([node("a", output_model=Words, returned={"z": ["a"]}), WORK, END], {"warning"}, False),
-    (
-        [node("a", output_model=RootModel[dict[str, int]], returned={"x": 1}), WORK],
-        {"error", "warning"},
-        False,
-    ),
-    ([node("a", output_model=RootModel[list[str]], returned=["a"]), WORK], {"error"}, False),
-    ([node("a", output_model=RootModel[tuple[str, ...]], returned=["a"]), WORK], {"error"}, False),
-    (
-        [
-            node("a", output_model=RootModel[list[str]], returned=["a"]),
-            map_over("root", node("w", Text, Text, {"text": ""}), into="y"),
-            END,
-        ],
-        set(),
-        True,
-    ),
-    ([node("a", output_model=Anything, returned={"x": ["a"]}), WORK, END], {"warning"}, True),
+    ([first(Words, {"x": ["a"]}), WORK, END], {"warning"}, True),
+    ([first(Words, {"z": ["a"]}), WORK, END], {"warning"}, False),
+    ([first(RootModel[dict[str, int]], {"x": 1}), WORK], {"error", "warning"}, False),
+    ([first(RootModel[list[str]], ["a"]), WORK], {"error"}, False),
+    ([first(RootModel[tuple[str, ...]], ["a"]), WORK], {"error"}, False),
+    ([first(RootModel[list[str]], ["a"]), map_over("root", TEXT, into="y"), END], set(), True),
+    ([first(Anything, {"x": ["a"]}), WORK, END], {"warning"}, True),
     ([bare("a", {"x": ["a"]}), WORK, END], set(), True),
+    ([first(model_of(list[str]), {"x": ["a"]}), map_over("x", WORK, into="y")], {"error"}, False),
     (
-        [node("a", output_model=model_of(list[str]), returned={"x": ["a"]}), map_over("x", WORK, into="y")],
-        {"error"},
-        False,
-    ),
-    (
-        [
-            node("a", output_model=model_of(list[model_of(list[str])]), returned={"x": [{"x": ["a"]}]}),
-            map_over("x", WORK, into="y"),
-        ],
+        [first(model_of(list[model_of(list[str])]), {"x": [{"x": ["a"]}]}), map_over("x", WORK, into="y")],
         set(),
         True,
     ),
-    (
-        [
-            parallel(node("a", output_model=RootModel[list[str]], returned=["a"])),
-            node("b", create_model("R", root=(list[str], ...)), Text, {"text": ""}),
-        ],
-        set(),
-        True,
-    ),
+    ([parallel(first(RootModel[list[str]], ["a"])), TAKES_A_ROOT], set(), True),
 ]
 
 
