@@ -143,6 +143,20 @@ def test_each_test_has_snapshots_of_its_own(session):
     )
     twice.assert_outcomes(failed=1)
     twice.stdout.fnmatch_lines(["*this test has two snapshots test_it.txt; pass a name for each*"])
+    alike = session(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("node_id", ["a/b", "a b"])
+        async def test_it(node_id, stroma_snapshot):
+            stroma_snapshot(await patient.run([make(node_id, add_one)], Number()))
+        """,
+        "--stroma-update-snapshots",
+    )
+    alike.assert_outcomes(passed=1, failed=1)
+    alike.stdout.fnmatch_lines(
+        ["*snapshot test_it-a-b.txt belongs to test_it.py::test_it?a/b?; pass another*"]
+    )
 
 
 CHAOS = """

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import vcr
 from openai import AsyncOpenAI
-from tests.kit import Note, failing_with
+from tests.kit import Note, Text, failing_with, returning
 from tests.providers.server import Answer, Server
 from tests.testing.pipelines import Number, add_one, make, patient
 
@@ -73,6 +73,15 @@ async def test_the_run_id_is_not_in_it():
     text = trace_snapshot(await patient(retries=0).run(nodes, Number(), run_id="run-77"))
     assert "run-77" not in text
     assert "no way in <run id>" in text
+
+
+async def test_a_file_holds_any_text(tmp_path):
+    """A lone surrogate, which no file can hold, is escaped."""
+    nodes = [make("a", returning({"text": "\ud800"}), Number, Text)]
+    path, text = tmp_path / "x.txt", trace_snapshot(await patient().run(nodes, Number()))
+    compare_with_file(text, path, update=True)
+    compare_with_file(text, path, update=False)
+    assert r'> {"text": "\ud800"}' in text
 
 
 def test_a_file_is_compared(tmp_path):

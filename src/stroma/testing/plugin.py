@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from stroma.testing.faults import FaultPlan
 
 _FAILED = pytest.StashKey[bool]()
+#: The test of each snapshot of the session.
+_TESTS = pytest.StashKey[dict[Path, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -106,6 +108,11 @@ def stroma_snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
     def compare(trace: Any, name: str | None = None, **options: Any) -> None:
         path = _file_for_test(request, "snapshots", name, ".txt")
         text = trace_snapshot(trace, **options)
+        test = request.config.stash.setdefault(_TESTS, {}).setdefault(path, request.node.nodeid)
+        if test != request.node.nodeid:
+            raise AssertionError(
+                f"snapshot {path.name} belongs to {test}; pass another name: stroma_snapshot(result, name)"
+            )
         if written.setdefault(path, text) != text:
             raise AssertionError(
                 f"this test has two snapshots {path.name}; "

@@ -66,7 +66,8 @@ def _lines(event: TraceEvent, states: bool, hide: frozenset[str]) -> list[str]:
 
 
 def _text(state: Any, hide: frozenset[str]) -> str:
-    return json.dumps(_state_json(jsonable(state), hide), ensure_ascii=False, sort_keys=True)
+    text = json.dumps(_state_json(jsonable(state), hide), ensure_ascii=False, sort_keys=True)
+    return text.encode("utf-8", "backslashreplace").decode()  # A file holds no lone surrogates.
 
 
 def _state_json(value: Any, hide: frozenset[str]) -> Any:
