@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     FutureDate,
     HttpUrl,
+    Json,
     NaiveDatetime,
     PastDatetime,
     RootModel,
@@ -28,7 +29,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from tests.kit import computing
+from tests.kit import computing, same
 from tests.testing.pipelines import Number, make
 from tests.tiers import examples
 from typing_extensions import TypedDict
@@ -322,6 +323,16 @@ def test_a_field_that_cannot_be_made_up_is_named():
     with pytest.raises(TypeError, match=r"cannot generate values for Holder.handles\[\] .*fields="):
         inputs_of(Holder)
     inputs_of(Holder, {"handles": st.just({})})
+
+
+def test_inputs_that_no_strategy_finds_are_named():
+    """A contract that accepts none of the generated inputs asks for strategies, with the name of the node."""
+
+    class Text(BaseModel):
+        items: Json[list[int]]
+
+    with pytest.raises(TypeError, match="the contract of node 'a' accepts; pass strategies with fields="):
+        assert_contract_holds(make("a", same, Text, Text))
 
 
 def test_what_has_no_contract():

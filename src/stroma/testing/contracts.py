@@ -93,7 +93,15 @@ def assert_contract_holds(
                 _failure_message(target.node_id, example, failure.exception, failure.message)
             )
 
-    _without_loop(lambda: _try_examples(strategy, holds, examples, seed))
+    from hypothesis.errors import Unsatisfiable
+
+    try:
+        _without_loop(lambda: _try_examples(strategy, holds, examples, seed))
+    except Unsatisfiable as error:
+        raise TypeError(
+            f"cannot generate inputs that the contract of node {target.node_id!r} accepts; pass strategies "
+            "with fields=, or for the whole input with inputs="
+        ) from error
     if not has_returned:
         raise AssertionError(
             f"node {target.node_id!r} returned no output for any example, so that nothing was checked; pass "
