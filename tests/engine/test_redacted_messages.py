@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
+from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import Any
 
@@ -443,3 +445,14 @@ def test_keys_of_removed_dicts_are_hidden() -> None:
     assert shown("no salaries for ada@example.org, 54321 for grace", state) == (
         "no salaries for [redacted], [redacted] for grace"
     )
+
+
+def test_dates_are_hidden_as_messages_write_them() -> None:
+    """A removed date or time is hidden as JSON, ``str()`` and ``repr()`` write it."""
+    born = datetime(1990, 5, 17, 13, 45, 10)
+    state = {"born": born, "seen": born.replace(tzinfo=UTC), "day": date(1991, 6, 18), "at": time(14, 55, 7)}
+    for value in state.values():
+        for text in (str(value), repr(value), value.isoformat()):
+            assert re.sub(r"\W*(tzinfo=\S+)?\)?$", "", shown(f"no slot for {text}", state)) == (
+                "no slot for [redacted"
+            ), text

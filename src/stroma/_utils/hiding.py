@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Iterator
+from datetime import date, datetime, time
 from typing import Final, final
 from urllib.parse import quote, quote_plus
 
@@ -14,6 +15,7 @@ _SHORTEST: Final = 4  # characters; shorter values would be found in half of all
 _ENCODED: Final = 10_000  # characters; longer values stand in no URL, and in no message as a whole
 _URL_SAFE: Final = str.maketrans("+/", "-_")
 _TELLING: Final = 12  # characters of a longer value that tell what it is; messages cut values off
+_LONGEST_TIME: Final = 40  # characters of a date or time
 _FEW: Final = 50  # texts that are looked for one by one
 _MOST_COMPARED: Final = 200_000  # characters, beside 4 for each of the text; some 0.1 s
 
@@ -62,7 +64,10 @@ class Needles:
 
 
 def forms_of(word: str) -> set[str]:
-    """Return the forms of a text in messages: escaped, in a URL, in base64 at any offset, in hex."""
+    """Return the forms of a text in messages: escaped, in a URL, in base64 at any offset, in hex.
+
+    A date or time, which plain data has in ISO format, has the forms of ``str()`` and ``repr()`` too.
+    """
     if len(word) < _SHORTEST:
         return {word}
     if word.isascii() and word.isalnum():
@@ -81,10 +86,26 @@ def forms_of(word: str) -> set[str]:
         | {json.dumps(form)[1:-1] for form in quoted}
         | {html.escape(word), html.escape(word, quote=False)}
     )
+    if word[0].isdigit() and len(word) <= _LONGEST_TIME:
+        forms |= _times(word)
     if len(word) <= _ENCODED:
         data = word.encode("utf-8", "surrogatepass")
         forms |= {repr(data)[2:-1], quote(data), quote(data, safe=""), quote_plus(data)}
     return _encodings(word, forms)
+
+
+def _times(word: str) -> set[str]:
+    forms: set[str] = set()
+    for kind in (date, time, datetime):
+        try:
+            moment: date | time = kind.fromisoformat(word)
+        except ValueError:
+            continue
+        forms.add(str(moment))
+        if isinstance(moment, (datetime, time)):
+            moment = moment.replace(tzinfo=None)  # It is at the end, and has many forms.
+        forms.add(repr(moment)[:-1])
+    return forms
 
 
 def _encodings(word: str, forms: set[str]) -> set[str]:
