@@ -219,8 +219,7 @@ async def test_a_fork_is_sealed_for_its_own_run(open_store: Open) -> None:
     async with open_store(codec=codec()) as store:
         await run(store, [], "alice", 1, "r", fails=True)
         runner, calls = StromaRunner.quick(store=store, policy_map=NEVER), list[Any]()
-        result = await runner.fork("r", nodes(calls), at="pay")
-        assert result.status is RunStatus.RESUMED
+        assert (await runner.fork("r", nodes(calls), at="pay")).status is RunStatus.RESUMED
         assert calls == [("pay", "alice", 2)]
         result = await runner.fork("r", nodes(calls), at="pay", state=Order(to="alice", amount=9))
         messages = [attempt.message for attempt in store.attempts(result.run_id)]
@@ -246,8 +245,7 @@ async def test_plain_payloads_are_read_until_they_are_migrated(open_store: Open)
         with pytest.raises(PipelineChanged):
             await run(store, [], "bob", 1, "r", resume=True)
         assert "no budget for alice" in store.get_run("r").error
-        result = await run(store, [], "alice", 1, "r", resume=True)
-        assert result.status is RunStatus.RESUMED
+        assert (await run(store, [], "alice", 1, "r", resume=True)).status is RunStatus.RESUMED
         await run(store, [], "alice", 1, "new")
         assert (await stored(store, "new", 0)).startswith(b"stroma:c1\0")
 
@@ -258,8 +256,7 @@ async def test_an_input_is_sealed_for_its_execution(open_store: Open) -> None:
         await run(store, [], "bob", 2, "r")
         await run(store, [], "alice", 1, "r", fails=True)
         assert b"alice" in store.input_of("r")
-        result = await run(store, [], "alice", 1, "r", resume=True)
-        assert result.status is RunStatus.RESUMED
+        assert (await run(store, [], "alice", 1, "r", resume=True)).status is RunStatus.RESUMED
 
 
 def test_plain_until_migrated_needs_a_codec(tmp_path: Path) -> None:

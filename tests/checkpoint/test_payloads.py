@@ -310,8 +310,7 @@ async def test_blobs_that_cannot_be_read_are_a_named_error(tmp_path: Path) -> No
             store.attempts("r")
         folder.unlink()
         (tmp_path / "away").rename(folder)
-        result = await runner(store, resume=True).run(_big(calls), Note(text="y"))
-        assert result.status is RunStatus.RESUMED
+        assert (await runner(store, resume=True).run(_big(calls), Note(text="y"))).status is RunStatus.RESUMED
 
 
 class Moody:

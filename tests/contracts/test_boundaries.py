@@ -103,8 +103,7 @@ async def test_a_function_sees_only_valid_input(state: BaseModel, grouped: bool)
 
     func, calls = giving({"n": 1})
     bare = node("a", func, Item, Num)
-    result = await quick().run([parallel(bare) if grouped else bare], state)
-    assert result.status is RunStatus.FAILED
+    assert (await quick().run([parallel(bare) if grouped else bare], state)).status is RunStatus.FAILED
     assert calls == []
 
 

@@ -562,8 +562,7 @@ async def test_the_next_attempt_finds_it() -> None:
         messages.append(node.last_failure.as_prompt() if node.last_failure else None)
         return ["no json", {**GOOD, "kind": "bill"}, GOOD][len(messages) - 1]
 
-    result = await runner.run([ask], Note())
-    assert result.status is RunStatus.COMPLETED
+    assert (await runner.run([ask], Note())).status is RunStatus.COMPLETED
     first, second, third = messages
     assert first is None
     assert second is not None

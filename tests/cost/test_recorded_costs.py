@@ -336,8 +336,7 @@ async def test_tokens_without_a_model_count_as_nothing_elsewhere(
 async def test_unknown_model_error_refuses_tokens_without_a_model_without_any_limit() -> None:
     """``unknown_model="error"`` refuses tokens without a model, whatever the limits are."""
     runner = StromaRunner.quick(unknown_model="error")
-    result = await runner.run([ask_node(runner, [], ({"text": "x"}, 100))], Note())
-    assert result.status is RunStatus.FAILED
+    assert (await runner.run([ask_node(runner, [], ({"text": "x"}, 100))], Note())).status is RunStatus.FAILED
 
 
 @pytest.mark.parametrize("limit", LIMITS)

@@ -246,8 +246,7 @@ async def test_a_timeout_ends_the_call(cluster: Cluster) -> None:
 
     pipeline = Pipeline("p", [placed("slow", call, place_of(cluster))])
     async with workers(cluster, pipeline, node_timeouts={"slow": 700}):
-        result = await cluster.runner.run(pipeline, Num(), run_id=fresh_id())
-        assert result.status is RunStatus.PARTIAL
+        assert (await cluster.runner.run(pipeline, Num(), run_id=fresh_id())).status is RunStatus.PARTIAL
         assert [await asyncio.wait_for(ends.get(), 30) for _ in range(2)] == ["begun", "ended"]
     async with workers(cluster, pipeline):
         run_id = fresh_id()

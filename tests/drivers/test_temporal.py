@@ -134,8 +134,7 @@ async def test_a_run_that_is_resumed_or_submitted_again_without_temporal(
         await cluster.client.get_workflow_handle(run_id).result()
         world.failing.clear()
         assert await cluster.store.reopen(run_id)
-        result = await cluster.local.handle(run_id, pipeline).result(timeout=60)
-        assert result.status is RunStatus.RESUMED
+        assert (await cluster.local.handle(run_id, pipeline).result(timeout=60)).status is RunStatus.RESUMED
         await cluster.store.delete(run_id)
         handle = await cluster.local.submit(pipeline, Num(n=5), run_id=run_id)
         assert (await handle.result(timeout=60)).status is RunStatus.COMPLETED

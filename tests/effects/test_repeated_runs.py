@@ -100,8 +100,7 @@ async def test_an_answer_is_not_thrown_away(store: Any) -> None:
         await runner.run(letters, Letter(), run_id="o")
     result = await runner.run(letters, Letter(), run_id="o", resume=True)
     assert (result.status, result.output) == (RunStatus.RESUMED, Letter(text="Grace"))
-    again = await runner.run(letters, Letter(), run_id="o")
-    assert again.status is RunStatus.SUSPENDED
+    assert (await runner.run(letters, Letter(), run_id="o")).status is RunStatus.SUSPENDED
 
 
 async def test_a_queued_run_is_not_replaced(store: Any) -> None:

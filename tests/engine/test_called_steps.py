@@ -255,8 +255,7 @@ async def test_steps_in_parts_of_groups_are_found_again(store: Any, way: str) ->
     await world.live(run, "judge")
     before = set(world.keys)
     world.calls.clear()
-    result = await world.live(run)
-    assert result.status is RunStatus.RESUMED
+    assert (await world.live(run)).status is RunStatus.RESUMED
     assert not [
         call for call in world.calls if call.startswith("draft") and call in before and way != "parallel"
     ]
@@ -453,8 +452,7 @@ async def test_a_group_does_not_mix_two_inputs(store: Any, way: str, inside: boo
     with pytest.raises(PipelineChanged, match="recorded with another input"):
         await run(two)
     assert calls == []
-    result = await run(one)
-    assert result.status is RunStatus.COMPLETED
+    assert (await run(one)).status is RunStatus.COMPLETED
     assert calls == (["item b1"] if way == "map" else ["b 1"])
 
 

@@ -220,8 +220,7 @@ async def test_a_map_over_another_field_is_another_pipeline(store: Any) -> None:
     item = node("up", up, Text, Text)
     data = Lists(left=["l1", "l2"], right=["r1", "r2"])
     runner = quick_without_retries(store=store, run_id="q", hooks=NodeHooks(on_node_success=success))
-    first = await runner.run([map_over("left", item, into="left")], data)
-    assert first.status is RunStatus.PARTIAL
+    assert (await runner.run([map_over("left", item, into="left")], data)).status is RunStatus.PARTIAL
     broken[0] = False
     calls.clear()
     with pytest.raises(PipelineChanged, match=r"map_over\(left, up\).*map_over\(right, up\)"):

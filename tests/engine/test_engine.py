@@ -138,8 +138,7 @@ async def test_extra_fields_are_kept_where_they_are_allowed() -> None:
         return state
 
     nodes = [node("add", add, Open, Open), node("open", take, Open, Open), node("num", take, Num, Num)]
-    result = await quick().run(nodes, Open(n=1))
-    assert result.status is RunStatus.COMPLETED
+    assert (await quick().run(nodes, Open(n=1))).status is RunStatus.COMPLETED
     assert seen[0] == Open(n=1, more=[1, {"deep": "x"}])
     assert seen[1] == Num(n=1)
 
@@ -346,8 +345,7 @@ async def test_sync_nodes_run_in_daemon_threads_with_the_context() -> None:
 
     token = tone.set("warm")
     try:
-        result = await quick().run([node("a", func)], Num())
-        assert result.status is RunStatus.COMPLETED
+        assert (await quick().run([node("a", func)], Num())).status is RunStatus.COMPLETED
         assert seen == [(True, False, "warm", "a")]
         assert tone.get() == "warm"
     finally:
@@ -597,8 +595,7 @@ async def test_the_fallback_signal_appears_at_its_share() -> None:
         ctx[f"written{state.n}"] = state.n
         return {"n": state.n + 1}, 100_000, "gpt-4o"  # 0.25 USD
 
-    result = await fallback_runner(context).run([node("a", func)] * 4, Num())
-    assert result.status is RunStatus.COMPLETED
+    assert (await fallback_runner(context).run([node("a", func)] * 4, Num())).status is RunStatus.COMPLETED
     assert [s[:4] for s in seen] == [
         (True, False, None, None),
         (True, False, None, None),

@@ -369,8 +369,7 @@ async def test_whatever_a_node_raises_is_its_failure(name: str, place: str, stor
     pairs.check()
     nothing_runs()
     healed = True
-    again = await runner.run(nodes, Items(), resume=True)
-    assert again.status is RunStatus.RESUMED
+    assert (await runner.run(nodes, Items(), resume=True)).status is RunStatus.RESUMED
     assert calls["first"] == 1
     nothing_runs()
 

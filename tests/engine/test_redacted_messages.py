@@ -262,8 +262,7 @@ async def test_the_outcome_of_an_effect_is_redacted(
     async def reconciled(state: Person) -> Done:
         raise TimeoutError(f"no answer for {state.ssn}")
 
-    result = await runner.run([charge], Person(ssn=SSN), run_id="r")
-    assert result.status is RunStatus.SUSPENDED
+    assert (await runner.run([charge], Person(ssn=SSN), run_id="r")).status is RunStatus.SUSPENDED
     unknown = "has an unknown outcome: TimeoutError: no answer for [redacted]"
     assert "TimeoutError: no answer for [redacted]" in recorded(store, "r")
     assert f"the call of effect 'charge' {unknown}" in caplog.text

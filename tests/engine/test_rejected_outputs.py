@@ -116,8 +116,7 @@ async def test_children_items_and_effects_have_theirs(store: Any) -> None:
     found = [one.value for one in rejected_outputs(store, "map") if one is not None]
     assert found == [{"stars": 7, "why": "x"}]
     charge = runner.node("charge", input=Num, output=Rating, effect=True)(returning({"receipt": 17}))
-    result = await runner.run([charge], Num(), run_id="effect")
-    assert result.status is RunStatus.SUSPENDED
+    assert (await runner.run([charge], Num(), run_id="effect")).status is RunStatus.SUSPENDED
     (one,) = rejected_outputs(store, "effect")
     assert one.value == {"receipt": 17}
 

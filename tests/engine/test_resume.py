@@ -239,8 +239,7 @@ async def test_renamed_nodes_are_a_changed_pipeline(store: Any) -> None:
     assert other.calls == {}
     assert work.calls == {"a": 1, "b": 1, "c": 1}
     # The run is as it was: with the right pipeline it goes on.
-    result = await quick(store, resume=True).run(work.nodes, Num())
-    assert result.status is RunStatus.RESUMED
+    assert (await quick(store, resume=True).run(work.nodes, Num())).status is RunStatus.RESUMED
 
 
 @pytest.mark.core
@@ -410,8 +409,7 @@ async def test_items_resume(store: Any) -> None:
     nodes = [map_over("items", node("m", func, One, One), into="out", max_concurrency=1)]
     runner = quick(store, resume=True)
     value = Items(items=[1, 2, 3, 4])
-    first = await runner.run(nodes, value)
-    assert first.status is RunStatus.PARTIAL
+    assert (await runner.run(nodes, value)).status is RunStatus.PARTIAL
     assert calls == {1: 1, 2: 1, 3: 1}
     broken.clear()
     second = await runner.run(nodes, value)

@@ -287,11 +287,9 @@ async def test_an_answer_belongs_to_its_execution(store: Any) -> None:
     desk = Desk()
     await runner(store).run(desk.nodes, Num())
     await runner(store).signal("r", {"approved": True})
-    anew = await runner(store).run(desk.nodes, Num(), if_exists="restart")
-    assert anew.status is RunStatus.SUSPENDED
+    assert (await runner(store).run(desk.nodes, Num(), if_exists="restart")).status is RunStatus.SUSPENDED
     await runner(store).signal("r", {"approved": True})
-    result = await runner(store).run(desk.nodes, Num(), resume_from="ask")
-    assert result.status is RunStatus.SUSPENDED
+    assert (await runner(store).run(desk.nodes, Num(), resume_from="ask")).status is RunStatus.SUSPENDED
 
 
 async def test_attaching_to_a_run_that_waits(store: Any) -> None:

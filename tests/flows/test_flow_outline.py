@@ -129,8 +129,7 @@ async def test_waits_for_messages_are_shown(store: Any) -> None:
 async def test_calls_are_a_tree_with_loops_folded(store: Any, triage: Any) -> None:
     """Repeated calls of one node in a flow are one entry; a question, a sleep, a map and a flow are named."""
     runner = runner_on(store)
-    result = await runner.run(triage, Num())
-    assert result.status is RunStatus.SUSPENDED
+    assert (await runner.run(triage, Num())).status is RunStatus.SUSPENDED
     history = History(store)
     record = await asyncio.to_thread(store.get_run, "r")
     assert record is not None

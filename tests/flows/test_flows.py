@@ -105,8 +105,7 @@ async def test_a_failed_step_is_an_exception_of_the_body() -> None:
             await flow.step(bad, state)
         return state
 
-    result = await quick(policy_map=ONCE).run(f, Num())
-    assert result.status is RunStatus.COMPLETED
+    assert (await quick(policy_map=ONCE).run(f, Num())).status is RunStatus.COMPLETED
     assert world.calls == ["bad 0", "bad 0", "good 0"]
     (error,) = caught
     assert (error.failure.node_id, error.failure.attempt, error.failure.message) == ("bad", 2, "bad 0 failed")

@@ -216,8 +216,7 @@ async def test_skipped_on_resume_from(seen: Recorder) -> None:
     store = AsyncInMemoryStore()
     await quick(store=store, hooks=NodeHooks()).run([plus, plus_two, flaky(0)], State())
     runner = quick(seen, store=store, resume_from="flaky")
-    result = await runner.run([plus, plus_two, flaky(0)], State())
-    assert result.status is RunStatus.RESUMED
+    assert (await runner.run([plus, plus_two, flaky(0)], State())).status is RunStatus.RESUMED
     state = {"value": 1, "items": []}
     assert seen.of(SKIPPED) == [("r", "plus", state), ("r", "plus two", {"value": 3, "items": []})]
     assert sorted(seen.names) == sorted([RUN_START, SKIPPED, SKIPPED, START, SUCCESS, RUN_END])
@@ -641,8 +640,7 @@ async def test_hook_errors_raise_of_the_last_hook() -> None:
     """hook_errors="raise" sees an exception of on_run_end too; without any it raises nothing."""
     with pytest.raises(HookError, match=RUN_END):
         await quick(NodeHooks(on_run_end=down), hook_errors="raise").run([plus], State())
-    fine = await quick(Recorder(), hook_errors="raise").run([plus], State())
-    assert fine.status is RunStatus.COMPLETED
+    assert (await quick(Recorder(), hook_errors="raise").run([plus], State())).status is RunStatus.COMPLETED
 
 
 async def test_hook_errors_raise_with_a_failed_run() -> None:
@@ -1103,8 +1101,7 @@ async def run_broken_store(seen: Recorder) -> None:
         def save(self, *_: Any) -> None:
             raise Fenced("somebody else owns the run")
 
-    result = await quick(seen, store=Refusing()).run([plus], State())
-    assert result.status is RunStatus.PARTIAL
+    assert (await quick(seen, store=Refusing()).run([plus], State())).status is RunStatus.PARTIAL
     assert seen.names == [RUN_START, START, FAILURE, RUN_END]
 
 

@@ -269,8 +269,7 @@ async def test_no_overhead_when_unused(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise TimeoutError
             return {"result": 1}
 
-        result = await runner.run([flaky], Input(value=5))
-        assert result.status is RunStatus.COMPLETED
+        assert (await runner.run([flaky], Input(value=5))).status is RunStatus.COMPLETED
     assert shown == [{"value": 5}, {"message": "TimeoutError"}] * 3  # For the journal, of what failed.
 
 
@@ -297,8 +296,7 @@ def not_async(*_: Any) -> Any:
 async def test_a_sync_hook_that_is_never_due_does_not_raise() -> None:
     """A sync hook raises at its call: a sync failure hook does not affect runs without failures."""
     runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=not_async))
-    result = await runner.run([double_on(runner)], Input(value=5))
-    assert result.status is RunStatus.COMPLETED
+    assert (await runner.run([double_on(runner)], Input(value=5))).status is RunStatus.COMPLETED
 
 
 async def test_hooks_fire_after_trace_recording_and_before_the_result() -> None:

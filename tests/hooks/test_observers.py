@@ -224,8 +224,7 @@ async def test_a_later_version_of_the_trace_context() -> None:
         assert run.traceparent == f"01{PARENT[2:]}-x"
         return state
 
-    result = await runner.run([node], Num(), traceparent=f"01{PARENT[2:]}-x")
-    assert result.status is RunStatus.COMPLETED
+    assert (await runner.run([node], Num(), traceparent=f"01{PARENT[2:]}-x")).status is RunStatus.COMPLETED
 
 
 @pytest.mark.parametrize(
@@ -251,8 +250,7 @@ async def test_what_is_no_trace_context_is_ignored(wrong: Any, caplog: pytest.Lo
         assert run.traceparent is None
         return state
 
-    result = await runner.run([node], Num(), traceparent=wrong)
-    assert result.status is RunStatus.COMPLETED
+    assert (await runner.run([node], Num(), traceparent=wrong)).status is RunStatus.COMPLETED
     assert "not a W3C trace context" in caplog.text
 
 

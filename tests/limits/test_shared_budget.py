@@ -399,8 +399,7 @@ async def test_children_of_groups(store: Any) -> None:
     call, calls = node("call")
     other, _ = node("other")
     runner = StromaRunner.quick(shared_budgets=shared)
-    result = await runner.run([parallel(call, other)], State())
-    assert result.status is RunStatus.COMPLETED
+    assert (await runner.run([parallel(call, other)], State())).status is RunStatus.COMPLETED
 
     @stroma_node("item", input=State, output=State)
     async def item(state: State) -> Any:

@@ -137,8 +137,7 @@ async def test_threads_emit_at_the_same_time() -> None:
 
 async def test_without_a_reader_emit_does_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """In a run without readers nothing looks at the data."""
-    result = await quick().run([emitting("a", object(), "x")], Num())
-    assert result.status is RunStatus.COMPLETED
+    assert (await quick().run([emitting("a", object(), "x")], Num())).status is RunStatus.COMPLETED
     assert caplog.records == []
 
 

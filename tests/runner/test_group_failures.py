@@ -102,8 +102,7 @@ async def test_what_a_group_committed_is_forgotten_when_it_is_done() -> None:
 
     nodes = [group(), group()]
     runner = StromaRunner.quick(policy_map=NEVER, node_policies={"parallel(a, b)": ONCE})
-    result = await runner.run(nodes, Num())
-    assert result.status is RunStatus.COMPLETED
+    assert (await runner.run(nodes, Num())).status is RunStatus.COMPLETED
     assert calls == ["a", "b", "b", "a", "b", "b"]
 
 

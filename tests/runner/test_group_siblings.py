@@ -137,8 +137,7 @@ async def test_a_child_that_was_restored_is_restored_once() -> None:
     ).status is RunStatus.PARTIAL
     policies = {"parallel(a, b)": ONCE}
     runner = quick_without_retries(store=store, node_policies=policies, hooks=record_hooks(seen))
-    result = await runner.run(nodes, Num(), run_id="r", resume=True)
-    assert result.status is RunStatus.RESUMED
+    assert (await runner.run(nodes, Num(), run_id="r", resume=True)).status is RunStatus.RESUMED
     assert seen.count("skipped a") == 1
     assert "start a" not in seen
 

@@ -269,8 +269,7 @@ async def test_groups_as_items(store: Any, tmp_path: Path, doubler: Doubler) -> 
     source, out = write(tmp_path / "in", range(6)), tmp_path / "out"
     work = map_over(JsonLines(source), parallel(doubler.node, other), into=JsonLines(out), max_concurrency=1)
     runner = quick(store)
-    first = await runner.run([work], State())
-    assert first.status is RunStatus.PARTIAL
+    assert (await runner.run([work], State())).status is RunStatus.PARTIAL
     again = await runner.run([work], State(), resume=True)
     assert again.status is RunStatus.RESUMED, again.failure
     assert read(out) == [{"twice": 2 * n, "seen": n} for n in range(6)]

@@ -412,8 +412,7 @@ async def test_a_run_that_begins_with_a_group_is_resumed_with_the_class_of_its_i
     await quick_on(store).run(nodes, Num(n=1), run_id="r")
     with pytest.raises(TypeError, match="input_schema="):
         await quick_on(store).resume(nodes, "r")
-    result = await quick_on(store).resume(nodes, "r", input_schema=Num)
-    assert result.status is RunStatus.RESUMED
+    assert (await quick_on(store).resume(nodes, "r", input_schema=Num)).status is RunStatus.RESUMED
 
 
 async def test_the_advice_about_a_group_at_the_beginning_works(store: Any) -> None:

@@ -280,8 +280,7 @@ async def test_as_a_step(world: World, store: Any) -> None:
 
     runner = quick_without_retries(store=store)
     world.failing["check b"] = ValueError("no")
-    first = await runner.run([talk], Tickets(), run_id="flow")
-    assert first.status is RunStatus.PARTIAL
+    assert (await runner.run([talk], Tickets(), run_id="flow")).status is RunStatus.PARTIAL
     world.failing.clear()
     world.calls.clear()
     again = await runner.run([talk], Tickets(), run_id="flow", resume=True)

@@ -52,8 +52,7 @@ async def test_a_worker_wakes_a_sleeping_run(store: Any, clock: Clock) -> None:
     """A suspended run is continued once its wake time has come, and not before."""
     world = World()
     sleepy = _sleepy(world)
-    first = await quick_on(store).run(sleepy, Num(), run_id="r")
-    assert first.status is RunStatus.SUSPENDED
+    assert (await quick_on(store).run(sleepy, Num(), run_id="r")).status is RunStatus.SUSPENDED
     async with Serving(quick_on(store), sleepy) as serving:
         clock.pass_by(minutes=59)
         await asyncio.sleep(0.1)

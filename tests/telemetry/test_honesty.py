@@ -451,8 +451,7 @@ async def test_a_contract_that_cannot_be_read() -> None:
     half = runner.node("half", input=Half, output=Half)(failing_with(AssertionError))
 
     whole = runner.node("whole", input=State, output=State)(passing())
-    result = await runner.run([half], State())
-    assert result.status is RunStatus.FAILED
+    assert (await runner.run([half], State())).status is RunStatus.FAILED
     expected = [("invoke_workflow pipeline", None), ("stroma.node half", "invoke_workflow pipeline")]
     assert seen.tree() == expected
     await runner.run([parallel(whole, half)], State())

@@ -95,8 +95,7 @@ async def test_a_cost_without_tokens_is_a_field(caplog: pytest.LogCaptureFixture
 async def test_a_failed_run_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     """Only the end of a run that failed is at ERROR: an alert on it is one per run."""
     runner = quick(log_hooks())
-    result = await runner.run([flaky(runner, 9)], State())
-    assert result.status is RunStatus.PARTIAL
+    assert (await runner.run([flaky(runner, 9)], State())).status is RunStatus.PARTIAL
     (line,) = [line for line in events(caplog) if line.levelno >= logging.ERROR]
     assert (line.error_type, line.failed_node_id) == ("ConnectionError", "flaky")
 

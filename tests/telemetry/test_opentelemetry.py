@@ -171,8 +171,7 @@ class TestNesting:
             return state
 
         nodes = [parallel(coroutine, parallel(thread, tasks)), map_over("items", item, into="made")]
-        result = await runner.run(Pipeline("letters", nodes), State())
-        assert result.status is RunStatus.COMPLETED
+        assert (await runner.run(Pipeline("letters", nodes), State())).status is RunStatus.COMPLETED
         outer, inner = (f"stroma.node {node.node_id}" for node in (nodes[0], nodes[0].children[1]))
         run, each = "invoke_workflow letters", f"stroma.node {nodes[1].node_id}"
         items = [f"in item {n}" for n in (1, 2, 3)]
@@ -351,8 +350,7 @@ class TestEndings:
             await started.wait()
             raise ValueError("no")
 
-        result = await runner.run([parallel(sibling, bad)], State())
-        assert result.status is RunStatus.PARTIAL
+        assert (await runner.run([parallel(sibling, bad)], State())).status is RunStatus.PARTIAL
         status = {span.name: span.status.status_code for span in seen.spans}
         assert status == {
             "stroma.node sibling": StatusCode.UNSET,
@@ -419,8 +417,7 @@ class TestEndings:
         """A node that waits for a person ends its span without an error; so does the run."""
         runner = quick(seen.hooks())
         ask = runner.node("ask", input=State, output=State)(failing_with(Suspend, "may I?"))
-        result = await runner.run([ask], State())
-        assert result.status is RunStatus.SUSPENDED
+        assert (await runner.run([ask], State())).status is RunStatus.SUSPENDED
         assert {span.status.status_code for span in seen.spans} == {StatusCode.UNSET}
         assert seen.span("stroma.node ask").attributes["stroma.outcome"] == "suspended"
 

@@ -157,8 +157,7 @@ async def test_any_text_can_be_a_label() -> None:
     registry = CollectorRegistry()
     runner = quick(registry)
     odd = runner.node('a"b\n\\ é', input=Num, output=Num)(computing(lambda state: (state, 1, "model \udcff")))
-    result = await runner.run([odd], Num())
-    assert result.status is RunStatus.COMPLETED
+    assert (await runner.run([odd], Num())).status is RunStatus.COMPLETED
     assert runner.config.hooks.errors == {}
     generate_latest(registry).decode()
 

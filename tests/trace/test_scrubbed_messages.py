@@ -364,8 +364,7 @@ async def test_the_cause_of_an_unknown_effect_is_masked() -> None:
     async def pay(state: Call) -> Call:
         raise ConnectionResetError(f"reset after {state.token.get_secret_value()}")
 
-    result = await runner.run([pay], Call(), run_id="r")
-    assert result.status is RunStatus.SUSPENDED
+    assert (await runner.run([pay], Call(), run_id="r")).status is RunStatus.SUSPENDED
     (question,) = store.waiting("r")
     assert "reset after **********; reconcile raised LookupError: no answer about **********" in (
         question.effect.cause
