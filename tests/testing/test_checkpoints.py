@@ -152,17 +152,6 @@ class OneRun(Broken):
         return "", node_id
 
 
-WRONG = [
-    JoinsIds,
-    KeepsTheObject,
-    GivesTheObject,
-    KeepsTheFirst,
-    RaisesForUnknown,
-    DeletesNothing,
-    DeletesByPrefix,
-    LosesTheClass,
-    OneRun,
-]
 SUITE = [
     test
     for name, test in inspect.getmembers(CheckpointStoreTests, inspect.isfunction)
@@ -180,7 +169,7 @@ async def failures(store_class):
     return findings
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
+@pytest.mark.parametrize("wrong", Broken.__subclasses__(), ids=lambda wrong: wrong.__name__)
 async def test_a_store_with_one_thing_wrong_fails(wrong):
     """The suite finds each mistake that an author may make, and nothing in a dict that is right."""
     assert await failures(Broken) == []
