@@ -330,6 +330,7 @@ async def test_runs_that_failed_are_followed(store, calls):
     for nodes, config in [
         ([calls.node("wrong", wrong)], {}),
         ([calls.node("read", paid), calls.node("wrong", wrong)], {"contract_retries": {"wrong": 2}}),
+        ([calls.node("wrong (input)", wrong)], {}),
         ([parallel(calls.node("broken", broken), calls.node("hang", hang)), calls.node("read", paid)], {}),
         ([calls.node("hang", hang)], {"node_timeouts": {"hang": 50}}),
     ]:

@@ -289,6 +289,16 @@ def test_fields_that_a_message_names(message: str, fields: list[str]) -> None:
     assert fields_named(message) == fields
 
 
+@pytest.mark.parametrize(("side", "other"), [("input", "output"), ("output", "input")])
+def test_a_field_is_marked_on_the_side_that_broke(side: str, other: str) -> None:
+    """Whatever words the id of the node and the complaint have."""
+    message = f"ContractViolation: Contract violation for 'a ({other})' ({side}): n: no ({other})"
+    bar = Bar("a", "0", 1, 0, 10, "failure", message=message, input_state={"n": 1}, output_state={"n": 2})
+    page = document(Story("run", "pipeline", "FAILED", [bar], 0, 0.0))
+    marked = re.findall(r'<li class="broke"><span class="key">n</span>: (\d)', page)
+    assert marked == [str(("input", "output").index(side) + 1)]
+
+
 def test_groups_fold() -> None:
     """Children of a group are folded away, unless the attempt that is selected is among them."""
     bars = [

@@ -345,6 +345,13 @@ def test_figures_of_every_attempt_in_the_order_of_a_walk() -> None:
     assert list(looked.copy().figures()) == expected
 
 
+def test_a_page_counts_what_is_left_out() -> None:
+    """Attempts of a large map that the trace has only summed are among its attempts, and their waste."""
+    page = trace(row("map", children=sums())).to_html()
+    assert "<b>attempts</b> 8</span>" in page
+    assert "</b> 157 tok, $4.250000 (wasted 20 tok, $0.500000)" in page
+
+
 class Late(BaseModel):
     value: "Unknown"  # noqa: F821
 

@@ -303,19 +303,14 @@ def _earlier_usage(result: ExecutionResult) -> Total:
 
 def _wasted_usage(result: ExecutionResult) -> tuple[int, float]:
     """Return tokens and dollars of attempts without output. A group has no usage of its own."""
-    tokens, cost = 0, 0.0
-    for event in result.trace.walk():
-        if event.output_state is None:
-            tokens, cost = tokens + event.usage.tokens, cost + event.usage.cost_usd
-        if event.left_out is not None:
-            tokens, cost = tokens + event.left_out.lost_tokens, cost + event.left_out.lost_cost_usd
-    return tokens, cost
+    lost, omitted = [e.usage for e in result.trace.walk() if e.output_state is None], result.trace.left_out()
+    tokens = sum(used.tokens for used in lost) + sum(one.lost_tokens for one in omitted)
+    return tokens, sum(used.cost_usd for used in lost) + sum(one.lost_cost_usd for one in omitted)
 
 
 def _count_attempts(result: ExecutionResult) -> int:
     """Count all attempts, also those that the trace has dropped."""
-    events = result.trace.walk()
-    return sum(1 + (0 if event.left_out is None else event.left_out.events) for event in events)
+    return sum(1 for _ in result.trace.walk()) + sum(one.events for one in result.trace.left_out())
 
 
 def _failure_data(failure: Failure) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from stroma.runner.flows.suspension import TIME_SHIFT_MS, now_ms
 from stroma.testing.recording import RecordedAttempt, RecordedRun, is_failed_item
 from stroma.trace.events import AttemptUsage
 from stroma.trace.result import RunStatus
+from stroma.trace.story import violated_side
 
 Kind = Literal["input", "missing", "new", "contract", "schema", "decision", "output", "upcast", "status"]
 #: Longer than any wait that ends.
@@ -250,7 +251,7 @@ class Tape(Interceptor):
             self._stop(run, None, "the run came no further")
         if is_cancelled:
             self._stop(run, "decision", "nothing cancels it now, and the run has no answer of it")
-        if one.reason == "contract" and one.output is None and "(input)" in (one.message or ""):
+        if one.reason == "contract" and one.output is None and violated_side(one.message or "") == "input":
             self._stop(run, "contract", "its input broke its contract, and is taken now")
         return one
 

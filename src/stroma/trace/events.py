@@ -188,6 +188,13 @@ class BoundedRows(list["AttemptRow | TraceEvent"]):
         return twin
 
 
+def left_out_of(row: AttemptRow | TraceEvent) -> LeftOut | None:
+    """Return the sums of the rows inside a row that were omitted; None if there are none."""
+    if isinstance(row, TraceEvent):
+        return row.left_out
+    return row.children.left_out if isinstance(row.children, BoundedRows) else None
+
+
 def figures_of(rows: list[AttemptRow | TraceEvent]) -> Iterator[Figures]:
     """Yield the figures of every attempt in these rows, groups included; those of omitted rows as sums."""
     stack: list[AttemptRow | TraceEvent] = list(reversed(rows))
@@ -197,11 +204,10 @@ def figures_of(rows: list[AttemptRow | TraceEvent]) -> Iterator[Figures]:
             took = row.duration_ms if row.function_ms is None else row.function_ms
             node_id, used, ns = row.node_id, row.usage, took * 1_000_000
             inside: list[Any] = list(row.children)
-            left_out = row.left_out
         else:
             node_id, used, ns = row.node_id, row.usage or NO_USAGE, row.function_ns
             inside = row.children or []
-            left_out = inside.left_out if isinstance(inside, BoundedRows) else None
+        left_out = left_out_of(row)
         stack.extend(reversed(inside))
         yield node_id, used.tokens, used.output_tokens, used.cost_usd, ns, used.model
         if left_out is not None:

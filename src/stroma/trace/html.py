@@ -219,8 +219,6 @@ def _body(story: Story, *, states: bool) -> str:
 
 
 def _attempt(bar: Bar) -> str:
-    broke = fields_named(bar.message or "")
-    side = "input" if "(input)" in (bar.message or "")[:4000] else "output"
     message = f'<pre class="bad">{as_xml(visible(bar.message[:_TEXT]))}</pre>' if bar.message else ""
     model = f" · {as_xml(clean(bar.model, 80))}" if bar.model else ""
     key = ""
@@ -230,7 +228,7 @@ def _attempt(bar: Bar) -> str:
     if bar.rejected is not None:
         rejected = f'<div><span class="dim">rejected output</span>{rejected_output(bar.rejected)}</div>'
     states = "".join(
-        f'<div><span class="dim">{name}</span>{tree(value, broke if side == name else ())}</div>'
+        f'<div><span class="dim">{name}</span>{tree(value, fields_named(bar.message or "", name))}</div>'
         for name, value in (("input", bar.input_state), ("output", bar.output_state))
         if value is not None
     )

@@ -109,6 +109,7 @@ class Story:
 
     Attributes:
         left_out: how many attempts there are beside ``bars``.
+        lost: tokens and US dollars of those that committed nothing, as far as they are known.
         facts: (label, text) of each thing that is known of it besides, times in UTC.
         waits: the sleeps of flows, their questions and their waits for messages, which are no attempts.
         resumes: (from, to, cause) of each stretch after which the run was continued, in milliseconds.
@@ -127,6 +128,7 @@ class Story:
     box: StopCause | None = None
     facts: Sequence[tuple[str, str]] = field(default=())
     left_out: int = 0
+    lost: tuple[int, float] = (0, 0.0)
     waits: Sequence[Bar] = ()
     resumes: Sequence[tuple[float, float, str]] = ()
     open_waits: Mapping[str, str] = field(default_factory=dict)
@@ -141,8 +143,9 @@ class Story:
     @property
     def wasted(self) -> tuple[int, float]:
         """Tokens and US dollars of the attempts without output."""
-        lost = [bar for bar in self.bars if not bar.is_committed]
-        return sum(bar.tokens for bar in lost), sum(bar.cost_usd for bar in lost)
+        tokens, cost = self.lost
+        bars = [bar for bar in self.bars if not bar.is_committed]
+        return tokens + sum(bar.tokens for bar in bars), cost + sum(bar.cost_usd for bar in bars)
 
 
 def awaited_topics(waits: Iterable[Bar]) -> list[str]:
@@ -150,14 +153,23 @@ def awaited_topics(waits: Iterable[Bar]) -> list[str]:
     return list(dict.fromkeys(bar.reason or "" for bar in waits if bar.outcome == "receiving"))
 
 
-_VIOLATION: Final = re.compile(r"(?:\w+: )?Contract violation for .*? \((?:input|output)\): (.*)", re.DOTALL)
+_VIOLATION: Final = re.compile(r"(?:\w+: )?Contract violation for .*? \((input|output)\): (.*)", re.DOTALL)
 _FIELD: Final = re.compile(r"([\w$-]+(?:\.[\w$-]+)*): ")
 
 
-def fields_named(message: str) -> list[str]:
-    """Return the paths that the message of a broken contract names: "lines.0.price"."""
+def violated_side(message: str) -> str | None:
+    """Return the side of a contract, "input" or "output", that broke; None for another message."""
     match = _VIOLATION.match(message)
-    parts = match[1].split("; ") if match else []
+    return match and match[1]
+
+
+def fields_named(message: str, side: str | None = None) -> list[str]:
+    """Return the paths that the message of a broken contract names: "lines.0.price".
+
+    ``side``: only those of this side.
+    """
+    match = _VIOLATION.match(message)
+    parts = match[2].split("; ") if match and side in (None, match[1]) else []
     return [at[1] for part in parts if (at := _FIELD.match(part))]
 
 
@@ -166,7 +178,7 @@ def without_values(message: str) -> str:
     match = _VIOLATION.match(message)
     if match is None:
         return message
-    return message[: match.start(1)] + "; ".join(f"{path}: hidden" for path in fields_named(message))
+    return message[: match.start(2)] + "; ".join(f"{path}: hidden" for path in fields_named(message))
 
 
 def waits(bars: Iterable[Bar]) -> Iterator[tuple[Bar, float, float]]:

@@ -37,9 +37,11 @@ from stroma.trace.events import (
     AttemptRow,
     BoundedRows,
     Figures,
+    LeftOut,
     TraceEvent,
     TraceMark,
     figures_of,
+    left_out_of,
     place_text,
 )
 from stroma.trace.plain import jsonable
@@ -102,7 +104,6 @@ class ExecutionTrace(Shown):
         schemas = row.schemas
         seconds, ns = divmod(row.started_ns, 1_000_000_000)
         failure, message, reason, error_type = row.failure or (None, None, None, None)
-        children = row.children
         return TraceEvent(
             node_id=row.node_id,
             run_id=self.run_id,
@@ -115,11 +116,11 @@ class ExecutionTrace(Shown):
             failure_message=message,
             outcome=row.outcome,
             reason=reason,
-            children=self._build(children or []),
+            children=self._build(row.children or []),
             usage=row.usage or NO_USAGE,
             position=row.position,
             branch=row.branch,
-            left_out=children.left_out if isinstance(children, BoundedRows) else None,
+            left_out=left_out_of(row),
             function_ms=row.function_ns // 1_000_000,
             error_type=error_type,
         )
@@ -156,6 +157,16 @@ class ExecutionTrace(Shown):
             event = stack.pop()
             yield event
             stack.extend(reversed(event.children))
+
+    def left_out(self) -> list[LeftOut]:
+        """Return the sums of the rows that maps have omitted."""
+        stack, sums = list(self.rows), list[LeftOut]()
+        while stack:
+            row = stack.pop()
+            left_out = left_out_of(row)
+            sums += [] if left_out is None else [left_out]
+            stack.extend(row.children or ())
+        return sums
 
     def events_for(self, node_id: str) -> list[TraceEvent]:
         """Return the top-level events of one node."""
@@ -200,11 +211,24 @@ class ExecutionTrace(Shown):
         ]
         failed = [bar for bar in bars if bar.failure_class is not None]
         end = max((began + took for began, took, _ in marks), default=first)
-        tokens, cost = sum(bar.tokens for bar in bars), math.fsum(bar.cost_usd for bar in bars)
+        figures = list(self.figures())
+        tokens, cost = sum(one[1] for one in figures), math.fsum(one[3] for one in figures)
         status = "FAILED" if failed and failed[-1] is bars[-1] else "trace"
         seconds = (end - first) / 1e9
-        waits = self._wait_bars(first)
-        return Story(self.run_id, "", status, bars, tokens, cost, first // 1_000_000, seconds, waits=waits)
+        omitted = self.left_out()
+        return Story(
+            self.run_id,
+            "",
+            status,
+            bars,
+            tokens,
+            cost,
+            first // 1_000_000,
+            seconds,
+            left_out=sum(one.events for one in omitted),
+            lost=(sum(one.lost_tokens for one in omitted), math.fsum(one.lost_cost_usd for one in omitted)),
+            waits=self._wait_bars(first),
+        )
 
     def _rejected_at(
         self, event: TraceEvent, started_ns: int, redact: Redact | None

@@ -42,7 +42,6 @@ from stroma.ui.run_view import read_limits, totals, trace_link, window_of
 _MAX_LISTED: Final = 2000
 _LISTED_OF_MORE: Final = 500
 _MAX_DRAWN: Final = 12_000
-_MAX_TEXT: Final = 4000  # characters of a message
 _MAX_ANSWERED: Final = 20  # answered questions
 
 
@@ -222,8 +221,7 @@ class RunPages:
         inputs = self._history.input_of(record.run_id, this, max_bytes=MAX_SHOWN_BYTES)
         output = self._renderer.read_output(record, this)
         rejected = self._history.rejected_of(record.run_id, this)
-        side = "input" if "(input)" in (this.message or "")[:_MAX_TEXT] else "output"
-        invalid_fields = fields_named(this.text or "")
+        message = this.text or ""
         return self._renderer.page(
             "attempt.html",
             here="runs",
@@ -231,9 +229,9 @@ class RunPages:
             this=this,
             place=shown_place(place_of(this)),
             attempts=[(one, attempt_address(record, one)) for one in attempts],
-            input=state_tree(inputs, invalid_fields if side == "input" else []),
-            output=state_tree(output, invalid_fields if side == "output" else []),
-            invalid_fields=invalid_fields,
+            input=state_tree(inputs, fields_named(message, "input")),
+            output=state_tree(output, fields_named(message, "output")),
+            invalid_fields=fields_named(message),
             before=None if before is None else compare_facts(before, this),
             key=this.idempotency_key(record.run_id, record.execution),
             rejected=None if rejected is None else Markup(rejected_output(rejected)),  # It escapes all text.
