@@ -23,6 +23,10 @@ HOW = [
 ]
 
 
+class Text(BaseModel):
+    text: str
+
+
 class Many(BaseModel):
     items: list[Number]
 
@@ -135,6 +139,18 @@ async def test_the_step_that_differs_first_is_named():
 
     with pytest.raises(AssertionError, match="two undisturbed runs differ, from the output of node 'guess'"):
         await assert_resumable(body, Number(), processes=False)
+
+
+async def test_the_message_shows_where_long_values_differ():
+    """Of a long text that differs at its end, the message shows the end."""
+    ends = iter(("one", "two"))
+
+    async def write(state):
+        return {"text": f"{'x' * 500} {next(ends)}"}
+
+    nodes = [make("write", write, output_model=Text)]
+    with pytest.raises(AssertionError, match=r'text "?…x+ one" -> …x+ two"'):
+        await assert_resumable(nodes, Number(), processes=False)
 
 
 async def test_fields_that_may_differ():

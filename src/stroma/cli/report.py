@@ -256,7 +256,7 @@ class RunReport:
         while children := [c for c in event.children if c.failure_message == failure.message]:
             groups.insert(0, f" in {clean(event.node_id, 100)}")
             # Siblings may have failed alike, and were cancelled before another attempt.
-            stopped = failure.inner or failure
+            stopped = failure.innermost
             event = next((c for c in children if c.children or c.attempt == stopped.attempt), children[-1])
         at = shown_place(place_text(event.position, event.branch))
         attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""

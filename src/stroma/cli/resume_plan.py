@@ -29,6 +29,7 @@ from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.restore import check_place, check_unfinished_call, read_output
 from stroma.runner.pipeline import Pipeline, code_of
+from stroma.trace.events import place_text
 from stroma.trace.outline import shown_place
 
 
@@ -59,7 +60,6 @@ def changes_since(
     ctx = ReliabilityContext.for_run(config, registry, CheckpointManager(InMemoryStore()))
     changes: list[Incompatibility] = []
     for (position, branch), committed in sorted(commits.items()):
-        at = f"{position}.{branch}" if branch else str(position)
         try:
             check_place(ctx, nodes, position, branch, committed)
             _read(ctx, nodes, committed, position, branch)
@@ -71,7 +71,7 @@ def changes_since(
                     f"{describe_error(error)[0]}; restore its schema, pass upcast= to the node, or "
                     "resume from there to run it again"
                 )
-            changes.append(Incompatibility(at, committed.node_id, message))
+            changes.append(Incompatibility(place_text(position, branch), committed.node_id, message))
     for place, call in calls:
         try:
             check_unfinished_call(ctx, nodes, *place, call)

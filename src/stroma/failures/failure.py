@@ -75,6 +75,11 @@ class Failure:
     earlier: ContractViolation | None = field(default=None, repr=False, compare=False)
     mark: str | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def innermost(self) -> Failure:
+        """The failure of the node inside that stopped a group; of a node its own."""
+        return self.inner or self
+
     def __str__(self) -> str:
         """Return the failure as people read it: ``Type: message``."""
         return typed(kind_of(self.exception), self.message)

@@ -254,7 +254,7 @@ class MapRun:
 
     async def _record_failure(self, item: Item, failure: Failure) -> None:
         """Commit the failure of an item in place of its output, so that a resume does not run it again."""
-        ctx, execution, failed = self._ctx, self._execution, failure.inner or failure
+        ctx, execution, failed = self._ctx, self._execution, failure.innermost
         item_failure = ItemFailure(
             index=item.index,
             node_id=failed.node_id,

@@ -19,7 +19,7 @@ from stroma.engine.context import INTERCEPTORS, Call, Interceptor, ReliabilityCo
 from stroma.engine.execution import CURRENT, RunningNode
 from stroma.hooks.dispatch import Hooks
 from stroma.hooks.sets import NodeHooks
-from stroma.trace.events import AttemptRow
+from stroma.trace.events import AttemptRow, place_text
 from stroma.trace.result import ExecutionResult
 
 Point = Literal["before_node", "after_node", "after_commit", "after_hooks", "before_end", "after_end"]
@@ -47,7 +47,7 @@ class Boundary(NamedTuple):
     attempt: int = 0
 
     def __str__(self) -> str:
-        at = f"{self.position}.{self.branch}" if self.branch else str(self.position)
+        at = place_text(self.position, self.branch)
         return _WORDS[self.point].format(f"node {self.node_id!r} (position {at}, attempt {self.attempt})")
 
 

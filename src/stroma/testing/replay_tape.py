@@ -32,7 +32,7 @@ from stroma.failures.errors import RunFailed, Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose
 from stroma.runner.flows.suspension import TIME_SHIFT_MS, now_ms
 from stroma.testing.recording import RecordedAttempt, RecordedRun, is_failed_item
-from stroma.trace.events import AttemptUsage
+from stroma.trace.events import AttemptUsage, place_text
 from stroma.trace.result import RunStatus
 from stroma.trace.story import violated_side
 
@@ -308,7 +308,7 @@ class Tape(Interceptor):
         return all((run.position, branch) not in self.events for branch in with_outer(run.branch))
 
     def _stop(self, run: RunningNode, kind: Kind | None, why: str) -> NoReturn:
-        place = f"{run.position}.{run.branch}" if run.branch else str(run.position)
+        place = place_text(run.position, run.branch)
         if kind is not None:
             self.differences.append(Difference(kind, place, run.node_id, why))
         self.stopped = self.stopped or f"at {place} {run.node_id}: {why}"
@@ -391,7 +391,7 @@ class Tape(Interceptor):
                     continue
                 schema = schema_of(UntypedState if contract is None else contract.output_schema)
                 if schema.fingerprint != one_.contract:
-                    at = f"{position}.{branch}" if branch else str(position)
+                    at = place_text(position, branch)
                     why = schema_difference(schema, one_.committed())
                     message = f"it was recorded with another {schema.model.__name__} ({why})"
                     differences.append(Difference("schema", at, inner.node_id, message))

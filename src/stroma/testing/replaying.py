@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,6 +10,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from stroma.checkpoint import AsyncInMemoryStore, CheckpointManager
+from stroma.checkpoint.history.bars import place_of
 from stroma.checkpoint.history.comparison import Change, NodeDiff, compare
 from stroma.checkpoint.history.redaction import Payload, redact_value
 from stroma.checkpoint.identity import is_called
@@ -200,7 +200,7 @@ def _compare_attempts(tape: Tape, attempts: list[AttemptRecord], redact: Redact 
         if pair.same or pair.a is None or pair.b is None:
             continue
         last = pair.b[-1]
-        at = f"{last.position}.{last.branch}" if last.branch else str(last.position)
+        at = place_of(last)
         if is_called(last.branch) and "cancelled" in (last.outcome, pair.a[-1].outcome):
             continue  # The order of the last calls of a flow that failed is not recorded.
         node = None if is_called(last.branch) else node_at(tape.nodes, last.position, last.branch)[0]
@@ -234,7 +234,7 @@ def _describe(pair: NodeDiff) -> str:
 
 
 def _change(change: Change) -> str:
-    a, b = (json.dumps(value, ensure_ascii=False) for value in (change.a, change.b))
+    a, b = change.texts()
     if change.kind == "added":
         return f"{change.path} is new: {b}"
     return f"{change.path} is gone: {a}" if change.kind == "removed" else f"{change.path}: {a} -> {b}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -211,17 +210,12 @@ def _describe_changes(difference: list[Change], ignore: tuple[str, ...]) -> str:
         c for c in difference if not any(c.path == path or c.path.startswith(f"{path}.") for path in ignore)
     ]
     descriptions = [
-        f"{change.path or 'the value'} {_short(change.a)} -> {_short(change.b)}"
+        f"{change.path or 'the value'} {' -> '.join(change.texts(80))}"
         if change.kind == "changed"
         else f"{change.path} {change.kind}"
         for change in counted[:3]
     ]
     return "; ".join(descriptions) + (f"; and {len(counted) - 3} more" if len(counted) > 3 else "")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _first_difference(trial: Trial, a: str, b: str, ignore: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stroma._utils.text import format_usd, typed
-from stroma.trace.events import TraceEvent
+from stroma.trace.events import TraceEvent, place_text
 from stroma.trace.plain import jsonable
 from stroma.trace.result import ExecutionResult
 from stroma.trace.trace import ExecutionTrace
@@ -44,7 +44,7 @@ def _branch(event: TraceEvent) -> tuple[int, ...]:
 
 
 def _lines(event: TraceEvent, states: bool, hide: frozenset[str]) -> list[str]:
-    at = f"{event.position}.{event.branch}" if event.branch else str(event.position)
+    at = place_text(event.position, event.branch)
     used = event.usage
     spent = f", {used.input_tokens}+{used.output_tokens} tokens" if used.tokens else ""
     model = f" of {used.model}" if used.model else ""

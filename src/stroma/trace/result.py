@@ -151,7 +151,7 @@ class ExecutionResult(Shown, Generic[StateT]):
         if failure is not None:
             hidden = self.trace._hidden(redact)
             message = typed(kind_of(failure.exception), hide_words(redact, failure.message, hidden))
-            stopped = failure.inner or failure  # Of a group, the child whose failure became its own.
+            stopped = failure.innermost
             place = (stopped.node_id, stopped.attempt, message, "failure")
             failed = [
                 bar for bar in story.bars if (bar.node_id, bar.attempt, bar.message, bar.outcome) == place

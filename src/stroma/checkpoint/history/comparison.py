@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from typing import Any, Final, Literal, NamedTuple
 
+from stroma._utils.text import clean
 from stroma.checkpoint.history.bars import in_order
 from stroma.checkpoint.history.redaction import Payload
 from stroma.checkpoint.records import AttemptRecord
 
 _MAX_CHANGES: Final = 1000
+_SHARED_CHARACTERS: Final = 40  # of the beginning that two values share, to be shown
 
 
 class Change(NamedTuple):
@@ -27,6 +29,14 @@ class Change(NamedTuple):
     kind: Literal["added", "removed", "changed"]
     a: Any
     b: Any
+
+    def texts(self, most: int = 200) -> tuple[str, str]:
+        """Return both values as JSON of so many characters; of a change from shortly before they differ."""
+        a, b = (json.dumps(value, ensure_ascii=False) for value in (self.a, self.b))
+        first = next((at for at, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), 0)
+        begin = max(0, first - _SHARED_CHARACTERS) if self.kind == "changed" else 0
+        mark = "…" if begin else ""
+        return mark + clean(a[begin:], most), mark + clean(b[begin:], most)
 
 
 def changes(a: Any, b: Any, path: str = "") -> list[Change]:

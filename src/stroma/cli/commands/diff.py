@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, Final
+from typing import Any
 
 import click
 
@@ -23,8 +22,6 @@ from stroma.cli.stores import Database, db_option
 from stroma.trace.outline import shown_place
 
 _SIGNS = {"added": "+", "removed": "-", "changed": "~"}
-#: Characters to show of a beginning that two values share.
-_SHARED_CHARACTERS: Final = 40
 _STYLES = {"added": "green", "removed": "red", "changed": "yellow"}
 
 
@@ -149,12 +146,8 @@ def _figures(attempts: list[AttemptRecord]) -> str:
 def _print_changes(differences: list[Change], under: str = "") -> None:
     for change in differences:
         path = ".".join(part for part in (under, change.path) if part)
-        whole = [json.dumps(value, ensure_ascii=False) for value in (change.a, change.b)]
-        first = next((at for at, (one, other) in enumerate(zip(*whole, strict=False)) if one != other), 0)
-        begin = max(0, first - _SHARED_CHARACTERS) if change.kind == "changed" else 0
-        values = ["…" * (begin > 0) + clean(text[begin:], 200) for text in whole]
-        texts = {"added": values[1], "removed": values[0], "changed": f"{values[0]} -> {values[1]}"}
-        text = texts[change.kind]
+        a, b = change.texts()
+        text = {"added": b, "removed": a, "changed": f"{a} -> {b}"}[change.kind]
         out.fitted("  ", (_SIGNS[change.kind], _STYLES[change.kind]), f" {clean(path, 200)}: {text}")
 
 

@@ -16,7 +16,6 @@ from stroma.engine.redaction import notes_of_error
 from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content
 from stroma.telemetry.observer import WRITING, AttemptEnd
-from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
     from sentry_sdk import Scope
@@ -122,22 +121,6 @@ def event_of(
     }
     event["tags"] = {**tags, **({} if failed.reason is None else {"stroma.reason": failed.reason})}
     return event, hint
-
-
-def innermost_node(result: ExecutionResult) -> str:
-    """Return the node that failed: a group fails with the exception of its child."""
-    assert result.failure is not None
-    node_id = result.failure.node_id
-    rows = list(result.trace)[-1:]
-    while rows and rows[-1].node_id == node_id:
-        failure_text = rows[-1].failure_message
-        rows = [
-            row
-            for row in rows[-1].children
-            if row.outcome == "failure" and row.failure_message == failure_text
-        ]
-        node_id = rows[-1].node_id if rows else node_id
-    return node_id
 
 
 #: Mechanisms of exceptions that end no call of a node.

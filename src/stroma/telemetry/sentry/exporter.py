@@ -36,7 +36,6 @@ from stroma.telemetry.sentry.events import (
     drop_log_lines,
     drop_raised,
     event_of,
-    innermost_node,
     notes_of,
     redact_event,
 )
@@ -164,9 +163,8 @@ class Sentry(Observer):
                 if final is None:
                     # A budget that refuses a node stops the run without an attempt that failed.
                     scope = self._sdk.get_current_scope()
-                    final = FailedAttempt(
-                        innermost_node(result), failed.class_name, failed.reason, failed.message, scope
-                    )
+                    node_id = result.failure.innermost.node_id
+                    final = FailedAttempt(node_id, failed.class_name, failed.reason, failed.message, scope)
                 self._capture(run, of_run, failed.error, final)
             span, spans = of_run.span, self._spans
             for part, ended_ns in self.ended_parts(run):
