@@ -76,7 +76,7 @@ class RecordingTransport(Transport):
 
 
 def _span(name: Any, op: Any, span: dict[str, Any]) -> dict[str, Any]:
-    keys = ("status", "trace_id", "span_id", "parent_span_id", "data")
+    keys = ("status", "trace_id", "span_id", "parent_span_id", "data", "start_timestamp", "timestamp")
     return {"name": name, "op": op, **{key: span.get(key) for key in keys}}
 
 

@@ -4,6 +4,7 @@ import asyncio
 import os
 import pathlib
 import signal
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -93,5 +94,10 @@ def test_a_redelivered_end_is_whole(event: str, tmp_path: pathlib.Path, sentry: 
         "reason": "",
     }
     assert registry.get_sample_value("stroma_node_executions_total", labels) == 1
-    assert len(nodes) == len([span for span in sentry.transport.spans if span["op"] == "function"])
+    own = [span for span in sentry.transport.spans if span["op"] == "function"]
+    assert len(nodes) == len(own)
+    told = min(own, key=lambda span: span["start_timestamp"])
+    times = [datetime.fromisoformat(told[name]).timestamp() for name in ("start_timestamp", "timestamp")]
+    assert times == pytest.approx([start / 1e9, end / 1e9], abs=1e-5)
+    assert {span.get("status") for span in own} == {"ok"}
     assert sentry.transport.events == []

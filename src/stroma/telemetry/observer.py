@@ -83,6 +83,16 @@ def waited_seconds(node: RunningNode, key: object) -> float:
     return float(notes.get((key, "waited"), 0.0))
 
 
+def redelivered_end_ns(node: RunningNode) -> int | None:
+    """Return the end of an attempt of a killed process that is reported now, in ns since the epoch, or None.
+
+    Its failure is not final: the node may have been retried since, and the end of the run says what was.
+    """
+    if not node.redelivered or node.started_ns is None:
+        return None
+    return node.started_ns + int((node.duration_ms or 0.0) * 1e6)
+
+
 def is_returned(run: ReliabilityContext) -> bool:
     """Return True if a run only returns a stored result, which was counted when it ran."""
     return run.session.finished is not None

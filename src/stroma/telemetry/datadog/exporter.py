@@ -21,6 +21,7 @@ from stroma.telemetry.observer import (
     FlowPart,
     is_returned,
     place_key,
+    redelivered_end_ns,
     span_id_at,
     waited_seconds,
     waits_since,
@@ -219,14 +220,12 @@ class Datadog(MetricsObserver):
         span.set_metric("stroma.cost_usd", of_node.cost)
         if ended is not None:
             span.set_tag("stroma.outcome", ended.outcome)
-            if ended.error is not None and node.redelivered:  # It may have been retried since.
+            if ended.error is not None and node.redelivered:
                 self._name_error(span, node.ctx, ended)
             elif ended.error is not None:
                 self._mark(span, node.ctx, ended)
-        if node.redelivered and node.started_ns is not None:
-            span.finish((node.started_ns + (node.duration_ms or 0.0) * 1e6) / 1e9)
-        else:
-            span.finish()
+        ended_ns = redelivered_end_ns(node)
+        span.finish(None if ended_ns is None else ended_ns / 1e9)
         if of_node.active and CURRENT.get() is node:
             # By itself the tracer makes the run's span active, or nothing, and not what was so for the
             # caller.

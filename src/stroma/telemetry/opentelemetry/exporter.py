@@ -28,6 +28,7 @@ from stroma.telemetry.observer import (
     FlowPart,
     is_returned,
     place_key,
+    redelivered_end_ns,
     span_id_at,
     waited_seconds,
     waits_since,
@@ -391,15 +392,10 @@ class OpenTelemetry(MetricsObserver):
             if ended is not None:
                 about["stroma.outcome"] = ended.outcome
             span.set_attributes(about)
-        # A redelivered failure may have been retried since: the end of the run says what was final.
         if ended is not None and not node.redelivered:
             self._mark(span, node.ctx, ended)
-        if not of_node.is_ours:
-            return
-        if node.redelivered and node.started_ns is not None:
-            span.end(node.started_ns + int((node.duration_ms or 0.0) * 1e6))
-        else:
-            span.end()
+        if of_node.is_ours:
+            span.end(redelivered_end_ns(node))
 
     # ------------------------------------------------------------------ metrics
 

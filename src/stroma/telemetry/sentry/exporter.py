@@ -24,6 +24,7 @@ from stroma.telemetry.observer import (
     Observer,
     is_returned,
     place_key,
+    redelivered_end_ns,
     span_id_at,
     waited_seconds,
     waits_since,
@@ -284,7 +285,7 @@ class Sentry(Observer):
         """Return True for a step in plain code, which is reported like a run."""
         return node.parent is None and self not in node.ctx.notes
 
-    def _begin(self, node: RunningNode, of_node: NodeScope, above: Any, *, ended: bool = False) -> None:
+    def _begin(self, node: RunningNode, of_node: NodeScope, above: Any) -> None:
         scope, spans = of_node.scope, self._spans
         if self._client is not None:
             scope.set_client(self._client)
@@ -345,7 +346,9 @@ class Sentry(Observer):
         of_node: NodeScope | None = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is reported again after a crash.
             of_node = NodeScope(None, self._sdk.get_current_scope().fork(), self._of_run(node))
-            self._begin(node, of_node, self._span_around(), ended=True)
+            self._begin(node, of_node, self._span_around())
+            if node.started_ns is not None:
+                self._spans.backdate(of_node.span, node.started_ns)
         of_node.ended = ended
         if ended.output is not None:
             self._show(of_node.span, "stroma.output", node.ctx, ended.output)
@@ -398,7 +401,10 @@ class Sentry(Observer):
         spans.put(of_node.span, "stroma.outcome", outcome)
         # Not "cancelled": the SDK streams spans of gen_ai operations, where every status but "ok" is an
         # error.
-        spans.end(of_node.span, "internal_error" if outcome == "failure" else "ok", of_node.scope)
+        is_final = outcome == "failure" and not node.redelivered
+        ended_ns = redelivered_end_ns(node)
+        ended_s = None if ended_ns is None else ended_ns / 1e9
+        spans.end(of_node.span, "internal_error" if is_final else "ok", of_node.scope, ended_s)
         if of_node.entered is not None and CURRENT.get() is node:
             of_node.entered.close()
 

@@ -45,6 +45,10 @@ class Transactions:
         scope.span = span
         return span
 
+    def backdate(self, span: Any, start_ns: int) -> None:
+        """Set the start of a span that began before now."""
+        span.start_timestamp = datetime.fromtimestamp(start_ns / 1e9, UTC)
+
     def put(self, span: Any, name: str, value: Any) -> None:
         """Set an attribute of a span."""
         span.set_data(name, value)
@@ -92,7 +96,11 @@ class SpanStream:
         """Set the id of a span, and its start if it began in another process."""
         span._span_id = f"{span_id:016x}"
         if start_ns is not None:
-            span._start_timestamp = datetime.fromtimestamp(start_ns / 1e9, UTC)
+            self.backdate(span, start_ns)
+
+    def backdate(self, span: Any, start_ns: int) -> None:
+        """Set the start of a span that began before now."""
+        span._start_timestamp = datetime.fromtimestamp(start_ns / 1e9, UTC)
 
     def put(self, span: Any, name: str, value: Any) -> None:
         """Set an attribute of a span."""
