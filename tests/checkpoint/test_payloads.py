@@ -313,8 +313,13 @@ async def test_blobs_that_cannot_be_read_are_a_named_error(tmp_path: Path) -> No
         assert (await runner(store, resume=True).run(_big(calls), Note(text="y"))).status is RunStatus.RESUMED
 
 
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise LookupError
+
+
 class Moody:
-    """A codec that does what its turn says: "raises", "text", or well."""
+    """A codec that does what its turn says: "raises", "mute", "text", or well."""
 
     def __init__(self, *turns: str) -> None:
         self.turns = list(turns)
@@ -323,15 +328,18 @@ class Moody:
         turn = self.turns.pop(0) if self.turns else "well"
         if turn == "raises":
             raise KeyError("the key server is down")
+        if turn == "mute":
+            raise Mute
         return data.decode() if turn == "text" else data
 
     encode = decode = _take
 
 
-@pytest.mark.parametrize("turn", ["raises", "text"])
+@pytest.mark.parametrize("turn", ["raises", "mute", "text"])
 async def test_a_codec_that_fails_is_a_named_error(tmp_path: Path, turn: str) -> None:
     """What a codec raises, or returns that is no bytes, is a StoreError that says so, whenever it happens."""
-    message = "the key server is down.*fix the codec" if turn == "raises" else "must return bytes, got str"
+    raised = {"raises": "the key server is down.*fix the codec", "mute": "Mute.*fix the codec"}
+    message = raised.get(turn, "must return bytes, got str")
     calls: list[str] = []
     moody = Moody(turn)
     async with SQLiteStore(tmp_path / "runs.db", codec=moody) as store:
@@ -340,10 +348,10 @@ async def test_a_codec_that_fails_is_a_named_error(tmp_path: Path, turn: str) ->
         assert calls == []
         moody.turns = ["well", turn]  # The input, and then the output: that is tried again if it may help.
         await runner(store).run(_big(calls), Note())
-        assert calls == (["first", "second"] if turn == "raises" else ["first"])
+        assert calls == (["first", "second"] if turn in raised else ["first"])
         await runner(store).run(_big(calls), Note())
         moody.turns = [turn]
-        with pytest.raises(StoreError, match="cannot be decoded" if turn == "raises" else message):
+        with pytest.raises(StoreError, match="cannot be decoded" if turn in raised else message):
             store.input_of("r")
 
 

@@ -374,6 +374,27 @@ async def test_whatever_a_node_raises_is_its_failure(name: str, place: str, stor
     nothing_runs()
 
 
+class Muted(BaseModel):
+    n: int = 0
+
+    @field_validator("n")
+    @classmethod
+    def refuse(cls, n: int) -> int:
+        if n:
+            raise Mute
+        return n
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+async def test_a_validator_whose_error_has_no_text(side: str) -> None:
+    """A contract is broken by whatever a validator raises, also if its ``str()`` raises."""
+    nodes = [node("first", returning({"n": 1}), Num, Muted if side == "output" else Num)]
+    nodes += [node("second", returning({"n": 1}), Muted, Num)] if side == "input" else []
+    result = await quick(policy_map=NEVER).run(nodes, Num())
+    assert result.failure.reason == "contract"
+    assert result.failure.message.endswith(": Mute")
+
+
 @pytest.mark.parametrize("place", ["node", "child", "item"])
 async def test_a_node_that_recurses(place: str, store: Any) -> None:
     """Endless recursion is a failure that is not tried again, also from a thread."""

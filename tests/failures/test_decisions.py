@@ -10,6 +10,7 @@ from pydantic import RootModel, ValidationError
 from tests.kit import NEVER, Num, failing_with, node, quick
 
 from stroma import BudgetExceeded, ContractViolation, FailureClass, FailurePolicy, RunStatus, Suspend
+from stroma._utils.access import kind_of, message_of, type_name
 from stroma.contracts import NotSerialisable
 from stroma.cost import UsageError
 from stroma.failures import (
@@ -23,7 +24,7 @@ from stroma.failures import (
     default_policy_map,
 )
 from stroma.failures.errors import RecordedVerdict, RunFailed
-from stroma.failures.failure import diagnose, isinstance_by_type, kind_of, message_of, type_name
+from stroma.failures.failure import diagnose, isinstance_by_type
 from stroma.failures.policy import Retry, Stop, decide, follow_up, policy_for
 
 RECOVERABLE, TERMINAL, AMBIGUOUS = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from pydantic import BaseModel
 
+from stroma._utils.access import message_of
 from stroma.adapters._background_loop import Turn, hand_back, start_in_background
 from stroma.adapters._state_views import given_to, made_by
 from stroma.adapters._step import (
@@ -45,7 +46,7 @@ from stroma.engine.execution import CURRENT, RunningNode
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, NodeContext, isinstance_by_type, message_of
+from stroma.failures.failure import Failure, NodeContext, isinstance_by_type
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.telemetry.messages import note_request
 

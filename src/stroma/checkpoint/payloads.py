@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
+from stroma._utils.access import error_text
 from stroma._utils.distributions import missing
 from stroma._utils.logs import get_logger
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
@@ -284,8 +285,8 @@ class Payloads:
             self.blobs.put(digest.hex(), data)
         except Exception as error:
             raise StoreError(
-                f"a payload of {len(data)} bytes could not be stored in {self.blobs!r}: {error}; fix the "
-                "blob store, then resume"
+                f"a payload of {len(data)} bytes could not be stored in {self.blobs!r} "
+                f"({error_text(error)}); fix the blob store, then resume"
             ) from error
         return BLOB + digest
 
@@ -327,7 +328,7 @@ class Payloads:
         except Exception as error:
             raise StoreError(
                 f"the codec {codec!r} could not encode a payload of {len(data)} bytes "
-                f"({type(error).__name__}: {error}); fix the codec, then resume"
+                f"({error_text(error)}); fix the codec, then resume"
             ) from error
         if not isinstance(encoded, bytes):
             raise _not_bytes(codec, "encode", encoded)
@@ -360,7 +361,7 @@ class Payloads:
             data = codec.decode(data)
         except Exception as error:
             raise CorruptCheckpoint(
-                f"{what} cannot be decoded ({type(error).__name__}: {error}); open the store with the codec, "
+                f"{what} cannot be decoded ({error_text(error)}); open the store with the codec, "
                 "and the keys, that it was written with"
             ) from error
         if not isinstance(data, bytes):
@@ -380,7 +381,7 @@ class Payloads:
         except Exception as error:  # It may still exist.
             raise StoreError(
                 f"{what} is stored in blob {digest.hex()}, and {self.blobs!r} cannot be read "
-                f"({type(error).__name__}: {error}); fix the blob store, then try again"
+                f"({error_text(error)}); fix the blob store, then try again"
             ) from error
         fix = "restore it, or recompute it: resume from that node (resume_from=), or start a new run"
         if data is None:
@@ -409,7 +410,7 @@ def collect(blobs: BlobStore, in_use: set[str], now_seconds: float) -> int:
                 deleted += 1
     except Exception as error:
         raise StoreError(
-            f"the unused blobs in {blobs!r} could not be deleted ({type(error).__name__}: {error}); "
+            f"the unused blobs in {blobs!r} could not be deleted ({error_text(error)}); "
             "fix the blob store, then try again"
         ) from error
     return deleted

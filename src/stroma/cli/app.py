@@ -10,6 +10,7 @@ from typing import Final
 
 import click
 
+from stroma._utils.access import error_text
 from stroma._utils.distributions import installed_version
 from stroma._utils.text import did_you_mean
 from stroma.cli.errors import Code, Problem, is_debugging
@@ -160,7 +161,7 @@ def _guarded(argv: list[str], program: str) -> int:
         if is_debugging():
             raise
         raise Problem(
-            f"internal error: {type(error).__name__}: {error}",
+            f"internal error: {error_text(error)}",
             "set STROMA_DEBUG=1 to see the traceback, and report it",
             code=Code.ENVIRONMENT,
         ) from error

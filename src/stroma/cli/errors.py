@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import click
 
-from stroma._utils.text import clean, one_line, typed
+from stroma._utils.text import clean, one_line
 from stroma.cli.output import err, write_private
 
 
@@ -81,9 +81,9 @@ def is_debugging() -> bool:
 
 def describe_error(error: BaseException) -> str:
     """Return type and message of an exception; never raises, whatever its ``str()`` does."""
-    from stroma.failures.failure import kind_of, message_of  # Few commands fail in user code.
+    from stroma._utils.access import error_text  # Few commands fail in user code.
 
-    return clean(typed(kind_of(error), message_of(error)), 600)
+    return clean(error_text(error), 600)
 
 
 def frame_lines(file: str, line: int, name: str, source: str) -> list[str]:

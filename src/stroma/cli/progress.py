@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, Final
 
+from stroma._utils.access import error_text
 from stroma._utils.text import clean, format_amount, format_duration, format_tokens, format_usd, typed
 from stroma.checkpoint.identity import with_outer
 from stroma.cli.errors import is_debugging
@@ -17,7 +18,6 @@ from stroma.cli.output import Part, err
 from stroma.cost.budget import BudgetExceeded
 from stroma.engine.execution import CURRENT, RunningNode
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import kind_of, message_of
 from stroma.hooks.sets import MapProgress, NodeHooks
 from stroma.trace.result import ExecutionResult
 
@@ -236,7 +236,7 @@ class _LogPrinter(logging.Handler):
             text = str(record.msg)
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
-            text += f": {typed(kind_of(error), message_of(error))}"
+            text += f": {error_text(error)}"
             if is_debugging():
                 with contextlib.suppress(Exception):  # a traceback ends with the exception's own text
                     text += "\n" + logging.Formatter().formatException(record.exc_info)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stroma._utils.text import clean, format_duration, format_usage, pluralize
+from stroma._utils.text import clean, format_duration, format_usage, pluralize, typed
 from stroma.checkpoint import CheckpointManager, Committed, InMemoryStore, PipelineChanged
 from stroma.checkpoint.entries import Intent, is_of_pipeline
 from stroma.checkpoint.history.bars import place_of
@@ -64,12 +64,13 @@ def changes_since(
             check_place(ctx, nodes, position, branch, committed)
             _read(ctx, nodes, committed, position, branch)
         except Exception as error:  # A validator or an upcast may raise anything.
-            message = str(error)
-            if not isinstance(error, PipelineChanged):
+            if isinstance(error, PipelineChanged):
+                message = str(error)
+            else:
+                why = typed(type(error).__name__, describe_error(error)[0])
                 message = (
-                    f"the output of node {committed.node_id!r} cannot be read back: {type(error).__name__}: "
-                    f"{describe_error(error)[0]}; restore its schema, pass upcast= to the node, or "
-                    "resume from there to run it again"
+                    f"the output of node {committed.node_id!r} cannot be read back: {why}; restore its "
+                    "schema, pass upcast= to the node, or resume from there to run it again"
                 )
             changes.append(Incompatibility(place_text(position, branch), committed.node_id, message))
     for place, call in calls:

@@ -17,6 +17,7 @@ from typing import Any, Final, cast
 import pydantic_core
 from pydantic import BaseModel, ValidationError
 
+from stroma._utils.access import message_of
 from stroma.contracts.copying import classes_in
 from stroma.contracts.core_schema import build_constant_writer, core_schema_of
 from stroma.contracts.tagged_json import NotSerialisable, keeping_secrets, tag, untag
@@ -273,7 +274,7 @@ def describe_error(error: Exception) -> tuple[str, Exception | None]:
     formats all of the data first, with up to four bytes for each byte of it.
     """
     if not isinstance(error, ValidationError):
-        return str(error), error
+        return message_of(error), error
     errors = error.errors(include_url=False, include_input=False, include_context=False)
     lines = [
         ": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"]))) for one in errors[:_MAX_ERRORS]

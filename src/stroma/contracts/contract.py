@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Type
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
+from stroma._utils.access import error_text
 from stroma._utils.models import StrictModel
 from stroma.contracts.schema import schema_of
 
@@ -229,9 +230,7 @@ def as_violation(
     if isinstance(error, ValidationError):
         errors: list[Any] = list(error.errors(include_url=False))
     else:  # A validator may raise anything at all.
-        errors = [
-            {"type": type(error).__name__, "loc": (), "msg": f"{type(error).__name__}: {error}", "input": raw}
-        ]
+        errors = [{"type": type(error).__name__, "loc": (), "msg": error_text(error), "input": raw}]
     shown = raw if issubclass(type(raw), dict) else {"value": raw}  # Its __class__ is code of its own.
     violation = ContractViolation(node_id, direction, shown, errors)
     violation.__cause__ = error

@@ -16,6 +16,7 @@ from typing import Any, Final, final
 
 from pydantic import BaseModel
 
+from stroma._utils.access import message_of
 from stroma._utils.text import one_line
 from stroma.checkpoint import Fenced, PipelineChanged, StoreError, Waiting
 from stroma.contracts.contract import NodeContract, NotDone, Unknown, as_violation, output_violation
@@ -53,7 +54,7 @@ from stroma.engine.tasks import (
 )
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PlaceError, Suspend
-from stroma.failures.failure import Failure, ends_run, isinstance_by_type, message_of
+from stroma.failures.failure import Failure, ends_run, isinstance_by_type
 from stroma.failures.refusals import is_refusal
 from stroma.hooks.dispatch import Calls, Firing, HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow, Outcome, Schemas

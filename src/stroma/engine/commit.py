@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
+from stroma._utils.access import type_name
 from stroma._utils.bounded_copy import BoundedCopy, map_texts
 from stroma._utils.secrets import MASK, declared_secrets
 from stroma.checkpoint import StoreError
@@ -18,7 +19,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.engine.redaction import Redactor
 from stroma.engine.tasks import Shield, as_store_error
-from stroma.failures.failure import Failure, ends_run, type_name
+from stroma.failures.failure import Failure, ends_run
 from stroma.failures.tracebacks import failure_site_writer
 from stroma.trace.events import AttemptRow, Failed, Outcome
 from stroma.trace.rejected import MISSING, Complaint, RejectedOutput

@@ -25,7 +25,8 @@ from uuid import uuid4
 
 from pydantic import BaseModel
 
-from stroma._utils.text import one_line, typed
+from stroma._utils.access import error_text
+from stroma._utils.text import one_line
 from stroma.checkpoint import Committed, CorruptCheckpoint, Fenced, PipelineChanged
 from stroma.checkpoint.decoding import RecordName, decode_json, decode_number
 from stroma.checkpoint.entries import (
@@ -54,7 +55,6 @@ from stroma.engine.execution import RunningNode, decode_answer
 from stroma.engine.restore import read_output
 from stroma.engine.tasks import CONTINUES, begin_flight, call_in_thread, end_flight, passes_through
 from stroma.failures.errors import Suspend
-from stroma.failures.failure import kind_of, message_of
 from stroma.trace.events import Outcome
 
 #: Reason of a suspension.
@@ -450,7 +450,7 @@ class Effect:
         except BaseException as error:
             if passes_through(error, cancelling, in_group=False):
                 raise
-            return Unknown(f"{why}; reconcile raised {typed(kind_of(error), message_of(error))}")
+            return Unknown(f"{why}; reconcile raised {error_text(error)}")
         if stated is NotDone or isinstance(stated, NotDone):
             return stated if isinstance(stated, NotDone) else NotDone()
         if stated is Unknown or isinstance(stated, Unknown):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 from pydantic import BaseModel
 
+from stroma._utils.access import kind_of, message_of
 from stroma._utils.hiding import HIDDEN, without
 from stroma._utils.logs import SafeLogger
 from stroma._utils.secrets import Secrets, stand_in_of
@@ -17,7 +18,7 @@ from stroma.checkpoint import StoreError
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.copying import PickledSnapshot
 from stroma.contracts.schema import schema_of
-from stroma.failures.failure import Failure, isinstance_by_type, kind_of, message_of
+from stroma.failures.failure import Failure, isinstance_by_type
 from stroma.trace.events import AttemptRow
 from stroma.trace.redaction import (
     MAX_WORDS,

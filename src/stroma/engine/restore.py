@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
+from stroma._utils.access import error_text
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged, StepCall, Waiting
 from stroma.checkpoint.entries import OF_FLOW, Intent
 from stroma.checkpoint.identity import child_indexes, is_called
@@ -93,7 +94,7 @@ def read_output(schema: Schema, committed: Committed, upcast: Callable[[Any], An
         try:
             upcasted = upcast(raw)
         except Exception as error:
-            raise ValueError(f"its upcast raised {type(error).__name__}: {error}") from error
+            raise ValueError(f"its upcast raised {error_text(error)}") from error
         return schema.mark_exclusive(schema.validate(upcasted))
     if committed.schema is not None and committed.schema is not schema:
         return schema.mark_exclusive(schema.validate(raw_output(committed)))

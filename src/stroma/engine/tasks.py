@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+from stroma._utils.access import error_text
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
 from stroma.hooks.dispatch import HookNotAsync
 
@@ -81,7 +82,7 @@ async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if error is None:
             done.set_result(value)
         elif isinstance(error, StopIteration):  # A future cannot carry it.
-            done.set_exception(RuntimeError(f"the node raised {type(error).__name__}: {error}"))
+            done.set_exception(RuntimeError(f"the node raised {error_text(error)}"))
         else:
             done.set_exception(error)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeGuard, TypeVar, final
 
-from stroma._utils.access import cause_of, context_of, members_of
+from stroma._utils.access import cause_of, context_of, kind_of, members_of, message_of
 from stroma._utils.logs import get_logger
 from stroma._utils.text import typed
 from stroma.contracts.contract import ContractViolation
@@ -16,15 +16,7 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
 from stroma.failures.classes import FailureClass
-from stroma.failures.errors import (
-    CircuitOpen,
-    LimitError,
-    PlaceError,
-    RunFailed,
-    WaitedTooLong,
-    WorkerLost,
-    verdict_of,
-)
+from stroma.failures.errors import CircuitOpen, LimitError, PlaceError, WaitedTooLong, WorkerLost, verdict_of
 from stroma.failures.providers import read_provider_error
 
 logger = get_logger()
@@ -95,7 +87,6 @@ class Failure:
 
 
 E = TypeVar("E", bound=BaseException)
-_OF_RUN: Final = f"{RunFailed.__module__}.{RunFailed.__qualname__}"
 
 
 def isinstance_by_type(exc: BaseException, kind: type[E]) -> TypeGuard[E]:
@@ -111,37 +102,6 @@ def ends_run(error: BaseException) -> bool:
     kind = type(error)
     ours = issubclass(kind, (Exception, CancelledError)) or kind.__module__ == "pyo3_runtime"
     return not ours
-
-
-def message_of(exc: BaseException) -> str:
-    """``str(exc)``, or the type's name if that is empty or raises. Lone surrogates become escapes."""
-    try:
-        text = str(exc)
-        if type(text) is not str or not text.isascii():
-            text = text.encode("utf-8", "backslashreplace").decode()
-        return text or type(exc).__name__
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:
-        return type(exc).__name__
-
-
-def type_name(exc: BaseException) -> str:
-    """Return the full name of an exception's type, also of one that was raised in another process."""
-    kind = type(exc)
-    recorded = vars(exc).get("type_name") if kind is RunFailed else None
-    if recorded is not None:
-        return str(recorded)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-
-
-def kind_of(exc: BaseException) -> str | None:
-    """Return the short name of an exception's type, also of one that was raised in another process.
-
-    None for a RunFailed whose message is that of a whole run: it begins with the type.
-    """
-    name = type_name(exc)
-    return None if name == _OF_RUN else name.rpartition(".")[2]
 
 
 def classify(

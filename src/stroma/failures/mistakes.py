@@ -9,11 +9,11 @@ from opcode import opmap
 from types import TracebackType
 from typing import Any, Final
 
-from stroma._utils.access import causes_of
+from stroma._utils.access import causes_of, kind_of, message_of
 from stroma._utils.text import clean, typed
 from stroma.cost.fallback import FallbackView
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, isinstance_by_type, kind_of, message_of
+from stroma.failures.failure import Failure, isinstance_by_type
 from stroma.failures.tracebacks import is_library_file, is_stroma_file
 
 _MISTAKES: Final = frozenset({TypeError, AttributeError})

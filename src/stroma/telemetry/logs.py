@@ -10,11 +10,11 @@ from collections.abc import Callable, Collection
 from time import perf_counter
 from typing import Any, Final
 
+from stroma._utils.access import type_name
 from stroma._utils.text import one_line
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import RunningNode
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import type_name
 from stroma.telemetry.content import DENY_KEYS, Content, ContentMode
 from stroma.telemetry.conventions import attribution_of, note_run
 from stroma.telemetry.observer import WRITING, AttemptEnd, ExporterHooks, Observer, is_returned

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from stroma._utils.access import error_text
 from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.contracts.codec import decode_raw
 from stroma.contracts.schema import schema_of
@@ -96,7 +97,7 @@ class Trial:
         try:
             result = await self.rehearsal.run(twin, self.proven, state, resume=resume)
         except Exception as error:  # StoreError of the opening, such as PipelineChanged.
-            life.status, life.failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
+            life.status, life.failure = RunStatus.FAILED, error_text(error)
             return
         life.status = result.status
         if result.failure is not None:

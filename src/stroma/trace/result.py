@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal
 from pydantic import BaseModel, Field, PlainSerializer
 from pydantic_core import core_schema
 
+from stroma._utils.access import kind_of
 from stroma._utils.text import typed
-from stroma.failures.failure import Failure, kind_of
+from stroma.failures.failure import Failure
 from stroma.trace.redaction import Redact, Shown, hide_words
 from stroma.trace.trace import ExecutionTrace
 

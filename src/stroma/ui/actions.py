@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from stroma._utils.access import error_text
 from stroma._utils.text import clean
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.errors import RunExists
@@ -266,4 +267,4 @@ def _parse(model: type[BaseModel], text: str) -> BaseModel | list[tuple[str, str
         errors = error.errors(include_url=False, include_context=False, include_input=False)
         return [(".".join(map(str, one["loc"])), clean(one["msg"], 300)) for one in errors[:_MAX_ERRORS]]
     except Exception as error:  # A validator of the model may raise anything.
-        return [("", clean(f"{type(error).__name__}: {error}", 300))]
+        return [("", clean(error_text(error), 300))]

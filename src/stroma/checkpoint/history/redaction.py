@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from stroma._utils.access import error_text
 from stroma.contracts.codec import decode_raw
 from stroma.trace.plain import jsonable
 from stroma.trace.redaction import Redact, hide_state
@@ -28,7 +29,7 @@ def decode_payload(data: bytes, max_bytes: int | None) -> Payload:
     try:
         return Payload(jsonable(decode_raw(data)))
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
-        return Payload(None, f"it cannot be read back: {type(error).__name__}: {error}")
+        return Payload(None, f"it cannot be read back: {error_text(error)}")
 
 
 def too_large(size: int) -> Payload:

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from stroma._utils.access import error_text
 from stroma.contracts.checks.records import Record, record_of_class
 from stroma.contracts.checks.types import Finding, Giver, Side
 from stroma.contracts.contract import ContractRegistry, NodeContract
@@ -83,7 +84,7 @@ def _unreadable(model: Any) -> str:
     try:
         schema_of(model)
     except Exception as error:  # Whatever pydantic, or code of the user's, raises.
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return error_text(error).partition("\n")[0]
     return ""
 
 

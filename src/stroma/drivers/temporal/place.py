@@ -20,6 +20,7 @@ from temporalio.common import ActivityIDReusePolicy, RetryPolicy
 from temporalio.exceptions import ActivityAlreadyStartedError, ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
+from stroma._utils.access import type_name
 from stroma._utils.logs import get_logger
 from stroma._utils.text import one_line
 from stroma.checkpoint import CheckpointManager, InMemoryStore, RunRequest
@@ -39,7 +40,7 @@ from stroma.engine.placed_calls import OpenCall
 from stroma.engine.tasks import CONTINUES, call_in_thread, passes_through
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import PlaceError, RecordedVerdict, RunFailed, Suspend, WorkerLost
-from stroma.failures.failure import Failure, isinstance_by_type, type_name
+from stroma.failures.failure import Failure, isinstance_by_type
 from stroma.failures.mistakes import explain_mistake
 from stroma.failures.providers import requested_waits
 from stroma.failures.refusals import is_refusal

@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple, cast
 
 from pydantic import BaseModel
 
+from stroma._utils.access import kind_of
 from stroma.checkpoint import Committed, Session, StepCall
 from stroma.checkpoint.decoding import RecordName, decode_number, storable_text
 from stroma.checkpoint.entries import OF_FLOW, SentMessage
@@ -31,7 +32,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.effects import intents, write_intent
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
-from stroma.failures.failure import Failure, kind_of
+from stroma.failures.failure import Failure
 
 #: Set while ``check_deterministic`` replays, to the branches of the calls that the run made: any other call
 #: is a change, and one of these without a record had failed, and ends the replay.

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from ddtrace.propagation.http import HTTPPropagator
 from ddtrace.trace import Context
 
+from stroma._utils.access import type_name
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import CURRENT, RunningNode
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content
 from stroma.telemetry.conventions import attribution_of, note_run, operation_of
 from stroma.telemetry.metrics import Metric, MetricsObserver

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from opentelemetry import metrics, trace
 from opentelemetry.context import Context
 
+from stroma._utils.access import type_name
 from stroma.checkpoint.queue import QueueReading
 from stroma.contracts.schema import schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import CURRENT, RunningNode
 from stroma.engine.redaction import UnreadState
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content, is_text
 from stroma.telemetry.conventions import Vocabulary, about_run, content_of, note_run, operation_of
 from stroma.telemetry.inference import InferenceSpans

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary, WeakSet
 from sentry_sdk import get_client
 from sentry_sdk.utils import event_from_exception
 
+from stroma._utils.access import type_name
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.redaction import notes_of_error
-from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content
 from stroma.telemetry.observer import WRITING, AttemptEnd
 

@@ -11,10 +11,10 @@ import sentry_sdk.integrations.logging
 import sentry_sdk.scope
 import sentry_sdk.tracing_utils
 
+from stroma._utils.access import type_name
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import CURRENT, RunningNode
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import type_name
 from stroma.telemetry.content import Content
 from stroma.telemetry.conventions import attribution_of, note_run, operation_of
 from stroma.telemetry.observer import (
