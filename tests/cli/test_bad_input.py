@@ -185,7 +185,7 @@ def test_first_nodes_without_one_contract(files, inside, fails):
         (["run", "sums.py:pipeline", GOOD, "--resume"], "--resume needs --run-id"),
         (["run", "sums.py:pipeline", GOOD, "--db", "mysql://x"], "--db mysql://x"),
         (["runs", "--db", "memory://"], "is not durable: it is lost when its process ends"),
-        (["budget", "x", "--cost-usd", "nan", "--db", "runs.db"], "Input should be a finite number"),
+        (["budget", "x", "--cost-usd", "nan", "--db", "runs.db"], "must be a finite number"),
     ],
 )
 def test_usage(inside, fails, words, report):

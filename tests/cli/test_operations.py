@@ -82,6 +82,19 @@ def test_attach(stroma):
 
 
 @pytest.mark.slow
+def test_attach_to_a_run_that_fails(stroma):
+    """A run that was waited for and fails is reported with the exception that it had where it was run."""
+    stroma.file(
+        "shared.py",
+        SHARED + "    async def breaks():\n        await other_process()\n"
+        "        raise PermissionError('no')\n    sums.breaks = breaks\n",
+    )
+    with at_work(stroma, {"SECOND_AWAITS": "breaks()"}, file="shared.py"):
+        done = stroma("resume", "x", "shared.py:pipeline", "--attach", "--json")
+    assert (done.code, json.loads(done.out)["failure"]["exception"]) == (1, "PermissionError")
+
+
+@pytest.mark.slow
 def test_attach_to_a_run_that_comes_to_wait(stroma):
     """A run that was waited for and now waits for a person itself ends with 7, as where it was run."""
     env = {"SECOND": "", "SECOND_AWAITS": "ask_later()"}

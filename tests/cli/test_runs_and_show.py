@@ -121,13 +121,15 @@ def test_runs_name_the_owner(tmp_path, inside, monkeypatch):
 
         session = loop.run(work())  # A session that nothing refers to any more is closed.
         started = store.get_run("busy").started_ms
-        monkeypatch.setattr("stroma.cli.commands.runs.time.time", lambda: started / 1000 + 12)
+        monkeypatch.setattr("stroma.checkpoint.history.facts.time.time", lambda: started / 1000 + 12)
         done = inside("runs", "--db", "stroma.db")
+        shown = inside("show", "busy", "--db", "stroma.db")
         loop.run(finish(session))
     assert done.code == 0
     line = re.split(r"  +", done.out.splitlines()[1])
     assert line[:4] == ["busy", "pipeline", "RUNNING", "1"]
     assert line[7] == "12.0 s"
+    assert "duration  12.0 s\n" in shown.out
     assert re.fullmatch(rf"run by process {os.getpid()} on \S+; last record .*", line[8])
 
 

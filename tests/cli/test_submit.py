@@ -30,6 +30,9 @@ def test_a_submitted_run_is_driven(stroma, inside, fails, golden):
     assert "r " in inside("runs", "--tag", "nightly", *DB).out
     fails(inside("submit", "sums.py:pipeline", '{"start": 4}', "--run-id", "r", *DB), 2, "another input")
     fails(inside("submit", "sums.py:pipeline", '{"start": "x"}', *DB), 2, "start")
+    for command in ("submit", "run"):
+        fails(inside(command, "sums.py:pipeline", INPUT, "--tag", "x" * 2000, *DB), 2, "--tag: ")
+    assert "x" * 100 not in inside("runs", *DB).out
 
 
 def test_a_wrong_input_gets_an_example(stroma, inside, fails):

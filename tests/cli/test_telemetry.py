@@ -3,6 +3,7 @@
 import http.server
 import json
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,15 @@ def test_wrong_addresses(inside: Any, option: tuple[str, str], text: str) -> Non
 
 
 def test_a_port_that_is_taken(stroma: Any, inside: Any) -> None:
-    """--prometheus on a port in use is an error of the environment; nothing was called."""
+    """--prometheus on a port in use is an error of the environment; nothing was called. The address that is
+    printed can be opened, also of IPv6."""
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as taken:
         done = inside(*TARGET, "--prometheus", str(taken.server_address[1]))
     assert done.code == 3
     assert "pass another port" in done.err
     assert stroma.calls() == []
+    if socket.has_dualstack_ipv6():
+        assert "metrics are at http://[::1]:" in inside(*TARGET, "--prometheus", "[::1]:0").err
 
 
 @by_option_or_variable

@@ -393,6 +393,26 @@ def test_a_wrong_input(store: SQLiteStore, site: Site) -> None:
     assert queued(store) == []
 
 
+class Order(BaseModel):
+    amount: int = Field(alias="sum")
+
+
+def test_an_input_has_names_or_aliases(store: SQLiteStore, serve: Any) -> None:
+    """The form takes fields by name or by alias, as the command line does; its own example is accepted."""
+    taken: list[Any] = []
+
+    async def submit(state: Any, run_id: str) -> None:
+        taken.append(state.amount)
+
+    site: Site = serve(store, pipeline="flows", submission=Submission(Order, submit))
+    page = site.get("/submit").text
+    example = html.unescape(re.search(r"<textarea[^>]*>([^<]*)", page)[1])
+    form = form_of(page, "submit")
+    for text in (example, '{"amount": 3}', '{"sum": 4}'):
+        assert site.post("/submit", form | {"input": text}).status == 303, text
+    assert taken[1:] == [3, 4]
+
+
 def test_who_may_submit(store: SQLiteStore, serve: Any, site: Site) -> None:
     """Without a pipeline there is no form; a form needs the key of this server."""
     without: Site = serve(store)

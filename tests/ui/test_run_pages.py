@@ -314,6 +314,9 @@ def test_a_guarded_run_is_shown(store: SQLiteStore, serve: Any, capsys: pytest.C
     assert "the provider took too long" in shown
     assert stroma_command(["show", failed, "--db", str(Path(store.path))]) == 0
     assert f"continue it with its program, under run_id='{failed}' and resume=True" in capsys.readouterr().err
+    assert stroma_command(["export", failed, "--format", "html", "--db", str(Path(store.path))]) == 0
+    exported = html.unescape(capsys.readouterr().out)
+    assert f"<b>Resume with</b> <code>run_id='{failed}', resume=True</code>" in exported
 
 
 class Writer:

@@ -1,4 +1,4 @@
-"""Base class of settings: unknown names are refused."""
+"""Base class of settings, which refuses unknown names; what is wrong with data, in words."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ class StrictModel(BaseModel):
             if unknown and not any(field.validation_alias for field in cls.model_fields.values()):
                 raise _unknown_fields(cls, value, unknown)
         return value  # With aliases, which a subclass may have, pydantic itself decides.
+
+
+def complaints_of(error: ValidationError) -> list[tuple[str, str]]:
+    """Return path and message of each wrong field, without its value: it may be secret. "": of the whole."""
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    return [(".".join(map(str, one["loc"])), one["msg"]) for one in errors]
 
 
 def _unknown_fields(model: type[BaseModel], value: dict[Any, Any], unknown: set[Any]) -> ValidationError:

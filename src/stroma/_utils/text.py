@@ -105,6 +105,11 @@ def typed(kind: str | None, message: str) -> str:
 _UTC_TIME: Final = re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", re.ASCII)
 
 
+def format_host(host: str) -> str:
+    """Return a host as it stands in an address: of IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 def format_time(ms: float, form: str, zone: tzinfo | None = UTC) -> str:
     """Format ``ms`` since the epoch; "?" for an invalid time. ``zone``: None for the local one."""
     try:

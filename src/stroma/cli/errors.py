@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import click
 
-from stroma._utils.text import clean, one_line
+from stroma._utils.text import clean, format_host, one_line
 from stroma.cli.output import err, write_private
 
 
@@ -72,6 +72,16 @@ def _quote(word: str) -> str:
         return shlex.quote(word)
     plain = word.replace("\\", r"\\").replace("'", r"\'")
     return "$'" + "".join(ch if ch.isprintable() else f"\\U{ord(ch):08x}" for ch in plain) + "'"
+
+
+def cannot_listen(what: str, address: tuple[str, int], error: OSError, fix: str) -> Problem:
+    """Return the problem of a server whose address cannot be used. ``what``: the option, or ""."""
+    host, port = address
+    return Problem(
+        f"{what}cannot listen on {format_host(host)}:{port}: {error.strerror or error}",
+        fix,
+        code=Code.ENVIRONMENT,
+    )
 
 
 def is_debugging() -> bool:

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import click
 
-from stroma._utils.text import clean
-from stroma.cli.errors import Code, Problem
+from stroma._utils.text import clean, format_host
+from stroma.cli.errors import Code, Problem, cannot_listen
 from stroma.cli.output import err
 from stroma.cli.stores import add_options
 from stroma.hooks.sets import NodeHooks
@@ -233,14 +233,11 @@ class Exporters:
             registry = cast("Any", own_exporters[0]).registry if own_exporters else REGISTRY
             server, _ = start_http_server(port, addr=host, registry=registry)
         except OSError as error:
-            raise Problem(
-                f"--prometheus: cannot listen on {host}:{port}: {error}",
-                "pass another port, or 0 for any free port",
-                code=Code.ENVIRONMENT,
-            ) from error
+            fix = "pass another port, or 0 for any free port"
+            raise cannot_listen("--prometheus: ", self.prometheus, error, fix) from error
         self._closing.append(server.shutdown)
         if not quiet:
-            err.line(f"metrics are at http://{host}:{server.server_port}/metrics while it runs")
+            err.line(f"metrics are at http://{format_host(host)}:{server.server_port}/metrics while it runs")
         return hooks
 
     def _sentry(self, quiet: bool, own_exporters: Sequence[Observer]) -> ExporterHooks:

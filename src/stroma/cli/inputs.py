@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from stroma._utils.models import complaints_of
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint import PipelineChanged
 from stroma.checkpoint.records import RunRecord
@@ -74,7 +75,7 @@ def parse_input(pipeline: Pipeline, argument: str | None) -> BaseModel:
     checks = _contracts(pipeline) or [("", Input)]
     for node_id, contract in checks:
         try:
-            _validate(contract, text)
+            schema_of(contract).parse(text)
         except Exception as error:
             what = f"{source} is no JSON object"
             if node_id:
@@ -82,7 +83,7 @@ def parse_input(pipeline: Pipeline, argument: str | None) -> BaseModel:
                 kind = "input of the flow" if is_flow else "contract of the first node"
                 what = f"{source} does not fit the {kind}, {node_id!r}"
             raise _misfit(error, contract, what) from None
-    return _validate(model, text)
+    return schema_of(model).parse(text)
 
 
 def parse_as(model: type[BaseModel], argument: str, called: str, requirement: str) -> BaseModel:
@@ -92,7 +93,7 @@ def parse_as(model: type[BaseModel], argument: str, called: str, requirement: st
     """
     _, text, source = parse_json(argument, called)
     try:
-        return _validate(model, text)
+        return schema_of(model).parse(text)
     except Exception as error:
         raise _misfit(error, model, f"{source} does not fit {requirement}") from None
 
@@ -186,12 +187,6 @@ def _all_declared(node: Node | Group) -> bool:
     return not node.is_map and all(map(_all_declared, node.children))
 
 
-def _validate(model: type[BaseModel], text: str) -> BaseModel:
-    validated = schema_of(model).validator.validate_json(text, by_alias=True, by_name=True)
-    assert isinstance(validated, BaseModel)
-    return validated
-
-
 # ---------------------------------------------------------------------- messages
 
 
@@ -203,14 +198,9 @@ def _misfit(error: Exception, model: type[BaseModel], what: str) -> Problem:
 def _errors(error: Exception) -> list[str]:
     if not isinstance(error, ValidationError):  # A validator may raise any exception.
         return [describe_error(error)]
-    # Without the values: they may be secret.
-    errors = error.errors(include_url=False, include_input=False, include_context=False)
-    lines = [_error_line(".".join(map(str, e["loc"])), e["msg"]) for e in errors[:20]]
+    errors = complaints_of(error)
+    lines = [clean(": ".join(filter(None, one))) for one in errors[:20]]
     return lines + ([f"... and {len(errors) - 20} more"] if len(errors) > 20 else [])
-
-
-def _error_line(path: str, message: str) -> str:
-    return clean(f"{path}: {message}" if path else message)
 
 
 def _example_hint(model: type[BaseModel]) -> list[str]:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import click
+from pydantic import ValidationError
 
+from stroma._utils.models import complaints_of
 from stroma.cli.exporters import Exporters, exporter_options
 from stroma.cli.stores import add_options, db_option
 from stroma.contracts.contract import check_id
+from stroma.engine.config import RunConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,15 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"must be a finite number, got {number}", param, ctx)
         return number
+
+
+def add_tags(config: RunConfig, tags: tuple[str, ...]) -> RunConfig:
+    """Return a config with the tags of ``--tag`` too. Raises UsageError."""
+    try:
+        all_tags = RunConfig(tags=(*config.tags, *tags)).tags
+    except ValidationError as error:
+        raise click.UsageError(f"--tag: {complaints_of(error)[0][1]}") from None
+    return config.model_copy(update={"tags": all_tags})
 
 
 def run_id_option(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:

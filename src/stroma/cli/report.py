@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from stroma._utils.access import kind_of
 from stroma._utils.secrets import Secrets
 from stroma._utils.text import clean, format_amount, format_duration, format_usage, pluralize
 from stroma.checkpoint.entries import Waiting
@@ -305,7 +306,7 @@ def _wasted_usage(result: ExecutionResult) -> tuple[int, float]:
     """Return tokens and dollars of attempts without output. A group has no usage of its own."""
     lost, omitted = [e.usage for e in result.trace.walk() if e.output_state is None], result.trace.left_out()
     tokens = sum(used.tokens for used in lost) + sum(one.lost_tokens for one in omitted)
-    return tokens, sum(used.cost_usd for used in lost) + sum(one.lost_cost_usd for one in omitted)
+    return tokens, sum((used.cost_usd for used in lost), 0.0) + sum(one.lost_cost_usd for one in omitted)
 
 
 def _count_attempts(result: ExecutionResult) -> int:
@@ -319,7 +320,7 @@ def _failure_data(failure: Failure) -> dict[str, Any]:
         "attempt": failure.attempt,
         "class": failure.failure_class.value,
         "reason": failure.reason,
-        "exception": type(failure.exception).__name__,
+        "exception": kind_of(failure.exception),
         "message": failure.message,
         "retry_after_seconds": failure.retry_after_seconds,
     }

@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from stroma._utils.text import clean, format_duration, pluralize
+from stroma._utils.text import clean, format_duration, format_host, pluralize
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import describe_wait
-from stroma.cli.errors import Code, Problem, describe_error, last_frame
+from stroma.cli.errors import Code, Problem, cannot_listen, describe_error, last_frame
 from stroma.cli.exporters import FLUSH_SECONDS
 from stroma.cli.formatting import localize
 from stroma.cli.output import user_code
@@ -70,14 +70,10 @@ async def serve_health(
     try:
         server = await asyncio.start_server(answer, host, port)
     except OSError as error:
-        raise Problem(
-            f"cannot listen on {host}:{port}: {error.strerror or error}",
-            "pass another --health",
-            code=Code.ENVIRONMENT,
-        ) from error
+        raise cannot_listen("", address, error, "pass another --health") from error
     try:
         bound = server.sockets[0].getsockname()
-        yield f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}/healthz"
+        yield f"http://{format_host(bound[0])}:{bound[1]}/healthz"
     finally:
         server.close()
 

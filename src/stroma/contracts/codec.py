@@ -18,6 +18,7 @@ import pydantic_core
 from pydantic import BaseModel, ValidationError
 
 from stroma._utils.access import message_of
+from stroma._utils.models import complaints_of
 from stroma.contracts.copying import classes_in
 from stroma.contracts.core_schema import build_constant_writer, core_schema_of
 from stroma.contracts.tagged_json import NotSerialisable, keeping_secrets, tag, untag
@@ -275,10 +276,8 @@ def describe_error(error: Exception) -> tuple[str, Exception | None]:
     """
     if not isinstance(error, ValidationError):
         return message_of(error), error
-    errors = error.errors(include_url=False, include_input=False, include_context=False)
-    lines = [
-        ": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"]))) for one in errors[:_MAX_ERRORS]
-    ]
+    errors = complaints_of(error)
+    lines = [": ".join(filter(None, one)) for one in errors[:_MAX_ERRORS]]
     more = f"; and {len(errors) - _MAX_ERRORS} more" if len(errors) > _MAX_ERRORS else ""
     return "; ".join(lines) + more, None
 

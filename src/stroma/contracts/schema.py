@@ -489,6 +489,11 @@ class Schema:
                 return key
         return None
 
+    def parse(self, text: str) -> BaseModel:
+        """Return the instance in a JSON text of a person: with fields by name or by alias."""
+        parsed: BaseModel = self.validator.validate_json(text, by_alias=True, by_name=True)
+        return parsed
+
 
 #: Prefix of the digests of inputs with secrets; no stored form begins with it. The name of the process in
 #: them, and its key.

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
+from stroma._utils.models import complaints_of
 from stroma.checkpoint import CheckpointNotFound, Committed
 from stroma.checkpoint.durable.rows import StepRow
 from stroma.checkpoint.entries import OF_FLOW
@@ -200,8 +201,7 @@ class RecordedRun(_Recorded):
         try:
             return cls.model_validate_json(json.dumps({k: v for k, v in data.items() if k != "schema"}))
         except ValidationError as error:
-            first = error.errors()[0]
-            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            why = ": ".join(complaints_of(error)[0])
             raise ValueError(
                 f"recorded run is damaged: {why}; record it again with: stroma record"
             ) from error

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from stroma._utils.access import error_text
+from stroma._utils.models import complaints_of
 from stroma._utils.text import clean
 from stroma.checkpoint.decisions import UNFINISHED
 from stroma.checkpoint.errors import RunExists
@@ -24,6 +25,7 @@ from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.examples import NoExampleError, example_for
+from stroma.contracts.schema import schema_of
 from stroma.runner.stored_runs import StoredRuns, limits_of
 from stroma.ui.rendering import Renderer
 
@@ -262,9 +264,8 @@ class SubmitForm:
 def _parse(model: type[BaseModel], text: str) -> BaseModel | list[tuple[str, str]]:
     """Return the input in a text, or its errors: each the path of a field, and what is wrong with it."""
     try:
-        return model.model_validate_json(text)
+        return schema_of(model).parse(text)
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_context=False, include_input=False)
-        return [(".".join(map(str, one["loc"])), clean(one["msg"], 300)) for one in errors[:_MAX_ERRORS]]
+        return [(path, clean(message, 300)) for path, message in complaints_of(error)[:_MAX_ERRORS]]
     except Exception as error:  # A validator of the model may raise anything.
         return [("", clean(error_text(error), 300))]

@@ -17,7 +17,7 @@ from stroma._utils.svg import Box
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.history.bars import bar_of
-from stroma.checkpoint.history.facts import count_causes, is_at_work, status_of
+from stroma.checkpoint.history.facts import count_causes, elapsed_seconds, is_at_work, status_of
 from stroma.checkpoint.history.run_graph import StepNode
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import FAILED, RunQuery, RunRecord
@@ -197,7 +197,7 @@ class Pages:
         return {
             "record": record,
             "status": status_of(record),
-            "seconds": (now_ms() - record.started_ms) / 1000 if is_at_work(record) else record.seconds,
+            "seconds": elapsed_seconds(record),
             "failures": f"{record.failures}+" if record.failures >= 20 else str(record.failures or ""),
             "why": cause_text(record),
             "running": is_at_work(record),

@@ -15,7 +15,7 @@ from stroma.checkpoint.entries import Waiting
 from stroma.checkpoint.history.bars import find_progress, in_order, place_of
 from stroma.checkpoint.history.facts import is_at_work, is_interrupted, status_of
 from stroma.checkpoint.history.redaction import Payload
-from stroma.checkpoint.queue import COMPLETE, QUEUED
+from stroma.checkpoint.queue import COMPLETE
 from stroma.checkpoint.records import FAILED, AttemptPage, AttemptRecord, RunRecord
 from stroma.trace.html import cause, document, rejected_output
 from stroma.trace.outline import shown_place
@@ -90,7 +90,8 @@ class RunPages:
         questions = self._history.store.waiting(record.run_id)
         waiting = [one for one in questions if one.payload is None]
         limits = read_limits(self._settings, record)
-        run_id, command = record.run_id, self._resume_command(record, attempts)
+        run_id = record.run_id
+        command = self._history.resume_text(record, self._settings.command("resume", record), attempts)
         story = self._history.outline(
             record, attempts, questions, resume_command=command, is_whole=after is None
         )
@@ -202,15 +203,6 @@ class RunPages:
             progress=find_progress(record, attempts, story.first_ns, names) if at_work else None,
         )
 
-    def _resume_command(self, record: RunRecord, attempts: list[AttemptRecord]) -> str:
-        """Return how to resume a run: a command, or of plain code the keywords for its program."""
-        is_over = record.status in COMPLETE and not self._store.facts_of(record.run_id).failed_items
-        if is_over or record.status == QUEUED:
-            return ""
-        if any(one.identity for one in attempts):
-            return f"run_id={record.run_id!r}, resume=True"
-        return self._settings.command("resume", record)
-
     # ------------------------------------------------------------------ one attempt
 
     def attempt(self, request: Request) -> Response:
@@ -293,8 +285,7 @@ class RunPages:
             raise HTTPException(404, "format must be html")
         record = self._renderer.find_record(request)
         with self._large:
-            first = self._history.store.attempt_page(record.run_id, limit=1).attempts
-            command = self._resume_command(record, first)
+            command = self._history.resume_text(record, self._settings.command("resume", record))
             story = self._history.story(record, max_attempts=_MAX_LISTED, resume_command=command)
             text = document(story).encode("utf-8", "replace")
         return Response(text, media_type="text/html", headers=as_attachment("run.html"))

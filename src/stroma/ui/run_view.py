@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -64,9 +63,7 @@ def totals(record: RunRecord, story: Story, limits: Mapping[str, float], failed:
     cost, tokens, latency = map(limits.get, ("max_cost_usd", "max_tokens_total", "max_latency_ms"))
     seconds: Any = format_duration(story.seconds)
     if is_at_work(record):
-        seconds = Markup('<span data-since="{}">{}</span>').format(
-            record.started_ms, format_duration(max(0.0, time.time() - record.started_ms / 1000))
-        )
+        seconds = Markup('<span data-since="{}">{}</span>').format(record.started_ms, seconds)
     took = of_budget = of_tokens = attempts = ""
     if latency is not None:
         took = (

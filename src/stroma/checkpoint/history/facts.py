@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from stroma._utils.text import clean, format_utc, pluralize
 from stroma.checkpoint.entries import Finished, Intent, RunFacts, Waiting
 from stroma.checkpoint.queue import COMPLETE, QUEUED
-from stroma.checkpoint.records import FAILED, RunRecord
+from stroma.checkpoint.records import FAILED, AttemptRecord, RunRecord
 from stroma.trace.events import place_text
 from stroma.trace.outline import shown_place
 
@@ -26,6 +26,16 @@ def is_interrupted(record: RunRecord) -> bool:
 def is_at_work(record: RunRecord) -> bool:
     """Return True if a process has the run open."""
     return record.status == "RUNNING" and record.holder is not None
+
+
+def elapsed_seconds(record: RunRecord) -> float:
+    """Return the time from the start of a run to its last record, or until now if a process has it open."""
+    return max(0.0, time.time() - record.started_ms / 1000) if is_at_work(record) else record.seconds
+
+
+def is_plain_code(attempts: Iterable[AttemptRecord]) -> bool:
+    """Return True for attempts of steps that a program calls itself, without a pipeline."""
+    return any(one.identity for one in attempts)
 
 
 def status_of(record: RunRecord) -> str:

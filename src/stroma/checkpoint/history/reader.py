@@ -24,7 +24,7 @@ from stroma.checkpoint.history.bars import (
     wait_bars,
 )
 from stroma.checkpoint.history.comparison import Change, NodeDiff, changes, compare
-from stroma.checkpoint.history.facts import facts_of, status_of, unanswered
+from stroma.checkpoint.history.facts import elapsed_seconds, facts_of, is_plain_code, status_of, unanswered
 from stroma.checkpoint.history.redaction import Payload, decode_payload, redact_value, too_large
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called, place_before
@@ -275,7 +275,7 @@ class History:
             tokens=record.tokens,
             cost_usd=record.cost_usd,
             began_ms=record.started_ms,
-            seconds=record.seconds,
+            seconds=elapsed_seconds(record),
             box=self._cause_box(record, resume_command),
             facts=list(facts_of(record, facts, waiting, self.describe_answer)),
             waits=waits,
@@ -301,6 +301,17 @@ class History:
             story = replace(story, box=replace(story.box, rejected=None))
         facts = [fact for fact in story.facts if states or fact[0] != "answered"]
         return replace(story, left_out=1 if has_more else 0, facts=facts)
+
+    def resume_text(
+        self, record: RunRecord, command: str, attempts: Sequence[AttemptRecord] | None = None
+    ) -> str:
+        """Return how to resume a run that failed: a command, or of plain code the keywords for its program.
+
+        ``attempts``: some of its own, if they were read before.
+        """
+        if attempts is None:
+            attempts = self.store.attempt_page(record.run_id, limit=1).attempts
+        return f"run_id={record.run_id!r}, resume=True" if is_plain_code(attempts) else command
 
     def _cause_box(self, record: RunRecord, resume_command: str) -> StopCause | None:
         """Return the box of the cause that stopped a run; None if no failure did."""

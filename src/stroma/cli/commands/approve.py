@@ -14,7 +14,7 @@ import click
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.entries import NOT_DONE, Waiting
 from stroma.checkpoint.errors import RequestRefused
-from stroma.checkpoint.history.facts import answer_type, node_text, unanswered
+from stroma.checkpoint.history.facts import answer_type, is_plain_code, node_text, unanswered
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import COMPLETE
@@ -99,8 +99,7 @@ def approve(
     one = _find_waiting(database, record, questions, request)
     attempts = database.reader.attempts_at(record.run_id, one.position, one.branch)
     # A run of plain code, such as that of a framework, has no pipeline: its program continues it.
-    is_plain_code = any(attempt.identity for attempt in attempts)
-    pipeline = loaded.to_pipeline() if resume or not is_plain_code else None
+    pipeline = loaded.to_pipeline() if resume or not is_plain_code(attempts) else None
     if pipeline is not None:
         compare_names(record, pipeline, quiet=as_json or resume or quiet)
     try:

@@ -9,7 +9,6 @@ import click
 
 from stroma.checkpoint.history.facts import resume_options
 from stroma.checkpoint.history.reader import History
-from stroma.checkpoint.queue import COMPLETE
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.runs import run_data
@@ -55,10 +54,9 @@ def export(run_: str, form: str, path: str | None, states: bool, redact: str | N
 
 def _text(history: History, database: Database, record: RunRecord, form: str, states: bool) -> str:
     if form == "html":
-        hint = ""
-        if record.status not in COMPLETE:
-            words = id_word(record.run_id), database.target_of(record)
-            hint = database.command("resume", *words, options=resume_options(record))
+        words = id_word(record.run_id), database.target_of(record)
+        command = database.command("resume", *words, options=resume_options(record))
+        hint = history.resume_text(record, command)
         return document(history.story(record, max_attempts=_DRAWN, states=states, resume_command=hint))
     attempts, _ = history.attempts(record.run_id, _ALL)
     waiting = history.store.waiting(record.run_id)

@@ -7,11 +7,11 @@ from datetime import datetime
 from typing import Any
 
 import click
-from pydantic import ValidationError
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.formatting import format_local_time, id_word, to_iso
+from stroma.cli.options import FiniteRange
 from stroma.cli.output import emit, emit_fields, err, out, table
 from stroma.cli.stores import Database, db_option
 from stroma.limits.rate_limit import read_limit
@@ -21,7 +21,7 @@ from stroma.runner.stored_runs import limits_of, request
 
 @click.command()
 @click.argument("name", metavar="NAME_OR_RUN", shell_complete=complete_run)
-@click.option("--cost-usd", type=click.FloatRange(min=0), metavar="USD", help="New cost limit of a run.")
+@click.option("--cost-usd", type=FiniteRange(min=0), metavar="USD", help="New cost limit of a run.")
 @click.option("--tokens", type=click.IntRange(min=0), metavar="N", help="New token limit of a run.")
 @click.option("--latency-ms", type=click.IntRange(min=0), metavar="MS", help="New time limit of a run.")
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.budget/1".')
@@ -45,7 +45,7 @@ def budget(
     """
     database = Database.from_option(db)
     if (cost_usd, tokens, latency_ms) != (None, None, None):
-        _set_of_run(database, name, _limits(tokens, cost_usd, latency_ms), as_json)
+        _set_of_run(database, name, limits_of(tokens, cost_usd, latency_ms), as_json)
         return
     state = database.read_named(read_budget, name, "no run has spent from a shared budget")
     if as_json:
@@ -70,14 +70,6 @@ def budget(
         table(out, ("NODE", "COST", "TOKENS"), nodes, right=frozenset({1, 2}))
     if state.window_end is not None:
         out.line(f"it resets at {format_local_time(int(state.window_end.timestamp() * 1000))}")
-
-
-def _limits(tokens: int | None, cost_usd: float | None, latency_ms: int | None) -> Mapping[str, float]:
-    try:
-        return limits_of(tokens, cost_usd, latency_ms)
-    except ValidationError as error:
-        wrong = error.errors(include_url=False)[0]
-        raise click.UsageError(f"{wrong['loc'][0]}: {wrong['msg']}") from None
 
 
 def _set_of_run(database: Database, run: str, limits: Mapping[str, float], as_json: bool) -> None:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, Final, NamedTuple
 
 import click
-from pydantic import ValidationError
 
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.history.facts import is_resumable
@@ -17,11 +16,11 @@ from stroma.checkpoint.records import RunQuery, RunRecord
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.commands.control import hand_to_workers
 from stroma.cli.commands.runs import filter_options, print_runs
-from stroma.cli.errors import Code, Problem, describe_error
+from stroma.cli.errors import Code, Problem
 from stroma.cli.inputs import find_call, parse_input, parse_input_at, parse_output, stored_input
 from stroma.cli.loading import load_pipeline
 from stroma.cli.local_run import LocalRun
-from stroma.cli.options import RunOptions, run_id_option, run_options
+from stroma.cli.options import RunOptions, add_tags, run_id_option, run_options
 from stroma.cli.output import err, out
 from stroma.cli.resume_plan import print_plan
 from stroma.cli.signals import reset_signals
@@ -68,7 +67,7 @@ def run(
     options = RunOptions.from_click(**click_options)
     database = Database.from_option(db, quiet=options.quiet)
     pipeline = load_pipeline(target, database, quiet=options.quiet)
-    config = _add_tags(_configure(pipeline, run_id, options), tags)
+    config = add_tags(_configure(pipeline, run_id, options), tags)
     if restart:
         config = config.model_copy(update={"if_exists": "restart", "resume": False})
     record = database.get_run(config.run_id) if resume else None
@@ -249,14 +248,6 @@ def _fork(
     config, forks = _configure(pipeline, new_run_id(), options), record.run_id
     fork = LocalRun(target, pipeline, config, edited, database, None, start_at, options, forks, output)
     return fork.execute()
-
-
-def _add_tags(config: RunConfig, tags: tuple[str, ...]) -> RunConfig:
-    try:
-        all_tags = RunConfig(tags=(*config.tags, *tags)).tags
-    except ValidationError as error:
-        raise click.UsageError(f"--tag: {describe_error(error)}") from None
-    return config.model_copy(update={"tags": all_tags})
 
 
 def compare_names(record: RunRecord, pipeline: Pipeline, *, quiet: bool) -> None:

@@ -14,7 +14,7 @@ import click
 
 from stroma._utils.text import clean, format_duration, format_usd, pluralize, short_id
 from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
-from stroma.checkpoint.history.facts import count_causes, is_interrupted, status_of
+from stroma.checkpoint.history.facts import count_causes, elapsed_seconds, is_interrupted, status_of
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.queue import QUEUED, BlockedMark
 from stroma.checkpoint.records import FAILED, AttemptRecord, RunQuery, RunRecord
@@ -241,12 +241,6 @@ def _row(record: RunRecord) -> list[Part]:
         f"{record.tokens:,}",
         format_usd(record.cost_usd),
         format_local_time(record.started_ms),
-        _elapsed(record),
+        format_duration(elapsed_seconds(record)),
         error,
     ]
-
-
-def _elapsed(record: RunRecord) -> str:
-    """Return the time from the start of a run to its last record, or until now if somebody runs it."""
-    end = time.time() * 1000 if record.status == "RUNNING" and record.holder else record.updated_ms
-    return format_duration((end - record.started_ms) / 1000)

@@ -13,7 +13,13 @@ from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Statement, Waiting
 from stroma.checkpoint.events import EventPlace
 from stroma.checkpoint.history.bars import find_progress, in_order, place_of, sum_waste
-from stroma.checkpoint.history.facts import effect_state, is_at_work, resume_options, unanswered
+from stroma.checkpoint.history.facts import (
+    effect_state,
+    is_at_work,
+    is_plain_code,
+    resume_options,
+    unanswered,
+)
 from stroma.checkpoint.history.reader import History, Inputs
 from stroma.checkpoint.history.redaction import Payload
 from stroma.checkpoint.queue import COMPLETE, QUEUED
@@ -99,8 +105,7 @@ def show(run_: str, redact: str | None, as_json: bool, db: str | None, **options
             output = f"the output of node {clean(one.node_id, 100)!r} at {shown_place(place_of(one))}"
             err.line(("stroma: ", "bold red"), f"{output} is damaged; resume from there to recompute it")
     if record.status not in COMPLETE:
-        is_plain_code = any(one.identity for one in attempts)
-        _print_next_steps(database, record, unanswered(waiting), is_plain_code=is_plain_code)
+        _print_next_steps(database, record, unanswered(waiting), of_program=is_plain_code(attempts))
     return code
 
 
@@ -335,7 +340,7 @@ def _print_site(history: History, record: RunRecord) -> None:
 
 
 def _print_next_steps(
-    database: Database, record: RunRecord, waiting: list[Waiting], *, is_plain_code: bool
+    database: Database, record: RunRecord, waiting: list[Waiting], *, of_program: bool
 ) -> None:
     """Print the commands that a run needs next; only its program can resume a run of plain code."""
     name, target = id_word(record.run_id), database.target_of(record)
@@ -354,7 +359,7 @@ def _print_next_steps(
         return
     for line in waiting_hints(database, record, target, waiting):
         err.line(line)
-    if is_plain_code:
+    if of_program:
         err.line(f"continue it with its program, under run_id={record.run_id!r} and resume=True")
         return
     command = database.hint("resume", name, target, options=resume_options(record))

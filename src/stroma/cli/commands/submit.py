@@ -17,7 +17,7 @@ from stroma.cli.exporters import FLUSH_SECONDS
 from stroma.cli.formatting import SPAN, format_local_time, id_word, to_iso
 from stroma.cli.inputs import parse_input
 from stroma.cli.loading import load_served
-from stroma.cli.options import FiniteRange, run_id_option
+from stroma.cli.options import FiniteRange, add_tags, run_id_option
 from stroma.cli.output import emit_fields, err, out, user_code
 from stroma.cli.signals import serve_until_signal
 from stroma.cli.stores import Database, db_option
@@ -71,8 +71,8 @@ def submit(
     durable = database.require_durable()
     database.prepare()
     state = parse_input(pipeline, input_text)
-    config = pipeline.config or RunConfig()
-    config = config.model_copy(update={"tags": (*config.tags, *tags), "run_id": run_id or new_run_id()})
+    config = add_tags(pipeline.config or RunConfig(), tags)
+    config = config.model_copy(update={"run_id": run_id or new_run_id()})
     local = StromaRunner(ContractRegistry(), CheckpointManager(database.store), config)
     times: dict[str, timedelta | None] = {name: options[name] for name in ("delay", "expires")}
 

@@ -16,11 +16,12 @@ import click
 from pydantic import BaseModel
 
 from stroma._utils.child_process import child_command, child_environment
+from stroma._utils.text import format_host
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.history.facts import resume_options
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
-from stroma.cli.errors import Code, Problem
+from stroma.cli.errors import Code, Problem, cannot_listen
 from stroma.cli.formatting import id_word
 from stroma.cli.inputs import input_model
 from stroma.cli.loading import load_with_module, refuse_same_names
@@ -110,7 +111,7 @@ def ui(
         target_of[pipeline.name] = target
     listening = _listen(host, port)
     port = listening.getsockname()[1]
-    shown_host = f"[{host}]" if ":" in host else host
+    shown_host = format_host(host)
     # A cookie goes to every port of its host. Browsers resolve all names under localhost to this machine.
     private_host = f"stroma-{secrets.token_hex(8)}.localhost:{port}" if loopback and token else None
     address = f"http://{private_host or f'{shown_host}:{port}'}/"
@@ -176,11 +177,7 @@ def _listen(host: str, port: int) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=128)
     except OSError as error:
-        raise Problem(
-            f"cannot listen on {host}:{port}: {error.strerror or error}",
-            "take another one: stroma ui --port 0",
-            code=Code.ENVIRONMENT,
-        ) from error
+        raise cannot_listen("", (host, port), error, "take another one: stroma ui --port 0") from error
 
 
 def _hint(database: Database, target_of: dict[str, str]) -> Callable[[str, RunRecord | None], str]:
