@@ -168,6 +168,7 @@ def test_what_counts_against_a_limit_is_rounded_to_a_billionth() -> None:
     tracker.prior_cost_usd = 1.0
     assert tracker.used("cost") == 1.123456789
     assert spent(0.0000000006).used("cost") == 0.000000001
+    assert spent(0.1).exceeded(ExecutionBudget(max_cost_usd=0.3 - 0.2), "a") is None, "of a limit, too"
 
 
 def test_sums_by_node() -> None:

@@ -256,7 +256,8 @@ class CostTracker:
         tokens, cost, latency = budget.max_tokens_total, budget.max_cost_usd, budget.max_latency_ms
         if tokens is not None and self._tokens + self.prior_tokens > tokens:
             return budget_exceeded(budget, "tokens", self.used("tokens"), node_id)
-        if cost is not None and (spent := self.used("cost")) > cost:
+        # A computed limit has that noise too.
+        if cost is not None and (spent := self.used("cost")) > round(cost, 9):
             return budget_exceeded(budget, "cost", spent, node_id)
         if latency is not None and self.latency_ms > latency:
             return budget_exceeded(budget, "latency", self.latency_ms, node_id)
