@@ -16,7 +16,18 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, RootModel, create_model
 from tests.fixtures import store_fixture
-from tests.kit import NEVER, ONCE, TWICE, SimpleStore, computing, failing_with, noting, passing, returning
+from tests.kit import (
+    NEVER,
+    ONCE,
+    TWICE,
+    SimpleStore,
+    bare,
+    computing,
+    failing_with,
+    noting,
+    passing,
+    returning,
+)
 from tests.kit import Item as Num
 from tests.shared_stores import IN_PROCESS
 
@@ -49,6 +60,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
+from stroma.testing import crash_at
 
 
 class Made(BaseModel):
@@ -322,6 +334,8 @@ async def test_what_a_map_passes_on_replaces_no_output(store: Any, doubler: Doub
         (parallel(left_map, right), doubled),
         (parallel(parallel(left_map), right), doubled),
         (parallel(left_map, parallel(count, right)), doubled),
+        (parallel(left_map, parallel(bare("untyped", returning({"n": 5})), right)), [{"twice": 2}]),
+        (parallel(left_map, parallel(bare("giver", returning({"left": [9]})), right)), [9]),
         (parallel(beside, right, map_over("left", doubler.node, into=Journal())), given),
     ]
     for work, left in cases:
@@ -794,6 +808,28 @@ async def test_failed_items_of_inner_maps_are_run_again(store: Any, doubler: Dou
     assert doubler.calls == {1: 1, 2: 2, 3: 2}
     made: Any = again.final_state
     assert [[one.twice for one in row.made] for row in made.out] == [[2], [6]]
+
+
+async def test_failed_items_inside_a_failed_item_count_after_a_crash(store: Any, doubler: Doubler) -> None:
+    """A run counts the failed items of all its maps, also in an item that has failed itself."""
+
+    class Row(BaseModel):
+        nums: list[Num]
+
+    class Table(BaseModel):
+        rows: list[Row]
+
+    inner = map_over("nums", doubler.node, into="made", on_item_failure="collect")
+    row = [inner, bare("refused", failing_with(NotImplementedError))]
+    work = [map_over("rows", row, into="out", max_concurrency=1, on_item_failure="collect")]
+    table = Table(rows=[Row(nums=[Num(n=1), Num(n=2)]), Row(nums=[Num(n=3)])])
+    doubler.failing = {2}
+    runner = quick(store)
+    assert (await runner.run(work, table, run_id="undisturbed")).failed_items == 3
+    with crash_at("before_node", "double", branch="1.0.0"):
+        await runner.run(work, table)
+    result = await runner.run(work, table, resume=True)
+    assert (result.status, result.failed_items) == (RunStatus.RESUMED, 3), result.failure
 
 
 @pytest.mark.core

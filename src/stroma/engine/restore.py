@@ -63,7 +63,7 @@ async def restore(
     if not branch:
         ctx.handover.model = model
     if not (branch and isinstance(node, FlowNode)):  # The calls of an inner flow are restored one by one.
-        ctx.account.failed_items += _failed_items(ctx, position, branch)
+        ctx.account.failed_items += failed_items_in(ctx, position, branch)
     if ctx.fire.on_node_skipped is not None:
         kind: Kind = "group" if isinstance(node, Group) else place.kind
         run = RunningNode(ctx, node.node_id, kind, position, branch)
@@ -77,7 +77,7 @@ async def restore(
     return model
 
 
-def _failed_items(ctx: ReliabilityContext, position: int, branch: str) -> int:
+def failed_items_in(ctx: ReliabilityContext, position: int, branch: str) -> int:
     """Return how many items of maps at and inside a restored place failed."""
     inside = f"{branch}." if branch else ""
     return sum(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from operator import attrgetter
 from typing import Any, Literal, cast
 
@@ -132,9 +133,9 @@ class ParallelGroup(Group):
         run = self._bounded(run_child)
         outputs = await gather([run(index, child) for index, child in enumerate(self.children)])
         ends.check()
-        return self._merge(cast("list[BaseModel]", outputs))
+        return self._merge(value, cast("list[BaseModel]", outputs))
 
-    def _merge(self, outputs: Sequence[BaseModel]) -> dict[str, Any]:
+    def _merge(self, value: BaseModel, outputs: Sequence[BaseModel]) -> dict[str, Any]:
         """Return the fields of all outputs, as plain data where the merged class cannot declare them."""
         own = self._own_fields([type(output) for output in outputs])
         last_open = max((index for index, names in enumerate(own) if names is None), default=-1)
@@ -142,8 +143,10 @@ class ParallelGroup(Group):
         for child, output in zip(self.children, outputs, strict=True):
             if isinstance(child, Group):  # What a map passes on replaces no output of another child.
                 merged.update(_fields_of_output(output, Schema.values if last_open < 0 else Schema.fields))
-        for index, (output, names) in enumerate(zip(outputs, own, strict=True)):
+        for index, (child, output, names) in enumerate(zip(self.children, outputs, own, strict=True)):
             fields = _fields_of_output(output, Schema.fields if index < last_open else Schema.values)
+            if names is None and _has_map(child):  # A field as the group received it may be of its map.
+                names = _changed(fields, _fields_of_state(value, Schema.fields))
             merged.update(fields if names is None else {name: fields[name] for name in names})
         return merged
 
@@ -311,6 +314,22 @@ def _fields_of_output(output: Any, read: Callable[[Schema, BaseModel], dict[str,
     raise TypeError(
         f"a child of parallel() returned {type(value).__name__}; only dicts and models can be merged"
     )
+
+
+def _has_map(node: Node | Group) -> bool:
+    """Return True for a map, and for a group with one inside, which may pass on what it received."""
+    return isinstance(node, Group) and (node.is_map or any(map(_has_map, node.children)))
+
+
+def _changed(fields: Mapping[str, Any], received: Mapping[str, Any]) -> frozenset[str]:
+    """Return the fields of a group's output that differ from those of its input."""
+
+    def is_same(name: str) -> bool:
+        with suppress(Exception):  # Arrays, say, cannot be compared.
+            return bool(Schema.to_plain(fields[name]) == Schema.to_plain(received[name]))
+        return False
+
+    return frozenset(name for name in fields if not is_same(name))
 
 
 def _fields_of_state(state: Any, read: Callable[[Schema, BaseModel], dict[str, Any]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from stroma.engine.context import ReliabilityContext, Stopping
 from stroma.engine.execution import RunningNode
 from stroma.engine.loop import execute, reject
 from stroma.engine.outcome import GroupStopped, Halt, Place, paused
-from stroma.engine.restore import check_committed, output_schema, read_output, value_of
+from stroma.engine.restore import check_committed, failed_items_in, output_schema, read_output, value_of
 from stroma.engine.tasks import TaskPool, raise_if
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import CircuitOpen, ItemFailure, WaitedTooLong
@@ -314,6 +314,7 @@ class MapRun:
         at = (self._execution.position, self._branch(item.index))
         if committed.is_failed_item:
             item_failure = cast("ItemFailure", read_output(schema_of(ItemFailure), committed, None))
+            ctx.account.failed_items += failed_items_in(ctx, *at)
             await self._add_failure(item_failure, restored=True)
         elif self.outputs is None and isinstance(self._child, Node) and ctx.fire.on_node_skipped is None:
             # No hook receives the output, and write() reads it later: checking its contract is enough.

@@ -164,15 +164,14 @@ class _Walk:
             outputs.append((yield from self.through(child, state, f"{giver.at}.{index}")))
         origins: dict[str, Giver] = {}
         sides: dict[str, Side] = {}
-        for child, one in zip(node.children, outputs, strict=True):
+        for one in outputs:
             if one.model is None:
                 origins = {}  # It may have given any of them anew.
                 sides = {}
                 continue
-            own = child.own_fields(one.model) if isinstance(child, Group) else None
             for name, side in record_of_class(one.model).fields.items():
                 by = one.origins.get(name, one.giver)
-                if own is not None and name not in own:  # As the map received it.
+                if by == state.origins.get(name):  # As a map received it.
                     origins.setdefault(name, by)
                     continue
                 if name in sides:
