@@ -783,6 +783,31 @@ async def test_failed_items_are_run_again(store: Any, tmp_path: Path, doubler: D
     assert (none_left.status, doubler.calls.total(), len(after)) == (RunStatus.RESUMED, 13, 3)
 
 
+async def test_a_start_at_a_node_retries_no_failed_items(store: Any, doubler: Doubler) -> None:
+    """resume_from and a fork use recorded failures: retry_failed_items excludes both, and loses nothing."""
+
+    class Given(State):
+        made: list[Made] = []
+        made_failures: list[ItemFailure] = []
+
+    doubler.failing = {3}
+    made = map_over("nums", doubler.node, into="made", on_item_failure="collect")
+    work = [made, stroma_node("last", input=State, output=State)(passing())]
+    state, runner = State(nums=[2, 3]), quick(store)
+    assert (await runner.run(work, state)).failed_items == 1
+    with pytest.raises(ValueError, match="exclude each other"):
+        await runner.run(work, state, resume_from="last", retry_failed_items=True)
+    with pytest.raises(ValueError, match="a fork retries no failed items"):
+        await runner.fork("run", work, at="last", new_run_id="fork", retry_failed_items=True)
+    retrying = quick(store, retry_failed_items=True)
+    assert (await retrying.run(work, state, resume_from="last")).failed_items == 1
+    options: dict[str, Any] = {"output": Given(other="given"), "input_schema": State}
+    fork = await retrying.fork("run", work, at=made.node_id, **options)
+    assert (fork.status, fork.output.other) == (RunStatus.RESUMED, "given")
+    assert (await runner.run(work, state, resume=True)).failed_items == 1
+    assert doubler.calls == {2: 1, 3: 1}
+
+
 @pytest.mark.parametrize("external", [False, True])
 async def test_failed_items_of_inner_maps_are_run_again(store: Any, doubler: Doubler, external: bool) -> None:
     """retry_failed_items finds the failed items of a map inside a map, whatever the source of its items."""

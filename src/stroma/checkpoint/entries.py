@@ -93,7 +93,7 @@ class RunRequest(NamedTuple):
 
     def resolve_discard(self, commits: Mapping[tuple[int, str], Committed]) -> RunRequest:
         """Return the request with ``discard_from`` after the first map that ``retry_failed`` retries."""
-        if not self.retry_failed or self.discard_from is not None:
+        if not self.retry_failed:
             return self
         failed = _maps_with_failures(commits)
         return self._replace(discard_from=min(failed)[0] + 1) if failed else self

@@ -136,6 +136,7 @@ class RunConfig(StrictModel):
         resume: continue the last execution of this run id at its first position without a commit. The same as
             ``if_exists="resume"``.
         retry_failed_items: on a resume, run the failed items of maps again, and what comes after those maps.
+            A start with ``resume_from`` and a fork use the recorded failures.
         if_exists: handling of a run id that was used before. "new" starts a new execution of a run that has
             ended. It raises RunExists for a run that has not ended (RUNNING without an owner, INTERRUPTED,
             SUSPENDED, QUEUED), and for a run that has called an effect in any execution. "restart" starts a

@@ -74,7 +74,7 @@ async def open_run(
             ends=ends,
             deliver=ctx.fire.delivers,
             lazily_loaded=apart,
-            retry_failed=config.retry_failed_items,
+            retry_failed=config.retry_failed_items and discard_from is None,
             tags=config.tags,
             max_recoveries=config.max_recoveries,
             force=config.force_resume,

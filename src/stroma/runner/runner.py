@@ -382,6 +382,8 @@ class StromaRunner(Generic[DepsT]):
         else:
             require_runnable(nodes, self.registry, self._caller)
         target = config.resume_from
+        if target is not None and options.get("retry_failed_items"):
+            raise ValueError("retry_failed_items and resume_from exclude each other; pass one")
         start = None if target is None else find_position(nodes, target, "resume_from")
         if config.check:
             from stroma.contracts.checks.check import raise_errors
@@ -797,6 +799,8 @@ class StromaRunner(Generic[DepsT]):
         for model in (state, output):
             if model is not None:
                 check_state("the state of a fork", model)
+        if options.get("retry_failed_items"):
+            raise ValueError("a fork retries no failed items; resume the run with retry_failed_items first")
         nodes = _listed(node_sequence)
         records = nodes_of(nodes)
         flow = next((one for one in records if isinstance(one, FlowNode)), None)
@@ -821,9 +825,8 @@ class StromaRunner(Generic[DepsT]):
             initial = await self._stored.read_input(fork_id, original)
         is_resume = call is not None or output is not None
         start: RunKeywords[Any] = {"resume": True} if is_resume else {"resume_from": at}
-        return await self._run(
-            nodes, initial, cast("RunKeywords[Any]", {**options, **start, "run_id": fork_id})
-        )
+        fixed: RunKeywords[Any] = {"run_id": fork_id, "retry_failed_items": False}
+        return await self._run(nodes, initial, cast("RunKeywords[Any]", {**options, **start, **fixed}))
 
     async def signal(
         self, run_id: str, answer: Any, *, question: str | None = None, schema: type[BaseModel] | None = None
