@@ -19,7 +19,7 @@ from stroma import NodeHooks, StromaRunner, execute_step
 from stroma.adapters import Guard
 from stroma.contracts.schema import Schema, schema_of
 from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
-from stroma.telemetry.content import Content
+from stroma.telemetry.content import DENY_KEYS, Content
 
 pytest_plugins = ["tests.receivers.fixtures"]
 
@@ -345,7 +345,7 @@ HELD = "hunter2-value"
 async def sent_with(value: Any) -> str:
     """Return the spans of a node that returns this value."""
     seen = Seen()
-    runner = quick(seen.hooks(content="redacted"), retries=0)
+    runner = quick(seen.hooks(content="redacted", deny_keys=(*DENY_KEYS, "straße")), retries=0)
 
     a = runner.node("a", input=Loose, output=Loose)(passing())
     await runner.run([a], Loose(v=value))
@@ -367,6 +367,9 @@ async def sent_with(value: Any) -> str:
         {"headers": [(b"cookie", HELD.encode())]},
         {"headers": [{"name": "X-Api-Key", "value": HELD}]},
         {"headers": [{"key": "token", "values": [HELD]}]},
+        {"headers": [{"Name": "Authorization", "Value": HELD}]},
+        {"arguments": json.dumps({"straße": HELD})},
+        {"arguments": json.dumps({"inner": json.dumps({"straße": HELD})})},
     ],
     ids=str,
 )

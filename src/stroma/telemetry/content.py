@@ -76,11 +76,13 @@ DENY_KEYS: Final = (
     "webhook_url",
 )
 _MOST_NAMES: Final = 10_000  # that are remembered
+_LONGEST_NAME: Final = 200  # characters at the end of a name in a text
 #: Between the words of a name, in camel case too.
 _WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|\W+")
 #: A name in a text of JSON, also where that stands in another text: the end of a quoted text, and what
-#: follows it.
-_NAME_IN_TEXT: Final = re.compile(r"""([\w$-]{1,100})\\*["']\s*[:,]""")
+#: follows it. Nothing is tried twice: 2 ms for 100,000 letters instead of 0.6 s.
+_NAME_IN_TEXT: Final = re.compile(r"""(?<![\w$\\-])((?:[\w$-]++|\\{1,8}+u[0-9a-fA-F]{4})++)\\*+["']\s*[:,]""")
+_ESCAPE: Final = re.compile(r"\\+u([0-9a-fA-F]{4})")
 
 
 @final
@@ -107,7 +109,8 @@ class DeniedNames:
 
     def are_in(self, text: str) -> bool:
         """Return True if a text of JSON has a denied name, perhaps."""
-        return any(name in self for name in set(_NAME_IN_TEXT.findall(text)))
+        names = {name[-_LONGEST_NAME:] for name in _NAME_IN_TEXT.findall(text)}
+        return any(_ESCAPE.sub(lambda code: chr(int(code[1], 16)), name) in self for name in names)
 
     def _matches(self, name: str) -> bool:
         # A number at the end tells several of one kind apart.
@@ -145,7 +148,7 @@ _SLACK: Final = 4096
 _LONGEST_JSON: Final = 256 * 1024
 _MOST_NAME_BYTES: Final = 1000
 _JSON_STARTS: Final = ("{", "[")
-#: Keys of a header, or another pair, that is a dict.
+#: Keys of a header, or another pair, that is a dict; in lower case.
 _NAME_KEYS: Final = ("name", "key", "header")
 _VALUE_KEYS: Final = frozenset({"value", "values"})
 #: Fields whose types and sizes are sent.
@@ -276,8 +279,10 @@ class _Copy(BoundedCopy):
         if any(one in self._hidden for one in (name, *names.get(name, ()))):
             return True
         # A header: {"name": "authorization", "value": "..."}.
-        is_pair = name in _VALUE_KEYS and isinstance(owner, dict)
-        return is_pair and any(self._content.is_denied(owner[key]) for key in _NAME_KEYS if key in owner)
+        if name.lower() not in _VALUE_KEYS or not isinstance(owner, dict):
+            return False
+        keys = [key for key in owner if isinstance(key, str) and key.lower() in _NAME_KEYS]
+        return any(self._content.is_denied(owner[key]) for key in keys)
 
     def _list(self, value: Any, depth: int) -> list[Any]:
         if isinstance(value, (list, tuple)) and len(value) == 2 and self._content.is_denied(value[0]):
