@@ -100,8 +100,19 @@ class _Events(openai.BaseModel):
     events: list[ResponseStreamEvent]
 
 
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the input of a request to a model."""
     return kwargs["input"] if "input" in kwargs else args[1]
+
+
+def messages_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the messages of a request to a model, its instructions first."""
+    instructions = args[0] if args else kwargs.get("system_instructions")
+    request = input_of(args, kwargs)
+    return [
+        {"role": "system", "content": instructions},
+        *([request] if isinstance(request, str) else request),
+    ]
 
 
 class DurableProvider(Proxy):
@@ -120,7 +131,7 @@ class DurableModel(Proxy):
 
         async def work() -> Any:
             model = self._serving()
-            note_request(current_node()._own, _input_of(args, kwargs))
+            note_request(current_node()._own, messages_of(args, kwargs))
             response = await model.get_response(*args, **kwargs)
             current_node().report_usage(response, model=model_name_of(model))
             fields = {one.name: getattr(response, one.name) for one in dataclasses.fields(ModelResponse)}
@@ -137,7 +148,7 @@ class DurableModel(Proxy):
 
         async def work() -> Any:
             model, node, events, response = self._serving(), current_node()._own, list[Any](), None
-            note_request(node, _input_of(args, kwargs))
+            note_request(node, messages_of(args, kwargs))
             async for event in model.stream_response(*args, **kwargs):
                 if event.type == "response.output_text.delta":
                     emit_delta(node, event.delta)
@@ -155,7 +166,7 @@ class DurableModel(Proxy):
         return ModelRetryAdvice(suggested=False, replay_safety="unsafe")
 
     async def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], work: Any) -> Any:
-        state = _model_call(_input_of(args, kwargs))
+        state = _model_call(input_of(args, kwargs))
         return await self._run.step(f"{self._run.asking}.model", state, work)
 
     def _serving(self) -> Any:

@@ -33,7 +33,13 @@ with imports_of("openai-agents"):
     from agents.run_internal import run_loop
     from agents.tool import maybe_invoke_function_tool_failure_error_function
 
-    from stroma.adapters._openai_agents_steps import Proxy, model_name_of, reached_agents
+    from stroma.adapters._openai_agents_steps import (
+        Proxy,
+        input_of,
+        messages_of,
+        model_name_of,
+        reached_agents,
+    )
 
 from stroma.adapters._guarded_call import Call
 from stroma.adapters._guarded_run import active_run
@@ -244,8 +250,8 @@ def _request(model: Any, **options: Any) -> GuardedStep:
 
     return GuardedStep(
         "model",
-        input_view=lambda args, kwargs: newest_of(_input_of(args, kwargs)),
-        messages=_messages_of,
+        input_view=lambda args, kwargs: newest_of(input_of(args, kwargs)),
+        messages=messages_of,
         output_view=_response_view,
         usage=used,
         control=_control_of,
@@ -255,19 +261,6 @@ def _request(model: Any, **options: Any) -> GuardedStep:
 
 def _guard_model(model: Any, guard: Guard) -> Any:
     return model if isinstance(model, GuardedModel) else GuardedModel(model, guard)
-
-
-def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[1] if len(args) > 1 else kwargs.get("input")
-
-
-def _messages_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    instructions = args[0] if args else kwargs.get("system_instructions")
-    request = _input_of(args, kwargs)
-    return [
-        {"role": "system", "content": instructions},
-        *([request] if isinstance(request, str) else request),
-    ]
 
 
 def _response_view(response: Any) -> dict[str, Any]:

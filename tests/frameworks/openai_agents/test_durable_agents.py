@@ -54,6 +54,7 @@ from stroma import (
 )
 from stroma.adapters import Guard
 from stroma.adapters.openai_agents import DurableRunner, ToolApproval, attach
+from stroma.telemetry.messages import messages_of_call
 from stroma.testing import assert_resumable
 
 try:  # What the client of this release takes.
@@ -309,6 +310,32 @@ async def test_a_guarded_agent_is_durable_in_a_flow() -> None:
     assert result.final_state == Text(text="done seen"), result.failure
     steps = [(one.node_id, one.tokens) for one in store.attempts("r") if "." in one.node_id]
     assert steps == [("a.model", 12), ("a.look", 0), ("a.model", 12)]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_telemetry_has_what_a_model_was_sent(streamed: bool) -> None:
+    """The messages of a request have the agent's instructions, in a flow as under a guard."""
+    sent: list[Any] = []
+
+    def respond(items: Any) -> list[Any]:
+        sent.append(messages_of_call(current_node()._own)[0])
+        return says("hi")
+
+    async def body(state: Num) -> str:
+        result = DurableRunner().run_streamed(agent, "go") if streamed else None
+        if result is None:
+            return str((await DurableRunner().run(agent, "go")).final_output)
+        async for _ in result.stream_events():
+            pass
+        return str(result.final_output)
+
+    agent: Agent[Any] = Agent(name="a", instructions="Be brief.", model=Fake(respond))
+    assert (await StromaRunner.quick().run(flow_of(body), Num())).ok
+    guarded = attach(Agent(name="a", instructions="Be brief.", model=Fake(respond)), guard := Guard())
+    await Runner.run(guarded, "go")
+    guard.detach()
+    assert sent[0] == sent[1]
+    assert [one["role"] for one in sent[0]] == ["system", "user"]
 
 
 async def test_agents_run_in_parallel_and_as_tools_of_others() -> None:
