@@ -14,6 +14,8 @@ ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
 GIVEN_UP: Final = (*ENDED, "PARTIAL")
 #: Statuses of executions without an owner and an end, which may have a time from which they are due.
 UNFINISHED: Final = ("SUSPENDED", "INTERRUPTED", QUEUED)
+#: Statuses of executions that have not ended, nor been given up.
+OPEN: Final = ("RUNNING", *UNFINISHED)
 #: In place of 0, from when on a run is due that was sent a message while it ran: only if its session has not
 #: read it.
 MESSAGE_SENT: Final = 1

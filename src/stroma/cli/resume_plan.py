@@ -102,9 +102,6 @@ def _read(
     read_output(schema, committed, contract.upcast if changed and contract is not None else None)
 
 
-_ALL = 10_000_000
-
-
 def print_plan(
     database: Database,
     record: RunRecord,
@@ -114,7 +111,7 @@ def print_plan(
     as_json: bool,
 ) -> int:
     """Print what a resume would do, and return the exit code that it would have."""
-    attempts, _ = History(database.reader).attempts(record.run_id, _ALL)
+    attempts, _ = History(database.reader).attempts(record.run_id)
     before = None  # Without --from the first position without output.
     if start_at is not None:
         before = [find_node(node).node_id for node in pipeline.nodes].index(start_at)

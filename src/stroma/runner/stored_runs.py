@@ -21,7 +21,7 @@ from stroma.checkpoint import (
     Waiting,
     resolve_schema,
 )
-from stroma.checkpoint.decisions import UNFINISHED, not_waiting
+from stroma.checkpoint.decisions import OPEN, not_waiting
 from stroma.checkpoint.entries import NOT_DONE, RunFacts, SentMessage
 from stroma.checkpoint.events import EventPage, EventPlace
 from stroma.checkpoint.queue import COMPLETE, RunLimits, ServedCode
@@ -349,7 +349,7 @@ class StoredRuns:
 
     async def count_unserved(self, pipeline: str, versions: Sequence[str]) -> dict[str, int]:
         """Return how many of the newest unfinished runs of a pipeline have each version but these."""
-        runs = await self._list(pipeline, ("RUNNING", *UNFINISHED), _MAX_COUNTED)
+        runs = await self._list(pipeline, OPEN, _MAX_COUNTED)
         counts = Counter(
             one.version for one in runs if one.version is not None and one.version not in versions
         )

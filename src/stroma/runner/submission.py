@@ -10,7 +10,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from stroma.checkpoint import RunBusy, RunExists
-from stroma.checkpoint.decisions import GIVEN_UP, UNFINISHED
+from stroma.checkpoint.decisions import GIVEN_UP, OPEN
 from stroma.checkpoint.queue import QUEUED
 from stroma.runner.events import StreamEvent
 from stroma.runner.flows.suspension import now_ms
@@ -146,7 +146,7 @@ class EndWaits:
                     status = statuses.get(run_id)
                     if status is None:
                         self._settle(run_id, no_run(run_id))
-                    elif status not in ("RUNNING", *UNFINISHED):
+                    elif status not in OPEN:
                         self._settle(run_id, None)
             await asyncio.sleep(self._delay)
             self._delay = min(2 * self._delay, _POLL_SECONDS[1])

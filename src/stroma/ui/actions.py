@@ -17,7 +17,7 @@ from starlette.responses import RedirectResponse, Response
 from stroma._utils.access import error_text
 from stroma._utils.models import complaints_of
 from stroma._utils.text import clean
-from stroma.checkpoint.decisions import UNFINISHED
+from stroma.checkpoint.decisions import OPEN
 from stroma.checkpoint.errors import RunExists
 from stroma.checkpoint.history.facts import is_resumable
 from stroma.checkpoint.identity import is_called
@@ -62,13 +62,13 @@ def can_fork(settings: Settings, record: RunRecord, attempt: AttemptRecord) -> b
 
 def may_receive(record: RunRecord, attempts: Sequence[AttemptRecord]) -> bool:
     """Return True if a run may take messages: one that goes on, unless it has called nothing as flows do."""
-    goes_on = record.status in ("RUNNING", *UNFINISHED)
+    goes_on = record.status in OPEN
     return goes_on and (not attempts or any(is_called(one.branch) for one in attempts))
 
 
 def controls_of(record: RunRecord) -> list[str]:
     """Return the requests about a run that a page offers: names of actions."""
-    if record.status not in ("RUNNING", *UNFINISHED):
+    if record.status not in OPEN:
         return ["budget", "cancel"] if record.status == "PARTIAL" else []
     return ["unpause" if record.waits_for == "resume" else "pause", "budget", "cancel"]
 

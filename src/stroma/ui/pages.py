@@ -17,13 +17,12 @@ from stroma._utils.svg import Box
 from stroma._utils.text import clean, format_duration
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.history.bars import bar_of
-from stroma.checkpoint.history.facts import count_causes, elapsed_seconds, is_at_work, status_of
+from stroma.checkpoint.history.facts import STATUSES, count_causes, elapsed_seconds, is_at_work, status_of
 from stroma.checkpoint.history.run_graph import StepNode
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import FAILED, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.trace.outline import outline, tone_of
-from stroma.trace.result import RunStatus
 from stroma.ui.components import Column, sparkline
 from stroma.ui.formatting import cause_text, parse_search, quoted, to_address
 from stroma.ui.overview import BUCKETS, Buckets, Overview, runs_chart, success_rate
@@ -88,7 +87,6 @@ _MAX_SUMMED: Final = 200_000  # attempts
 _MAX_CHARTED: Final = 1000  # runs
 _MAX_HELD: Final = 8  # suspended runs of the overview
 _MAX_CAUSES: Final = 10  # of failed runs of the overview
-_STATUSES: Final = [QUEUED, "RUNNING", *RunStatus]
 _MAX_TEXT: Final = 4000  # characters of a parameter
 _TRACE_ID: Final = re.compile(r"[0-9a-f]{32}")
 
@@ -109,7 +107,7 @@ class Pages:
         params = request.query_params
         text = params.get("q", "")[:_MAX_TEXT].strip()
         status, kind, after = params.get("status", ""), params.get("class", ""), params.get("after")
-        if status not in ("", "failed", *_STATUSES) or kind not in ("", *FailureClass):
+        if status not in ("", "failed", *STATUSES) or kind not in ("", *FailureClass):
             raise HTTPException(400, "unknown status or class")
         if not self._store.exists():
             return self._empty()
@@ -178,7 +176,7 @@ class Pages:
         more = "+" if len(records) == _RECENT else ""
         filters += [
             {"status": one, "name": one.capitalize(), "count": f"{counts[one]}{more}"}
-            for one in _STATUSES
+            for one in STATUSES
             if one in counts
         ]
         return {"recent": recent, "filters": filters}

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.decisions import ENDED, UNFINISHED, check_resubmission, not_waiting
+from stroma.checkpoint.decisions import ENDED, OPEN, UNFINISHED, check_resubmission, not_waiting
 from stroma.checkpoint.decoding import storable_text
 from stroma.checkpoint.durable.annotations import RunRecords, annotate, find_waiting, record_waiting
 from stroma.checkpoint.durable.control import (
@@ -226,7 +226,7 @@ class RunStore(ReadableStore):
             run = rows.find(run_id, lock=True)
             if run is None or run.holder is not None:
                 return
-            if run.status in ("RUNNING", *UNFINISHED):
+            if run.status in OPEN:
                 place = PayloadPlace(run_id, run.execution, "blocked")
                 sealed = self._payloads.seal_text(storable_text(message), place) or ""
                 rows.block(run, block(run.mark, sealed, code, now_ms))
@@ -280,7 +280,7 @@ class RunStore(ReadableStore):
         new = str(new_owner(None))
 
         def do(records: RunRecords, run: RunRow) -> bool:
-            if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
+            if run.holder is None and run.status not in OPEN:
                 return False
             request_pause(records, run)
             if run.holder is None:
@@ -303,7 +303,7 @@ class RunStore(ReadableStore):
                 return False
             due_ms = paused_due_ms(records)
             forget_requests(records, PAUSE)
-            if run.holder is None and run.status not in ("RUNNING", *UNFINISHED):
+            if run.holder is None and run.status not in OPEN:
                 return False
             _end_pause(records.rows, run, due_ms, new)
             return True

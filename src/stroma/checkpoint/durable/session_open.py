@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from stroma._utils.text import pluralize
-from stroma.checkpoint.decisions import ENDED, GIVEN_UP, MESSAGE_SENT, UNFINISHED, expired_error, has_expired
+from stroma.checkpoint.decisions import (
+    ENDED,
+    GIVEN_UP,
+    MESSAGE_SENT,
+    OPEN,
+    UNFINISHED,
+    expired_error,
+    has_expired,
+)
 from stroma.checkpoint.decoding import decode_number
 from stroma.checkpoint.durable.annotations import (
     RunRecords,
@@ -238,7 +246,7 @@ class RunOpener:
             elif control.cancel and run.status not in ENDED:
                 # cancel() was acknowledged, and the owner stopped before it noticed.
                 self._claim_to_end(records, run, Finished("CANCELLED", None))
-            elif control.pause and request.is_automatic and run.status in ("RUNNING", *UNFINISHED):
+            elif control.pause and request.is_automatic and run.status in OPEN:
                 # As with a cancel; or its time has come, or its answer. Only a person takes the pause back.
                 self._claim_to_end(records, run, Finished("SUSPENDED", PAUSED))
             elif run.expires_ms is not None and has_expired(run.status, run.expires_ms, rows.now_ms()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final
 
 from stroma._utils.text import clean, format_utc, pluralize
 from stroma.checkpoint.entries import Finished, Intent, RunFacts, Waiting
@@ -16,6 +17,10 @@ from stroma.checkpoint.queue import COMPLETE, QUEUED
 from stroma.checkpoint.records import FAILED, AttemptRecord, RunRecord
 from stroma.trace.events import place_text
 from stroma.trace.outline import shown_place
+from stroma.trace.result import RunStatus
+
+#: All that a run can have.
+STATUSES: Final = (QUEUED, "RUNNING", *RunStatus)
 
 
 def is_interrupted(record: RunRecord) -> bool:

@@ -130,7 +130,7 @@ class History:
 
     # ------------------------------------------------------------------ attempts
 
-    def attempts(self, run_id: str, limit: int) -> tuple[list[AttemptRecord], bool]:
+    def attempts(self, run_id: str, limit: int = sys.maxsize) -> tuple[list[AttemptRecord], bool]:
         """Return the first attempts of the last execution, without outputs, and True if there are more."""
         attempts: list[AttemptRecord] = []
         after = None

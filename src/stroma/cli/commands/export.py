@@ -21,7 +21,6 @@ from stroma.cli.stores import Database, db_option
 from stroma.cli.suspended import waiting_data
 from stroma.trace.html import document
 
-_ALL = 10_000_000
 _DRAWN = 5000
 
 
@@ -58,7 +57,7 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
         command = database.command("resume", *words, options=resume_options(record))
         hint = history.resume_text(record, command)
         return document(history.story(record, max_attempts=_DRAWN, states=states, resume_command=hint))
-    attempts, _ = history.attempts(record.run_id, _ALL)
+    attempts, _ = history.attempts(record.run_id)
     waiting = history.store.waiting(record.run_id)
     data = {
         "schema": "stroma.export/1",

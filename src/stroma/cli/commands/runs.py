@@ -14,7 +14,7 @@ import click
 
 from stroma._utils.text import clean, format_duration, format_usd, pluralize, short_id
 from stroma.checkpoint.decisions import MESSAGE_SENT, UNFINISHED
-from stroma.checkpoint.history.facts import count_causes, elapsed_seconds, is_interrupted, status_of
+from stroma.checkpoint.history.facts import STATUSES, count_causes, elapsed_seconds, is_interrupted, status_of
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.queue import QUEUED, BlockedMark
 from stroma.checkpoint.records import FAILED, AttemptRecord, RunQuery, RunRecord
@@ -22,9 +22,7 @@ from stroma.cli.formatting import SPAN, format_age, format_local_time, localize,
 from stroma.cli.output import Part, emit_fields, err, out, table
 from stroma.cli.stores import Database, db_option
 from stroma.failures.classes import FailureClass, describe_class
-from stroma.trace.result import RunStatus
 
-_STATUSES: Final = [QUEUED, "RUNNING", *RunStatus]
 _MAX_COUNTED: Final = 1_000  # 5,000 take a second on Redis
 _MAX_CAUSES: Final = 10
 
@@ -102,7 +100,7 @@ def filter_options(func: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--status",
         "statuses",
-        type=click.Choice(_STATUSES, case_sensitive=False),
+        type=click.Choice(STATUSES, case_sensitive=False),
         multiple=True,
         help="Only runs with this status; may be repeated.",
     )
@@ -202,7 +200,7 @@ def _totals(records: Sequence[RunRecord]) -> dict[str, Any]:
     counts = Counter(map(status_of, records))
     return {
         "runs": len(records),
-        "statuses": {status: counts[status] for status in _STATUSES if counts[status]},
+        "statuses": {status: counts[status] for status in STATUSES if counts[status]},
         "causes": [
             {"node_id": node_id, "class": failure_class, "reason": reason, "runs": count}
             for (node_id, failure_class, reason), count in count_causes(records)
