@@ -12,6 +12,7 @@ from tests.kit import THRICE, cancel_after, computing, failing_with, forever, no
 from tests.shared_stores import FAMILIES
 
 from stroma import (
+    ExecutionBudget,
     Flow,
     NodeHooks,
     NotDone,
@@ -21,6 +22,7 @@ from stroma import (
     StromaRunner,
     Suspend,
     Unknown,
+    current_node,
     parallel,
 )
 from stroma.engine.context import RunJournal
@@ -382,3 +384,36 @@ async def test_a_charge_whose_commit_is_refused_stays_unknown(store: Any, monkey
     assert effect.is_unknown
     result = await runner.run(nodes, Order(), run_id="r", resume_from="before", if_exists="resume")
     assert (result.status, result.suspended, shop.calls) == (RunStatus.SUSPENDED, ["effect"], 1)
+
+
+@pytest.mark.parametrize("late", ["limit", "pause"])
+async def test_an_effect_is_not_called_after_a_limit_or_a_pause(store: Any, late: str) -> None:
+    """G6: A call that reconcile allows is not made if a limit was crossed, or the run paused, meanwhile."""
+    shop, spent, first = Shop(before=[TimeoutError()]), asyncio.Event(), [Unknown()]
+
+    async def reconcile(order: Order, key: str) -> Any:
+        if first:
+            return first.pop()
+        if late == "pause" and not spent.is_set():
+            spent.set()
+            await runner.pause("r")
+        await spent.wait()
+        return NotDone()
+
+    async def spend(order: Order) -> Any:
+        return current_node().wait_for(Order, reason="go on?"), 10 if late == "limit" else 0
+
+    async def on_node_failure(*_: Any) -> None:
+        spent.set()
+
+    hooks, budget = NodeHooks(on_node_failure=on_node_failure), ExecutionBudget(max_tokens_total=5)
+    runner, (_, charge, _) = pipeline(shop, store, reconcile, hooks=hooks, budget=budget)
+    group = parallel(charge, runner.node("spend", input=Order, output=Order)(spend))
+    await runner.run([group], Order(), run_id="r")
+    await runner.signal("r", Order())
+    result = await runner.run([group], Order(), run_id="r", resume=True)
+    status = RunStatus.PARTIAL if late == "limit" else RunStatus.SUSPENDED
+    assert (result.status, shop.calls) == (status, 1), result.failure
+    await runner.set_budget("r", tokens=100)
+    result = await runner.run([group], Order(), run_id="r", resume=True)
+    assert (result.status, shop.calls) == (RunStatus.RESUMED, 2), "then reconcile is asked again"

@@ -39,7 +39,7 @@ from stroma.engine.diagnosis import (
 from stroma.engine.effects import Effect, Stated, UnknownOutcome
 from stroma.engine.execution import CURRENT, RunningNode, mark_attempt
 from stroma.engine.metering import count_returned, price
-from stroma.engine.outcome import GroupStopped, Halt
+from stroma.engine.outcome import GroupStopped, Halt, refuse_late
 from stroma.engine.placed_calls import call_at_place, note_call, open_call
 from stroma.engine.questions import asks_itself, find_question, question_of, suspend_again
 from stroma.engine.redaction import HookState
@@ -681,6 +681,8 @@ class NodeAttempt:
                     effect.earlier = await effect.learn(self.cancelling)
                     if isinstance(effect.earlier, UnknownOutcome):
                         waiting = effect.question(effect.earlier.place)
+                    elif isinstance(effect.earlier, NotDone):  # Its reconcile may have taken its time.
+                        return await refuse_late(run)
         except PipelineChanged as error:
             return Halt(
                 Failure(error, FailureClass.TERMINAL, run.node_id, run.attempt, str(error), "changed")

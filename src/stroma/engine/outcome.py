@@ -145,6 +145,16 @@ def refuse(run: RunningNode, error: Exception) -> Halt:
     )
 
 
+async def refuse_late(run: RunningNode) -> Halt | None:
+    """Return the end of an attempt that may not begin since the run was paused, or a limit crossed."""
+    ctx = run.ctx
+    if ctx.stopping.holds:
+        return await hold(ctx, run.node_id, run.attempt)
+    is_limited = ctx.account.limits or ctx.account.uncounted is not None
+    exceeded = crossed_limit(ctx, run) if is_limited else None
+    return None if exceeded is None else refuse(run, exceeded)
+
+
 def cancelled(ctx: ReliabilityContext, node_id: str) -> Halt:
     """Return the end of a step of plain code that is not called, since its run was cancelled."""
     error = RunCancelled(
