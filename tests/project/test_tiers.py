@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import gate, hooks
+from benchmarks import gate, hooks, work
 from tests.tiers import CORE_PATHS, PROFILES, SLOW_PATHS, examples
 
 pytest_plugins = ["pytester"]
@@ -98,10 +98,14 @@ def test_a_process_in_the_default_tier_is_noticed(pytester: pytest.Pytester) -> 
     result.stdout.fnmatch_lines(["*test_one started a process (*); mark it with @pytest.mark.slow*"])
 
 
-def test_the_gate_lets_pass_what_is_within_its_slack() -> None:
-    """A quarter more is too much, a tenth more is not."""
-    assert gate.above(2.0 * 1.25, 2.0)
-    assert not gate.above(2.0 * 1.1, 2.0)
+async def test_the_gate_counts_the_instructions_of_a_run() -> None:
+    """Runs of the same nodes take the same number within a thousandth; six percent more is too much."""
+    one, other = [await gate.count_instructions(work.ours(20)) for _ in range(2)]
+    more = await gate.count_instructions(work.ours(21))
+    assert one == pytest.approx(other, rel=0.001)
+    assert 1.03 < more / one < 1.06
+    assert gate.above(106, 100)
+    assert not gate.above(104, 100)
 
 
 def test_each_case_of_the_gate_has_its_figure() -> None:
@@ -109,7 +113,7 @@ def test_each_case_of_the_gate_has_its_figure() -> None:
     entry = json.loads(Path(gate.__file__).with_name("gate.json").read_text())
     assert entry
     for python, figures in entry.items():
-        assert list(figures) == [case.name for case in gate.cases()], python
+        assert list(figures) == [case.node for case in gate.cases()], python
 
 
 def test_every_question_about_hooks_is_found(tmp_path: Path) -> None:

@@ -94,10 +94,9 @@ class NodeHooks:
     reads_state: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        for event, arguments in _ARGUMENTS.items():
-            hook = getattr(self, event)
-            if hook is not None:
-                check_arguments(event, hook, arguments)
+        for event, hook in self.__dict__.items():
+            if hook is not None and event in _ARGUMENTS:
+                check_arguments(event, hook, _ARGUMENTS[event])
 
     def is_empty(self) -> bool:
         """Return True for a set without a hook."""
