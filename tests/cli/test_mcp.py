@@ -196,7 +196,7 @@ def test_the_command_speaks_over_stdio(ask, stroma):
 
 
 def test_a_wrong_question_is_a_message(ask):
-    """An unknown run or node is an error that says what there is; the server goes on.
+    """An unknown run, node or status is an error that says what there is; the server goes on.
 
     So is a run in an argument of another name: it does not get the failure of the last run.
     """
@@ -207,3 +207,6 @@ def test_a_wrong_question_is_a_message(ask):
     node = ask("read_attempt", run="good", node="nope")
     assert node.is_error
     assert "its nodes are: first, second, third" in node.content[0].text
+    status = ask("list_runs", status="broken")
+    assert status.is_error
+    assert "FAILED" in status.content[0].text

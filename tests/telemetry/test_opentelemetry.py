@@ -301,6 +301,8 @@ class TestEndings:
             "invoke_workflow pipeline",
         ]
         for span in failed:
+            why = tuple(span.attributes[f"stroma.{name}"] for name in ("failure_class", "reason"))
+            assert why == ("RECOVERABLE", "connection")
             (exception,) = [event for event in span.events if event.name == "exception"]
             assert dict(exception.attributes) == {
                 "exception.type": "ConnectionError",

@@ -13,9 +13,10 @@ from typing import Any, Final
 import click
 from pydantic_core import to_json
 
+from stroma._utils.text import clean
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.history.bars import in_order, place_of, sum_waste
-from stroma.checkpoint.history.facts import status_of
+from stroma.checkpoint.history.facts import STATUSES, status_of
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cli.commands.diff import diff_data
@@ -56,7 +57,10 @@ class RunReader:
         """List the newest runs: id, pipeline, status, cost and error. status: such as FAILED or COMPLETED."""
         if self._database.is_empty:
             return {"runs": []}
-        query = RunQuery(statuses=(status.upper(),) if status else (), pipeline=pipeline)
+        wanted = status.upper() if status else None
+        if wanted not in (None, *STATUSES):
+            raise Problem(f"there is no status {clean(status, 200)}; pass one of {', '.join(STATUSES)}")
+        query = RunQuery(statuses=(wanted,) if wanted else (), pipeline=pipeline)
         records = self._history.runs(query, max(1, min(limit, _MAX_RUNS)))
         return {"runs": [run_data(record) for record in records]}
 

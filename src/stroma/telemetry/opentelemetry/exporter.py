@@ -521,6 +521,8 @@ class OpenTelemetry(MetricsObserver):
             description = " ".join(filter(None, (ended.class_name, ended.reason)))
         span.set_attribute("error.type", kind)
         span.set_attribute("stroma.failure_class", ended.class_name)
+        if ended.reason is not None:
+            span.set_attribute("stroma.reason", ended.reason)
         span.set_status(trace.Status(trace.StatusCode.ERROR, description))
 
     def flush(self, timeout_seconds: float) -> bool:
