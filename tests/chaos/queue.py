@@ -460,7 +460,7 @@ def _judge(job: Job, data: dict[str, Any], instance: Processes, stops: dict[str,
         # An owner that lost its run has paid for its last calls all the same: only its commits are refused.
         failed = sum(line[0] == "fail" for line in read_diary(job.diary))
         unrecorded = CALL_TOKENS * (figures.repeated + failed) if instance.stopped or figures.fenced else 0
-        check_spent(figures, job.budget, store, list(job.runs), unrecorded)
+        check_spent(figures, job.budget, store, list(job.runs), unrecorded=unrecorded)
     return figures
 
 

@@ -161,7 +161,7 @@ def test_a_server_that_is_killed(store: str) -> None:
 
 @pytest.mark.nightly
 def test_killed_before_what_a_call_took_is_settled() -> None:
-    """I6, killed between a commit and its next step, with the budget in the runs' store and in another."""
+    """I6, killed between a commit and its next step; a budget in another store may miss calls in flight."""
     figures = strike("settle", 4)
     assert figures["kills"] >= 4
     assert figures["overspent"] == 0
