@@ -1,6 +1,7 @@
 """Groups, rule by rule: parallel() and map_over()."""
 
 import asyncio
+import pickle
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
+from stroma.engine.merged_models import merged_model, with_list
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 
@@ -499,3 +501,18 @@ async def test_a_childs_own_timeout_is_its_own() -> None:
     assert "'hangs'" in result.failure.message
     (event,) = result.trace
     assert [(c.attempt, c.failure) for c in event.children] == [(1, R), (2, R)]
+
+
+async def test_a_result_with_the_output_of_groups_can_be_pickled() -> None:
+    """Another process reads a pickled result of groups in groups, though it has not run them."""
+    inner = parallel(
+        node("left", returning({"left": 1}), Items, Left), map_over("items", node("n", same), into="out")
+    )
+    group = parallel(inner, node("right", returning({"right": 2}), Items, Right))
+    result = await quick().run([group], Items(items=[{"n": 1}]))
+    data = pickle.dumps(result)
+    merged_model.cache_clear()
+    with_list.cache_clear()
+    copy = pickle.loads(data)
+    assert copy.final_state.model_dump() == result.final_state.model_dump()
+    assert copy.trace.to_json() == result.trace.to_json()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 from weakref import WeakKeyDictionary
 
@@ -33,6 +34,7 @@ def merged_model(
         else:
             fields.update((name, declared[name]) for name in names)
     model = _make_model(name, fields, classes)
+    _recipes[model] = merged_model, (name, classes, own)
     _own_fields[model] = None if None in own else frozenset().union(*cast("tuple[frozenset[str], ...]", own))
     return model
 
@@ -75,7 +77,20 @@ def with_list(
     fields[into] = (list[Any] if item is output_class(None) else list[item], ...)  # type: ignore[valid-type]
     if failed:
         fields[failed] = (list[ItemFailure], ...)
-    return _make_model(name, fields, (base,))
+    model = _make_model(name, fields, (base,))
+    _recipes[model] = with_list, (name, base, into, item, failed)
+    return model
+
+
+class _MergedType(type(BaseModel)):  # type: ignore[misc]
+    """Class of merged classes: a pickle has what one was made of, since no module has it."""
+
+
+#: Of each merged class, the function that made it and its arguments.
+_recipes: Final[WeakKeyDictionary[type[BaseModel], tuple[Callable[..., Any], tuple[Any, ...]]]] = (
+    WeakKeyDictionary()
+)
+copyreg.pickle(_MergedType, _recipes.__getitem__)
 
 
 def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseModel]]) -> type[BaseModel]:
@@ -85,15 +100,22 @@ def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseMode
         # A value that was accepted as an enum member is read back from a store as a member.
         use_enum_values=any(cls.model_config.get("use_enum_values", False) for cls in bases),
     )
+    make = functools.partial(
+        create_model,
+        name,
+        __config__=config,
+        __module__=__name__,
+        __cls_kwargs__={"metaclass": _MergedType},
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydantic has warned the author of the classes of odd names.
         try:
-            model: type[BaseModel] = create_model(name, __config__=config, __module__=__name__, **fields)
+            model: type[BaseModel] = make(**fields)
             core_schema_of(model)
             return model
         except Exception:  # An annotation means something in its own module only.
             undescribed: dict[str, Any] = dict.fromkeys(fields, (Any, ...))
-            return create_model(name, __config__=config, __module__=__name__, **undescribed)
+            return make(**undescribed)
 
 
 def is_merged(state: BaseModel) -> bool:
