@@ -438,3 +438,5 @@ class ReadingTests:
             await settled(store.load_typed("run", "a", Strict))
         with pytest.raises(TypeError, match="schema must be a BaseModel type"):
             await settled(store.load_typed("run", "a", int))
+        with pytest.raises(TypeError, match="a state must be a pydantic model, got dict"):
+            await settled(store.save("run", "a", {"text": "x"}))

@@ -526,6 +526,8 @@ def schema_of(model: type[BaseModel]) -> Schema:
         or schema.model is not model
         or schema.namespace["__pydantic_validator__"] is not schema.validator
     ):
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            raise TypeError(f"a state must be a pydantic model, got {getattr(model, '__name__', model)}")
         schema = Schema(model)
         type.__setattr__(model, "__stroma_schema__", schema)
     return schema
