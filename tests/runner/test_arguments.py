@@ -1,5 +1,6 @@
 """What may be given to a runner and as a context; anything else is told before a node is called."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from tests.kit import NEVER, Num, SimpleStore, computing
+from tests.kit import NEVER, Num, SimpleStore, computing, failing_with, node
 
 from stroma import (
     AsyncInMemoryStore,
@@ -16,14 +17,17 @@ from stroma import (
     ContractRegistry,
     FailureClass,
     FallbackPolicy,
+    Flow,
     InMemoryStore,
     NodeHooks,
     Pipeline,
+    RunConfig,
     SQLiteStore,
     StromaRunner,
     Usage,
     current_node,
     open_store,
+    parallel,
     stroma_node,
 )
 from stroma.testing import assert_resumable
@@ -86,6 +90,24 @@ NAMED_CLASS = "the initial state must be an instance, got the class Num; pass Nu
 async def no_classifier(exception: Exception, context: Any) -> None: ...
 
 
+async def a_call(state: Num) -> Any: ...
+
+
+A_NODE = stroma_node("a", input=Num, output=Num)(a_call)
+
+
+async def too_much(flow: Flow, state: Num, extra: int) -> Num:
+    return state
+
+
+def print_one(outcome: Any) -> None:
+    print(outcome)
+
+
+def many(nodes: Any = (A_NODE,), **options: Any) -> Any:
+    return asyncio.run(quick().run_many(nodes, [Num()], **options))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
@@ -103,6 +125,36 @@ async def no_classifier(exception: Exception, context: Any) -> None: ...
             TypeError,
             r"config must be a RunConfig, got \{\}; pass RunConfig\(\.\.\.\)",
         ),
+        (
+            lambda: StromaRunner(None, CheckpointManager(InMemoryStore())),
+            TypeError,
+            "registry must be a ContractRegistry, got NoneType",
+        ),
+        (
+            lambda: StromaRunner(ContractRegistry(), InMemoryStore()),
+            TypeError,
+            r"got InMemoryStore; pass CheckpointManager\(store\)",
+        ),
+        (lambda: Pipeline("p", [], config={}), TypeError, "config must be a RunConfig"),
+        (lambda: Pipeline("p", A_NODE), TypeError, "got node 'a'; put it in a list"),
+        (lambda: quick().run_sync(A_NODE, Num()), TypeError, "got node 'a'; put it in a list"),
+        (lambda: many(A_NODE), TypeError, "got node 'a'; put it in a list"),
+        (
+            lambda: quick().run_sync([Pipeline("p", [], config=RunConfig(context="secret"))], Num()),
+            TypeError,
+            "^a Pipeline is not a stroma node; pass its nodes one by one$",
+        ),
+        (lambda: parallel([A_NODE]), TypeError, "a list is not a stroma node; pass its nodes one by one"),
+        (
+            lambda: quick().flow("f", input=Num, output=Num)(too_much),
+            TypeError,
+            r"got \(flow, state, extra\)",
+        ),
+        (lambda: many(on_result=no_classifier), TypeError, "on_result must not be async"),
+        (lambda: many(on_result=print_one), TypeError, r"called with \(number, outcome\)"),
+        (lambda: many(run_ids=["r"]), TypeError, "run_ids must be callable"),
+        (lambda: many(max_concurrency=1.5), ValueError, "must be at least 1, got 1.5"),
+        (lambda: asyncio.run(quick().serve(on_result=no_classifier)), TypeError, "must not be async"),
         (lambda: quick().run_sync([], Num), TypeError, NAMED_CLASS),
         (lambda: quick().node("a", input=Num, output=Num)(Num()), TypeError, "it is not callable"),
     ],
@@ -113,6 +165,27 @@ def test_a_setting_of_another_kind_is_refused_where_it_is_written(
     """A setting that cannot mean what was meant is an error that says what to pass."""
     with pytest.raises(error, match=text):
         make()
+
+
+async def test_a_node_that_was_called_is_refused() -> None:
+    """A coroutine in the place of a node says what to pass."""
+    called = A_NODE(Num())
+    with pytest.raises(TypeError, match="is not a stroma node; pass the node itself, without calling it"):
+        await quick().run([called], Num())
+    called.close()
+
+
+def test_classifiers_that_can_be_read_once_are_applied() -> None:
+    """The check of an iterator of classifiers does not use it up."""
+
+    def terminal(error: Exception, context: Any) -> FailureClass:
+        return FailureClass.TERMINAL
+
+    classifiers: Any = iter([terminal])
+    runner = quick(classifiers=classifiers, policy_map=NEVER)
+    failure = runner.run_sync([node("a", failing_with(ValueError()))], Num()).failure
+    assert failure is not None
+    assert failure.failure_class is FailureClass.TERMINAL
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What one does with runs: cancel them from elsewhere, fork them, run many, recover and shut down."""
 
 import asyncio
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.kit import (
 from tests.shared_stores import IN_PROCESS
 
 from stroma import (
+    AsyncInMemoryStore,
     CheckpointNotFound,
     FailureClass,
     NodeContract,
@@ -320,6 +322,32 @@ async def test_many_runs(store: Any) -> None:
             assert outcome.final_state == Num(n=3 if i == 3 else i * 10)
     with pytest.raises(ValueError, match="max_concurrency"):
         await quick_on(store).run_many(nodes, [Num()], max_concurrency=0)
+
+
+async def test_run_many_starts_no_tasks_without_an_input() -> None:
+    """A bound far above the number of inputs costs nothing: it can mean no bound."""
+    tasks: list[int] = []
+
+    async def func(state: Num) -> Num:
+        tasks.append(len(asyncio.all_tasks()))
+        return state
+
+    await quick_on(AsyncInMemoryStore()).run_many([node("a", func)], [Num()], max_concurrency=1000)
+    assert tasks[0] < 10
+
+
+async def test_runs_of_run_many_have_contexts_of_their_own() -> None:
+    """A context variable that one run sets is not set in the next run."""
+    seen: list[str] = []
+    user: ContextVar[str] = ContextVar("user", default="nobody")
+
+    async def func(state: Num) -> Num:
+        seen.append(user.get())
+        user.set("first")
+        return state
+
+    await quick_on(AsyncInMemoryStore()).run_many([node("a", func)], [Num(), Num()], max_concurrency=1)
+    assert seen == ["nobody", "nobody"]
 
 
 async def test_recovery_without_a_name_is_warned_of(store: Any, caplog: pytest.LogCaptureFixture) -> None:

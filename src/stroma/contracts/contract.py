@@ -141,7 +141,7 @@ class NodeContract(StrictModel, Generic[In, Out]):
                 f"node {self.node_id!r} has reconcile= but is not an effect; pass effect=True, "
                 "or remove reconcile="
             )
-        if self.reconcile is not None and not _takes_two(self.reconcile):
+        if self.reconcile is not None and not takes_two(self.reconcile):
             raise ValueError(
                 f"reconcile of node {self.node_id!r} must take the state and the idempotency key, got "
                 f"{inspect.signature(self.reconcile)}; define it as (state, idempotency_key)"
@@ -149,7 +149,8 @@ class NodeContract(StrictModel, Generic[In, Out]):
         return self
 
 
-def _takes_two(func: Callable[..., Any]) -> bool:
+def takes_two(func: Callable[..., Any]) -> bool:
+    """Return True if a function can be called with two arguments, as far as its signature says."""
     try:
         inspect.signature(func).bind(None, "")
     except TypeError:

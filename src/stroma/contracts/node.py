@@ -347,12 +347,21 @@ def find_node(obj: Any) -> Node | Group:
     if isinstance(obj, (Node, Group)):
         return obj
     if node_id is None:
-        raise TypeError(f"{obj!r} is not a stroma node; decorate it with @stroma_node or @runner.node")
+        raise _not_a_node(obj)
     # Marked by hand, through the two published attributes.
     node = make_node(node_id, obj, contract)
     if type(obj) is types.FunctionType:
         obj.__dict__["_stroma_node"] = node  # Looking at its signature takes 10 us.
     return node
+
+
+def _not_a_node(obj: Any) -> TypeError:
+    """Return the error for an object that is not a node, with what the caller probably meant."""
+    if isinstance(obj, Awaitable):
+        return TypeError(f"{obj!r} is not a stroma node; pass the node itself, without calling it")
+    if isinstance(obj, (list, tuple)) or hasattr(obj, "nodes"):  # A pipeline: its config may hold secrets.
+        return TypeError(f"a {type(obj).__name__} is not a stroma node; pass its nodes one by one")
+    return TypeError(f"{obj!r} is not a stroma node; decorate it with @stroma_node or @runner.node")
 
 
 def mark_annotated(

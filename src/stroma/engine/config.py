@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -22,7 +21,7 @@ from stroma.cost.fallback import FallbackPolicy
 from stroma.cost.usage import shown
 from stroma.failures.failure import Classifier
 from stroma.failures.policy import FailurePolicy, PolicyMap, default_policy_map
-from stroma.hooks.sets import AnyHooks, NodeHooks, check_arguments, flatten
+from stroma.hooks.sets import AnyHooks, NodeHooks, check_plain, flatten
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -98,13 +97,6 @@ def _generate_id() -> str:
     run_id = _GeneratedId(new_run_id())
     run_id.fresh_in = _GeneratedId.process
     return run_id
-
-
-def _check_plain(name: str, func: Any, arguments: Sequence[str]) -> None:
-    """Raise TypeError for anything but a plain function of these arguments."""
-    check_arguments(name, func, arguments)
-    if inspect.iscoroutinefunction(func):
-        raise TypeError(f"{name} must not be async, got {func!r}; define it with def")
 
 
 class RunConfig(StrictModel):
@@ -306,15 +298,17 @@ class RunConfig(StrictModel):
     def _take_exceptions(cls, value: Any) -> Any:
         if not isinstance(value, (Iterable, NoneType)):
             raise TypeError(f"classifiers must be a list of functions, got {value!r}; pass [{value!r}]")
+        if not isinstance(value, (Sequence, NoneType)):
+            value = list(value)  # An iterator can be read once.
         for index, classifier in enumerate(value or ()):
-            _check_plain(f"classifiers[{index}]", classifier, ("exception", "context"))
+            check_plain(f"classifiers[{index}]", classifier, ("exception", "context"))
         return value
 
     @field_validator("redact")
     @classmethod
     def _takes_states(cls, value: Any) -> Any:
         if value is not None:
-            _check_plain("redact", value, ("state",))
+            check_plain("redact", value, ("state",))
         return value
 
     @field_validator("shared_budgets")

@@ -90,7 +90,7 @@ class _MergedType(type(BaseModel)):  # type: ignore[misc]
 _recipes: Final[WeakKeyDictionary[type[BaseModel], tuple[Callable[..., Any], tuple[Any, ...]]]] = (
     WeakKeyDictionary()
 )
-copyreg.pickle(_MergedType, _recipes.__getitem__)
+copyreg.pickle(_MergedType, lambda model: _recipes[model])  # pyright: ignore[reportArgumentType]
 
 
 def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseModel]]) -> type[BaseModel]:

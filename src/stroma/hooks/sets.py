@@ -9,6 +9,7 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, ClassVar, Final
 
+from stroma.contracts.node import gives_coroutine
 from stroma.failures.classes import FailureClass
 from stroma.trace.result import ExecutionResult
 
@@ -160,6 +161,13 @@ def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
             f"{name} is called with ({', '.join(arguments)}), and {func!r} takes {signature}; define it "
             "with these parameters"
         ) from None
+
+
+def check_plain(name: str, func: Any, arguments: Sequence[str]) -> None:
+    """Raise TypeError for anything but a function of these arguments that is not async."""
+    check_arguments(name, func, arguments)
+    if gives_coroutine(func):
+        raise TypeError(f"{name} must not be async, got {func!r}; define it with def")
 
 
 def _function_of(func: Any) -> FunctionType | None:

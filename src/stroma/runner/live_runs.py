@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from stroma.engine.tasks import gather
+from stroma.engine.tasks import TaskPool
+from stroma.runner.pipeline import check_bound
 from stroma.runner.run import RunExecution
 from stroma.trace.result import ExecutionResult, RunStatus
 
@@ -36,22 +37,26 @@ class Batch:
         Each is taken when there is room for it. The first exception of ``runs`` or ``on_result`` cancels the
         runs in flight and is raised.
         """
-        if max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency!r}")
+        check_bound(max_concurrency, optional=False)
         pending = iter(runs)
         outcomes: dict[Any, ExecutionResult | Exception] = {}
+        pool = TaskPool(max_concurrency)
 
-        async def worker() -> None:
+        async def make_call(key: Any, run: Callable[[], Awaitable[ExecutionResult]]) -> None:
+            try:
+                outcomes[key] = await run()
+            except Exception as error:
+                outcomes[key] = error
+            if on_result is not None:
+                on_result(key, outcomes[key])
+
+        async def start_calls() -> None:
             while not self.draining and (item := next(pending, None)) is not None:
-                key, run = item
-                try:
-                    outcomes[key] = await run()
-                except Exception as error:
-                    outcomes[key] = error
-                if on_result is not None:
-                    on_result(key, outcomes[key])
+                pool.start(make_call(*item))
+                await pool.wait_for_room()
 
-        await gather([worker() for _ in range(max_concurrency)])
+        pool.start(start_calls())
+        await pool.join()
         return outcomes
 
 

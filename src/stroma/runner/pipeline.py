@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from types import FunctionType
+from types import FunctionType, NoneType
 from typing import Any, Final, Generic, Literal, Protocol, TypedDict
 
 from pydantic import BaseModel
@@ -49,10 +49,13 @@ def find_position(nodes: Sequence[Node | Group], node_id: str, parameter: str) -
     raise ValueError(f"{parameter}={node_id!r} is not a node of this pipeline; its nodes are {known}")
 
 
-def check_bound(max_concurrency: int | None) -> None:
-    """Raise ValueError for a bound that is neither None nor a whole number from 1 on."""
-    if max_concurrency is not None and (not isinstance(max_concurrency, int) or max_concurrency < 1):
-        raise ValueError(f"max_concurrency must be at least 1, or None for no bound, got {max_concurrency!r}")
+def check_bound(max_concurrency: int | None, *, optional: bool = True) -> None:
+    """Raise ValueError for a bound that is not a whole number from 1 on, nor None if it is ``optional``."""
+    if optional and max_concurrency is None:
+        return
+    if not isinstance(max_concurrency, int) or max_concurrency < 1:
+        fix = ", or None for no bound" if optional else ""
+        raise ValueError(f"max_concurrency must be at least 1{fix}, got {max_concurrency!r}")
 
 
 def ids_in(nodes: Sequence[Node | Group]) -> Iterator[str]:
@@ -184,7 +187,7 @@ class Pipeline:
 
     Attributes:
         name: name of the pipeline in stores, metrics and spans.
-        nodes: the nodes, groups and pipelines, in order.
+        nodes: the nodes, groups and flows, in order.
         limits: ``max_runs`` and ``max_runs_per_key``.
         config: settings of its runs. A field that the runner was given has the runner's value. For commands
             that is the only StromaRunner with settings in the pipeline's file.
@@ -219,9 +222,10 @@ class Pipeline:
         for what, number in (("max_runs", max_runs), ("max_runs_per_key", max_runs_per_key)):
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise ValueError(f"{what} must be at least 1, or None for no limit, got {number!r}")
+        check_config(config)
         vars(self).update(
             name=check_id(name, "pipeline name"),
-            nodes=tuple(nodes),
+            nodes=tuple(list_nodes(nodes)),
             config=config,
             limits=RunLimits(max_runs, max_runs_per_key),
             versions=_check_versions(version, accepts),
@@ -269,11 +273,15 @@ class AnyState(Protocol):
 
 def nodes_of(pipeline: Pipeline | Iterable[Any]) -> list[Node | Group]:
     """Return the records of the nodes of a pipeline or sequence. Raises TypeError for anything else."""
-    nodes = pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline
-    if isinstance(nodes, Group) or not hasattr(nodes, "__iter__"):
+    return list(map(find_node, pipeline.nodes if isinstance(pipeline, Pipeline) else list_nodes(pipeline)))
+
+
+def list_nodes(nodes: Iterable[Any]) -> list[Any]:
+    """Return the nodes of a sequence, which is read once. Raises TypeError for a node that is not in one."""
+    if not hasattr(nodes, "__iter__"):
         node = find_node(nodes)  # Raises, with the fix, for an object that is not a node at all.
-        raise TypeError(f"run() takes a sequence of nodes; put {node.node_id!r} in a list")
-    return list(map(find_node, nodes))
+        raise TypeError(f"nodes must be a sequence of nodes, got node {node.node_id!r}; put it in a list")
+    return list(nodes)
 
 
 def input_schema_of(
@@ -324,6 +332,12 @@ def check_keywords(function: str, options: Mapping[str, Any], keywords: type) ->
             if name in RunConfig.model_fields:
                 fix = "it is a field of RunConfig"
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {fix}")
+
+
+def check_config(config: Any) -> None:
+    """Raise TypeError for anything but a RunConfig or None."""
+    if not isinstance(config, (RunConfig, NoneType)):
+        raise TypeError(f"config must be a RunConfig, got {config!r}; pass RunConfig(...)")
 
 
 def check_state(what: str, state: Any, node: Node | Group | None = None) -> None:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from types import FrameType, ModuleType, NoneType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeAlias, TypeVar, cast, overload
 
 from pydantic import BaseModel
@@ -42,7 +42,7 @@ from stroma.engine.config import new_run_id as fresh_run_id
 from stroma.engine.context import BY_HAND, Dispatch, ReliabilityContext
 from stroma.engine.tasks import has_running_loop
 from stroma.failures.failure import Classifier
-from stroma.hooks.sets import NodeHooks, distinct, flatten
+from stroma.hooks.sets import NodeHooks, check_plain, distinct, flatten
 from stroma.runner.flows.body_loop import refuse_in_body
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import Batch, LiveRuns
@@ -50,11 +50,13 @@ from stroma.runner.pipeline import (
     AnyState,
     Pipeline,
     RunKeywords,
+    check_config,
     check_keywords,
     check_state,
     code_of,
     find_position,
     input_schema_of,
+    list_nodes,
     nodes_of,
     override_config,
     queue_entry,
@@ -108,8 +110,14 @@ class StromaRunner(Generic[DepsT]):
         checkpoint_manager: CheckpointManager,
         config: RunConfig | None = None,
     ) -> None:
-        if not isinstance(config, (RunConfig, NoneType)):
-            raise TypeError(f"config must be a RunConfig, got {config!r}; pass RunConfig(...)")
+        if not isinstance(registry, ContractRegistry):
+            raise TypeError(f"registry must be a ContractRegistry, got {type(registry).__name__}")
+        if not isinstance(checkpoint_manager, CheckpointManager):
+            raise TypeError(
+                f"checkpoint_manager must be a CheckpointManager, got {type(checkpoint_manager).__name__}; "
+                "pass CheckpointManager(store)"
+            )
+        check_config(config)
         self.registry = registry
         self.checkpoint_manager = checkpoint_manager
         self._live = LiveRuns()
@@ -579,6 +587,10 @@ class StromaRunner(Generic[DepsT]):
         ``run_ids`` or ``on_result`` cancels the runs in flight and is raised.
         """
         check_keywords("run_many", options, RunKeywords)
+        if run_ids is not None:
+            check_plain("run_ids", run_ids, ("number", "state"))
+        if on_result is not None:
+            check_plain("on_result", on_result, ("number", "outcome"))
         nodes = _listed(node_sequence)
 
         def runs() -> Iterator[tuple[int, Callable[[], Coroutine[Any, Any, ExecutionResult]]]]:
@@ -658,6 +670,8 @@ class StromaRunner(Generic[DepsT]):
             readers_of,  # Not loaded by runs, like the next.
         )
 
+        if on_result is not None:
+            check_plain("on_result", on_result, ("run_id", "outcome"))
         served = [one for one in pipelines if isinstance(one, Pipeline)]  # The worker refuses anything else.
         for one in served:
             refuse_unknown_ids(self._config_of(one), nodes_of(one), self.registry, one.name)
@@ -960,7 +974,7 @@ class StromaRunner(Generic[DepsT]):
 
 
 def _listed(node_sequence: Nodes) -> Pipeline | list[Any]:
-    return node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+    return node_sequence if isinstance(node_sequence, Pipeline) else list_nodes(node_sequence)
 
 
 def with_settings_of(module: ModuleType, pipeline: Pipeline) -> Pipeline:

@@ -21,7 +21,7 @@ from stroma.hooks.sets import AnyHooks, distinct, flatten
 from stroma.runner.drive import Blocked, Busy, RunDriver
 from stroma.runner.flows.suspension import now_ms
 from stroma.runner.live_runs import Batch, LiveRuns
-from stroma.runner.pipeline import Pipeline
+from stroma.runner.pipeline import Pipeline, check_bound
 from stroma.runner.stored_runs import ServedPipeline, StoredRuns
 from stroma.trace.result import ExecutionResult
 
@@ -163,8 +163,7 @@ class RunWorker:
         on_result: Callable[[str, Outcome], None] | None,
     ) -> None:
         """Continue due runs until the batch is drained; see :meth:`StromaRunner.serve`."""
-        if max_concurrency < 1:
-            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency!r}")
+        check_bound(max_concurrency, optional=False)
         if not 0 < poll_seconds < float("inf"):
             raise ValueError(f"poll_seconds must be above 0, got {poll_seconds!r}")
         self._max_concurrency, self._poll_seconds, self._on_result = max_concurrency, poll_seconds, on_result

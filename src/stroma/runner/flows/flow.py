@@ -16,7 +16,7 @@ from uuid import UUID
 from pydantic import BaseModel
 
 from stroma.contracts.annotations import infer_contract
-from stroma.contracts.contract import NodeContract, check_id
+from stroma.contracts.contract import NodeContract, check_id, takes_two
 from stroma.contracts.node import FlowNode, Group, LooseContextNode, LooseNode, MeteredNode, name_of
 from stroma.runner.flows.calls import call_flow, call_map, call_step, call_submit
 from stroma.runner.flows.path import INNERMOST, FlowPath
@@ -320,11 +320,15 @@ def define_flow(
     if not inspect.iscoroutinefunction(getattr(body, "__func__", body)):
         raise TypeError(f"flow {flow_id!r}: {name} must be an `async def` function of (flow, state)")
     check_bound(limits.get("max_concurrency"))
-    parameters = list(inspect.signature(inspect.unwrap(body)).parameters)
-    if len(parameters) < 2:
-        raise TypeError(f"flow {flow_id!r}: {name} must take (flow, state), got ({', '.join(parameters)})")
+    _check_parameters(f"flow {flow_id!r}: {name}", body)
     contract = infer_contract("flow", flow_id, body, schemas, scope)
     return FlowFunction(flow_id, body, contract, **limits)
+
+
+def _check_parameters(name: str, body: Any) -> None:
+    if callable(body) and not takes_two(body):  # infer_contract() refuses a classmethod.
+        parameters = ", ".join(inspect.signature(body).parameters)
+        raise TypeError(f"{name} must take (flow, state), got ({parameters})")
 
 
 #: Makes a flow of an async function of ``(flow, state)``.
