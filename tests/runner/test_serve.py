@@ -116,6 +116,17 @@ async def test_concurrency_is_bounded(clock: Clock) -> None:
     assert (most, serving.health.active) == (3, 0)
 
 
+@pytest.mark.parametrize("limits", [{"max_runs": 1}, {"max_runs_per_key": 1}], ids=" ".join)
+async def test_the_next_run_starts_when_a_limit_allows_it(limits: dict[str, int]) -> None:
+    """A worker queries the store at once when a run ends and others are due, also within ``max_runs``."""
+    pipeline = Pipeline("p", [node("a", passing())], **limits)
+    runner = quick_on(AsyncInMemoryStore())
+    for number in range(3):
+        await runner.submit(pipeline, Num(n=number), run_id=f"r{number}", key="k")
+    async with Serving(runner, pipeline, poll_seconds=3600) as serving, asyncio.timeout(10):
+        await serving.until(3)
+
+
 async def test_a_shutdown_drains(store: Any, clock: Clock) -> None:
     """After a shutdown no run is taken up; one in progress ends, or another worker continues it."""
     world = World()

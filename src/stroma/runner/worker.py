@@ -15,7 +15,7 @@ from stroma._utils.text import one_line, pluralize
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, StoreError
 from stroma.checkpoint.decisions import ENDED
 from stroma.checkpoint.entries import delay_after
-from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures, QueueReading
+from stroma.checkpoint.queue import Candidate, ClaimRequest, QueueFigures, QueueReading, RunLimits
 from stroma.engine.context import Dispatch
 from stroma.hooks.sets import AnyHooks, distinct, flatten
 from stroma.runner.drive import Blocked, Busy, RunDriver
@@ -182,8 +182,8 @@ class RunWorker:
                 self._news.clear()
                 has_more = await self._take_up(served)
                 news = asyncio.ensure_future(self._news.wait())
-                waits: set[asyncio.Future[Any]] = {drained}
-                waits |= set(self._active.values()) if has_more else {news}
+                waits: set[asyncio.Future[Any]] = {drained, news}
+                waits |= set(self._active.values()) if has_more else set()
                 await asyncio.wait(
                     waits, timeout=self._next_poll_seconds(), return_when=asyncio.FIRST_COMPLETED
                 )
@@ -208,7 +208,10 @@ class RunWorker:
         return seconds * self._random.uniform(0.5, 1.5)
 
     async def _take_up(self, served: dict[str, ServedPipeline]) -> bool:
-        """Claim due runs while there is room, and continue them. Return True if there may be more."""
+        """Claim due runs while there is room, and continue them.
+
+        Return True if others may start when a run ends: they wait for room, or for a limit of their pipeline.
+        """
         free = self._max_concurrency - len(self._active)
         if free <= 0:
             return True
@@ -242,7 +245,7 @@ class RunWorker:
             self._active[one.run_id] = task
             self.health.active = len(self._active)
             task.add_done_callback(partial(self._finish, one.run_id))
-        return len(claimed) >= free
+        return len(claimed) >= free or any(one != RunLimits() for one in limits.values())
 
     async def _report_unserved(self, served: dict[str, ServedPipeline]) -> None:
         """Log how many runs wait for code of another version. Raises StoreError."""
