@@ -45,7 +45,7 @@ async def test_a_flow_submits_runs(store: Any) -> None:
     async def parent(flow: Flow, state: Num) -> Num:
         ids.append(await flow.submit(child, Num(n=1), priority=-2, key="k"))
         ids.extend(await asyncio.gather(*(flow.submit(child, Num(n=n)) for n in (2, 3))))
-        ids.append(await flow.submit(child, Num(n=4), run_id="own"))
+        ids.append(await flow.submit(child, Num(n=4), run_id="own", delay=flow.now(), expires=60))
         return state
 
     result = await runner.run(parent, Num(n=9), run_id="p")

@@ -81,7 +81,10 @@ async def test_a_flow_that_asks(store: Any) -> None:
 
 
 async def test_every_end_is_a_result(store: Any) -> None:
-    """result() returns a failed, a cancelled and an expired run as their results, and raises none of it."""
+    """result() returns a failed, a cancelled and an expired run as their results, and raises none of it.
+
+    The failure of the expired run names what starts it after all: submitting it again does not.
+    """
     world = World()
     world.failing.add("a")
     pipeline = Pipeline("p", [world.step("a")])
@@ -99,6 +102,11 @@ async def test_every_end_is_a_result(store: Any) -> None:
     assert "a 0 failed" in failures[0].message
     assert failures[1].reason == "expired"
     assert world.calls == ["a 0"]
+    await runner.submit(pipeline, Num(), run_id=late.run_id, expires=3600)
+    assert await late.status() == "FAILED"
+    assert "resume it" in failures[1].message
+    world.failing.clear()
+    assert (await runner.resume(pipeline, late.run_id)).status is RunStatus.RESUMED
 
 
 async def test_giving_up_a_wait_changes_nothing(store: Any) -> None:

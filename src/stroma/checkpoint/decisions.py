@@ -44,8 +44,8 @@ def has_expired(status: str, expires_ms: int | None, now_ms: int) -> bool:
 def expired_error(run_id: str) -> str:
     """Return the error of a run that did not start before its time was over."""
     return (
-        f"expired: run {run_id!r} was not started in time; start more workers, or submit it again with a "
-        "later expires="
+        f"expired: run {run_id!r} was not started in time; start more workers and resume it, or submit "
+        "another run with a later expires="
     )
 
 

@@ -217,7 +217,7 @@ def call_submit(
     given_id = options.get("run_id")
     if given_id is not None:
         check_id(given_id, "run id")
-    queue_entry(options, 0)  # Checks the keywords.
+    queue_entry(options, path.driver.time_ms())  # Checks the keywords.
 
     async def submit(state: BaseModel) -> SubmittedRun:
         store: Any = ctx.checkpoint_manager.store
