@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sqlite3
 import threading
 from contextlib import closing
@@ -323,6 +324,39 @@ async def test_a_claim_reads_no_suspended_run_that_is_not_due(tmp_path: Path) ->
     searched = [line for plan in plans for line in plan if "runs_by_wake" in line]
     assert len(plans) == 2
     assert all("(pipeline=? AND wake_ms<?)" in line for line in searched)
+
+
+async def test_a_claim_reads_the_first_runs_of_each_key(tmp_path: Path) -> None:
+    """In SQLite, a claim costs the same for a key with 500 queued runs as for one with 20."""
+    steps: list[int] = []
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        for first, last in ((0, 20), (20, 500)):
+            await asyncio.gather(
+                *(submit(store, f"{k}{n}", key=k) for k in "abc" for n in range(first, last))
+            )
+
+            def read(rows: Any) -> int:
+                steps.append(0)
+
+                def count() -> None:
+                    steps[-1] += 1
+
+                rows.db.set_progress_handler(count, 10)
+                return len(rows.candidates("p", ClaimRequest("t", 30.0, 5, NOW, {"p": RunLimits()})))
+
+            assert store.read(read, 0) == 15
+    assert steps[1] < 1.5 * steps[0]
+
+
+async def test_a_claim_takes_what_a_choice_from_all_runs_would_take(store: Any) -> None:
+    """Of each key, a claim reads the runs that are first by priority, due time and submission."""
+    chance = random.Random(0)
+    places = [(chance.randrange(2), NOW - chance.randrange(4), chance.choice("abcd")) for _ in range(60)]
+    runs = [Candidate(number, f"r{number}", "p", *place) for number, place in enumerate(places)]
+    for one in runs:
+        await submit(store, one.run_id, key=one.key, priority=one.priority, due_ms=one.due_ms)
+    request = ClaimRequest("t", 30.0, 15, NOW, {"p": RunLimits()})
+    assert await claim(store, 15) == [one.run_id for one in choose(runs, {"p": {}}, request)]
 
 
 async def test_owners_that_are_gone_hold_no_place(store: Any) -> None:

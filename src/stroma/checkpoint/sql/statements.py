@@ -28,7 +28,7 @@ _FOR_SQLITE: Final = (
     (r"\bFOR UPDATE( OF r)?( SKIP LOCKED)?", ""),
 )
 _FOR_POSTGRES: Final = (
-    (r" INDEXED BY \w+", ""),
+    (r" (NOT INDEXED|INDEXED BY \w+)", ""),
     (r"(?<!:):(\w+)", r"%(\1)s"),
     (r"\b(now_ms|clock_ms)\(\)", _SERVER_CLOCK),
 )
@@ -245,13 +245,27 @@ def _first_of_each_key(index: str, condition: str) -> tuple[str, str]:
 
 
 _QUEUED: Final = f"{_DUE} AND r.status = 'QUEUED'"
+_KEYED: Final = f"FROM runs r INDEXED BY runs_by_key WHERE {_QUEUED} AND r.queue_key IS NOT NULL"
+_BY_KEY: Final = "r.queue_key, r.priority, r.wake_ms, r.run"
+# A walk along the index, which takes the first runs of a key and skips its other ones: a window function
+# would read the whole queue for each claim (45 ms, not 0.4 ms, for 20,000 runs of 10 keys in SQLite).
+_QUEUED_OF_EACH_KEY: Final = f"""{_CANDIDATE} NOT INDEXED WHERE {_QUEUED} AND r.run = ANY (ARRAY(
+    WITH RECURSIVE placed (run, queue_key, priority, wake_ms, place) AS (
+    SELECT * FROM (SELECT r.run, r.queue_key, r.priority, r.wake_ms, 1 {_KEYED} ORDER BY {_BY_KEY} LIMIT 1)
+    AS head UNION ALL SELECT n.run, n.queue_key, n.priority, n.wake_ms,
+    CASE WHEN n.queue_key = p.queue_key THEN p.place + 1 ELSE 1 END
+    FROM placed p JOIN runs n ON n.run = CASE WHEN p.place < :limit
+    THEN (SELECT r.run {_KEYED} AND ({_BY_KEY}) > (p.queue_key, p.priority, p.wake_ms, p.run)
+        ORDER BY {_BY_KEY} LIMIT 1)
+    ELSE (SELECT r.run {_KEYED} AND r.queue_key > p.queue_key ORDER BY {_BY_KEY} LIMIT 1) END)
+    SELECT run FROM placed)) ORDER BY r.run {_LOCKED}"""
 _STOPPED: Final = f"{_DUE} AND r.status IN ('SUSPENDED', 'INTERRUPTED')"
 _BLOCKED: Final = f"""{_SERVED_DUE} AND r.blocked_since_ms IS NOT NULL AND {_BLOCK_OVER}
     AND r.status IN ('SUSPENDED', 'INTERRUPTED', 'QUEUED')"""
 CANDIDATES: Final = (
     *_first_of_each_key("runs_by_wake", _STOPPED),
     _first_of_each_key("runs_by_queue", _QUEUED)[0],  # The rows come from the index in order.
-    _first_of_each_key("runs_by_key", _QUEUED)[1],
+    _QUEUED_OF_EACH_KEY,
     *_first_of_each_key("runs_by_block", _BLOCKED),
 )
 # Of owners on this machine it is known at once that they are gone; they may be few of very many.
