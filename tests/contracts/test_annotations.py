@@ -109,6 +109,7 @@ async def generic(state: Model) -> Model: ...
 async def protocol(state: HasN) -> None: ...
 async def alias(state: Alias) -> Annotated[A, "x"]: ...
 async def unknown(state: NotThere) -> AlsoNot: ...  # noqa: F821
+async def returns_unknown(state: A) -> tuple[AlsoNot, int]: ...  # noqa: F821
 def awaitable(state: A) -> Awaitable[B]: ...
 async def only_keywords(*, state: B) -> Any: ...
 
@@ -350,8 +351,15 @@ async def test_a_bound_method_is_a_node(method: Any) -> None:
         ),
         (takes_text, "'takes_text' is annotated with str as input, which is not a pydantic model"),
         (returns_list, r"annotated with list\[.*B\] as output, which is not a pydantic model"),
+        (
+            unknown,
+            "annotated with NotThere as input, which cannot be resolved where it is defined; pass input=",
+        ),
+        (returns_unknown, r"annotated with .*AlsoNot.* as output, which cannot be resolved .*; pass output="),
     ],
-    ids=words("method classmethod staticmethod lambda partial none maybe union text list"),
+    ids=words(
+        "method classmethod staticmethod lambda partial none maybe union text list unknown unknown_output"
+    ),
 )
 def test_a_node_without_models(func: Any, says: str) -> None:
     """A function whose annotations name no model of input or output is refused with the parameter to pass."""

@@ -1,6 +1,7 @@
 """What a node may be, what is refused when it is defined, and what it returned by mistake."""
 
 import asyncio
+import functools
 import pickle
 import warnings
 from typing import Any
@@ -19,11 +20,13 @@ from stroma import (
     RunConfig,
     RunStatus,
     StromaRunner,
+    Suspend,
     current_node,
     execute_step,
     map_over,
     parallel,
 )
+from stroma.contracts.node import takes_context
 
 
 @pytest.mark.parametrize(
@@ -109,6 +112,68 @@ async def test_a_single_node_is_told_to_stand_in_a_list() -> None:
             await quick_without_retries().run(nodes, Num())
 
 
+async def add(state: Num, amount: Any) -> Any:
+    return {"n": state.n + (amount["amount"] if isinstance(amount, dict) else amount)}
+
+
+def with_amount(func: Any) -> Any:
+    @functools.wraps(func)
+    async def wrapper(state: Num) -> Any:
+        return await func(state, 5)
+
+    return wrapper
+
+
+def passing_on(func: Any) -> Any:
+    @functools.wraps(func)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return await func(*args, **kwargs)
+
+    return wrapper
+
+
+class PassingOn:
+    """A decorator that is a class."""
+
+    def __init__(self, func: Any) -> None:
+        functools.update_wrapper(self, func)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.__wrapped__(*args)  # type: ignore[attr-defined]
+
+
+class Service:
+    @passing_on
+    async def add_one(self, state: Num) -> Any:
+        return await add(state, 1)
+
+    add_amount = passing_on(lambda self, state, ctx: add(state, ctx))
+
+
+@pytest.mark.parametrize(
+    ("func", "added"),
+    [
+        (with_amount(add), 5),
+        (passing_on(with_amount(add)), 5),
+        (PassingOn(with_amount(add)), 5),
+        (functools.partial(passing_on(add), Num(n=100)), None),
+        (functools.lru_cache(with_amount(add)), None),
+        (passing_on(add), 7),
+        (passing_on(passing_on(add)), 7),
+        (PassingOn(add), 7),
+        (Service().add_one, 1),
+        (Service().add_amount, 7),
+    ],
+)
+async def test_a_decorated_function_takes_what_its_decorator_takes(func: Any, added: int | None) -> None:
+    """A decorator that supplies an argument itself does not get the context for it."""
+    if added is None:
+        assert not takes_context(func)
+        return
+    result = await quick_without_retries(context={"amount": 7}).run([node("a", func)], Num(n=1))
+    assert result.final_state == Num(n=1 + added), result.failure
+
+
 class Texts(BaseModel):
     items: list[Note] = [Note()]
     text: str = ""
@@ -157,6 +222,10 @@ async def returns_one(state: Any) -> Any:
     return ({"text": "x"},)
 
 
+async def returns_suspension(state: Any) -> Any:
+    return Suspend("Is it right?")
+
+
 MISTAKES: list[tuple[Any, str]] = [
     (forgot_await, "the function returned a coroutine; did you forget await?"),
     (forgot_await_beside_usage, "the function returned a coroutine; did you forget await?"),
@@ -165,6 +234,7 @@ MISTAKES: list[tuple[Any, str]] = [
     (forgot_return_in_a_thread, "the function returned None; return the output"),
     (yields, "the function returned an async generator; return the output in place of yielding it"),
     (yields_in_a_thread, "the function returned a generator; return the output in place of yielding it"),
+    (returns_suspension, "the function returned the exception Suspend; raise it"),
     (
         returns_five,
         "the function returned a tuple of 5; return the output, (output, response), (output, tokens), "
@@ -181,7 +251,7 @@ MISTAKES: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("func", "says"), MISTAKES, ids=lambda value: getattr(value, "__name__", ""))
 @pytest.mark.parametrize("place", ["node", "child", "item", "step"])
 async def test_what_a_function_returned_by_mistake_is_named(func: Any, says: str, place: str) -> None:
-    """A coroutine, None, a generator or a tuple of the wrong length as output is named, with the fix."""
+    """A coroutine, None, a generator, an exception or a tuple of a wrong length is named, with the fix."""
     runner = StromaRunner.quick()
     contract: NodeContract[Any, Any] = NodeContract(node_id="ask", input_schema=Note, output_schema=Note)
     with warnings.catch_warnings():

@@ -1,6 +1,7 @@
 """Mistakes in flows: each has a message that names the fix."""
 
 import asyncio
+import functools
 import random
 import threading
 import time
@@ -210,6 +211,9 @@ async def test_wrong_definitions() -> None:
     async def short(flow: Flow) -> Num:
         return Num()
 
+    async def long(flow: Flow, state: Num, extra: int) -> Num:
+        return state
+
     async def bare(flow, state):
         return state
 
@@ -219,7 +223,8 @@ async def test_wrong_definitions() -> None:
     for function, options, said in (
         (generator, {}, "is an async generator"),
         (plain, {}, "must be an `async def` function"),
-        (short, {}, r"must take \(flow, state\), got \(flow\)"),
+        (short, {}, r"^flow 'f' is called with \(flow, state\), and .* takes \(flow: .*; define it with"),
+        (long, {}, r"^flow 'f' is called with \(flow, state\), and .* takes \(flow: .*, extra: int\)"),
         (bare, {}, "has no input model; annotate the parameter with one, or pass input="),
         (body, {"input": Num, "output": Num}, "has output=Num, and its function is annotated with Text"),
         (body, {"input": Text, "output": Text}, "has input=Text, and its function is annotated with Num"),
@@ -408,3 +413,21 @@ async def test_a_deterministic_flow_may_fail() -> None:
     result = await quick().check_deterministic(a_flow(body), Num())
     assert result.failure is not None
     assert result.failure.node_id == "broken"
+
+
+def test_a_decorator_that_supplies_an_argument_of_a_body() -> None:
+    """A body is called as its decorator says, which may supply further arguments of the function."""
+
+    def with_amount(func: Any) -> Any:
+        @functools.wraps(func)
+        async def wrapper(flow: Flow, state: Num) -> Any:
+            return await func(flow, state, 5)
+
+        return wrapper
+
+    @stroma_flow
+    @with_amount
+    async def body(flow: Flow, state: Num, amount: int) -> Num:
+        return Num(n=state.n + amount)
+
+    assert quick().run_sync(body, Num(n=1)).final_state == Num(n=6)

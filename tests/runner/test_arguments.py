@@ -17,7 +17,6 @@ from stroma import (
     ContractRegistry,
     FailureClass,
     FallbackPolicy,
-    Flow,
     InMemoryStore,
     NodeHooks,
     Pipeline,
@@ -96,10 +95,6 @@ async def a_call(state: Num) -> Any: ...
 A_NODE = stroma_node("a", input=Num, output=Num)(a_call)
 
 
-async def too_much(flow: Flow, state: Num, extra: int) -> Num:
-    return state
-
-
 def print_one(outcome: Any) -> None:
     print(outcome)
 
@@ -145,11 +140,6 @@ def many(nodes: Any = (A_NODE,), **options: Any) -> Any:
             "^a Pipeline is not a stroma node; pass its nodes one by one$",
         ),
         (lambda: parallel([A_NODE]), TypeError, "a list is not a stroma node; pass its nodes one by one"),
-        (
-            lambda: quick().flow("f", input=Num, output=Num)(too_much),
-            TypeError,
-            r"got \(flow, state, extra\)",
-        ),
         (lambda: many(on_result=no_classifier), TypeError, "on_result must not be async"),
         (lambda: many(on_result=print_one), TypeError, r"called with \(number, outcome\)"),
         (lambda: many(run_ids=["r"]), TypeError, "run_ids must be callable"),

@@ -62,6 +62,11 @@ def _model_of(name: str, what: str, passed: Any, annotated: Any) -> type[BaseMod
     if isinstance(model, type) and issubclass(model, BaseModel):
         return model
     if passed is None:
+        if isinstance(annotated, str):
+            raise TypeError(
+                f"{name} is annotated with {annotated} as {what}, which cannot be resolved where it is "
+                f"defined; pass {what}="
+            )
         where = "parameter" if what == "input" else "return value"
         problem = f"has no {what} model"
         if annotated is not Any:
@@ -111,10 +116,11 @@ def _compare_function(
 
 
 def annotation_of(func: Callable[..., Any], name: str, scope: types.FrameType | None) -> Any:
-    """Return the annotation of a parameter, or of "return"; Any without one that can be resolved.
+    """Return the annotation of a parameter, or of "return"; Any without one, text for an unknown name.
 
     ``scope``: the frame that the function was defined in, if it is known.
     """
+    annotation: Any = None
     try:
         annotation = func.__annotations__.get(name, Any)  # From Python 3.14 on this resolves it.
         namespaces = _namespaces_of(func, scope)
@@ -123,7 +129,9 @@ def annotation_of(func: Callable[..., Any], name: str, scope: types.FrameType | 
 
         resolved.__annotations__ = {name: annotation}
         return typing.get_type_hints(resolved, *namespaces)[name]
-    except Exception:  # A name that is known to type checkers only, or not yet.
+    except NameError as error:  # A name that is known to type checkers only, or not yet.
+        return annotation if isinstance(annotation, str) else str(error.name)
+    except Exception:
         return Any
 
 

@@ -141,7 +141,7 @@ class NodeContract(StrictModel, Generic[In, Out]):
                 f"node {self.node_id!r} has reconcile= but is not an effect; pass effect=True, "
                 "or remove reconcile="
             )
-        if self.reconcile is not None and not takes_two(self.reconcile):
+        if self.reconcile is not None and not _takes_two(self.reconcile):
             raise ValueError(
                 f"reconcile of node {self.node_id!r} must take the state and the idempotency key, got "
                 f"{inspect.signature(self.reconcile)}; define it as (state, idempotency_key)"
@@ -149,8 +149,7 @@ class NodeContract(StrictModel, Generic[In, Out]):
         return self
 
 
-def takes_two(func: Callable[..., Any]) -> bool:
-    """Return True if a function can be called with two arguments, as far as its signature says."""
+def _takes_two(func: Callable[..., Any]) -> bool:
     try:
         inspect.signature(func).bind(None, "")
     except TypeError:
@@ -276,6 +275,8 @@ def _mistake_in(output: Any) -> str | None:
     if issubclass(kind, Awaitable):
         which = "a coroutine" if kind is CoroutineType else f"an awaitable {kind.__name__}"
         return f"the function returned {which}; did you forget await?"
+    if issubclass(kind, BaseException):
+        return f"the function returned the exception {kind.__name__}; raise it"
     if kind is tuple and len(output) not in (2, 3, 4):
         return f"the function returned a tuple of {len(output)}; {RETURN_SHAPES}"
     return None

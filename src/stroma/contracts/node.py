@@ -256,12 +256,27 @@ def held_by(state: Any) -> Any:
 
 def takes_context(func: Callable[..., Any]) -> bool:
     """Return True if a function has a second positional parameter, for the run's context."""
-    try:
-        parameters = inspect.signature(func).parameters.values()
-    except (TypeError, ValueError):  # Some builtins have no signature.
-        return False
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional for p in parameters) >= 2
+    return sum(p.kind in positional for p in _parameters_of(func)) >= 2
+
+
+def _parameters_of(func: Any) -> Sequence[inspect.Parameter]:
+    """Return the parameters that a call goes by: of a decorated function, those of the decorator's.
+
+    If that passes on ``*args``, they are those of the function that it wraps.
+    """
+    try:
+        own = [*inspect.signature(func, follow_wrapped=False).parameters.values()]
+    except (TypeError, ValueError):  # Some builtins have no signature.
+        own = []
+    if own and all(p.kind is not inspect.Parameter.VAR_POSITIONAL for p in own):
+        return own
+    if type(func) is not types.MethodType and hasattr(func, "__wrapped__"):
+        return _parameters_of(func.__wrapped__)
+    try:
+        return [*inspect.signature(func).parameters.values()]
+    except (TypeError, ValueError):
+        return []
 
 
 def gives_coroutine(func: Callable[..., Any]) -> bool:

@@ -16,8 +16,9 @@ from uuid import UUID
 from pydantic import BaseModel
 
 from stroma.contracts.annotations import infer_contract
-from stroma.contracts.contract import NodeContract, check_id, takes_two
+from stroma.contracts.contract import NodeContract, check_id
 from stroma.contracts.node import FlowNode, Group, LooseContextNode, LooseNode, MeteredNode, name_of
+from stroma.hooks.sets import check_arguments
 from stroma.runner.flows.calls import call_flow, call_map, call_step, call_submit
 from stroma.runner.flows.path import INNERMOST, FlowPath
 from stroma.runner.flows.waits import call_receive, call_sleep, call_wait_for, wake_ms_of
@@ -320,15 +321,14 @@ def define_flow(
     if not inspect.iscoroutinefunction(getattr(body, "__func__", body)):
         raise TypeError(f"flow {flow_id!r}: {name} must be an `async def` function of (flow, state)")
     check_bound(limits.get("max_concurrency"))
-    _check_parameters(f"flow {flow_id!r}: {name}", body)
+    _check_parameters(f"flow {flow_id!r}", body)
     contract = infer_contract("flow", flow_id, body, schemas, scope)
     return FlowFunction(flow_id, body, contract, **limits)
 
 
 def _check_parameters(name: str, body: Any) -> None:
-    if callable(body) and not takes_two(body):  # infer_contract() refuses a classmethod.
-        parameters = ", ".join(inspect.signature(body).parameters)
-        raise TypeError(f"{name} must take (flow, state), got ({parameters})")
+    if callable(body):  # infer_contract() refuses a classmethod.
+        check_arguments(name, body, ("flow", "state"))
 
 
 #: Makes a flow of an async function of ``(flow, state)``.
