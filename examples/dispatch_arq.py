@@ -16,11 +16,11 @@ import sys
 from datetime import timedelta
 from typing import Any
 
-from arq import create_pool
+from arq import Retry, create_pool
 from arq.connections import ArqRedis, RedisSettings
 from pydantic import BaseModel
 
-from stroma import Flow, SQLiteStore, StromaRunner
+from stroma import Flow, SQLiteStore, StoreError, StromaRunner
 from stroma.runner.drive import Blocked, Busy, Suspended, Yielded
 
 logger = logging.getLogger("dispatch")
@@ -48,13 +48,16 @@ async def drive(ctx: dict[str, Any], run_id: str) -> str:
     """Continue a run, and enqueue the next task if there is more to do."""
     queue: ArqRedis = ctx["redis"]
     # arq cancels a task at its time limit and at the end of the process: the next task continues the run.
-    outcome = await runner.drive(run_id, max_seconds=240)
+    try:
+        outcome = await runner.drive(run_id, max_seconds=240)
+    except StoreError as error:  # arq drops a task that raises anything else.
+        raise Retry(defer=10) from error
+    if isinstance(outcome, Blocked):
+        logger.error("run %s cannot be continued by this code: %s", run_id, outcome.reason)
     if isinstance(outcome, Yielded):
         await queue.enqueue_job("drive", run_id)
-    elif isinstance(outcome, Suspended | Busy) and outcome.until is not None:
+    elif isinstance(outcome, Suspended | Busy | Blocked) and outcome.until is not None:
         await queue.enqueue_job("drive", run_id, _defer_until=outcome.until + timedelta(milliseconds=10))
-    elif isinstance(outcome, Blocked):
-        logger.error("run %s cannot be continued by this code: %s", run_id, outcome.reason)
     return type(outcome).__name__
 
 

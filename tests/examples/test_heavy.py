@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import httpx
 import nbformat
 import pytest
 import uvicorn
-from arq import create_pool
+from arq import Retry, create_pool
 from arq.connections import RedisSettings
 from arq.worker import Worker
 from nbclient import NotebookClient
@@ -27,7 +28,7 @@ from tests.providers.server import Answer, serving
 from tests.servers import RedisServer
 from tests.servers_temporal import TemporalServer
 
-from stroma import NodeHooks
+from stroma import Flow, NodeHooks, stroma_flow
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -165,11 +166,43 @@ async def test_a_task_queue_drives_runs(tmp_path: Path, monkeypatch: pytest.Monk
         server.close()
 
 
+class Queued:
+    """A queue of arq that notes its tasks."""
+
+    def __init__(self) -> None:
+        self.tasks: list[tuple[Any, ...]] = []
+
+    async def enqueue_job(self, *task: Any, **options: Any) -> None:
+        self.tasks.append((*task, options["_defer_until"]))
+
+
+async def test_a_task_queue_tries_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task enqueues a blocked run for the time of the next try, and is repeated if the store fails."""
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs.db"))
+    module, queue = imported("dispatch_arq"), Queued()
+
+    @stroma_flow("remind", version="2", input=module.Letter, output=module.Letter)
+    async def changed(flow: Flow, letter: Any) -> Any:
+        return letter
+
+    await module.runner.submit(changed, module.Letter(text="hello"), run_id="r")
+    submitted = datetime.now(UTC)
+    assert await module.drive({"redis": queue}, "r") == "Blocked"
+    ((*task, until),) = queue.tasks
+    assert task == ["drive", "r"]
+    assert until > submitted
+    broken = tmp_path / "broken.db"
+    broken.write_text("not a database")
+    monkeypatch.setenv("RUNS", str(broken))
+    with pytest.raises(Retry):
+        await imported("dispatch_arq").drive({"redis": queue}, "r")
+
+
 SLOW = """
 import asyncio, pathlib
 import dispatch_arq
 from dispatch_arq import WorkerSettings
-from stroma import NodeHooks
+from stroma import Flow, NodeHooks, stroma_flow
 
 async def wait(run_id, node_id, input_state):
     pathlib.Path("entered").touch()
