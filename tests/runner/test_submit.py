@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel, ValidationError, create_model
 from tests.fixtures import store_fixture
 from tests.flows.steps import World
-from tests.kit import Num, Text, node, quick_on, record_hooks, same
+from tests.kit import Num, Text, cancel, node, quick_on, record_hooks, same
 from tests.shared_stores import STORES
 
 from stroma import (
@@ -29,6 +29,7 @@ from stroma import (
     parallel,
     stroma_flow,
 )
+from stroma.runner import submission
 from stroma.runner.drive import Blocked, Ended
 
 store = store_fixture(*STORES)
@@ -135,6 +136,29 @@ async def test_a_wait_without_time_looks_once(store: Any) -> None:
     assert (await handle.result(timeout=0)).status is RunStatus.COMPLETED
     with pytest.raises(CheckpointNotFound):
         await quick_on(store).handle("unknown", pipeline).result(timeout=0)
+
+
+async def test_a_wait_that_begins_beside_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is queried soon after a wait starts, also if other waits make the next query a late one."""
+    monkeypatch.setattr(submission, "_POLL_SECONDS", (0.02, 3600.0))
+    store, looked = AsyncInMemoryStore(), asyncio.Event()
+    pipeline, runner = Pipeline("p", [World().step("a")]), quick_on(store)
+    long, short = [await runner.submit(pipeline, Num(), run_id=run_id) for run_id in ("long", "short")]
+    await runner.drive("short", pipelines=[pipeline])
+    loop, statuses = asyncio.get_running_loop(), store.statuses
+
+    def look(run_ids: Sequence[str]) -> dict[str, str]:
+        loop.call_soon_threadsafe(looked.set)
+        return statuses(run_ids)
+
+    monkeypatch.setattr(store, "statuses", look)
+    waiting = asyncio.ensure_future(long.result())
+    await looked.wait()
+    runner._waits_here()._delay = 3600.0
+    await asyncio.sleep(0.1)  # By now the next query is an hour away.
+    async with asyncio.timeout(10):
+        assert (await short.result()).status is RunStatus.COMPLETED
+    await cancel(waiting)
 
 
 async def test_a_wait_that_begins_while_the_store_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,7 @@ class EndWaits:
         self._stored = stored
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
         self._delay = _POLL_SECONDS[0]
+        self._has_begun = asyncio.Event()  # A wait has begun since the last query.
         self._polling: asyncio.Task[None] | None = None
 
     async def until_ended(self, run_id: str) -> None:
@@ -121,6 +122,7 @@ class EndWaits:
         future = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(run_id, set()).add(future)
         self._delay = _POLL_SECONDS[0]
+        self._has_begun.set()
         if self._polling is None or self._polling.done():
             self._polling = asyncio.ensure_future(self._poll())
         try:
@@ -134,6 +136,7 @@ class EndWaits:
     async def _poll(self) -> None:
         stored = self._stored()
         while self._waiting:
+            self._has_begun.clear()
             run_ids = list(self._waiting)
             try:
                 read = stored.journal("statuses").statuses
@@ -148,7 +151,10 @@ class EndWaits:
                         self._settle(run_id, no_run(run_id))
                     elif status not in OPEN:
                         self._settle(run_id, None)
-            await asyncio.sleep(self._delay)
+            await asyncio.sleep(_POLL_SECONDS[0])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._delay - _POLL_SECONDS[0]):
+                    await self._has_begun.wait()
             self._delay = min(2 * self._delay, _POLL_SECONDS[1])
 
     def _settle(self, run_id: str, error: Exception | None) -> None:
