@@ -58,7 +58,7 @@ class RunReader:
         if self._database.is_empty:
             return {"runs": []}
         wanted = status.upper() if status else None
-        if wanted not in (None, *STATUSES):
+        if status and wanted not in STATUSES:
             raise Problem(f"there is no status {clean(status, 200)}; pass one of {', '.join(STATUSES)}")
         query = RunQuery(statuses=(wanted,) if wanted else (), pipeline=pipeline)
         records = self._history.runs(query, max(1, min(limit, _MAX_RUNS)))
