@@ -119,11 +119,14 @@ def test_a_run_that_kept_dying_is_forced(stroma, inside):
     assert stroma("resume", "x", "deadly.py:pipeline").code == -9
     given_up = inside("resume", "x", "deadly.py:pipeline", env={"WELL": "1"})
     assert given_up.code == 1
-    assert "poison: the process died 2 times under this run" in given_up.err
+    assert "run x is FAILED: TERMINAL (poison)\n  why: poison: the process died 2 times" in given_up.err
+    (forced,) = re.findall("resume with: stroma (.*)", given_up.err)
+    assert forced == "resume x deadly.py:pipeline --force"
+    assert forced in inside("show", "x").err
     assert stroma.calls() == ["deadly", "deadly"]
     assert "poison" in inside("runs").out
-    forced = inside("resume", "x", "deadly.py:pipeline", "--force", "-q", env={"WELL": "1"})
-    assert (forced.code, json.loads(forced.out)) == (0, {"n": 2})
+    done = inside(*forced.split(), "-q", env={"WELL": "1"})
+    assert (done.code, json.loads(done.out)) == (0, {"n": 2})
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def test_budget(stroma, inside):
     assert (done.code, done.out) == (5, "")
     assert re.search(r"first +BUDGET ", done.err)
     mend = re.search(r"resume with more: stroma (resume .* --budget-tokens 200)\n", done.err)
-    assert re.search(r"resume with more: stroma resume .* --budget-usd USD\n", inside("show", "last").err)
+    assert re.search(r"resume with more: stroma resume .* --budget-tokens N\n", inside("show", "last").err)
     resumed = inside(*mend[1].split())
     assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
     assert stroma.calls() == ["first", "second", "third"]
@@ -478,13 +478,19 @@ def test_colours_only_on_a_terminal(inside, monkeypatch, no_color, term, coloure
         ("TypeError('not code')", "see why it failed, fix what is wrong, then resume with: stroma resume x "),
         ("TimeoutError()", "it may work later; resume with: stroma resume x "),
         ("NotImplementedError()", "a retry will not help: fix the cause, then resume with: stroma resume x "),
+        (
+            "__import__('stroma').BudgetExceeded('latency', 1, 2, 'second')",
+            "raise max_latency_ms in the pipeline's budget, or with `stroma budget`; then resume with: "
+            "stroma resume x ",
+        ),
     ],
 )
 def test_the_hint_after_a_failure_fits_its_class(ran, inside, error, hint):
     """Only a RECOVERABLE failure is said to go away by itself; an AMBIGUOUS one may be a mistake. `show`
     gives the same advice.
     """
-    assert hint in ran("x", code=1, SECOND=f"raise {error}").err
+    code = 5 if "BudgetExceeded" in error else 1
+    assert hint in ran("x", code=code, SECOND=f"raise {error}").err
     assert hint in inside("show", "x").err
 
 

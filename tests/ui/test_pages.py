@@ -29,6 +29,7 @@ from tests.ui.scenes import lineage, make_map
 from tests.ui.test_security import attempts_of
 
 from stroma import (
+    BudgetExceeded,
     FailurePolicy,
     Pipeline,
     SQLiteStore,
@@ -229,7 +230,9 @@ def test_failed_items_are_named(store: SQLiteStore, serve: Any) -> None:
 @pytest.mark.parametrize(
     ("error", "option"),
     [
-        ("BudgetExceeded: max_cost_usd", " --budget-usd USD"),
+        (f"BudgetExceeded: {BudgetExceeded('cost', 1, 2, 'a')}", " --budget-usd USD"),
+        (f"BudgetExceeded: {BudgetExceeded('tokens', 1, 2, 'a')}", " --budget-tokens N"),
+        (f"DeadlineExceeded: {BudgetExceeded('latency', 1, 2, 'a')}", ""),
         ("poison: the process died 3 times", " --force"),
         ("ValueError: no", ""),
     ],

@@ -13,7 +13,7 @@ from stroma._utils.access import kind_of
 from stroma._utils.secrets import Secrets
 from stroma._utils.text import clean, format_amount, format_duration, format_usage, pluralize
 from stroma.checkpoint.entries import Waiting
-from stroma.checkpoint.history.facts import answer_type, node_text, unanswered
+from stroma.checkpoint.history.facts import answer_type, node_text, resume_options, unanswered
 from stroma.checkpoint.records import describe_wait
 from stroma.cli.errors import Code, is_debugging, last_frame
 from stroma.cli.formatting import id_word, localize
@@ -176,7 +176,8 @@ class RunReport:
             err.line(head, f"{f'stopped by {self.stopped_by}' if self.stopped_by else why}: {status}")
         else:
             reason = describe_class(failure.failure_class, failure.reason)
-            err.fitted(head, f"{status}: {self._failed_node(failure)}: {reason}")
+            where = "" if failure.reason == "poison" else f"{self._failed_node(failure)}: "
+            err.fitted(head, f"{status}: {where}{reason}")
             err.fitted(f"  why: {clean(str(failure), 1000)}")
             states = [(event.input_state, event.output_state) for event in result.trace.walk()]
             shown = Secrets(values=states).mask_error(failure.exception)
@@ -275,8 +276,6 @@ class RunReport:
         record = self.db.get_run(self.result.run_id)
         if failure is not None and failure.reason == "store":
             action = "fix the store, then resume with"
-        elif self.exceeded is not None and self.exceeded.dimension == "latency":
-            action = "raise max_latency_ms in the pipeline's budget, then resume with"
         elif record is None:
             action = "resume with"
         else:
@@ -285,7 +284,8 @@ class RunReport:
 
     def _resume_command(self, command: Callable[..., str]) -> str:
         """Return the command that resumes this run, with a larger budget if that is needed."""
-        options: tuple[str, ...] = ()
+        record = self.db.get_run(self.result.run_id)
+        options = () if record is None else resume_options(record)
         exceeded = self.exceeded
         if exceeded is not None and not isinstance(exceeded, SharedBudgetExceeded):
             room = max(2 * exceeded.limit, 1.5 * exceeded.actual) or 1.0

@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel
 
 from stroma.checkpoint.entries import WITHDRAWN, Waiting
+from stroma.checkpoint.history.facts import exceeded_limit
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.manager import resolve_schema
 from stroma.checkpoint.records import FAILED, RunRecord
@@ -67,11 +68,11 @@ def resume_advice(record: RunRecord, retry_after_seconds: float | None = None) -
     if record.status == "SUSPENDED":
         is_asleep = (record.error or "").startswith("sleeping until ")
         return "a worker continues it when it is due, or resume with" if is_asleep else WORKER_CONTINUES
-    kind = (record.error or "").partition(": ")[0]
-    if kind == "SharedBudgetExceeded":
+    if (record.error or "").startswith("SharedBudgetExceeded: "):
         return "when the shared budget has room, resume with"
-    if kind == "BudgetExceeded":
-        return "resume with more"
+    if (limit := exceeded_limit(record)) is not None:
+        raised = f"raise {limit} in the pipeline's budget, or with `stroma budget`; then resume with"
+        return raised if limit == "max_latency_ms" else "resume with more"
     failure_class = None if record.cause is None else record.cause.failure_class
     if record.status not in FAILED or failure_class is None:
         return "resume with"

@@ -6,6 +6,7 @@ local time zone.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,12 @@ from stroma.trace.result import RunStatus
 
 #: All that a run can have.
 STATUSES: Final = (QUEUED, "RUNNING", *RunStatus)
+_EXCEEDED: Final = re.compile(r"(?:Budget|Deadline)Exceeded: budget exceeded: (max_\w+) limit ")
+#: Of `stroma resume`, which has none for the latency.
+_BUDGET_OPTIONS: Final = {
+    "max_cost_usd": ("--budget-usd", "USD"),
+    "max_tokens_total": ("--budget-tokens", "N"),
+}
 
 
 def is_interrupted(record: RunRecord) -> bool:
@@ -60,7 +67,13 @@ def resume_options(record: RunRecord) -> tuple[str, ...]:
     end = Finished(record.status, record.error)
     if end.reason == "poison":
         return ("--force",)
-    return ("--budget-usd", "USD") if (record.error or "").startswith("BudgetExceeded: ") else ()
+    return _BUDGET_OPTIONS.get(exceeded_limit(record) or "", ())
+
+
+def exceeded_limit(record: RunRecord) -> str | None:
+    """Return the field of ExecutionBudget with the limit of its own that stopped a run; None of any other."""
+    match = _EXCEEDED.match(record.error or "")
+    return match[1] if match else None
 
 
 def count_causes(records: Iterable[RunRecord]) -> list[tuple[tuple[str, str | None, str | None], int]]:
