@@ -459,6 +459,15 @@ def test_a_message_continues_a_run(chat: Any, inside: Any) -> None:
     assert (done.code, json.loads(done.out)) == (0, {"text": "a b c"})
 
 
+def test_an_ended_run_is_not_said_to_take_a_message(chat: Any, inside: Any, fails: Any) -> None:
+    """`show` prints the command that sends a message only while the run takes it."""
+    assert inside("cancel", "c").code == 0
+    fails(inside("send", "c", "{}"), 2, "takes no message")
+    shown = inside("show", "c").err
+    assert "stroma send" not in shown
+    assert "resume with: stroma resume c chat.py:chat" in shown
+
+
 def test_a_message_that_nothing_waits_for(chat: Any, inside: Any) -> None:
     """A message that no flow.receive waits for is stored; the hints name what the run waits for instead."""
     done = inside("send", "c", '{"text": "c"}', "--topic", "more")

@@ -100,6 +100,28 @@ def test_answered_questions_of_a_flow_have_one_line(store: SQLiteStore, serve: A
     assert page.count('<span class="all">answered</span>') == 2
 
 
+@stroma_flow("sleeps", input=Num, output=Num)
+async def sleeps(flow: Flow, state: Num) -> Num:
+    await flow.sleep(hours=2)
+    return state
+
+
+def test_the_sleep_of_a_cancelled_run_ends_with_it(
+    store: SQLiteStore, serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The timeline of a cancelled run is the same an hour later: what it waited for does not go on."""
+    runner = StromaRunner.quick(store=store, run_id="r")
+    asyncio.run(runner.run(sleeps, Num()))
+    asyncio.run(runner.cancel("r"))
+    site: Site = serve(store)
+    took = re.compile(r"([\d.]+ m?s) so far")
+    before = took.findall(site.get("/run", id="r").text)
+    later = time.time_ns() + 3600 * 10**9
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    assert before
+    assert took.findall(site.get("/run", id="r").text) == before
+
+
 def test_what_continued_a_run_is_named(store: SQLiteStore, serve: Any) -> None:
     """The timeline shows when a run was continued and what it waited for; queueing shifts nothing."""
     runner = StromaRunner.quick(store=store, policy_map=NEVER)

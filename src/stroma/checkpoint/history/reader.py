@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from stroma._utils.text import clean
+from stroma.checkpoint.decisions import OPEN
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import NOT_DONE, Waiting
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
@@ -28,7 +29,6 @@ from stroma.checkpoint.history.facts import elapsed_seconds, facts_of, is_plain_
 from stroma.checkpoint.history.redaction import Payload, decode_payload, redact_value, too_large
 from stroma.checkpoint.history.run_graph import RunGraph
 from stroma.checkpoint.identity import is_called, place_before
-from stroma.checkpoint.queue import COMPLETE
 from stroma.checkpoint.records import FAILED, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.contracts.schema import has_secrets
 from stroma.failures.tracebacks import FailureSite
@@ -48,7 +48,7 @@ _MAP: Final = re.compile(r"map_over\((.+?), ")
 
 def _now_ms(record: RunRecord) -> int:
     """Return until when a run is drawn: now, or its last record if it has ended."""
-    return record.updated_ms if record.status in (*COMPLETE, *FAILED) else time.time_ns() // 1_000_000
+    return time.time_ns() // 1_000_000 if record.status in OPEN else record.updated_ms
 
 
 @dataclass(frozen=True, slots=True)
