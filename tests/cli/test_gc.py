@@ -122,7 +122,8 @@ def test_a_run_that_kept_dying_is_forced(stroma, inside):
     assert "run x is FAILED: TERMINAL (poison)\n  why: poison: the process died 2 times" in given_up.err
     (forced,) = re.findall("resume with: stroma (.*)", given_up.err)
     assert forced == "resume x deadly.py:pipeline --force"
-    assert forced in inside("show", "x").err
+    for words in (["show", "x"], ["resume", "x", "deadly.py:pipeline", "--dry-run"], ["resume", "x"]):
+        assert forced in inside(*words).err
     assert stroma.calls() == ["deadly", "deadly"]
     assert "poison" in inside("runs").out
     done = inside(*forced.split(), "-q", env={"WELL": "1"})
@@ -146,6 +147,9 @@ def test_a_run_whose_owner_is_gone_is_interrupted(stroma, inside, ran):
     assert re.search(r"owner     process \d+ on \S+ is gone; last record ", shown)
     planned = inside("resume", "x1", "sums.py:pipeline", "--dry-run", "--json")
     assert json.loads(planned.out)["status"] == "INTERRUPTED"
+    for change in (["send", "x1", "{}"], ["budget", "x1", "--tokens", "900"]):
+        assert json.loads(inside(*change, "--json").out)["status"] == "INTERRUPTED"
+    assert "it is INTERRUPTED" in inside("approve", "x1", "sums.py:pipeline", "{}").err
     done = inside("tail", "x1", "--follow")
     assert (done.code, done.out.splitlines()[-1]) == (0, "INTERRUPTED  owner lost")
     assert "resume it: stroma resume x1 sums.py:pipeline" in done.err

@@ -144,6 +144,8 @@ def test_budget(stroma, inside):
     assert re.search(r"first +BUDGET ", done.err)
     mend = re.search(r"resume with more: stroma (resume .* --budget-tokens 200)\n", done.err)
     assert re.search(r"resume with more: stroma resume .* --budget-tokens N\n", inside("show", "last").err)
+    plan = inside("resume", "last", "sums.py:pipeline", "--dry-run").err
+    assert re.search(r"resume with: stroma resume .* --budget-tokens N\n", plan)
     resumed = inside(*mend[1].split())
     assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
     assert stroma.calls() == ["first", "second", "third"]

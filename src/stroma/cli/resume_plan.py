@@ -10,7 +10,7 @@ from stroma._utils.text import clean, format_duration, format_usage, pluralize, 
 from stroma.checkpoint import CheckpointManager, Committed, InMemoryStore, PipelineChanged
 from stroma.checkpoint.entries import Intent, is_of_pipeline
 from stroma.checkpoint.history.bars import place_of
-from stroma.checkpoint.history.facts import status_of
+from stroma.checkpoint.history.facts import resume_options, status_of
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.identity import child_indexes, is_called, with_outer
 from stroma.checkpoint.queue import COMPLETE
@@ -174,7 +174,7 @@ def print_plan(
         if is_flow:
             compare = database.hint("replay", id_word(record.run_id), target)
             err.line("the calls of a flow were not compared; compare them with: ", compare)
-        options = ("--from", start_at) if start_at is not None else ()
+        options = resume_options(record) if start_at is None else ("--from", start_at)
         hint = database.hint("resume", id_word(record.run_id), target, options=options)
         err.line(f"nothing was done; resume with: {hint}")
     return code

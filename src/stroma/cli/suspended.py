@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.decisions import OPEN
+from stroma.checkpoint.decisions import ENDED
 from stroma.checkpoint.entries import WITHDRAWN, Waiting
 from stroma.checkpoint.history.facts import exceeded_limit
 from stroma.checkpoint.history.reader import History
@@ -97,7 +97,7 @@ def held_hints(db: Database, run_id: str, waits_for: Literal["resume", "budget"]
 
 def topics_of(db: Database, record: RunRecord) -> list[str]:
     """Return the topics of the messages that a run waits for; none of a run that takes no message now."""
-    if record.status not in OPEN:
+    if record.status in ENDED:
         return []
     return awaited_topics(History(db.reader).flow_waits(record, ()))
 

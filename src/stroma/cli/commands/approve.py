@@ -14,7 +14,7 @@ import click
 from stroma._utils.text import clean, pluralize
 from stroma.checkpoint.entries import NOT_DONE, Waiting
 from stroma.checkpoint.errors import RequestRefused
-from stroma.checkpoint.history.facts import answer_type, is_plain_code, node_text, unanswered
+from stroma.checkpoint.history.facts import answer_type, is_plain_code, node_text, status_of, unanswered
 from stroma.checkpoint.history.reader import History
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import COMPLETE
@@ -276,6 +276,6 @@ def _find_waiting(database: Database, record: RunRecord, every: list[Waiting], r
             f"a run of a guard: {_framework_hint(record.run_id)}",
         )
     raise Problem(
-        f"run {name} is not waiting for an answer: it is {record.status}",
+        f"run {name} is not waiting for an answer: it is {status_of(record)}",
         f"details: {database.hint('show', id_word(record.run_id))}",
     )

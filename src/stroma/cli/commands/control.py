@@ -10,7 +10,7 @@ from stroma._utils.text import clean
 from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.entries import Finished
 from stroma.checkpoint.flow_notes import message_label
-from stroma.checkpoint.history.facts import unanswered
+from stroma.checkpoint.history.facts import resume_options, status_of, unanswered
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.queue import QUEUED
 from stroma.checkpoint.records import RunRecord
@@ -29,11 +29,10 @@ from stroma.runner.stored_runs import request
 def hand_to_workers(database: Database, record: RunRecord) -> None:
     """Make a stopped run due for workers. Raises Problem for one that waits, is at work or is complete."""
     name, target, store = id_word(record.run_id), database.target_of(record), database.reader
-    here = database.hint("resume", name, target)
+    here = database.hint("resume", name, target, options=resume_options(record))
     run = f"run {clean(record.run_id)}"
     if Finished(record.status, record.error).reason == "poison":
-        forced = database.hint("resume", name, target, options=("--force",))
-        raise Problem(f"{run} was abandoned: {clean(record.error or '', 500)}", forced)
+        raise Problem(f"{run} was abandoned: {clean(record.error or '', 500)}", here)
     if record.status == QUEUED:
         raise Problem(f"{run} is queued: a worker starts it", database.hint("worker", target))
     if record.status == "SUSPENDED" and record.waits_for != "resume":
@@ -123,7 +122,7 @@ def _print(
 ) -> None:
     if as_json:
         data: dict[str, Any] = {"run_id": record.run_id, "outcome": outcome, "holder": holder}
-        emit({"schema": schema, **data, "status": record.status})
+        emit({"schema": schema, **data, "status": status_of(record)})
     else:
         err.line(message)
 
@@ -151,7 +150,7 @@ def send(run_: str, text: str, topic: str, message_id: str | None, as_json: bool
     except (TypeError, ValueError) as error:
         raise Problem(f"{source} cannot be sent: {error}") from error
     if as_json:
-        emit_fields("stroma.send/1", run_id=record.run_id, topic=topic, status=record.status)
+        emit_fields("stroma.send/1", run_id=record.run_id, topic=topic, status=status_of(record))
         return
     err.line(f"the message to run {clean(record.run_id)} is stored")
     if record.status == "SUSPENDED":

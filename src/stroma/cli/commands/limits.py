@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from stroma._utils.text import clean, format_duration, format_tokens, format_usd, pluralize
+from stroma.checkpoint.history.facts import status_of
 from stroma.cli.commands.completion import complete_run
 from stroma.cli.formatting import format_local_time, id_word, to_iso
 from stroma.cli.options import FiniteRange
@@ -83,7 +84,7 @@ def _set_of_run(database: Database, run: str, limits: Mapping[str, float], as_js
             outcome="set" if is_set else "ended",
             limits=dict(limits),
             holder=after.holder,
-            status=after.status,
+            status=status_of(after),
         )
         return
     name = clean(record.run_id)
