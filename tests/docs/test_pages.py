@@ -557,6 +557,22 @@ def test_every_command_is_in_the_reference() -> None:
         assert f"| `stroma {name}" in report, name
 
 
+def test_every_json_object_is_on_its_page() -> None:
+    """Each schema that a command prints has a section, and each field of a run is named in that of `runs`."""
+    from stroma.checkpoint.records import RunRecord
+    from stroma.cli.commands.runs import run_data
+
+    sources = [path.read_text("utf-8") for path in (ROOT / "src" / "stroma" / "cli").rglob("*.py")]
+    schemas = set(re.findall(r"\bstroma\.[a-z_-]+/\d+", "".join(sources)))
+    _, *sections = (DOCS / "json.md").read_text("utf-8").split("\n## ")
+    assert (
+        schemas - set(re.findall("`([^`]+)`", "".join(one.partition("\n")[0] for one in sections))) == set()
+    )
+    (of_runs,) = (one for one in sections if one.startswith("`stroma.runs/1`"))
+    fields = run_data(RunRecord("r", "p", "FAILED", 1, 0, 0, 0, 0.0, 0, None))
+    assert fields.keys() - set(re.findall(r"`(\w+)`", of_runs)) == set()
+
+
 def test_pages_quote_commands_and_options_that_exist() -> None:
     """Each `stroma COMMAND --option` on a page or in a message of the package is one of the command line."""
     import click
