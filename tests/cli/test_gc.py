@@ -159,25 +159,31 @@ def test_a_run_whose_owner_is_gone_is_interrupted(stroma, inside, ran):
     assert "x2  sums  COMPLETED" in listed, listed
 
 
-def test_where_a_failed_run_failed(stroma, inside):
-    """show names the line of the user's code where the attempt that stopped a run failed, with its source."""
+@pytest.mark.parametrize(
+    ("body", "error"), [('return {}["pens"]', "KeyError"), ("return state, Usage(cost_usd=-1)", "UsageError")]
+)
+def test_where_a_failed_run_failed(stroma, inside, body, error):
+    """run and show name the line of the user's code where the attempt that stopped a run failed.
+
+    The generated code of Stroma's own dataclasses is not the user's.
+    """
     stroma.file(
         "prices.py",
-        """
+        f"""
         from stroma import Flow, stroma_flow
         from sums import *
         @stroma_node
         async def price(state: Count) -> Count:
-            return {}["pens"]
+            {body}
         @stroma_flow
         async def buys(flow: Flow, state: Count) -> Count:
             return await flow.step(price, state)
         """,
     )
-    assert inside("run", "prices.py:buys", GOOD, "--run-id", "x", "-q", "--db", "runs.db").code == 1
-    shown = inside("show", "x", "--db", "runs.db").out
-    assert re.search(
-        r'error     KeyError: .*\n +File ".*prices.py", line \d, in price\n +return \{\}\["pens"\]\n', shown
-    )
+    done = inside("run", "prices.py:buys", GOOD, "--run-id", "x", "-q", "--db", "runs.db")
+    assert done.code == 1
+    at = rf'{error}: .*\n +File ".*prices.py", line \d, in price\n +{re.escape(body)}\n'
+    assert re.search(at, done.err)
+    assert re.search(at, inside("show", "x", "--db", "runs.db").out)
     assert inside("resume", "x", "--db", "runs.db").code == 0
     assert inside("runs", "--db", "runs.db").out.rstrip().endswith("due for a worker")

@@ -14,7 +14,7 @@ from stroma._utils.text import clean, typed
 from stroma.cost.fallback import FallbackView
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, isinstance_by_type
-from stroma.failures.tracebacks import is_library_file, is_stroma_file
+from stroma.failures.tracebacks import is_library_file, is_stroma_frame
 
 _MISTAKES: Final = frozenset({TypeError, AttributeError})
 _RAISES: Final = frozenset({opmap["RAISE_VARARGS"], opmap["RERAISE"]})
@@ -79,7 +79,7 @@ def _innermost(error: BaseException) -> TracebackType | None:
     """Return the innermost entry of a traceback that is not of Stroma's own code."""
     at, entry = error.__traceback__, None
     while at is not None:
-        if not is_stroma_file(at.tb_frame.f_code.co_filename):
+        if not is_stroma_frame(at.tb_frame):
             entry = at
         at = at.tb_next
     return entry

@@ -9,7 +9,7 @@ import os
 import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple
 
 _OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -43,19 +43,20 @@ class FailureSite(NamedTuple):
 
 def frames_of(error: BaseException) -> tuple[list[traceback.FrameSummary], list[traceback.FrameSummary]]:
     """Return the frames of the user's own code and of libraries, without Stroma and the interpreter."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__) if not is_stroma_file(frame.filename)
-    ]
+    walked = zip(
+        traceback.walk_tb(error.__traceback__), traceback.extract_tb(error.__traceback__), strict=True
+    )
+    frames = [summary for (frame, _), summary in walked if not is_stroma_frame(frame)]
     return (
         [frame for frame in frames if not is_library_file(frame.filename)],
         [frame for frame in frames if is_library_file(frame.filename)],
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def is_stroma_file(file: str) -> bool:
-    """Return True for a file of Stroma or of the interpreter itself."""
-    return file.startswith((_OURS, "<frozen"))
+def is_stroma_frame(frame: FrameType) -> bool:
+    """Return True for code of Stroma or of the interpreter, also for the generated one of a dataclass."""
+    in_file = frame.f_code.co_filename.startswith((_OURS, "<frozen"))
+    return in_file or str(frame.f_globals.get("__name__")).startswith("stroma.")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -79,7 +80,7 @@ def failure_site_writer(error: BaseException) -> Callable[[], bytes]:
     at = error.__traceback__
     while at is not None:
         frame = at.tb_frame
-        if not is_stroma_file(frame.f_code.co_filename):
+        if not is_stroma_frame(frame):
             linecache.lazycache(frame.f_code.co_filename, frame.f_globals)
             places.append((frame.f_code, at.tb_lineno))
         at = at.tb_next
