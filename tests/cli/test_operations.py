@@ -358,13 +358,16 @@ def test_a_prefix_names_no_run_to_change(stroma, inside, fails, words):
 
 
 def test_an_owner_that_does_not_read_a_pause(stroma, inside, monkeypatch):
-    """The command returns, and says that the owner may begin further attempts."""
+    """The command returns, and says that the owner may begin further attempts; `resume` leaves it the run."""
     monkeypatch.setattr(stored_runs, "_OWNER_SECONDS", 0.2)
     with SQLiteStore(stroma.home / "runs.db") as store:
         session = asyncio.run(begin(store, "x"))
         done = inside("pause", "x", "--db", "runs.db")
         assert done.code == 0
         assert "has not read the request, and may begin further attempts" in done.err
+        done = inside("resume", "x", "--db", "runs.db")
+        assert done.code == 0
+        assert re.fullmatch(r"run x is not paused any more: process \d+ on \S+ continues it\n", done.err)
         session.abandon()
     assert inside("pause", "x", "--db", "runs.db").err.startswith("run x is SUSPENDED, paused")
 

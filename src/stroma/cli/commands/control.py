@@ -45,6 +45,10 @@ def hand_to_workers(database: Database, record: RunRecord) -> None:
             f"is running in {clean(record.holder)}" if record.holder else f"has ended: it is {record.status}"
         )
         raise Problem(f"{run} {what}", f"details: {database.hint('show', name)}")
+    after = database.get_run(record.run_id)
+    if after is not None and after.holder is not None:
+        err.line(f"{run} is not paused any more: {clean(after.holder)} continues it")
+        return
     err.line(f"{run} is due: a worker that serves pipeline {clean(record.pipeline, 100)!r} continues it")
     err.line(f"or continue it here: {here}")
 
