@@ -134,7 +134,7 @@ class Answers:
         except ValidationError as error:
             errors = error.errors(include_url=False, include_context=False, include_input=False)
             raise _Refused(question, [_field_error(one) for one in errors[:_MAX_ERRORS]]) from error
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise _Refused(question, [FieldError("", clean(str(error), 1000))]) from error
 
 
