@@ -48,7 +48,7 @@ PIPELINE = """
 
     async def double(state):
         called("second")
-        exec(os.environ.get("SECOND", "pass"), globals())
+        exec(compile(os.environ.get("SECOND", "pass"), "<break>", "exec"), globals())
         if "SECOND_AWAITS" in os.environ:
             await eval(os.environ["SECOND_AWAITS"], globals())
         return {"n": state.n * 2}, 10, 5, "gpt-4o-mini"

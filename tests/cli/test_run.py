@@ -128,7 +128,7 @@ def test_failure_then_resume(stroma, inside):
         "is PARTIAL: node 'second' (at 1, attempt 2): AMBIGUOUS\n  why: RuntimeError: no luck\\x1b[2J\n"
         in done.err
     )
-    assert re.search(r'  File "<string>", line 1, in <module>\n', done.err)
+    assert re.search(r'  File "<break>", line 1, in <module>\n', done.err)
     mend = re.search(r"resume with: stroma (resume .*)\n", done.err)
     resumed = inside(*shlex.split(mend[1]))
     assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
@@ -332,7 +332,7 @@ CLIENT = """
     client = Client()
 
     async def ask(state):
-        exec(os.environ.get("SECOND", "pass"), globals())
+        exec(compile(os.environ.get("SECOND", "pass"), "<break>", "exec"), globals())
         await client.ask()
         return state
 

@@ -5,6 +5,7 @@ is part of.
 """
 
 import contextlib
+import inspect
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import httpx
 import pytest
 from agent_framework import BaseChatClient, ChatMiddlewareLayer, FunctionInvocationLayer
 from agent_framework.observability import ChatTelemetryLayer, enable_instrumentation
+from google.adk.runners import Runner
 from haystack.components.generators.chat import OpenAIChatGenerator
 from haystack.utils import Secret
 from openai import AsyncOpenAI
@@ -244,6 +246,9 @@ def path_of(span: ReadableSpan, spans: list[ReadableSpan]) -> list[ReadableSpan]
 @pytest.mark.parametrize(("name", "kind"), EVERY_WAY)
 def test_one_tree_with_each_node_once(name: str, kind: str, inside: bool, instrumented: Instrumented) -> None:
     """All spans are one trace with one root and one place for each node, and tokens are the model calls'."""
+    has_context = kind != "run" or "copy_context" in inspect.getsource(Runner.run)
+    if inside and name == "google_adk" and not has_context:
+        pytest.skip("this release runs an agent in a thread without the caller's context")
     instrumented.exporter.clear()
     guard = instrumented.guard("bill")
     with guard.run() if inside else contextlib.nullcontext():

@@ -90,6 +90,7 @@ async def test_pydantic_ai(
     provider: TracerProvider, memory: InMemorySpanExporter, is_instrumented: bool
 ) -> None:
     """Each run of an agent of Pydantic AI is a span around its requests and tools; a sub-agent is inside."""
+    pytest.importorskip("stroma.adapters._pydantic_ai_durability", exc_type=ImportError)
     from stroma.adapters.pydantic_ai import StromaDurability
 
     def respond(messages: list[ModelMessage], info: AgentInfo) -> ModelResponse:
