@@ -118,7 +118,7 @@ def many(nodes: Any = (A_NODE,), **options: Any) -> Any:
         (
             lambda: StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()), {}),
             TypeError,
-            r"config must be a RunConfig, got \{\}; pass RunConfig\(\.\.\.\)",
+            r"config must be a RunConfig, got dict; pass RunConfig\(\.\.\.\)",
         ),
         (
             lambda: StromaRunner(None, CheckpointManager(InMemoryStore())),

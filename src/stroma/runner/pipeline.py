@@ -337,7 +337,7 @@ def check_keywords(function: str, options: Mapping[str, Any], keywords: type) ->
 def check_config(config: Any) -> None:
     """Raise TypeError for anything but a RunConfig or None."""
     if not isinstance(config, (RunConfig, NoneType)):
-        raise TypeError(f"config must be a RunConfig, got {config!r}; pass RunConfig(...)")
+        raise TypeError(f"config must be a RunConfig, got {type(config).__name__}; pass RunConfig(...)")
 
 
 def check_state(what: str, state: Any, node: Node | Group | None = None) -> None:
