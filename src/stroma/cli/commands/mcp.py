@@ -59,7 +59,7 @@ class RunReader:
             return {"runs": []}
         wanted = status.upper() if status else None
         if status and wanted not in STATUSES:
-            raise Problem(f"there is no status {clean(status, 200)}; pass one of {', '.join(STATUSES)}")
+            raise Problem(f"status must be one of {', '.join(STATUSES)}, got {clean(status, 200)}")
         query = RunQuery(statuses=(wanted,) if wanted else (), pipeline=pipeline)
         records = self._history.runs(query, max(1, min(limit, _MAX_RUNS)))
         return {"runs": [run_data(record) for record in records]}
